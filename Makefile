@@ -1,0 +1,63 @@
+# Everything happens in .venv, with the exact versions of requirements/. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
+# The CUDA set where a driver answers, else the CPU set; `make test DEVICE=cpu` overrides.
+ifndef DEVICE
+DEVICE := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+# `make test PYTHON=/path/to/python`; by default the newest on PATH that is new enough.
+PYTHON ?=
+# `make test PYTEST_ARGS="tests/test_doctor.py -x"`
+PYTEST_ARGS ?=
+
+LOCKED := $(VENV)/.locked-$(DEVICE)
+INSTALLED := $(VENV)/.installed-$(DEVICE)
+
+.PHONY: help install test train lint format typecheck ci clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## Create .venv: the locked versions and this package
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+train: $(INSTALLED)  ## Train the demo
+	$(BIN)/python examples/demo.py
+
+lint: $(INSTALLED)  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)  ## Check types
+	$(BIN)/mypy
+
+ci:  ## Run what CI runs
+	bash .ci/run
+
+clean:  ## Remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A new lock gets a new venv, as pip leaves in place what a lock no longer names. The stamp comes last, so an install
+# that was interrupted starts over. TorchRec goes in with --no-deps: on every machine it asks for the CUDA build of FBGEMM.
+$(LOCKED): requirements/base.txt requirements/torchrec.txt requirements/cuda-libraries.txt requirements/$(DEVICE).txt
+	@.ci/create_venv $(VENV) $(PYTHON)
+	@echo "Installing the $(DEVICE) set of requirements/, once; this takes some minutes."
+	@$(PIP) -r requirements/$(DEVICE).txt
+	@$(PIP) --no-deps -r requirements/torchrec.txt
+	@touch $@
+
+$(INSTALLED): $(LOCKED) pyproject.toml
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,21 @@
+"""What every test starts from: few threads, seeded generators, and Hypothesis examples that CI can repeat."""
+
+import os
+
+# Before torch is imported: with pytest-xdist, workers times threads would exceed the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A busy machine is slow, not wrong. In CI a failure must be the change's own: the same examples each time.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Makes each test's random numbers its own, whatever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,87 @@
+"""Runs a function on real gloo ranks: one process each, one thread each."""
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any
+
+# Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, local_world_size: int | None = None, timeout: float = 120
+) -> list[Any]:
+    """Returns ``[function(rank, world_size, *args) for each rank]``, run in as many processes.
+
+    ``function`` is a module's top-level function; it and its results must pickle. ``local_world_size`` simulates nodes
+    of so many ranks. The first rank to fail ends the others, and its traceback is raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks: dict[Connection, tuple[int, Any]] = {}
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank % (local_world_size or world_size)),
+                "LOCAL_WORLD_SIZE": str(local_world_size or world_size),
+            }
+            target = (sender, environment, f"{folder}/store", function, args)
+            process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
+            process.start()
+            sender.close()
+            ranks[receiver] = rank, process
+        processes = [process for _, process in ranks.values()]
+        try:
+            return _results(ranks, monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _results(ranks: dict[Connection, tuple[int, Any]], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending = dict(ranks)
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(rank for rank, _ in pending.values())} have not ended")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank, process = pending.pop(connection)
+            try:
+                failed, value = connection.recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}") from None
+            if failed:
+                raise AssertionError(f"rank {rank} of {len(ranks)}:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank(
+    sender: Connection, environment: dict[str, str], store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(environment)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        result = function(rank, world_size, *args)
+        dist.barrier()  # nobody leaves while others still talk to it
+        sender.send((False, result))
+    except BaseException:
+        sender.send((True, traceback.format_exc()))
+    finally:
+        sender.close()

@@ -1,0 +1,32 @@
+"""Every public name is documented with an example, and every example of the package is right."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import torchrec_qr
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+ROOT = Path(torchrec_qr.__file__).parents[1]
+# Found by file, not by import, so that a module that cannot be imported fails its own test alone.
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "torchrec_qr").rglob("*.py")
+)
+# What users import from.
+PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.schema"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module in PUBLIC])
+def test_public_names_have_examples(module: str) -> None:
+    public = importlib.import_module(module)
+    parser = doctest.DocTestParser()
+    assert [name for name in public.__all__ if not parser.get_examples(getattr(public, name).__doc__ or "")] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_are_right(module: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(module), optionflags=FLAGS)
+    assert failed == 0, "see the captured output"

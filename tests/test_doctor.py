@@ -1,0 +1,300 @@
+"""``torchrec-qr doctor``, run as a user does: in a process, against environments made of real files."""
+
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import venv
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from torchrec_qr.doctor import TESTED, TORCHREC_NEEDS, Stack, version_problem
+
+ROOT = Path(__file__).parents[1]
+TORCH = """
+class _Operators:
+    asynchronous_complete_cumsum = None
+class ops:
+    fbgemm = _Operators
+"""
+CPU_BUILD = (
+    "from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n"
+)
+CUDA_BUILD = CPU_BUILD.replace("cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'")
+UNDEFINED = "raise ImportError('/site/fbgemm_gpu_py.so: undefined symbol: _ZN3c104impl12PyObjectSlotC1Ev')"
+
+
+class Environment:
+    """An empty virtual environment, in which distributions can be placed as pip would: metadata and modules."""
+
+    def __init__(self, path: Path) -> None:
+        venv.create(path, symlinks=True)
+        self._python = path / "bin" / "python"
+        (self._site,) = path.glob("lib/python*/site-packages")
+
+    def place(self, name: str, version: str, **modules: str) -> None:
+        """Writes a distribution's metadata, and the source of its modules by name."""
+        info = self._site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        for module, source in modules.items():
+            (self._site / module).mkdir()
+            (self._site / module / "__init__.py").write_text(source)
+
+    def place_fitting(self, fbgemm: str = "fbgemm-gpu-cpu", fbgemm_source: str = "", torchrec_source: str = "") -> None:
+        """Places torch 2.13.0, FBGEMM 1.8.0 and TorchRec 1.8.0."""
+        build = CPU_BUILD if fbgemm.endswith("cpu") else CUDA_BUILD
+        self.place("torch", "2.13.0", torch=TORCH)
+        (self._site / "torch" / "version.py").write_text(build)
+        self.place(fbgemm, "1.8.0", fbgemm_gpu=fbgemm_source)
+        self.place("torchrec", "1.8.0", torchrec=torchrec_source)
+
+    def doctor(self) -> subprocess.CompletedProcess[str]:
+        """Runs ``torchrec-qr doctor`` here; without PATH, so that the machine's own GPU plays no part."""
+        return subprocess.run(
+            [self._python, "-m", "torchrec_qr.cli", "doctor"],
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "environment")
+
+
+def problems_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Returns the problems that a run reported, having checked that its exit code says the same."""
+    problems = [line.removeprefix("PROBLEM: ") for line in result.stdout.splitlines() if line.startswith("PROBLEM: ")]
+    assert result.stderr == ""
+    assert result.returncode == bool(problems)
+    assert bool(problems) != ("\nOK: " in result.stdout)
+    return problems
+
+
+def test_this_environment_fits() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "torchrec_qr.cli", "doctor"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert problems_of(result) == []
+    table = {row[0]: row[1:] for line in result.stdout.splitlines() if (row := line.split())}
+    assert table["torch"][0] == metadata.version("torch")
+    assert table["torchrec"] == [metadata.version("torchrec"), "ok"]
+    assert table["triton"] == [metadata.version("triton")]
+    assert table["torchx"] == [metadata.version("torchx")]
+
+
+def test_nothing_installed(environment: Environment) -> None:
+    assert problems_of(environment.doctor()) == [
+        "torch, fbgemm-gpu-cpu and torchrec are not installed. Run: pip install torch==2.14.1 fbgemm-gpu-cpu==1.9.0 && "
+        "pip install --no-deps torchrec==1.9.2 && "
+        "pip install iopath pyre-extensions tensordict torchmetrics==1.0.3 tqdm"
+    ]
+
+
+def test_fitting_stack(environment: Environment) -> None:
+    # What a module prints while it is imported is none of the doctor's words.
+    environment.place_fitting(fbgemm_source="import os; print('loading'); os.system('echo loaded')")
+    result = environment.doctor()
+    assert problems_of(result) == []
+    assert [line.split() for line in result.stdout.splitlines()[2:5]] == [
+        ["torch", "2.13.0", "CPU", "ok"],
+        ["fbgemm-gpu-cpu", "1.8.0", "CPU", "ok"],
+        ["torchrec", "1.8.0", "ok"],
+    ]
+    assert result.stdout.endswith("OK: torch 2.13.0, fbgemm-gpu-cpu 1.8.0 and torchrec 1.8.0 fit together (tested).\n")
+
+
+def test_newer_trio_that_fits_by_its_numbers(environment: Environment) -> None:
+    environment.place("torch", "2.15.1", torch=TORCH)
+    environment.place("fbgemm-gpu", "1.10.0", fbgemm_gpu="")
+    environment.place("torchrec", "1.10.2", torchrec="")
+    result = environment.doctor()
+    assert problems_of(result) == []
+    assert result.stdout.endswith("fit together (by their numbers; this trio is not tested).\n")
+
+
+def test_fbgemm_of_another_torch(environment: Environment) -> None:
+    environment.place("torch", "2.13.0+cpu", torch=TORCH)
+    environment.place("fbgemm-gpu-cpu", "1.9.0", fbgemm_gpu=UNDEFINED)
+    environment.place("torchrec", "1.8.0", torchrec="")
+    result = environment.doctor()
+    assert problems_of(result) == [
+        "torch 2.13.0+cpu, fbgemm-gpu-cpu 1.9.0 and torchrec 1.8.0 do not fit together. "
+        "Run: pip install fbgemm-gpu-cpu==1.8.0"
+    ]
+    assert re.search(r"^fbgemm-gpu-cpu +1\.9\.0 +CPU +FAILED$", result.stdout, re.MULTILINE)
+    assert re.search(r"^torchrec +1\.8\.0 +not tried$", result.stdout, re.MULTILINE)
+
+
+def test_torchrec_of_another_fbgemm(environment: Environment) -> None:
+    environment.place("torch", "2.14.1+cpu", torch=TORCH)
+    environment.place("fbgemm-gpu-cpu", "1.9.0", fbgemm_gpu="")
+    environment.place("torchrec", "1.8.0", torchrec="")
+    assert problems_of(environment.doctor()) == [
+        "torch 2.14.1+cpu, fbgemm-gpu-cpu 1.9.0 and torchrec 1.8.0 do not fit together. "
+        "Run: pip install --no-deps torchrec==1.9.2"
+    ]
+
+
+def test_both_fbgemm_distributions(environment: Environment) -> None:
+    environment.place_fitting()
+    environment.place("fbgemm-gpu", "1.8.0")
+    assert problems_of(environment.doctor()) == [
+        "fbgemm-gpu 1.8.0 and fbgemm-gpu-cpu 1.8.0 are both installed, and overwrite each other's files. "
+        "Run: pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && pip install fbgemm-gpu-cpu==1.8.0"
+    ]
+
+
+def test_cuda_fbgemm_beside_cpu_torch(environment: Environment) -> None:
+    environment.place("torch", "2.13.0+cpu", torch=TORCH)
+    environment.place("fbgemm-gpu", "1.8.0", fbgemm_gpu=UNDEFINED)
+    environment.place("torchrec", "1.8.0", torchrec="")
+    assert problems_of(environment.doctor()) == [
+        "fbgemm-gpu 1.8.0 is built for CUDA, and torch 2.13.0+cpu without. "
+        "Run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0"
+    ]
+
+
+REINSTALL = "pip install --force-reinstall --no-deps"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        pytest.param(
+            UNDEFINED,
+            "fbgemm_gpu was built for another build of PyTorch than torch 2.13.0 (/site/fbgemm_gpu_py.so: undefined "
+            f"symbol: _ZN3c104impl12PyObjectSlotC1Ev). Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
+            id="undefined-symbol",
+        ),
+        pytest.param(
+            "import ctypes; ctypes.CDLL('libcudart.so.99')",
+            "fbgemm-gpu needs CUDA's libcudart.so.99, which is not on this machine. For a machine without a GPU "
+            "run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0",
+            id="missing-cuda-library",
+        ),
+        pytest.param(
+            "import ctypes; ctypes.CDLL('libgone.so.1')",
+            "fbgemm_gpu needs the shared library libgone.so.1, which is not on this machine: install the system "
+            "package that has it (libgomp.so.1: apt-get install libgomp1).",
+            id="missing-system-library",
+        ),
+        pytest.param(
+            "import torch; del torch.ops.fbgemm.asynchronous_complete_cumsum",
+            "fbgemm_gpu imports, but its operators did not load (type object '_Operators' has no attribute "
+            f"'asynchronous_complete_cumsum'). Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
+            id="operators-not-loaded",
+        ),
+        pytest.param(
+            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            "importing fbgemm_gpu killed Python (SIGSEGV), as libraries of different builds do. "
+            f"Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
+            id="crash",
+        ),
+        pytest.param(
+            "raise RuntimeError('operator torchvision::nms does not exist\\nlong story')",
+            "importing fbgemm_gpu raised RuntimeError: operator torchvision::nms does not exist. "
+            f"To install it anew, run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
+            id="other-error",
+        ),
+    ],
+)
+def test_import_that_fails_though_versions_fit(environment: Environment, source: str, problem: str) -> None:
+    environment.place_fitting("fbgemm-gpu", fbgemm_source=source)
+    assert problems_of(environment.doctor()) == [problem]
+
+
+def test_torch_itself_is_reinstalled_with_its_libraries(environment: Environment) -> None:
+    environment.place("torch", "2.13.0+cpu", torch="import ctypes; ctypes.CDLL('libtorch_cpu.so')")
+    environment.place("fbgemm-gpu-cpu", "1.8.0", fbgemm_gpu="")
+    environment.place("torchrec", "1.8.0", torchrec="")
+    assert problems_of(environment.doctor()) == [
+        "torch lacks libtorch_cpu.so, a part of the stack itself. Run: pip install --force-reinstall torch==2.13.0"
+    ]
+
+
+@pytest.mark.parametrize(("module", "package"), [*TORCHREC_NEEDS.items(), ("typing_inspect", "typing-inspect")])
+def test_torchrec_without_its_requirements(environment: Environment, module: str, package: str) -> None:
+    environment.place_fitting(torchrec_source=f"import {module}.part")
+    assert problems_of(environment.doctor()) == [
+        f"torchrec needs the module {module}, which is not installed. Run: pip install {package}"
+    ]
+
+
+def test_files_of_an_installed_distribution_are_gone(environment: Environment) -> None:
+    environment.place("torch", "2.13.0+cpu", torch=TORCH)
+    environment.place("fbgemm-gpu-cpu", "1.8.0")
+    environment.place("torchrec", "1.8.0", torchrec="")
+    assert problems_of(environment.doctor()) == [
+        "fbgemm_gpu is listed as installed, but its files are not there. "
+        f"Run: {REINSTALL} fbgemm-gpu-cpu==1.8.0 && {REINSTALL} torchrec==1.8.0"
+    ]
+
+
+def _run_pip(stack: Stack, command: str) -> Stack:
+    """What the stack is after one ``pip`` command, as far as FBGEMM, torch and TorchRec go."""
+    _, action, *arguments = shlex.split(command)
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    if action == "uninstall":
+        return replace(stack, fbgemm={name: version for name, version in stack.fbgemm.items() if name not in names})
+    for requirement in names:
+        name, _, version = requirement.partition("==")
+        version = version.replace("*", "0")
+        if name in ("torch", "torchrec"):
+            stack = replace(stack, **{name: version})
+        elif name.startswith("fbgemm"):
+            stack = replace(stack, fbgemm={**stack.fbgemm, name: version})
+    if any(name.startswith("torchrec==") for name in names) and "--no-deps" not in arguments:
+        stack = replace(stack, fbgemm={"fbgemm-gpu": "newest", **stack.fbgemm})
+    return stack
+
+
+@pytest.mark.parametrize("build", ["CPU", "CUDA 13.0"])
+def test_advice_leads_to_a_stack_that_fits(build: str) -> None:
+    """Whatever is installed, what is left after running the advised commands has no version problem."""
+    old_to_new = [None, "1.7.0", "1.8.0", "1.9.0", "1.10.0"]
+    fbgemms = [
+        {name: version for name, version in zip(("fbgemm-gpu", "fbgemm-gpu-cpu"), pair, strict=True) if version}
+        for pair in itertools.product(old_to_new, repeat=2)
+    ]
+    fitting = 0
+    for torch, fbgemm, torchrec in itertools.product(
+        [None, "2.12.1", "2.13.0", "2.14.1", "2.15.0"], fbgemms, old_to_new
+    ):
+        before = after = Stack(torch, build if torch else "", fbgemm, torchrec)
+        problem = version_problem(before)
+        if problem is None:
+            fitting += 1
+            continue
+        for command in problem.partition("Run: ")[2].split(" && "):
+            after = _run_pip(after, command)
+        assert version_problem(after) is None, (before, problem)
+        if torch in [trio.torch for trio in TESTED]:
+            assert after.torch == torch
+    # Four trios fit by their numbers, with either FBGEMM under a CUDA torch and with the CPU one under a CPU torch.
+    assert fitting == (4 if build == "CPU" else 8)
+
+
+def test_help_is_instant() -> None:
+    code = "import sys, torchrec_qr.cli; print(sorted({'torch', 'torchrec', 'numpy', 'fbgemm_gpu'} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+        == "[]\n"
+    )
+
+
+def test_command_is_required() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "torchrec_qr.cli"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 2
+    assert result.stderr.endswith("the following arguments are required: COMMAND\n")

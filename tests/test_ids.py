@@ -1,0 +1,123 @@
+"""The range check, and the deferred form that it takes where the host must not wait for the device."""
+
+import pytest
+import torch
+from torchrec import KeyedJaggedTensor
+
+from batches import batch
+from torchrec_qr.ids import DeferredChecks, IdSpace, bags_of, bounded_ids, raise_pending
+
+
+class Flag:
+    """An arrival set by hand; waiting for it sets it, as waiting for a device does."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    def query(self) -> bool:
+        return self.arrived
+
+    def synchronize(self) -> None:
+        self.arrived = True
+
+
+def space(policy: str = "error", num_ids: int = 10, table: str = "t") -> IdSpace:
+    return IdSpace(table, f"f_{table}", num_ids, policy)
+
+
+def test_policies_by_value() -> None:
+    ids = torch.tensor([-21, -1, 0, 9, 10, 2**62])
+    assert bounded_ids(ids, space("clamp")).tolist() == [0, 0, 0, 9, 9, 9]
+    assert bounded_ids(ids, space("wrap")).tolist() == [9, 9, 0, 9, 0, 2**62 % 10]
+    assert bounded_ids(ids, space("unchecked")).tolist() == ids.tolist()
+    assert bounded_ids(ids[2:4], space("error")).tolist() == [0, 9]
+    with pytest.raises(IndexError, match=r"id -21 is outside \[0, 10\)"):
+        bounded_ids(ids, space("error"))
+    with pytest.raises(IndexError, match=rf"id {2**62} is outside \[0, 10\)"):
+        bounded_ids(ids[2:], space("error"))
+
+
+@pytest.mark.parametrize("policy", ["error", "clamp", "wrap", "unchecked"])
+def test_int32_ids_become_int64_and_no_ids_are_no_error(policy: str) -> None:
+    out = bounded_ids(torch.tensor([3], dtype=torch.int32), space(policy, num_ids=2**40))
+    assert (out.dtype, out.tolist()) == (torch.int64, [3])
+    assert bounded_ids(torch.empty(0, dtype=torch.int64), space(policy)).tolist() == []
+
+
+def test_the_given_ids_stay_as_they_are() -> None:
+    ids = torch.tensor([-1, 10])
+    for policy in ("clamp", "wrap"):
+        bounded_ids(ids, space(policy))
+    assert ids.tolist() == [-1, 10]
+
+
+def test_bags_are_read_per_id_space_in_its_order() -> None:
+    kjt = batch({"f_a": [[1, 2], [3]], "f_b": [[], [4]]}, torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    b, a = bags_of(kjt, [space(table="b"), space(table="a")], weighted=True)
+    assert (a.ids.tolist(), a.offsets.tolist(), a.lengths.tolist()) == ([1, 2, 3], [0, 2, 3], [2, 1])
+    assert (b.ids.tolist(), b.offsets.tolist(), b.lengths.tolist()) == ([4], [0, 0, 1], [0, 1])
+    assert a.weights is not None
+    assert a.weights.tolist() == [0.5, 1.0, 2.0]
+    assert bags_of(kjt, [space(table="a")], weighted=False)[0].weights is None
+
+
+def test_a_batch_without_samples() -> None:
+    kjt = KeyedJaggedTensor(["f_t"], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64))
+    (bags,) = bags_of(kjt, [space()], weighted=False)
+    assert (bags.ids.tolist(), bags.offsets.tolist(), bags.lengths.tolist()) == ([], [0], [])
+
+
+def test_nothing_is_pending_on_the_cpu() -> None:
+    raise_pending()
+    with pytest.raises(IndexError, match="id 10"):
+        bounded_ids(torch.tensor([10]), space())
+    raise_pending()
+    raise_pending(wait=False)
+
+
+def test_deferred_checks_raise_once_they_have_arrived() -> None:
+    checks, flag = DeferredChecks(), Flag()
+    extremes = torch.zeros(2, dtype=torch.int64)
+    checks.add(space(), extremes, flag)
+    checks.raise_failed(wait=False)  # not arrived: not looked at
+    assert len(checks) == 1
+    extremes.copy_(torch.tensor([0, 10]))
+    flag.arrived = True
+    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id 10 is outside \[0, 10\)"):
+        checks.raise_failed(wait=False)
+    checks.raise_failed(wait=True)  # raised once
+    assert len(checks) == 0
+
+
+def test_deferred_checks_wait_where_asked() -> None:
+    checks, flag = DeferredChecks(), Flag()
+    checks.add(space(), torch.tensor([-3, 2]), flag)
+    with pytest.raises(IndexError, match="id -3"):
+        checks.raise_failed(wait=True)
+    assert flag.arrived
+
+
+def test_deferred_checks_go_oldest_first_and_keep_those_behind_a_failure() -> None:
+    checks, flags = DeferredChecks(), [Flag() for _ in range(4)]
+    for flag, table, largest in zip(flags, "abcd", (9, 10, 9, 11), strict=True):
+        checks.add(space(table=table), torch.tensor([0, largest]), flag)
+    flags[1].arrived = True
+    checks.raise_failed(wait=False)  # the oldest has not arrived
+    assert len(checks) == 4
+    flags[0].arrived = True
+    with pytest.raises(IndexError, match="table 'b'"):
+        checks.raise_failed(wait=False)
+    assert len(checks) == 2
+    with pytest.raises(IndexError, match="table 'd'"):
+        checks.raise_failed(wait=True)
+    assert len(checks) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_an_error_surfaces_at_the_next_synchronisation_and_ids_are_clamped_until_then() -> None:
+    ids = torch.tensor([-1, 3, 10], device="cuda")
+    assert bounded_ids(ids, space()).tolist() == [0, 3, 9]
+    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id -1 is outside \[0, 10\)"):
+        raise_pending()
+    assert bounded_ids(ids[1:2], space()).tolist() == [3]
+    raise_pending()

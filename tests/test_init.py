@@ -1,0 +1,298 @@
+"""Initial values: the composed embedding has the moments of the full table, 0 and 1/(3S)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType
+
+from batches import batch
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
+    FeatureGenerationEmbeddingBagCollection,
+    HashPartition,
+    MixedRadix,
+    Partitions,
+    QuotientRemainder,
+)
+from torchrec_qr.init import init_partition
+from torchrec_qr.modules.table import CompositionalTable
+
+SEEDS = 64
+
+
+def config(partitions: Partitions, **fields: Any) -> CompositionalEmbeddingBagConfig:
+    return CompositionalEmbeddingBagConfig(
+        **{"name": "t", "feature_names": ["f"], "embedding_dim": 8}
+        | fields
+        | {"num_embeddings": partitions.num_ids, "partitions": partitions}
+    )
+
+
+class Moments:
+    """Mean and second moment of all tensors added."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor) -> None:
+        values = values.detach().double()
+        self.n += values.numel()
+        self.total += float(values.sum())
+        self.squares += float(values.square().sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.n
+
+    @property
+    def variance(self) -> float:
+        return self.squares / self.n - self.mean**2
+
+
+def sampled(table_config: CompositionalEmbeddingBagConfig, ids: Tensor) -> tuple[Moments, list[Moments]]:
+    """Over `SEEDS` draws: moments of the embeddings of ``ids``, through the module's lookup, and of each partition."""
+    table = CompositionalTable(table_config, torch.device("cpu"))
+    composed, parts = Moments(), [Moments() for _ in table.weights()]
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        table.init_weights()
+        with torch.no_grad():
+            composed.add(table.embed(ids))
+        for moments, weight in zip(parts, table.weights(), strict=True):
+            moments.add(weight)
+    return composed, parts
+
+
+def ids_of(num_ids: int, count: int) -> Tensor:
+    return torch.randint(num_ids, (count,), generator=torch.Generator().manual_seed(0))
+
+
+SHAPES = {
+    "S=1e4, K=2, balanced": (QuotientRemainder.balanced(10_000), 32),
+    "S=1e4, K=3, balanced": (MixedRadix.balanced(10_000, 3), 64),
+    "S=1e5, K=2, 4x": (QuotientRemainder.for_compression(100_000, 4.0), 8),
+    "S=1e6, K=2, balanced, adjacent": (QuotientRemainder.balanced(1_000_000, grouping="adjacent"), 8),
+    "S=1e6, K=3, balanced": (MixedRadix.balanced(1_000_000, 3), 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "data_type"),
+    [(s, DataType.FP32) for s in SHAPES]
+    + [(s, DataType.BF16) for s in ("S=1e4, K=2, balanced", "S=1e6, K=3, balanced")],
+)
+@pytest.mark.parametrize("init", ["identity", "balanced"])
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+def test_composed_moments_are_those_of_the_full_table(
+    shape: str, operation: str, init: str, data_type: DataType
+) -> None:
+    partitions, dim = SHAPES[shape]
+    table = config(partitions, embedding_dim=dim, operation=operation, init=init, data_type=data_type)
+    variance = 1 / (3 * partitions.num_ids)
+    composed, parts = sampled(table, ids_of(partitions.num_ids, 2048))
+    assert composed.variance == pytest.approx(variance, rel=0.05)
+
+    # Independent draws behind the composed mean: those of the partition with fewest rows that carries the variance.
+    all_carry = init == "balanced" or operation == "concat"
+    rows = min(partitions.sizes) if all_carry else partitions.sizes[partitions.main]
+    columns = min(table.partition_columns)
+    assert abs(composed.mean) < 3 * math.sqrt(variance / (min(rows, 2048) * columns * SEEDS))
+
+    for j, part in enumerate(parts):
+        mean, expected = expected_moments(operation, init, j == partitions.main, partitions.num_partitions, variance)
+        assert part.variance == pytest.approx(expected, rel=0.05), f"partition {j}"
+        assert abs(part.mean - mean) < 3 * math.sqrt(expected / part.n), f"partition {j}"
+
+
+def expected_moments(operation: str, init: str, main: bool, k: int, variance: float) -> tuple[float, float]:
+    """Mean and variance of a partition's entries, from the design's table."""
+    if operation == "concat" or (init == "identity" and main):
+        return 0, variance
+    if init == "balanced":
+        return 0, variance ** (1 / k) if operation == "mult" else variance / k
+    return (1, 1e-4) if operation == "mult" else (0, 1e-4 * variance)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "hidden", "activation", "data_type"),
+    [
+        (QuotientRemainder.balanced(10_000), None, "relu", DataType.FP32),
+        (QuotientRemainder.balanced(10_000), 8, "relu", DataType.FP32),
+        (QuotientRemainder.balanced(10_000), 8, "tanh", DataType.FP32),
+        (QuotientRemainder.balanced(10_000), 1, "relu", DataType.BF16),
+        (MixedRadix.balanced(10_000, 3), None, "relu", DataType.BF16),
+        (MixedRadix.balanced(10_000, 3), 8, "relu", DataType.FP32),
+    ],
+)
+def test_path_has_the_moments_of_the_full_table(
+    partitions: Partitions, hidden: int | None, activation: str, data_type: DataType
+) -> None:
+    table = config(partitions, operation="path", path_hidden=hidden, path_activation=activation, data_type=data_type)
+    variance = 1 / 30_000
+    composed, parts = sampled(table, ids_of(10_000, 256))
+    assert composed.variance == pytest.approx(variance, rel=0.1)
+    assert abs(composed.mean) < 3 * math.sqrt(variance / (min(partitions.sizes) * 8 * SEEDS))
+    assert parts[0].variance == pytest.approx(variance, rel=0.05)
+
+
+def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
+    dim, hidden = 8, 16
+    table = CompositionalTable(
+        config(QuotientRemainder.balanced(10_000), operation="path", path_hidden=hidden), torch.device("cpu")
+    )
+    torch.manual_seed(0)
+    table.init_weights()
+    first_layer = table.weights()[1].detach()[:, : hidden * dim + hidden]
+    bound = 1 / math.sqrt(dim)  # nn.Linear: weight and bias alike
+    assert 0.999 * bound < float(first_layer.abs().max()) <= bound
+    assert float(first_layer.var()) == pytest.approx(bound**2 / 3, rel=0.05)
+
+
+def test_hashing_starts_as_the_full_table_in_both_modes() -> None:
+    for init in ("identity", "balanced"):
+        composed, _ = sampled(config(HashPartition(10_000, 100), init=init), ids_of(10_000, 512))
+        assert composed.variance == pytest.approx(1 / 30_000, rel=0.05)
+
+
+def test_ids_of_one_main_row_start_nearly_alike_under_identity() -> None:
+    torch.manual_seed(0)
+    table = CompositionalTable(config(QuotientRemainder(10_000, 4)), torch.device("cpu"))
+    table.init_weights()
+    rows = table.embed(torch.tensor([7, 2507, 5007]))  # 2500 main rows
+    assert not torch.equal(rows[0], rows[1])
+    torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1), rtol=0.1, atol=0)
+
+
+ALL = [
+    {"operation": "mult"},
+    {"operation": "mult", "init": "balanced"},
+    {"operation": "add"},
+    {"operation": "concat"},
+    {"operation": "path"},
+    {"operation": "path", "path_hidden": 4},
+]
+
+
+def values(module: torch.nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("fields", ALL, ids=str)
+def test_a_seed_gives_the_same_values_however_the_module_is_built(fields: dict[str, Any]) -> None:
+    def tables() -> list[EmbeddingBagConfig]:
+        plain = EmbeddingBagConfig(name="plain", num_embeddings=9, embedding_dim=4, feature_names=["g"])
+        return [config(QuotientRemainder(1000, 30), **fields), plain]
+
+    torch.manual_seed(7)
+    built = CompositionalEmbeddingBagCollection(tables=tables())
+    expected = values(built)
+
+    torch.manual_seed(7)
+    assert all(map(torch.equal, values(CompositionalEmbeddingBagCollection(tables=tables())), expected))
+
+    torch.manual_seed(7)
+    built.reset_parameters()
+    assert all(map(torch.equal, values(built), expected))
+
+    torch.manual_seed(8)
+    built.reset_parameters()
+    assert not any(map(torch.equal, values(built), expected))
+
+    meta = CompositionalEmbeddingBagCollection(tables=tables(), device=torch.device("meta"))
+    meta.to_empty(device="cpu")
+    torch.manual_seed(7)
+    meta.reset_parameters()
+    assert all(map(torch.equal, values(meta), expected))
+
+
+@pytest.mark.parametrize("fields", ALL, ids=str)
+def test_sequences_start_as_bags_do(fields: dict[str, Any]) -> None:
+    partitions = QuotientRemainder(1000, 30)
+    torch.manual_seed(7)
+    bags = CompositionalEmbeddingBagCollection(tables=[config(partitions, **fields)])
+    torch.manual_seed(7)
+    sequences = CompositionalEmbeddingCollection(
+        tables=[
+            CompositionalEmbeddingConfig(
+                name="t", feature_names=["f"], num_embeddings=1000, embedding_dim=8, partitions=partitions, **fields
+            )
+        ]
+    )
+    assert all(map(torch.equal, values(sequences), values(bags)))
+
+
+def test_one_init_fn_fills_all_partitions_and_a_list_one_each() -> None:
+    same = CompositionalEmbeddingBagCollection(tables=[config(QuotientRemainder(100, 7), init_fn=torch.nn.init.ones_)])
+    assert [w.unique().tolist() for w in values(same)] == [[1.0], [1.0]]
+
+    def halves(w: Tensor) -> Tensor:
+        return torch.nn.init.constant_(w, 0.5)
+
+    def threes(w: Tensor) -> None:
+        torch.nn.init.constant_(w, 3.0)
+
+    each = CompositionalEmbeddingBagCollection(tables=[config(QuotientRemainder(100, 7), init_fn=[halves, threes])])
+    assert [w.unique().tolist() for w in values(each)] == [[0.5], [3.0]]
+    assert each(batch({"f": [[0, 99]]}))["f"].tolist() == [[3.0] * 8]
+
+
+@pytest.mark.parametrize("operation", ["mult", "add", "concat", "path"])
+def test_weight_init_bounds_replace_the_full_tables(operation: str) -> None:
+    partitions = QuotientRemainder.balanced(10_000)
+    table = config(partitions, operation=operation, weight_init_min=0.5, weight_init_max=2.0)
+    torch.manual_seed(0)
+    weights = values(CompositionalEmbeddingBagCollection(tables=[table]))
+    for j in (0, 1) if operation == "concat" else (0,):
+        low, high = float(weights[j].min()), float(weights[j].max())
+        assert 0.5 <= low < 0.55
+        assert 1.95 < high <= 2.0
+
+
+def test_weight_init_bounds_scale_the_balanced_mode() -> None:
+    partitions = QuotientRemainder.balanced(10_000)
+    for operation in ("mult", "add"):
+        table = config(
+            partitions,
+            operation=operation,
+            init="balanced",
+            weight_init_min=-0.3,
+            weight_init_max=0.3,
+            embedding_dim=32,
+        )
+        composed, _ = sampled(table, ids_of(10_000, 1024))
+        assert composed.variance == pytest.approx(0.03, rel=0.05)
+
+
+def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
+    for data_type, dtype in ((DataType.FP16, torch.float16), (DataType.BF16, torch.bfloat16)):
+        torch.manual_seed(0)
+        table = CompositionalTable(config(QuotientRemainder(10_000, 100), data_type=data_type), torch.device("cpu"))
+        table.init_weights()
+        main, other = table.weights()
+        assert (main.dtype, other.dtype) == (dtype, torch.float32)
+        # 1 + N(0, .01²) has a few dozen values in bf16.
+        assert other.unique().numel() > 0.9 * other.numel()
+
+
+def test_rows_beyond_one_chunk_are_drawn_too() -> None:
+    table = config(QuotientRemainder(1_300_000, 1), embedding_dim=4)
+    weight = torch.full((1_300_000, 4), math.nan)
+    init_partition(table, 0, weight)
+    bound = 1 / math.sqrt(1_300_000)
+    assert float(weight.abs().max()) <= bound  # NaN compares false
+    assert float(weight[-100_000:].double().var()) == pytest.approx(bound**2 / 3, rel=0.05)
+
+
+def test_generated_features_start_as_plain_tables_of_their_rows() -> None:
+    partitions = QuotientRemainder(10_000, 40)
+    torch.manual_seed(0)
+    ebc = FeatureGenerationEmbeddingBagCollection(tables=[config(partitions, embedding_dim=256)])
+    for rows, weight in zip(partitions.sizes, ebc.parameters(), strict=True):
+        assert float(weight.detach().double().square().mean()) == pytest.approx(1 / (3 * rows), rel=0.05)

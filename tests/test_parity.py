@@ -1,0 +1,192 @@
+"""Collections against the float64 oracle: outputs and every gradient."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import PoolingType
+
+import oracle
+from cases import Kind, assert_agrees, configs, kind_of, oracle_of, randomize
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingCollection,
+    FeatureGenerationEmbeddingBagCollection,
+)
+
+BAGS = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=4)
+
+
+def batch(per_feature: dict[str, list[list[int]]], weights: torch.Tensor | None = None) -> KeyedJaggedTensor:
+    flat = [x for bags in per_feature.values() for bag in bags for x in bag]
+    lengths = [len(bag) for bags in per_feature.values() for bag in bags]
+    return KeyedJaggedTensor(
+        keys=list(per_feature),
+        values=torch.tensor(flat, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        weights=weights,
+    )
+
+
+def per_bag(flat: torch.Tensor, bags: list[list[int]]) -> list[torch.Tensor]:
+    return list(flat.split([len(bag) for bag in bags]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=configs(), bags=BAGS, weighted=st.booleans(), int32=st.booleans(), seed=st.integers(0, 1000))
+def test_pooled_table_agrees_with_oracle(
+    case: tuple[Any, Kind], bags: list[list[int]], weighted: bool, int32: bool, seed: int
+) -> None:
+    config, kind = case
+    ebc = CompositionalEmbeddingBagCollection(tables=[config], is_weighted=weighted)
+    randomize(ebc, seed)
+    n = sum(len(bag) for bag in bags)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.empty(n).uniform_(0.5, 2, generator=generator).requires_grad_() if weighted else None
+    kjt = batch({"f_t": bags}, weights)
+    if int32:
+        kjt = KeyedJaggedTensor(["f_t"], kjt.values().int(), weights=weights, lengths=kjt.lengths())
+    out = ebc(kjt)["f_t"]
+
+    table = oracle_of(config, kind, ebc.embedding_bags["t"])
+    exact_weights = weights.detach().double().requires_grad_() if weights is not None else None
+    expected = table.pool(bags, None if exact_weights is None else per_bag(exact_weights, bags))
+    assert out.dtype == torch.float32
+    assert_agrees(out, expected.detach(), config.data_type, "output")
+
+    grad = torch.empty(out.shape).uniform_(0.5, 2, generator=generator)
+    out.backward(grad)
+    if expected.requires_grad:
+        expected.backward(grad.double())
+    for j, (w, exact) in enumerate(zip(ebc.embedding_bags["t"].weights(), table.weights, strict=True)):
+        expected_grad = torch.zeros_like(exact) if exact.grad is None else exact.grad
+        assert_agrees(w.grad, expected_grad, config.data_type, f"gradient of partition {j}")
+    if weights is not None and exact_weights is not None and n:
+        assert_agrees(weights.grad, exact_weights.grad, config.data_type, "gradient of the input weights")
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=configs(pooled=False), bags=BAGS, seed=st.integers(0, 1000))
+def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: list[list[int]], seed: int) -> None:
+    config, kind = case
+    ec = CompositionalEmbeddingCollection(tables=[config], need_indices=True)
+    randomize(ec, seed)
+    out = ec(batch({"f_t": bags}))["f_t"]
+    flat = [x for bag in bags for x in bag]
+    assert out.lengths().tolist() == [len(bag) for bag in bags]
+    assert out.weights().tolist() == flat
+    table = oracle_of(config, kind, ec.embeddings["t"])
+    expected = torch.stack([table.embed(x) for x in flat]) if flat else torch.zeros(0, config.embedding_dim).double()
+    assert_agrees(out.values(), expected.detach(), config.data_type, "output")
+    grad = torch.empty(expected.shape).uniform_(0.5, 2, generator=torch.Generator().manual_seed(seed))
+    out.values().backward(grad)
+    if flat:
+        expected.backward(grad.double())
+    for j, (w, exact) in enumerate(zip(ec.embeddings["t"].weights(), table.weights, strict=True)):
+        expected_grad = torch.zeros_like(exact) if exact.grad is None else exact.grad
+        assert_agrees(w.grad, expected_grad, config.data_type, f"gradient of partition {j}")
+
+
+def mixed_tables() -> tuple[list[EmbeddingBagConfig], dict[str, Kind]]:
+    """Plain and compositional tables in order, of different D; f0 is in two tables, t_qr has two features."""
+    qr, crt = kind_of("strided", 2), kind_of("chinese_remainder", 3)
+    return [
+        EmbeddingBagConfig(name="plain", num_embeddings=100, embedding_dim=6, feature_names=["f0", "f1"]),
+        CompositionalEmbeddingBagConfig(
+            name="t_qr", num_embeddings=100, embedding_dim=8, feature_names=["f2", "f0"], partitions=qr.partitions
+        ),
+        EmbeddingBagConfig(
+            name="plain_mean", num_embeddings=100, embedding_dim=4, feature_names=["f3"], pooling=PoolingType.MEAN
+        ),
+        CompositionalEmbeddingBagConfig(
+            name="t_crt",
+            num_embeddings=100,
+            embedding_dim=16,
+            feature_names=["f1"],
+            partitions=crt.partitions,
+            operation="concat",
+            partition_dims=[8, 4, 4],
+            pooling=PoolingType.MEAN,
+        ),
+    ], {"t_qr": qr, "t_crt": crt}
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), weighted=st.booleans())
+def test_mixed_collection_agrees_with_oracle(data: st.DataObject, weighted: bool) -> None:
+    tables, kinds = mixed_tables()
+    ebc = CompositionalEmbeddingBagCollection(tables=tables, is_weighted=weighted)
+    randomize(ebc, 0)
+    size = data.draw(st.integers(0, 4))
+    bags = {
+        f: [data.draw(st.lists(st.integers(0, 99), max_size=4)) for _ in range(size)] for f in ("f3", "f2", "f1", "f0")
+    }
+    flat = torch.rand(sum(len(b) for f in bags.values() for b in f)) + 0.5
+    kjt = batch(bags, flat)  # unweighted collections ignore the weights
+    out = ebc(kjt)
+    assert out.keys() == ["f0@plain", "f1@plain", "f2", "f0@t_qr", "f3", "f1@t_crt"]
+    assert out.length_per_key() == [6, 6, 8, 8, 4, 16]
+    by_feature = dict(zip(bags, flat.double().split([sum(map(len, b)) for b in bags.values()]), strict=True))
+    for config in tables:
+        module = ebc.embedding_bags[config.name]
+        if config.name in kinds:
+            table = oracle_of(config, kinds[config.name], module)
+        else:
+            pooling = "mean" if config.pooling == PoolingType.MEAN else "sum"
+            table = oracle.OracleTable(lambda x: (x,), [module.weight.detach().double()], "add", pooling)
+        for feature in config.feature_names:
+            weights = per_bag(by_feature[feature], bags[feature]) if weighted else None
+            name = feature if feature in out.keys() else f"{feature}@{config.name}"
+            assert_agrees(out[name], table.pool(bags[feature], weights).detach(), config.data_type, name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(bags=BAGS)
+def test_feature_generation_keeps_partitions_apart(bags: list[list[int]]) -> None:
+    tables, kinds = mixed_tables()
+    tables[3] = CompositionalEmbeddingBagConfig(
+        name="t_crt",
+        num_embeddings=100,
+        embedding_dim=8,
+        feature_names=["f1"],
+        partitions=kinds["t_crt"].partitions,
+        pooling=PoolingType.MEAN,
+    )
+    ebc = FeatureGenerationEmbeddingBagCollection(tables=tables)
+    out = ebc(batch({f"f{i}": bags for i in range(4)}))
+    assert out.keys() == [
+        *("f0@plain", "f1@plain", "f2.partition_0", "f2.partition_1", "f0@t_qr.partition_0", "f0@t_qr.partition_1"),
+        *("f3", "f1@t_crt.partition_0", "f1@t_crt.partition_1", "f1@t_crt.partition_2"),
+    ]
+    for name, feature, pooling in (("t_qr", "f2", "sum"), ("t_crt", "f1@t_crt", "mean")):
+        for j, w in enumerate(ebc.embedding_bags[name].weights()):
+            rows_of = kinds[name].rows_of
+            table = oracle.OracleTable(
+                lambda x, j=j, rows_of=rows_of: (rows_of(x)[j],), [w.detach().double()], "add", pooling
+            )
+            assert_agrees(out[f"{feature}.partition_{j}"], table.pool(bags).detach(), tables[1].data_type, name)
+
+
+def test_sequences_of_mixed_tables_of_different_dims() -> None:
+    qr = kind_of("adjacent", 2)
+    from torchrec_qr import CompositionalEmbeddingConfig
+
+    ec = CompositionalEmbeddingCollection(
+        tables=[
+            EmbeddingConfig(name="plain", num_embeddings=100, embedding_dim=4, feature_names=["f0"]),
+            CompositionalEmbeddingConfig(
+                name="t", num_embeddings=100, embedding_dim=8, feature_names=["f1", "f0"], partitions=qr.partitions
+            ),
+        ]
+    )
+    randomize(ec, 3)
+    out = ec(batch({"f0": [[5, 99], []], "f1": [[1], [0, 1]]}))
+    assert list(out) == ["f0@plain", "f1", "f0@t"]
+    assert torch.equal(out["f0@plain"].values(), ec.embeddings["plain"].weight[[5, 99]])
+    w0, w1 = ec.embeddings["t"].weights()
+    assert torch.equal(out["f0@t"].values(), w0[[0, 14]] * w1[[5, 1]])
+    assert torch.equal(out["f1"].values(), w0[[0, 0, 0]] * w1[[1, 0, 1]])
+    assert out["f1"].lengths().tolist() == [1, 2]

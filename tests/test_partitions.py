@@ -1,0 +1,354 @@
+"""What rows each kind of partitions selects, that the arithmetic is exact, and that no two ids share all rows."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torchrec_qr.partitions import (
+    ChineseRemainder,
+    ClosedForm,
+    ExplicitPartitions,
+    HashPartition,
+    MixedRadix,
+    Partitions,
+    QuotientRemainder,
+)
+
+GROUPINGS = ("strided", "adjacent")
+# Either side of where float32 loses integers, where int32 ends, and where the supported ids end.
+EDGES = (2**24, 2**31, 2**40 - 1)
+PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
+
+
+def one_of_each_kind() -> list[Partitions]:
+    return [
+        QuotientRemainder(5, 2),
+        QuotientRemainder(5, 2, "adjacent"),
+        MixedRadix(5, [2, 2, 2]),
+        ChineseRemainder(5, [3, 2]),
+        HashPartition(5, 3),
+        ExplicitPartitions(PAPER_EXAMPLE),
+    ]
+
+
+KINDS = [pytest.param(partitions, id=repr(partitions)) for partitions in one_of_each_kind()]
+
+num_ids_near_edges = st.one_of(
+    *(st.integers(edge - 1000, min(edge + 1000, 2**40)) for edge in EDGES), st.integers(1, 2**40)
+)
+
+
+@st.composite
+def num_ids_and_ids(draw: st.DrawFn) -> tuple[int, list[int]]:
+    num_ids = draw(num_ids_near_edges)
+    anywhere = st.integers(0, num_ids - 1)
+    near_end = st.integers(max(0, num_ids - 100), num_ids - 1)
+    return num_ids, [0, num_ids - 1, *draw(st.lists(st.one_of(anywhere, near_end), max_size=20))]
+
+
+def rows(partitions: Partitions, ids: list[int]) -> list[tuple[int, ...]]:
+    int64 = partitions.rows(torch.tensor(ids, dtype=torch.int64))
+    assert int64.dtype == torch.int64
+    small = torch.tensor([x for x in ids if x < 2**31], dtype=torch.int32)
+    assert torch.equal(partitions.rows(small), int64[torch.tensor(ids) < 2**31])
+    return [tuple(row) for row in int64.tolist()]
+
+
+def all_unique(partitions: ClosedForm) -> bool:
+    """By exhaustion: every row in its table, and no two ids with the same rows."""
+    codes = torch.zeros(1, dtype=torch.int64)
+    for row, size in zip(partitions.class_rows(torch.arange(partitions.num_ids)), partitions.sizes, strict=True):
+        if row.min() < 0 or row.max() >= size:
+            return False
+        codes = codes * size + row
+    return int(np.bincount(codes.numpy()).max()) == 1
+
+
+# --- exact rows, against Python's integers ---
+
+
+@given(num_ids_and_ids(), st.data())
+def test_quotient_remainder_is_exact(case: tuple[int, list[int]], data: st.DataObject) -> None:
+    num_ids, ids = case
+    m = data.draw(st.one_of(st.integers(1, num_ids), st.integers(1, min(num_ids, 100))))
+    main_rows = -(-num_ids // m)
+    strided = QuotientRemainder(num_ids, m)
+    assert strided.sizes == (main_rows, -(-num_ids // main_rows))
+    assert strided.sizes[1] <= m
+    assert rows(strided, ids) == [(x % main_rows, x // main_rows) for x in ids]
+    assert all(p < size for row in rows(strided, ids) for p, size in zip(row, strided.sizes, strict=True))
+    adjacent = QuotientRemainder(num_ids, m, grouping="adjacent")
+    assert adjacent.sizes == (main_rows, m)
+    assert rows(adjacent, ids) == [(x // m, x % m) for x in ids]
+    assert all(p < size for row in rows(adjacent, ids) for p, size in zip(row, adjacent.sizes, strict=True))
+
+
+@given(num_ids_and_ids(), st.lists(st.integers(1, 2**20), max_size=4))
+def test_mixed_radix_is_exact_and_decodes(case: tuple[int, list[int]], sizes: list[int]) -> None:
+    num_ids, ids = case
+    sizes = [*sizes, -(-num_ids // math.prod(sizes))]
+    partitions = MixedRadix(num_ids, sizes)
+    strides = [math.prod(sizes[:j]) for j in range(len(sizes))]
+    digits = rows(partitions, ids)
+    assert digits == [tuple(x // stride % size for stride, size in zip(strides, sizes, strict=True)) for x in ids]
+    assert [sum(p * stride for p, stride in zip(row, strides, strict=True)) for row in digits] == ids
+
+
+@given(num_ids_and_ids(), st.integers(1, 5), st.integers(0, 10**6))
+def test_chinese_remainder_is_exact_and_decodes(case: tuple[int, list[int]], count: int, spare: int) -> None:
+    num_ids, ids = case
+    partitions = ChineseRemainder.for_budget(
+        num_ids, ChineseRemainder.balanced(num_ids, count).num_rows + spare, num_partitions=count
+    )
+    remainders = rows(partitions, ids)
+    assert remainders == [tuple(x % size for size in partitions.sizes) for x in ids]
+    product = math.prod(partitions.sizes)
+    weights = [product // size * pow(product // size, -1, size) for size in partitions.sizes]
+    assert [sum(p * w for p, w in zip(row, weights, strict=True)) % product for row in remainders] == ids
+
+
+@given(num_ids_and_ids(), st.integers(1, 2**40))
+def test_hash_partition_is_exact(case: tuple[int, list[int]], num_rows: int) -> None:
+    num_ids, ids = case
+    partitions = HashPartition(num_ids, num_rows)
+    assert rows(partitions, ids) == [(x % num_rows,) for x in ids]
+    assert partitions.is_complementary() == (num_rows >= num_ids)
+
+
+def test_first_id_whose_float32_quotient_is_wrong() -> None:
+    x = 16_777_219
+    assert (torch.tensor([x]) / 4).long().item() == 4_194_305  # what dividing in float32 gives
+    assert QuotientRemainder(40_000_000, 4, "adjacent").rows(torch.tensor([x])).tolist() == [[4_194_304, 3]]
+
+
+def test_strides_beyond_int64_give_digit_zero() -> None:
+    partitions = MixedRadix(2**40, [2**40, 2**40, 2**40, 3])
+    assert partitions.rows(torch.tensor([0, 2**40 - 1])).tolist() == [[0, 0, 0, 0], [2**40 - 1, 0, 0, 0]]
+
+
+def test_rows_stay_inside_the_tables_for_any_integer() -> None:
+    for partitions in one_of_each_kind()[:-1]:
+        found = partitions.rows(torch.tensor([-(2**63), -1, 5, 2**31, 2**63 - 1]))
+        assert (found >= 0).all()
+        assert (found < torch.tensor(partitions.sizes)).all()
+
+
+def test_values_by_hand() -> None:
+    ids = torch.tensor([0, 1, 4, 9])
+    assert QuotientRemainder(10, 3).sizes == (4, 3)
+    assert QuotientRemainder(10, 3).rows(ids).tolist() == [[0, 0], [1, 0], [0, 1], [1, 2]]
+    assert QuotientRemainder(10, 3, "adjacent").rows(ids).tolist() == [[0, 0], [0, 1], [1, 1], [3, 0]]
+    assert MixedRadix(10, [2, 5]).rows(ids).tolist() == [[0, 0], [1, 0], [0, 2], [1, 4]]
+    assert ChineseRemainder(10, [2, 5]).rows(ids).tolist() == [[0, 0], [1, 1], [0, 4], [1, 4]]
+    assert HashPartition(10, 4).rows(ids).tolist() == [[0], [1], [0], [1]]
+
+
+# --- every id apart ---
+
+
+def test_quotient_remainder_keeps_all_ids_apart_up_to_2000() -> None:
+    ids = np.arange(2000)
+    for num_ids in range(1, 2001):
+        # All m with the same ⌈S/m⌉ select the same strided rows (next test), so one of each stands for all.
+        for m in {-(-num_ids // m): m for m in range(1, num_ids + 1)}.values():
+            partitions = QuotientRemainder(num_ids, m)
+            (main_rows, other_rows), (one, stride) = partitions.sizes, partitions.strides
+            codes = (ids[:num_ids] // one % main_rows) * other_rows + ids[:num_ids] // stride % other_rows
+            assert np.bincount(codes).max() == 1, partitions
+            assert codes.max() < main_rows * other_rows, partitions
+
+
+def test_adjacent_quotient_remainder_keeps_all_ids_apart_up_to_2000() -> None:
+    for m in range(1, 2001):
+        assert all_unique(QuotientRemainder(2000, m, "adjacent")), m
+    # The rows of an id depend on m alone: what remains is that fewer ids have tables that hold them.
+    for num_ids in [*range(1, 130), *range(130, 2000, 61)]:
+        for m in range(1, num_ids + 1):
+            partitions = QuotientRemainder(num_ids, m, "adjacent")
+            assert partitions.strides == (m, 1)
+            assert partitions.sizes == ((num_ids - 1) // m + 1, m)
+
+
+def test_strided_rows_depend_on_the_main_rows_alone() -> None:
+    for num_ids in [*range(1, 130), *range(130, 2001, 61)]:
+        of_main_rows: dict[int, QuotientRemainder] = {}
+        for m in range(1, num_ids + 1):
+            partitions = QuotientRemainder(num_ids, m)
+            assert partitions == of_main_rows.setdefault(-(-num_ids // m), partitions)
+
+
+@pytest.mark.parametrize("method", [MixedRadix, ChineseRemainder])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_balanced_sizes_keep_all_ids_apart_up_to_2000(
+    method: type[MixedRadix] | type[ChineseRemainder], count: int
+) -> None:
+    for num_ids in range(1, 2001):
+        partitions = method.balanced(num_ids, count)
+        assert all_unique(partitions), partitions
+
+
+@settings(max_examples=50)
+@given(st.integers(2001, 50_000), st.data())
+def test_ids_apart_beyond_2000(num_ids: int, data: st.DataObject) -> None:
+    m = data.draw(st.integers(1, num_ids))
+    sizes = data.draw(st.lists(st.integers(1, 40), max_size=3))
+    budget = data.draw(st.integers(0, num_ids))
+    for partitions in (
+        QuotientRemainder(num_ids, m),
+        QuotientRemainder(num_ids, m, "adjacent"),
+        MixedRadix(num_ids, [*sizes, -(-num_ids // math.prod(sizes))]),
+        ChineseRemainder.for_budget(num_ids, budget + ChineseRemainder.balanced(num_ids, 3).num_rows, 3),
+    ):
+        assert partitions.is_complementary()
+        assert all_unique(partitions), partitions
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_groupings_are_one_method_up_to_a_bijection_of_ids(m: int, main_rows: int) -> None:
+    num_ids = m * main_rows
+    x = torch.arange(num_ids)
+    permuted = (x % main_rows) * m + x // main_rows
+    assert sorted(permuted.tolist()) == x.tolist()
+    strided, adjacent = QuotientRemainder(num_ids, m), QuotientRemainder(num_ids, m, "adjacent")
+    assert strided.sizes == adjacent.sizes == (main_rows, m)
+    assert torch.equal(strided.rows(x), adjacent.rows(permuted))
+
+
+# --- as an object ---
+
+
+@pytest.mark.parametrize("partitions", KINDS)
+def test_class_rows_are_the_columns_of_rows_in_any_shape(partitions: Partitions) -> None:
+    ids = torch.tensor([[0, 1, 2], [4, 3, 0]], dtype=torch.int32)
+    found = partitions.class_rows(ids)
+    assert len(found) == partitions.num_partitions
+    expected = partitions.rows(ids.flatten())
+    for j, row in enumerate(found):
+        assert row.dtype == torch.int64
+        assert torch.equal(row, expected[:, j].reshape(2, 3))
+    assert partitions.rows(ids[0, :0]).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int16])
+@pytest.mark.parametrize("partitions", KINDS)
+def test_rows_refuse_other_dtypes(partitions: Partitions, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError) as error:
+        partitions.rows(torch.zeros(3, dtype=dtype))
+    assert str(error.value) == f"{type(partitions).__name__}: ids must be torch.int32 or torch.int64, got {dtype}"
+
+
+def test_rows_refuse_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"^HashPartition: ids must be one-dimensional, \(N,\), got shape \(2, 3\)$"):
+        HashPartition(5, 3).rows(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_main_is_the_first_of_the_largest() -> None:
+    assert QuotientRemainder(100, 4).main == 0
+    assert QuotientRemainder(100, 25, "adjacent").main == 1
+    assert MixedRadix(30, [2, 4, 3, 4]).main == 1
+    assert (MixedRadix(30, [2, 4, 3, 4]).num_partitions, MixedRadix(30, [2, 4, 3, 4]).num_rows) == (4, 13)
+
+
+@pytest.mark.parametrize("partitions", KINDS)
+def test_pickle_and_copies_are_equal(partitions: Partitions) -> None:
+    restored = pickle.loads(pickle.dumps(partitions))
+    assert restored == partitions
+    assert hash(restored) == hash(partitions)
+    ids = torch.arange(5)
+    assert torch.equal(restored.rows(ids), partitions.rows(ids))
+    assert copy.deepcopy(partitions) == partitions
+    assert copy.copy(partitions) == partitions
+    assert copy.deepcopy(nn.ModuleList([WithPartitions(partitions)]))[0].partitions == partitions
+
+
+def test_different_partitions_differ() -> None:
+    different: list[Partitions] = [
+        *one_of_each_kind(),
+        QuotientRemainder(6, 2),
+        QuotientRemainder(5, 3),
+        MixedRadix(5, [3, 2]),
+        ChineseRemainder(6, [3, 2]),
+        ChineseRemainder(5, [2, 3]),
+        HashPartition(5, 4),
+        ExplicitPartitions([*PAPER_EXAMPLE[:1], [0, 1, 1, 0, 1], [0, 0, 1, 0, 1]]),
+    ]
+    assert len(set(different)) == len(different) == 13
+    assert [a == b for a in different for b in different] == torch.eye(13).bool().flatten().tolist()
+    assert set(one_of_each_kind()) < set(different)
+    assert QuotientRemainder(5, 2) != "QuotientRemainder(5, 2)"
+
+
+def test_equal_where_the_rows_of_every_id_are() -> None:
+    assert QuotientRemainder(10, 5).sizes == QuotientRemainder(10, 6).sizes == (2, 5)
+    assert QuotientRemainder(10, 5) == QuotientRemainder(10, 6)
+
+
+@pytest.mark.parametrize("partitions", KINDS)
+def test_immutable(partitions: Partitions) -> None:
+    with pytest.raises(AttributeError, match="immutable: cannot set num_ids"):
+        partitions.num_ids = 6
+    with pytest.raises(AttributeError, match="immutable: cannot delete sizes"):
+        del partitions.sizes
+    assert partitions.num_ids == 5
+
+
+@pytest.mark.parametrize("partitions", KINDS[:-1])
+def test_description_and_repr_rebuild_a_closed_form(partitions: ClosedForm) -> None:
+    assert type(partitions)(partitions.num_ids, **partitions.describe()) == partitions
+    assert eval(repr(partitions)) == partitions
+    assert (partitions.content_hash(), partitions.class_map) == (0, None)
+
+
+def test_descriptions() -> None:
+    assert QuotientRemainder(5, 2).describe() == {"num_collisions": 2, "grouping": "strided"}
+    assert MixedRadix(5, (3, 2)).describe() == ChineseRemainder(5, (3, 2)).describe() == {"sizes": [3, 2]}
+    assert HashPartition(5, 3).describe() == {"num_rows": 3}
+    assert [partitions.kind for partitions in one_of_each_kind()] == [
+        "quotient_remainder",
+        "quotient_remainder",
+        "mixed_radix",
+        "chinese_remainder",
+        "hash",
+        "explicit",
+    ]
+
+
+class WithPartitions(nn.Module):
+    """As a collection uses partitions; the explicit map is moved along as a buffer if asked."""
+
+    def __init__(self, partitions: Partitions, buffer: bool = False) -> None:
+        super().__init__()
+        self.partitions = partitions
+        self.register_buffer("class_map", partitions.class_map if buffer else None, persistent=False)
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        return self.partitions.class_rows(ids, self.class_map)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("partitions", KINDS)
+def test_traces_and_compiles(partitions: Partitions, buffer: bool) -> None:
+    module = WithPartitions(partitions, buffer)
+    ids = torch.tensor([[0, 1], [4, 3]], dtype=torch.int32)
+    expected = [row.tolist() for row in module(ids)]
+    traced = torch.fx.symbolic_trace(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert [row.tolist() for row in traced(ids)] == expected
+    assert [row.tolist() for row in compiled(ids)] == expected
+    other = torch.arange(5)
+    assert [row.tolist() for row in traced(other)] == partitions.rows(other).T.tolist()
+    assert [row.tolist() for row in compiled(other)] == partitions.rows(other).T.tolist()
+
+
+@pytest.mark.parametrize("partitions", KINDS)
+def test_meta_ids_give_meta_rows(partitions: Partitions) -> None:
+    found = partitions.class_rows(torch.zeros(2, 3, dtype=torch.int32, device="meta"))
+    assert [(row.shape, row.dtype, row.is_meta) for row in found] == [((2, 3), torch.int64, True)] * len(found)

@@ -1,0 +1,227 @@
+"""Partitions given class by class: what they select, what they refuse, and what checking them costs."""
+
+import math
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrec_qr.partitions import ExplicitPartitions, MixedRadix, QuotientRemainder
+
+# {0, 1, 2, 3, 4} = {0} {1, 3, 4} {2} = {0, 1, 3} {2, 4} = {0, 3} {1, 2, 4}: arXiv:1909.02107, section 3.
+PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
+
+
+def test_the_papers_example() -> None:
+    partitions = ExplicitPartitions(PAPER_EXAMPLE)
+    assert (partitions.num_ids, partitions.num_partitions, partitions.num_rows, partitions.main) == (5, 3, 7, 0)
+    assert partitions.sizes == (3, 2, 2)
+    assert partitions.is_complementary()
+    rows = partitions.rows(torch.arange(5))
+    assert rows.tolist() == [[0, 0, 0], [1, 0, 1], [2, 1, 1], [1, 0, 0], [1, 1, 1]]
+    blocks = [[{x for x in range(5) if rows[x, j] == c} for c in range(partitions.sizes[j])] for j in range(3)]
+    assert blocks == [[{0}, {1, 3, 4}, {2}], [{0, 1, 3}, {2, 4}], [{0, 3}, {1, 2, 4}]]
+
+
+@pytest.mark.parametrize(("left_out", "twins"), [(0, "0 and 3"), (1, "1 and 4"), (2, "1 and 3")])
+def test_the_papers_example_needs_all_three_partitions(left_out: int, twins: str) -> None:
+    with pytest.raises(ValueError, match=f"got ids {twins} that share all classes"):
+        ExplicitPartitions([row for j, row in enumerate(PAPER_EXAMPLE) if j != left_out])
+
+
+def test_quotients_and_remainders_by_different_numbers_are_refused() -> None:
+    """DeepRec#909: x // 100 and x % 5, where 7 and 12, and first of all 0 and 5, share both."""
+    x = torch.arange(1000)
+    classes = torch.stack([x // 100, x % 5])
+    assert classes[:, 7].tolist() == classes[:, 12].tolist()
+    told = (
+        "ExplicitPartitions: classes must be complementary (no two ids with the same class in every partition), "
+        "got ids 0 and 5 that share all classes [0, 0]"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        ExplicitPartitions(classes)
+    with pytest.raises(ValueError, match=r"\[10, 5\] with product 50: ids 0 and 50 would share all rows"):
+        MixedRadix(1000, [10, 5])
+
+
+def test_unused_classes_are_allowed() -> None:
+    partitions = ExplicitPartitions([[7, 0, 7], [0, 0, 1]])
+    assert partitions.sizes == (8, 2)
+    assert partitions.rows(torch.tensor([2, 1], dtype=torch.int32)).tolist() == [[7, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("grouping", ["strided", "adjacent"])
+def test_the_rows_of_a_closed_form_as_a_map(grouping: str) -> None:
+    closed = QuotientRemainder(1000, 7, grouping)
+    ids = torch.arange(1000)
+    explicit = ExplicitPartitions(closed.rows(ids).T)
+    assert explicit.sizes == closed.sizes
+    assert torch.equal(explicit.rows(ids), closed.rows(ids))
+
+
+def test_a_map_on_the_ids_device_takes_the_place_of_the_own_one() -> None:
+    partitions = ExplicitPartitions(PAPER_EXAMPLE)
+    shifted = partitions.class_map + 10
+    rows = partitions.class_rows(torch.tensor([2, 0]), class_map=shifted)
+    assert [row.tolist() for row in rows] == [[12, 10], [11, 10], [11, 10]]
+
+
+@pytest.mark.parametrize("outside", [5, -1])
+def test_ids_outside_the_map_raise(outside: int) -> None:
+    with pytest.raises(IndexError):
+        ExplicitPartitions(PAPER_EXAMPLE).rows(torch.tensor([0, outside]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_dtype_and_layout_do_not_matter(dtype: torch.dtype) -> None:
+    given_map = torch.tensor(PAPER_EXAMPLE, dtype=dtype)
+    strided = torch.tensor(PAPER_EXAMPLE, dtype=dtype).T.contiguous().T
+    for classes in (given_map, strided, given_map.numpy()):
+        partitions = ExplicitPartitions(classes)
+        assert partitions == ExplicitPartitions(PAPER_EXAMPLE)
+        assert hash(partitions) == hash(ExplicitPartitions(PAPER_EXAMPLE))
+        assert partitions.class_map.dtype == torch.int32
+        assert partitions.class_map.is_contiguous()
+        assert partitions.class_map.tolist() == PAPER_EXAMPLE
+
+
+def test_the_map_is_int64_only_where_int32_is_too_narrow() -> None:
+    assert ExplicitPartitions([[0, 2**31 - 1]]).class_map.dtype == torch.int32
+    wide = ExplicitPartitions([[0, 2**31]])
+    assert wide.class_map.dtype == torch.int64
+    assert wide.rows(torch.tensor([1])).tolist() == [[2**31]]
+
+
+def test_the_map_is_a_copy() -> None:
+    classes = torch.tensor(PAPER_EXAMPLE, dtype=torch.int32)
+    partitions = ExplicitPartitions(classes)
+    classes.zero_()
+    assert partitions.class_map.tolist() == PAPER_EXAMPLE
+
+
+def test_construction_under_another_default_device() -> None:
+    with torch.device("meta"):
+        partitions = ExplicitPartitions(PAPER_EXAMPLE)
+    assert partitions == ExplicitPartitions(PAPER_EXAMPLE)
+
+
+def test_content_hash_and_description() -> None:
+    partitions = ExplicitPartitions(PAPER_EXAMPLE)
+    # sha256 of "3,5;" and the classes as little-endian int64, row by row: part of the checkpoint format.
+    sha256 = "b2f28fbcc063"
+    assert str(partitions.describe()["sha256"]).startswith(sha256)
+    assert partitions.describe().keys() == {"sha256"}
+    assert len(str(partitions.describe()["sha256"])) == 64
+    assert partitions.content_hash() == int(str(partitions.describe()["sha256"])[:16], 16) // 2 < 2**63
+    assert repr(partitions) == f"ExplicitPartitions(num_ids=5, sizes=[3, 2, 2], sha256='{sha256}…')"
+    one_row, two_rows = ExplicitPartitions([[0, 1, 2, 3]]), ExplicitPartitions([[0, 1], [2, 3]])
+    assert one_row.content_hash() != two_rows.content_hash()
+    assert one_row != two_rows
+    assert pickle.loads(pickle.dumps(partitions)).content_hash() == partitions.content_hash()
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([2, 3, 2**15, 2**31, 2**40 - 1]), st.data())
+def test_finds_the_first_id_that_shares_all_classes(count: int, num_ids: int, top: int, data: st.DataObject) -> None:
+    """Against a dict, with classes so large that their product overflows int64 among them."""
+    few = st.one_of(st.integers(0, 2), st.integers(max(0, top - 3), top))
+    ids = data.draw(st.lists(st.tuples(*[few] * count), min_size=num_ids, max_size=num_ids))
+    seen: dict[Sequence[int], int] = {}
+    twins = next(((seen[key], x) for x, key in enumerate(ids) if seen.setdefault(key, x) != x), None)
+    classes = torch.tensor(ids).T
+    if twins is None:
+        assert ExplicitPartitions(classes).rows(torch.arange(num_ids)).tolist() == [list(key) for key in ids]
+    else:
+        with pytest.raises(ValueError, match=f"ids {twins[0]} and {twins[1]} that share all classes "):
+            ExplicitPartitions(classes)
+
+
+def test_overflowing_codes_are_no_false_alarm() -> None:
+    """With sizes of 2^32 the first two of four classes would be multiplied by 2^96 and 2^64, so lost from an int64."""
+    top = 2**32 - 1
+    classes = [[0, 1, 0, top], [0, 0, 1, top], [0, 0, 0, top], [0, 0, 0, top]]
+    partitions = ExplicitPartitions(classes)
+    assert math.prod(partitions.sizes) == 2**128
+    assert partitions.rows(torch.arange(4)).T.tolist() == classes
+
+
+MEASURE = """
+import resource, sys, time, torch
+from torchrec_qr.partitions import ExplicitPartitions
+
+num_ids, top = 10**7, int(sys.argv[1])
+classes = torch.empty(3, num_ids, dtype=torch.int32)
+for start in range(0, num_ids, 2**20):  # in pieces, so that making the map leaves no peak behind
+    x = torch.arange(start, min(start + 2**20, num_ids))
+    classes[0, start:start + 2**20] = x * 7919 % 1009
+    classes[1, start:start + 2**20] = x // 1009 % 101
+    classes[2, start:start + 2**20] = x // (1009 * 101)
+    del x
+if top:
+    classes[:, -1] = top
+resident = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+start = time.perf_counter()
+print(ExplicitPartitions(classes).sizes)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(seconds, (peak - resident) * 1024 / (classes.numel() * classes.element_size()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+@pytest.mark.parametrize(
+    ("top", "sizes"),
+    [(0, (1009, 101, 99)), (2**31 - 1, (2**31, 2**31, 2**31))],  # of the second the product overflows int64
+)
+def test_ten_million_ids_are_checked_in_seconds_and_little_memory(top: int, sizes: tuple[int, ...]) -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(top)], capture_output=True, text=True, check=True)
+    outcome, numbers = run.stdout.strip().split("\n")
+    seconds, growth = map(float, numbers.split())
+    assert outcome == str(sizes)
+    assert seconds < 10
+    assert growth < 4
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "message"),
+    [
+        ([0, 1], ValueError, "classes must be two-dimensional, (K, S), and not empty, got shape (2,)"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, "and not empty, got shape (2, 0)"),
+        (torch.zeros(0, 2, dtype=torch.int64), ValueError, "and not empty, got shape (0, 2)"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), ValueError, "and not empty, got shape (2, 2, 2)"),
+        ([[0, 1], [0]], ValueError, "classes must be a (K, S) table of integers"),
+        ([["a"]], ValueError, "classes must be a (K, S) table of integers"),
+        ([[2**70]], ValueError, "classes must be a (K, S) table of integers"),
+        (None, ValueError, "classes must be a (K, S) table of integers"),
+        (torch.zeros(2, 2), TypeError, "torch.int32, torch.int64, got torch.float32"),
+        ([[0.0, 1.0]], TypeError, "classes must have one of the dtypes torch.uint8, "),
+        (np.array([[True, False]]), TypeError, "got torch.bool"),
+        (
+            [[0, 1], [3, -2]],
+            ValueError,
+            "every class must be between 0 and 1099511627775 (2^40 - 1), got classes[1, 1] = -2",
+        ),
+        ([[0, 2**40]], ValueError, "(2^40 - 1), got classes[0, 1] = 1099511627776"),
+        (torch.zeros(2, 2, dtype=torch.int64, device="meta"), ValueError, "got a tensor on the meta device"),
+        (
+            torch.zeros(1, 1, dtype=torch.int8).expand(1, 2**31 + 1),
+            ValueError,
+            "at most 2147483648 (2^31), got 2147483649",
+        ),
+        ([[4, 2, 4, 2], [1, 1, 1, 0]], ValueError, "got ids 0 and 2 that share all classes [4, 1]"),
+    ],
+)
+def test_refused(classes: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        ExplicitPartitions(classes)
+    assert str(raised.value).startswith("ExplicitPartitions: ")
+    assert message in str(raised.value)

@@ -1,0 +1,252 @@
+"""Configs of compositional tables: TorchRec's configs, whose ``num_embeddings`` is logical, plus how ids compose."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+
+from torchrec_qr.ids import OUT_OF_RANGE_POLICIES, OutOfRange
+from torchrec_qr.partitions import Partitions
+
+Operation = Literal["mult", "add", "concat", "path"]
+PathActivation = Literal["relu", "tanh"]
+Init = Literal["identity", "balanced"]
+InitFn = Callable[[Tensor], Tensor | None]
+
+# FBGEMM's vector width, and the widest row that its kernels are known to return right (wider: zeros, torchrec#3673).
+DIM_MULTIPLE = 4
+MAX_DIM = 1024
+
+DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
+
+# TorchRec fields with a meaning of their own for the rows of one table, which K partitions do not have.
+_UNSUPPORTED_FIELDS = (
+    "num_embeddings_post_pruning",
+    "need_pos",
+    "input_dim",
+    "total_num_buckets",
+    "use_virtual_table",
+    "virtual_table_eviction_policy",
+    "enable_embedding_update",
+    "stash_weights",
+)
+
+
+@dataclass
+class _Compositional(BaseEmbeddingConfig):
+    """The fields that both configs add; their documentation is in the configs' own docstrings."""
+
+    partitions: Partitions | None = None
+    operation: Operation = "mult"
+    partition_dims: Sequence[int] | None = None
+    path_hidden: int | None = None
+    path_activation: PathActivation = "relu"
+    init: Init = "identity"
+    out_of_range: OutOfRange = "error"
+    # Narrower in TorchRec: one function. A sequence holds one per partition.
+    init_fn: InitFn | Sequence[InitFn] | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        # TorchRec's own __post_init__ is not called: it would put its default in init_fn, and None means `init` here.
+        self._check_choices()
+        self._check_partitions()
+        self._check_dims()
+        self._check_init()
+
+    @property
+    def num_partitions(self) -> int:
+        """K."""
+        return self._partitions.num_partitions
+
+    @property
+    def base_partition(self) -> int:
+        """The partition that holds most of the table: the main one, under ``path`` partition 0 (its W_1)."""
+        return 0 if self.operation == "path" else self._partitions.main
+
+    @property
+    def partition_columns(self) -> tuple[int, ...]:
+        """Columns stored per partition: D_j; a row of a path's later partitions is its class's MLP, flattened."""
+        if self.operation == "concat":
+            return tuple(self.partition_dims or _even_dims(self.embedding_dim, self.num_partitions))
+        if self.operation == "path":
+            return (self.embedding_dim, *[self._mlp_columns] * (self.num_partitions - 1))
+        return (self.embedding_dim,) * self.num_partitions
+
+    @property
+    def partition_data_types(self) -> tuple[DataType, ...]:
+        """Storage type per partition: ``data_type``, but fp32 where an update in low precision would round to nothing.
+
+        That is every partition but the base under ``mult`` (rows near 1) and ``path`` (MLPs).
+        """
+        return tuple(
+            DataType.FP32 if self.operation in ("mult", "path") and j != self.base_partition else self.data_type
+            for j in range(self.num_partitions)
+        )
+
+    @property
+    def physical_rows(self) -> int:
+        """R."""
+        return self._partitions.num_rows
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars stored: Σ_j |P_j| · columns of partition j."""
+        return sum(n * d for n, d in zip(self._partitions.sizes, self.partition_columns, strict=True))
+
+    @property
+    def _partitions(self) -> Partitions:
+        return cast(Partitions, self.partitions)
+
+    @property
+    def _mlp_columns(self) -> int:
+        d, h = self.embedding_dim, self.path_hidden
+        return d * d + d if h is None else h * d + h + d * h + d
+
+    def _fail(self, field: str, given: object, allowed: str) -> None:
+        raise ValueError(f"table {self.name!r}: {field}={given!r}; allowed: {allowed}")
+
+    def _check_choices(self) -> None:
+        for field, allowed in (
+            ("operation", get_args(Operation)),
+            ("path_activation", get_args(PathActivation)),
+            ("init", get_args(Init)),
+            ("out_of_range", OUT_OF_RANGE_POLICIES),
+            ("data_type", tuple(DTYPES)),
+        ):
+            if getattr(self, field) not in allowed:
+                self._fail(field, getattr(self, field), ", ".join(str(a) for a in allowed))
+        if isinstance(self, EmbeddingBagConfig) and self.pooling not in (PoolingType.SUM, PoolingType.MEAN):
+            self._fail("pooling", self.pooling, f"{PoolingType.SUM}, {PoolingType.MEAN}")
+        if len(set(self.feature_names)) < len(self.feature_names):
+            self._fail("feature_names", self.feature_names, "each feature once")
+        for field in _UNSUPPORTED_FIELDS:
+            if getattr(self, field):
+                raise NotImplementedError(
+                    f"table {self.name!r}: {field}={getattr(self, field)!r} is not supported by a compositional table"
+                )
+
+    def _check_partitions(self) -> None:
+        if not isinstance(self.partitions, Partitions):
+            self._fail(
+                "partitions", self.partitions, "a Partitions, such as QuotientRemainder(num_ids, num_collisions)"
+            )
+        if self.num_embeddings != self._partitions.num_ids:
+            self._fail(
+                "num_embeddings", self.num_embeddings, f"{self._partitions.num_ids}, the num_ids of its partitions"
+            )
+
+    def _check_dims(self) -> None:
+        k, d, dims = self.num_partitions, self.embedding_dim, self.partition_dims
+        allowed = f"positive multiples of {DIM_MULTIPLE} up to {MAX_DIM} (FBGEMM's limits)"
+        if dims is None:
+            if not _is_dim(d):
+                self._fail("embedding_dim", d, allowed)
+            if self.operation == "concat" and d < DIM_MULTIPLE * k:
+                self._fail(
+                    "embedding_dim", d, f"at least {DIM_MULTIPLE * k}, {DIM_MULTIPLE} for each of {k} partitions"
+                )
+        else:
+            if self.operation != "concat":
+                self._fail("partition_dims", dims, "None, except under operation='concat'")
+            if not isinstance(dims, Sequence) or len(dims) != k:
+                self._fail("partition_dims", dims, f"one for each of the {k} partitions")
+            if not all(_is_dim(dim) for dim in dims):
+                self._fail("partition_dims", dims, allowed)
+            if sum(dims) != d:
+                self._fail("partition_dims", dims, f"a sum equal to embedding_dim={d}")
+        if self.path_hidden is not None:
+            if self.operation != "path":
+                self._fail("path_hidden", self.path_hidden, "None, except under operation='path'")
+            if not isinstance(self.path_hidden, int) or self.path_hidden < 1:
+                self._fail("path_hidden", self.path_hidden, "None (a linear map) or a width of at least 1")
+
+    def _check_init(self) -> None:
+        if self.get_weight_init_max() <= self.get_weight_init_min():
+            self._fail("weight_init_max", self.weight_init_max, f"above weight_init_min={self.get_weight_init_min()}")
+        if self.init == "balanced" and self.get_weight_init_max() != -self.get_weight_init_min():
+            self._fail("weight_init_max", self.weight_init_max, "-weight_init_min, under init='balanced'")
+        if isinstance(self.init_fn, Sequence) and len(self.init_fn) != self.num_partitions:
+            self._fail(
+                "init_fn", self.init_fn, f"one function, or one for each of the {self.num_partitions} partitions"
+            )
+
+
+@dataclass
+class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
+    """A pooled table of S logical rows, stored as K partitions; extends TorchRec's ``EmbeddingBagConfig``.
+
+    The row of id x is compose_j(W_j[p_j(x)]), composed per id, then weighted, then pooled (see
+    `CompositionalEmbeddingBagCollection`). ``num_embeddings`` is S and ``embedding_dim`` is D, both logical: what
+    the model sees. Methods: arXiv:1909.02107, sections 3 and 4.
+
+    Args:
+        partitions: which row of each partition an id selects; its ``num_ids`` equals ``num_embeddings``.
+        operation: ``"mult"`` and ``"add"`` act elementwise on rows of D columns; ``"concat"`` joins rows of D_j
+            columns, ΣD_j = D; ``"path"`` (section 4.1) passes the row of partition 0 through one MLP per further
+            partition, each class having an MLP of its own.
+        partition_dims: D_j under ``"concat"``, each a multiple of 4; default: as equal as multiples of 4 allow.
+        path_hidden: width of the MLPs' hidden layer; None: the MLP is one affine map.
+        path_activation: of the hidden layer, ``"relu"`` or ``"tanh"``.
+        init: ``"identity"``: the main partition starts as the full table would, U(-1/√S, 1/√S), the others at the
+            operation's identity plus a little noise; ``"balanced"``: all partitions alike. In both the composed
+            embedding has the full table's variance, 1/(3S).
+        init_fn: fills a partition in place, overriding ``init``: one function, or one for each partition.
+        out_of_range: ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or ``"unchecked"``.
+
+    All other fields are TorchRec's. ``data_type`` is FP32, FP16 or BF16; under ``mult`` and ``path`` only the main
+    partition is stored in low precision. ``weight_init_min`` and ``weight_init_max`` replace ∓1/√S.
+
+    Raises:
+        ValueError: names the table, the field, the value given and what is allowed.
+        NotImplementedError: a TorchRec field that has no meaning for a compositional table.
+
+    Example:
+        >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
+        >>> config = CompositionalEmbeddingBagConfig(
+        ...     name="t_user", feature_names=["user"], num_embeddings=1_000_000, embedding_dim=64,
+        ...     partitions=QuotientRemainder(1_000_000, num_collisions=4))
+        >>> config.physical_rows, config.num_parameters
+        (250004, 16000256)
+    """
+
+
+@dataclass
+class CompositionalEmbeddingConfig(_Compositional, EmbeddingConfig):
+    """A table of S logical rows, stored as K partitions, that is looked up without pooling.
+
+    Extends TorchRec's ``EmbeddingConfig``; the row of id x is compose_j(W_j[p_j(x)]). Fields and errors are those
+    of `CompositionalEmbeddingBagConfig`, which has ``pooling`` besides.
+
+    Example:
+        >>> from torchrec_qr import CompositionalEmbeddingConfig, MixedRadix
+        >>> config = CompositionalEmbeddingConfig(
+        ...     name="t_item", feature_names=["item"], num_embeddings=1000, embedding_dim=16,
+        ...     partitions=MixedRadix(1000, [10, 10, 10]), operation="concat", partition_dims=[8, 4, 4])
+        >>> config.physical_rows, config.partition_columns
+        (30, (8, 4, 4))
+    """
+
+
+CompositionalConfig = CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig
+
+
+def _is_dim(dim: object) -> bool:
+    return isinstance(dim, int) and 0 < dim <= MAX_DIM and dim % DIM_MULTIPLE == 0
+
+
+def _even_dims(dim: int, num_partitions: int) -> list[int]:
+    """D_j as equal as multiples of 4 allow, wider ones first; what is no multiple of 4 stays with the first."""
+    units, rest = divmod(dim, DIM_MULTIPLE)
+    each, extra = divmod(units, num_partitions)
+    dims = [DIM_MULTIPLE * (each + (j < extra)) for j in range(num_partitions)]
+    dims[0] += rest
+    return dims

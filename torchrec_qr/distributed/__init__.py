@@ -1,0 +1,31 @@
+"""Sharded compositional collections for ``DistributedModelParallel``."""
+
+from typing import Any
+
+from torchrec.distributed.sharding_plan import get_default_sharders as _torchrec_sharders
+from torchrec.distributed.types import ModuleSharder
+
+from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
+from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
+
+__all__ = [
+    "CompositionalEmbeddingBagCollectionSharder",
+    "CompositionalEmbeddingCollectionSharder",
+    "get_default_sharders",
+]
+
+
+def get_default_sharders() -> list[ModuleSharder[Any]]:
+    """Returns TorchRec's default sharders and ours, for ``DistributedModelParallel(model, sharders=…)``.
+
+    Example:
+        >>> from torchrec_qr.distributed import get_default_sharders
+        >>> {"CompositionalEmbeddingBagCollectionSharder", "EmbeddingBagCollectionSharder"} <= {
+        ...     type(sharder).__name__ for sharder in get_default_sharders()}
+        True
+    """
+    return [
+        *_torchrec_sharders(),
+        CompositionalEmbeddingBagCollectionSharder(),
+        CompositionalEmbeddingCollectionSharder(),
+    ]

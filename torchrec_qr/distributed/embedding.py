@@ -1,0 +1,158 @@
+"""The sharded unpooled collection and its sharder."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from torchrec_qr.configs import CompositionalEmbeddingConfig
+from torchrec_qr.distributed.collection import (
+    CompositionalState,
+    LogicalView,
+    attach,
+    check_plan,
+    compute_kernels,
+    placeholders,
+)
+from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
+from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
+
+
+class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddingCollection):
+    """`CompositionalEmbeddingCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
+
+    TorchRec's ``ShardedEmbeddingCollection``; rows are looked up and composed on the ranks that own them, and D
+    floats per id come back, whatever K. Its ``state_dict`` has the keys of the unsharded module under every plan.
+    """
+
+    _tables_attribute = "embeddings"
+    _configs_attribute = "_embedding_configs"
+
+    def __init__(
+        self,
+        module: CompositionalEmbeddingCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        configs = module.embedding_configs()
+        compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
+        check_plan(compositional, table_name_to_parameter_sharding)
+        view = LogicalView(module, configs, "embeddings", module.embeddings)
+        super().__init__(view, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        if module.device.type != "meta":
+            self.load_state_dict(module.state_dict())
+
+    @classmethod
+    def create_grouped_sharding_infos(cls, module: Any, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        infos = super().create_grouped_sharding_infos(module, *args, **kwargs)
+        attach(infos, module.embedding_configs())
+        return infos
+
+    @classmethod
+    def create_embedding_sharding(
+        cls,
+        sharding_type: str,
+        sharding_infos: list[Any],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: Any = None,
+    ) -> Any:
+        if sharding_type not in SEQUENCE_SHARDINGS:
+            names = [info.embedding_config.name for info in sharding_infos]
+            raise ValueError(
+                f"tables {names}: sharding type {sharding_type!r} is not supported for sequences; "
+                f"allowed: {', '.join(SEQUENCE_SHARDINGS)}"
+            )
+        kwargs: dict[str, Any] = {}
+        if sharding_type != ShardingType.DATA_PARALLEL.value:
+            kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
+        return SEQUENCE_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
+
+    def init_data_parallel(self) -> None:
+        super().init_data_parallel()
+        replicate_lookups(self._lookups, self._env.process_group)
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
+        features = maybe_td_to_kjt(features, None)
+        if features.variable_stride_per_key():
+            raise NotImplementedError(
+                "variable batch per feature is not supported by sharded compositional collections; features "
+                f"{features.keys()}"
+            )
+        return super().input_dist(ctx, features)
+
+
+class CompositionalEmbeddingCollectionSharder(BaseEmbeddingSharder[CompositionalEmbeddingCollection]):
+    """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` its own.
+
+    Args:
+        fused_params, qcomm_codecs_registry: as `CompositionalEmbeddingBagCollectionSharder`.
+        use_index_dedup: look up each id of a batch once, as TorchRec's.
+
+    Example:
+        >>> from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
+        >>> CompositionalEmbeddingCollectionSharder().sharding_types("cpu")
+        ['table_wise', 'column_wise', 'row_wise', 'data_parallel']
+    """
+
+    def __init__(
+        self,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, Any] | None = None,
+        use_index_dedup: bool = False,
+    ) -> None:
+        super().__init__(fused_params, qcomm_codecs_registry)
+        self._use_index_dedup = use_index_dedup
+
+    def shard(
+        self,
+        module: CompositionalEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedCompositionalEmbeddingCollection:
+        """Returns the sharded module for the plan ``params`` of its tables.
+
+        Raises:
+            NotImplementedError, ValueError: see `torchrec_qr.distributed.collection.check_plan`.
+        """
+        return ShardedCompositionalEmbeddingCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            use_index_dedup=self._use_index_dedup,
+            module_fqn=module_fqn,
+        )
+
+    def shardable_parameters(self, module: CompositionalEmbeddingCollection) -> dict[str, nn.Parameter]:
+        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
+        return placeholders(list(module.embedding_configs()), module.embeddings)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Returns the sharding types of sequences: each works on every device and for every kind of partitions."""
+        return list(SEQUENCE_SHARDINGS)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel."""
+        return compute_kernels(sharding_type)
+
+    @property
+    def module_type(self) -> type[CompositionalEmbeddingCollection]:
+        return CompositionalEmbeddingCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedCompositionalEmbeddingCollection]:
+        return ShardedCompositionalEmbeddingCollection

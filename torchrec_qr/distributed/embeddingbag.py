@@ -1,0 +1,207 @@
+"""The sharded pooled collection and its sharder."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from torchrec_qr.configs import CompositionalEmbeddingBagConfig
+from torchrec_qr.distributed.collection import (
+    CompositionalState,
+    LogicalView,
+    attach,
+    check_plan,
+    compute_kernels,
+    placeholders,
+)
+from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
+from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
+
+
+@dataclass
+class CompositionalContext(EmbeddingBagCollectionContext):
+    """Adds the number of ids of every bag (F, B), as the source rank read it, for MEAN pooling."""
+
+    bag_sizes: Tensor | None = None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        super().record_stream(stream)
+        if self.bag_sizes is not None:
+            self.bag_sizes.record_stream(stream)  # type: ignore[arg-type]
+
+
+class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbeddingBagCollection):
+    """`CompositionalEmbeddingBagCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
+
+    TorchRec's ``ShardedEmbeddingBagCollection``, whose ids travel once and whose D floats per bag come back, whatever
+    K: rows are looked up, composed and summed on the ranks that own them. Its ``state_dict`` has the keys of the
+    unsharded module under every plan.
+    """
+
+    _tables_attribute = "embedding_bags"
+    _configs_attribute = "_embedding_bag_configs"
+
+    def __init__(
+        self,
+        module: CompositionalEmbeddingBagCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        configs = module.embedding_bag_configs()
+        compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingBagConfig)}
+        check_plan(compositional, table_name_to_parameter_sharding)
+        # Before the constructor of nn.Module: plain attributes only.
+        self._mean_names = {
+            name
+            for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
+            if config.name in compositional and config.pooling == PoolingType.MEAN
+            for name in names
+        }
+        view = LogicalView(module, configs, "embedding_bags", module.embedding_bags)
+        super().__init__(view, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        if module.device.type not in ("meta", "cpu"):
+            self.load_state_dict(module.state_dict())
+
+    @classmethod
+    def create_grouped_sharding_infos(cls, module: Any, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        infos = super().create_grouped_sharding_infos(module, *args, **kwargs)
+        attach(infos, module.embedding_bag_configs())
+        return infos
+
+    @classmethod
+    def create_embedding_bag_sharding(
+        cls,
+        sharding_infos: list[Any],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: Any = None,
+    ) -> Any:
+        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        kwargs: dict[str, Any] = {}
+        if sharding_type != ShardingType.DATA_PARALLEL.value:
+            kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
+        if sharding_type in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
+            kwargs["permute_embeddings"] = permute_embeddings
+        return POOLED_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
+
+    def init_data_parallel(self) -> None:
+        super().init_data_parallel()
+        replicate_lookups(self._lookups, self._env.process_group)
+
+    def create_context(self) -> CompositionalContext:
+        return CompositionalContext()
+
+    def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
+        features = maybe_td_to_kjt(features, None)
+        if features.variable_stride_per_key():
+            raise NotImplementedError(
+                f"variable batch per feature is not supported by sharded compositional collections; features {features.keys()}"
+            )
+        if self._mean_names:
+            sizes = features.lengths().view(len(features.keys()), -1)
+            index = {key: i for i, key in enumerate(features.keys())}
+            ctx.bag_sizes = sizes[[index[name.split("@")[0]] for name in self._embedding_names]]
+        return super().input_dist(ctx, features)
+
+    def output_dist(self, ctx: CompositionalContext, output: list[Tensor]) -> Any:  # type: ignore[override]
+        return self._with_mean(ctx, super().output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: CompositionalContext, input: Any) -> Any:  # type: ignore[override]
+        return self._with_mean(ctx, super().compute_and_output_dist(ctx, input))
+
+    def update_shards(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("dynamic resharding is not supported by sharded compositional collections")
+
+    @property
+    def unsharded_module_type(self) -> type[CompositionalEmbeddingBagCollection]:  # type: ignore[override]
+        return CompositionalEmbeddingBagCollection
+
+    def _with_mean(self, ctx: CompositionalContext, awaitable: Any) -> Any:
+        if ctx.bag_sizes is not None:
+            is_mean = [name in self._mean_names for name in self._embedding_names]
+            awaitable.callbacks.append(partial(_divide, ctx.bag_sizes, is_mean))
+        return awaitable
+
+
+class CompositionalEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompositionalEmbeddingBagCollection]):
+    """Shards `CompositionalEmbeddingBagCollection`, as TorchRec's ``EmbeddingBagCollectionSharder`` its own.
+
+    Args:
+        fused_params: of the optimizer that steps all tables in backward, as TorchRec's: ``optimizer``,
+            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``; other keys raise NotImplementedError.
+        qcomm_codecs_registry: as TorchRec's.
+
+    Example:
+        >>> from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+        >>> CompositionalEmbeddingBagCollectionSharder().compute_kernels("row_wise", "cpu")
+        ['fused']
+    """
+
+    def shard(
+        self,
+        module: CompositionalEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedCompositionalEmbeddingBagCollection:
+        """Returns the sharded module for the plan ``params`` of its tables.
+
+        Raises:
+            NotImplementedError, ValueError: see `torchrec_qr.distributed.collection.check_plan`.
+        """
+        return ShardedCompositionalEmbeddingBagCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    def shardable_parameters(self, module: CompositionalEmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
+        return placeholders(list(module.embedding_bag_configs()), module.embedding_bags)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Returns all sharding types: each works on every device, row-wise too for every kind of partitions."""
+        return list(POOLED_SHARDINGS)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel; TorchRec's cached kernels are not supported."""
+        return compute_kernels(sharding_type)
+
+    @property
+    def module_type(self) -> type[CompositionalEmbeddingBagCollection]:
+        return CompositionalEmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedCompositionalEmbeddingBagCollection]:
+        return ShardedCompositionalEmbeddingBagCollection
+
+
+def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:
+    """Divides the features pooled by MEAN, (B, ΣD) in all, by their numbers of ids (features, B), 1 where empty."""
+    mean = torch.tensor(is_mean, device=bag_sizes.device).unsqueeze(1)
+    divisors = torch.where(mean, bag_sizes.clamp(min=1), 1).T
+    dims = torch.tensor(pooled.length_per_key(), device=bag_sizes.device)
+    return KeyedTensor(
+        keys=pooled.keys(),
+        length_per_key=pooled.length_per_key(),
+        values=pooled.values() / divisors.repeat_interleave(dims, dim=1, output_size=sum(pooled.length_per_key())),
+    )

@@ -1,0 +1,122 @@
+"""Exact optimizer steps on the rows that a batch touched: the same rule wherever a partition lies.
+
+Formulas are FBGEMM's (``EmbOptimType``): one step per row and batch, from the gradient summed over the batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateRule(ABC):
+    """w ← w - lr · direction(g), g the gradient of a row, its entries clipped to ±max_gradient."""
+
+    learning_rate: float = 0.01
+    eps: float = 1e-8
+    max_gradient: float | None = None
+
+    @abstractmethod
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the state kept for ``rows`` rows, by FBGEMM's names."""
+
+    @abstractmethod
+    def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Advances ``state`` in place, one entry per row of ``grad`` (n, columns), and returns the step / lr."""
+
+    def step(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], lr: float) -> Tensor:
+        """Returns the new values of ``weight`` (n, columns), all in fp32."""
+        if self.max_gradient is not None:
+            grad = grad.clamp(-self.max_gradient, self.max_gradient)
+        return weight - lr * self.direction(grad, state)
+
+
+@dataclass(frozen=True)
+class Sgd(UpdateRule):
+    """w ← w - lr · g."""
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return grad
+
+
+@dataclass(frozen=True)
+class Adagrad(UpdateRule):
+    """h ← h + g²; w ← w - lr · g / (√h + eps)."""
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"momentum1": (rows, columns)}
+
+    def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        sums = state["momentum1"].add_(grad.square())
+        return grad / (sums.sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class RowWiseAdagrad(UpdateRule):
+    """h ← h + mean over the row's stored columns of g²; w ← w - lr · g / (√h + eps); one h per row and column shard."""
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"momentum1": (rows,)}
+
+    def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        sums = state["momentum1"].add_(grad.square().mean(dim=1))
+        return grad / (sums.sqrt() + self.eps).unsqueeze(1)
+
+
+_RULES: dict[EmbOptimType, type[UpdateRule]] = {
+    EmbOptimType.SGD: Sgd,
+    EmbOptimType.EXACT_SGD: Sgd,
+    EmbOptimType.EXACT_ADAGRAD: Adagrad,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: RowWiseAdagrad,
+}
+
+# Keys with which TorchRec and optimizer classes say "nothing special", by the values that say so.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "output_dtype": (SparseType.FP32,),
+    "lr_decay": (0,),
+    "initial_accumulator_value": (0,),
+    "momentum": (0, 0.9),  # of SGD, whose momentum is 0; 0.9 is what FBGEMM passes along unused
+    "dampening": (0,),
+    "weight_decay": (0,),
+}
+
+
+def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
+    """Reads the optimizer that TorchRec attached to a table: ``fused_params`` as `SplitTableBatchedEmbeddingBagsCodegen`.
+
+    Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad; default SGD), ``learning_rate``, ``eps``,
+    ``gradient_clipping`` with ``max_gradient``.
+
+    Raises:
+        NotImplementedError: another optimizer or key, by name; nothing is dropped in silence.
+
+    Example:
+        >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
+        Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
+    """
+    given = {k: v for k, v in fused_params.items() if not k.startswith("_")}
+    optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
+    if optimizer not in _RULES:
+        raise NotImplementedError(
+            f"table {table!r}: optimizer={optimizer} is not supported by compositional tables; "
+            f"allowed: {', '.join(str(o) for o in _RULES)}"
+        )
+    chosen: dict[str, Any] = {k: given.pop(k) for k in ("learning_rate", "eps") if k in given}
+    max_gradient = given.pop("max_gradient", 1.0)
+    if given.pop("gradient_clipping", False):
+        chosen["max_gradient"] = max_gradient
+    for key, value in given.items():
+        if value is None or value is False or value in _NEUTRAL.get(key, ()):
+            continue
+        raise NotImplementedError(
+            f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
+            "learning_rate, eps, gradient_clipping, max_gradient"
+        )
+    return _RULES[optimizer](**chosen)

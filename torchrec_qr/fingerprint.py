@@ -1,0 +1,67 @@
+"""What a compositional table's stored rows mean, as a small tensor that travels in its ``state_dict``.
+
+Shapes cannot tell a Chinese remainder from a mixed radix of equal sizes, or strided from adjacent grouping: loading
+one as the other would train on wrong rows in silence.
+"""
+
+import torch
+from torch import Tensor
+
+from torchrec_qr.configs import CompositionalConfig
+
+_FORMAT = 1
+# Codes are part of the checkpoint format: append, never reorder.
+_KINDS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "explicit", "hash")
+_GROUPINGS = ("", "strided", "adjacent")
+_OPERATIONS = ("mult", "add", "concat", "path")
+_ACTIVATIONS = ("", "relu", "tanh")
+_HEADER = ("format", "kind", "grouping", "operation", "path_hidden", "path_activation", "map_hash", "num_ids")
+
+
+def fingerprint(config: CompositionalConfig) -> Tensor:
+    """Returns (8 + 2K,) int64: kind, grouping, operation, path's MLP, hash of an explicit map, S, |P_j|, columns.
+
+    Example:
+        >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
+        >>> config = CompositionalEmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8,
+        ...     feature_names=["f"], partitions=QuotientRemainder(100, num_collisions=4))
+        >>> fingerprint(config).tolist()
+        [1, 0, 1, 0, 0, 0, 0, 100, 25, 4, 8, 8]
+    """
+    p = config.partitions
+    assert p is not None
+    path = config.operation == "path"
+    header = (
+        _FORMAT,
+        _KINDS.index(p.kind),
+        _GROUPINGS.index(str(p.describe().get("grouping", ""))),
+        _OPERATIONS.index(config.operation),
+        (config.path_hidden or 0) if path else 0,
+        _ACTIVATIONS.index(config.path_activation) if path and config.path_hidden else 0,
+        p.content_hash(),
+        p.num_ids,
+    )
+    return torch.tensor([*header, *p.sizes, *config.partition_columns], dtype=torch.int64, device="cpu")
+
+
+def differences(saved: Tensor, own: Tensor) -> list[str]:
+    """Returns a phrase per field in which two fingerprints differ, ``saved`` as against ``own``."""
+    mine = _decode(own)
+    theirs = _decode(saved)
+    return [f"{field}: saved {theirs[field]}, here {mine[field]}" for field in mine if theirs[field] != mine[field]]
+
+
+def _decode(fingerprint: Tensor) -> dict[str, object]:
+    values = fingerprint.tolist()
+    fields: dict[str, object] = dict(zip(_HEADER, values, strict=False))
+    for field, names in (
+        ("kind", _KINDS),
+        ("grouping", _GROUPINGS),
+        ("operation", _OPERATIONS),
+        ("path_activation", _ACTIVATIONS),
+    ):
+        code = fields[field]
+        assert isinstance(code, int)
+        fields[field] = names[code] if code < len(names) else f"unknown ({code})"
+    rest = values[len(_HEADER) :]
+    return fields | {"sizes": rest[: len(rest) // 2], "columns": rest[len(rest) // 2 :]}

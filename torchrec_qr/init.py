@@ -1,0 +1,121 @@
+"""Initial values of partitions, so that the composed embedding has the variance of the full table it replaces.
+
+The full table is U(low, high), TorchRec's U(-1/√S, 1/√S) unless the config says otherwise; σ² = (high - low)² / 12 is
+its variance, 1/(3S). Two modes (`CompositionalEmbeddingBagConfig.init`), per operation and partition j:
+
+==========  =============================================  =========================================
+operation   ``"identity"``                                 ``"balanced"``
+==========  =============================================  =========================================
+mult        main: the full table; others: 1 + N(0, .01²)   all: U(-b, b), b = √3 · (σ²)^(1/2K)
+add         main: the full table; others: N(0, (.01 σ)²)   all: U(-b, b), b = √(3σ²/K)
+concat      all: the full table                            all: the full table
+path        partition 0: the full table; MLPs: nn.Linear's, the last layer scaled so that outputs have variance σ²
+==========  =============================================  =========================================
+
+Under ``identity`` a table starts as the hashing trick over its main partition and learns to tell its ids apart.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+
+from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig
+
+_NOISE = 0.01
+# Rows are drawn in fp32 and rounded, this many scalars at a time: drawing in bf16 itself gives a biased uniform.
+_CHUNK = 1 << 22
+
+
+def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] | list[EmbeddingConfig]:
+    """Returns one plain TorchRec config per stored tensor: ``<table>.partition_<j>``, with its rows, columns and init.
+
+    The ``init_fn`` of each is independent per row, so it also fills a shard of the partition's rows.
+
+    Example:
+        >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
+        >>> config = CompositionalEmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8,
+        ...     feature_names=["f"], partitions=QuotientRemainder(100, num_collisions=4))
+        >>> [(p.name, p.num_embeddings, p.embedding_dim) for p in partition_configs(config)]
+        [('t.partition_0', 25, 8), ('t.partition_1', 4, 8)]
+    """
+    assert config.partitions is not None
+    pooled = isinstance(config, CompositionalEmbeddingBagConfig)
+    make: Callable[..., Any] = partial(EmbeddingBagConfig, pooling=config.pooling) if pooled else EmbeddingConfig
+    return [
+        make(
+            name=f"{config.name}.partition_{j}",
+            num_embeddings=rows,
+            embedding_dim=config.partition_columns[j],
+            data_type=config.partition_data_types[j],
+            feature_names=list(config.feature_names),
+            init_fn=_init_fn(config, j),
+        )
+        for j, rows in enumerate(config.partitions.sizes)
+    ]
+
+
+def _init_fn(config: CompositionalConfig, j: int) -> Callable[[Tensor], Tensor | None]:
+    if isinstance(config.init_fn, Sequence):
+        return config.init_fn[j]
+    return config.init_fn or partial(init_partition, config, j)
+
+
+@torch.no_grad()
+def init_partition(config: CompositionalConfig, j: int, weight: Tensor) -> Tensor:
+    """Fills ``weight`` (any number of rows of partition j, its columns) in place by ``config.init``; returns it."""
+    if weight.numel() == 0:
+        return weight  # of a rank that holds no shard of the partition
+    # Flat where one rank's column shards differ in width: then every scalar counts as a row.
+    for chunk in weight.split(max(1, _CHUNK * weight.shape[0] // weight.numel())):
+        if config.operation == "path" and j > 0:
+            chunk.copy_(_mlps(config, chunk.shape[0], weight.device))
+        else:
+            chunk.copy_(_fill(config, j, torch.empty(chunk.shape, dtype=torch.float32, device=weight.device)))
+    return weight
+
+
+def _fill(config: CompositionalConfig, j: int, out: Tensor) -> Tensor:
+    low, high, k = config.get_weight_init_min(), config.get_weight_init_max(), config.num_partitions
+    sigma = (high - low) / math.sqrt(12)
+    elementwise = config.operation in ("mult", "add")
+    if elementwise and config.init == "balanced":
+        variance = sigma ** (2 / k) if config.operation == "mult" else sigma**2 / k
+        bound = math.sqrt(3 * variance)
+        return out.uniform_(-bound, bound)
+    if elementwise and j != config.base_partition:
+        return out.normal_(1, _NOISE) if config.operation == "mult" else out.normal_(0, _NOISE * sigma)
+    return out.uniform_(low, high)
+
+
+def _mlps(config: CompositionalConfig, classes: int, device: torch.device) -> Tensor:
+    """Returns (classes, P): one flattened MLP a row, as ``torchrec_qr.ops.path`` reads it."""
+    dim, hidden = config.embedding_dim, config.path_hidden
+    sigma2 = (config.get_weight_init_max() - config.get_weight_init_min()) ** 2 / 12
+
+    def linear(fan_in: int, fan_out: int, variance: float) -> list[Tensor]:
+        bound = math.sqrt(3 * variance)
+        shapes = (fan_out * fan_in, fan_out)
+        return [torch.empty(classes, n, device=device).uniform_(-bound, bound) for n in shapes]
+
+    # nn.Linear draws weights and biases alike from U(-1/√fan_in, 1/√fan_in), whose variance is 1 / (3 fan_in). A last
+    # layer of variance v over inputs of second moment q gives outputs of variance fan_in·v·q + v.
+    if hidden is None:
+        return torch.cat(linear(dim, dim, sigma2 / (dim * sigma2 + 1)), dim=1)
+    moment = _activation_moment(config.path_activation, sigma2 / 3, 1 / (3 * dim))
+    return torch.cat(linear(dim, hidden, 1 / (3 * dim)) + linear(hidden, dim, sigma2 / (hidden * moment + 1)), dim=1)
+
+
+def _activation_moment(activation: str, weighted_variance: float, bias_variance: float) -> float:
+    """E φ(z)², z = g + b, g ~ N(0, weighted_variance), b uniform of variance bias_variance: by quadrature."""
+    bias, bias_mass = np.polynomial.legendre.leggauss(64)
+    noise, noise_mass = np.polynomial.hermite_e.hermegauss(64)
+    z = bias[:, None] * math.sqrt(3 * bias_variance) + noise[None, :] * math.sqrt(weighted_variance)
+    phi = {"relu": nn.functional.relu, "tanh": torch.tanh}[activation](torch.from_numpy(z)).numpy()
+    mass = bias_mass[:, None] * noise_mass[None, :]
+    return float((mass * phi**2).sum() / mass.sum())

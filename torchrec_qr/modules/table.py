@@ -1,0 +1,189 @@
+"""The tables of a collection: parameters of compositional ones, and the lookup of one feature in either kind."""
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
+
+from torchrec_qr.configs import (
+    DTYPES,
+    CompositionalConfig,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingConfig,
+)
+from torchrec_qr.fingerprint import differences, fingerprint
+from torchrec_qr.ids import IdSpace
+from torchrec_qr.init import partition_configs
+from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
+
+
+class CompositionalTable(nn.Module):
+    """The K partitions of one table, each a real parameter ``partition_<j>.weight`` (|P_j|, columns of partition j).
+
+    Its ``state_dict`` also holds ``fingerprint`` (see `torchrec_qr.fingerprint`); loading a table of another meaning
+    raises. An explicit map is a buffer outside of the ``state_dict``.
+    """
+
+    fingerprint: Tensor
+    class_map: Tensor | None
+
+    def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
+        super().__init__()
+        assert config.partitions is not None
+        self._config = config
+        self._partitions = config.partitions
+        self._composition = Composition(config.operation, config.path_hidden, config.path_activation)
+        for j, partition in enumerate(partition_configs(config)):
+            holder = nn.Module()
+            shape = (partition.num_embeddings, partition.embedding_dim)
+            holder.weight = nn.Parameter(torch.empty(shape, dtype=DTYPES[partition.data_type], device=device))
+            self.add_module(f"partition_{j}", holder)
+        self.register_buffer("fingerprint", None)
+        self.register_buffer("class_map", None, persistent=False)
+        self.set_constants(device)
+        # After `load_state_dict(assign=True)`, which takes parameters off the meta device one by one.
+        self.register_load_state_dict_post_hook(_restore_constants)
+
+    def weights(self) -> list[nn.Parameter]:
+        """Returns the K parameters, in the order of the partitions."""
+        return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
+
+    def init_weights(self) -> None:
+        for config, weight in zip(partition_configs(self._config), self.weights(), strict=True):
+            assert config.init_fn is not None
+            config.init_fn(weight)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Returns (N, D): the embedding of each id (N,)."""
+        return compositional_embedding(self._composition, list(self.weights()), self._rows(ids))
+
+    def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Returns (B, D): per bag, the sum of its ids' embeddings times their weights (N,)."""
+        return compositional_bag(self._composition, list(self.weights()), self._rows(ids), offsets, weights)
+
+    def _rows(self, ids: Tensor) -> list[Tensor]:
+        return self._partitions.class_rows(ids, self.class_map)
+
+    def set_constants(self, device: torch.device) -> None:
+        self.fingerprint = fingerprint(self._config).to(device)
+        class_map = self._partitions.class_map
+        self.class_map = None if class_map is None else class_map.to(device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalTable":
+        super()._apply(fn, recurse)
+        # Constants follow from the config: `to_empty`, with which meta modules are materialised, would lose them.
+        self.set_constants(device_of(self))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(f"{prefix}fingerprint")
+        if saved is not None:
+            differing = differences(saved, fingerprint(self._config))
+            if differing:
+                raise ValueError(
+                    f"table {self._config.name!r}: the checkpoint is of another table: {'; '.join(differing)}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def build_tables(
+    tables: Sequence[BaseEmbeddingConfig],
+    plain: type[nn.Embedding] | type[nn.EmbeddingBag],
+    device: torch.device | None,
+) -> nn.ModuleDict:
+    """Returns a module per table, in order: a `CompositionalTable`, or ``plain`` for TorchRec's own configs.
+
+    As TorchRec, names a table's only feature after the table where ``feature_names`` is empty.
+
+    Raises:
+        ValueError: a table name that occurs twice; a data type that is none of FP32, FP16 and BF16; a pooling that is
+            none of SUM and MEAN.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    modules = nn.ModuleDict()
+    for config in tables:
+        if config.name in modules:
+            raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
+        _check_allowed(config, "data_type", tuple(DTYPES))
+        config.feature_names = config.feature_names or [config.name]
+        if isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig):
+            modules[config.name] = CompositionalTable(config, device)
+            continue
+        as_torchrec: dict[str, Any] = {}
+        if isinstance(config, EmbeddingBagConfig):
+            _check_allowed(config, "pooling", (PoolingType.SUM, PoolingType.MEAN))
+            as_torchrec = {"mode": config.pooling.value.lower(), "include_last_offset": True}
+        # torch's own initial values are not drawn, so that a seed gives the same ones on the meta device and off it.
+        modules[config.name] = skip_init(
+            plain,
+            config.num_embeddings,
+            config.embedding_dim,
+            device=device,
+            dtype=DTYPES[config.data_type],
+            **as_torchrec,
+        )
+    return modules
+
+
+def _check_allowed(config: BaseEmbeddingConfig, field: str, allowed: tuple[Enum, ...]) -> None:
+    if getattr(config, field) not in allowed:
+        names = ", ".join(str(a) for a in allowed)
+        raise ValueError(f"table {config.name!r}: {field}={getattr(config, field)!r}; allowed: {names}")
+
+
+def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
+    """Returns the id space of every feature of every table, in order; plain tables take ``"error"``."""
+    return [
+        IdSpace(t.name, feature, t.num_embeddings, getattr(t, "out_of_range", "error"))
+        for t in tables
+        for feature in t.feature_names
+    ]
+
+
+def init_tables(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -> None:
+    for config in tables:
+        module = modules[config.name]
+        if device_of(module).type == "meta":
+            continue
+        if isinstance(module, CompositionalTable):
+            module.init_weights()
+        else:
+            assert config.init_fn is not None
+            config.init_fn(_weight(module))
+
+
+def embed(table: nn.Module, ids: Tensor) -> Tensor:
+    """Returns (N, D) fp32: the embedding of each id (N,) in a table of either kind."""
+    if isinstance(table, CompositionalTable):
+        return table.embed(ids)
+    return compositional_embedding(_PLAIN, [_weight(table)], [ids])
+
+
+def sum_bags_of(table: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns (B, D) fp32: per bag, the weighted sum of its ids' embeddings in a table of either kind."""
+    if isinstance(table, CompositionalTable):
+        return table.sum(ids, offsets, weights)
+    return compositional_bag(_PLAIN, [_weight(table)], [ids], offsets, weights)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Returns the device of a module's first parameter; the CPU where it has none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    # Not `get_parameter`, which looks at the type: `torch.fx` traces attributes, and its proxies are no parameters.
+    return cast(nn.Parameter, module.weight)
+
+
+def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(table, CompositionalTable)
+    table.set_constants(device_of(table))
+
+
+# A plain table is the trivial partition, K = 1.
+_PLAIN = Composition("add")
