@@ -1,4 +1,4 @@
-"""Bad input: the right type of exception, whose message names the table, feature or field, the value and what is allowed."""
+"""Bad input: the right type of exception, which names the table, feature or field, the value and what is allowed."""
 
 import re
 from typing import Any

@@ -9,7 +9,6 @@ PACKAGE = Path(__file__).parents[1] / "torchrec_qr"
 
 # Low to high: a module may import its own layer and those before it. A name stands for a module or a whole subpackage.
 LAYERS = (
-    ("_version",),
     ("ids", "partitions"),
     ("configs",),
     ("init", "fingerprint"),

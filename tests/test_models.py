@@ -1,4 +1,4 @@
-"""Collections inside TorchRec's models, unchanged, against the same models over hand-expanded ``nn.Embedding`` lookups."""
+"""Collections inside TorchRec's models, unchanged, against the same models over ``nn.Embedding`` lookups by hand."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a TorchRec user does with a module: state dicts, devices, copies, tracing, compilation, batches of every form."""
+"""What a TorchRec user does with a module: storage types, state dicts, devices, copies, batches of every form."""
 
 import copy
 import io
@@ -8,84 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-import torchrec.fx
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from batches import batch
-from cases import kind_of, randomize
+from small_collections import BATCH, OPERATIONS, S, assert_equal, collection, outputs, partitions_of
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     ExplicitPartitions,
     FeatureGenerationEmbeddingBagCollection,
     MixedRadix,
-    Partitions,
     QuotientRemainder,
 )
-
-S = 100
-OPERATIONS: dict[str, dict[str, Any]] = {
-    "mult": {"operation": "mult"},
-    "add": {"operation": "add"},
-    "concat": {"operation": "concat"},
-    "path": {"operation": "path"},
-    "path_hidden": {"operation": "path", "path_hidden": 3, "path_activation": "tanh"},
-}
-BATCH = {"f": [[0, 5, 99], [], [7]], "g": [[1], [2, 2], [9]]}
-OTHER_BATCH = {"f": [[13], [98, 13, 13, 4], [50], [51, 1], []], "g": [[], [3], [0, 1, 2, 3], [8], [8]]}
 
 KINDS = ["strided", "explicit"]
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 pooled_or_not = pytest.mark.parametrize("pooled", [True, False])
-
-
-def partitions_of(kind: str) -> Partitions:
-    return kind_of(kind, 2).partitions
-
-
-def collection(
-    partitions: Partitions, pooled: bool = True, device: torch.device | None = None, seed: int = 0, **fields: Any
-) -> Any:
-    """A compositional table ``t`` of feature f and a plain table ``p`` of feature g."""
-    compositional: dict[str, Any] = {"name": "t", "feature_names": ["f"], "embedding_dim": 8} | fields
-    compositional |= {"num_embeddings": partitions.num_ids, "partitions": partitions}
-    plain: dict[str, Any] = {"name": "p", "feature_names": ["g"], "num_embeddings": 10, "embedding_dim": 4}
-    module: Any
-    if pooled:
-        module = CompositionalEmbeddingBagCollection(
-            tables=[CompositionalEmbeddingBagConfig(**compositional), EmbeddingBagConfig(**plain)], device=device
-        )
-    else:
-        module = CompositionalEmbeddingCollection(
-            tables=[CompositionalEmbeddingConfig(**compositional), EmbeddingConfig(**plain)], device=device
-        )
-    if device is None:
-        randomize(module, seed)
-    return module
-
-
-def outputs(module: Any, per_feature: dict[str, list[list[int]]]) -> list[Tensor]:
-    out = module(batch(per_feature))
-    return [out["f"], out["g"]] if isinstance(out, KeyedTensor) else [out["f"].values(), out["g"].values()]
-
-
-def gradients(module: nn.Module, results: list[Tensor]) -> list[Tensor]:
-    """With respect to all parameters, of Σ c · output with c = 1, 2, 3, … so that a permutation shows."""
-    total = torch.stack([(out * torch.arange(1, out.numel() + 1).view(out.shape)).sum() for out in results]).sum()
-    return list(torch.autograd.grad(total, list(module.parameters())))
-
-
-def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 # --- storage types -------------------------------------------------------------------------------------------------
@@ -309,87 +254,6 @@ def test_copies_are_equal_and_independent(
     assert all(not bool(out.any()) for out in outputs(twin, BATCH))
     twin.load_state_dict(module.state_dict())
     assert_equal(outputs(twin, BATCH), expected)
-
-
-# --- tracing and compilation ---------------------------------------------------------------------------------------
-
-
-def traced_by_torch(module: nn.Module) -> torch.fx.GraphModule:
-    return torch.fx.symbolic_trace(module)
-
-
-def traced_by_torchrec(module: nn.Module) -> torch.fx.GraphModule:
-    return torch.fx.GraphModule(module, torchrec.fx.Tracer().trace(module))
-
-
-class Model(nn.Module):
-    """A collection inside of a model, as tracers meet it."""
-
-    def __init__(self, sparse: nn.Module) -> None:
-        super().__init__()
-        self.sparse = sparse
-
-    def forward(self, features: KeyedJaggedTensor) -> Any:
-        return self.sparse(features)
-
-
-@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
-@each_operation
-@each_kind
-@pooled_or_not
-def test_tracers_see_through_the_lookup(
-    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
-) -> None:
-    module = Model(collection(partitions_of(kind), pooled, **OPERATIONS[operation]))
-    traced = trace(module)
-    calls = [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
-    expected = {"mult": "mul", "concat": "cat", "add": "add"}.get(operation, "apply_class_mlps")
-    assert expected in calls
-    assert "embedding_bag" in calls if pooled else calls.count("embedding") == (2 if "path" in operation else 3)
-    assert not [n for n in traced.graph.nodes if n.op == "call_module"]
-    for per_feature in (BATCH, OTHER_BATCH, {"f": [[]], "g": [[]]}):
-        results, eager = outputs(traced, per_feature), outputs(module, per_feature)
-        assert_equal(results, eager)
-        assert_equal(gradients(module, results), gradients(module, eager))
-    with pytest.raises(IndexError, match="id 100 is outside"):
-        outputs(traced, {"f": [[100]], "g": [[]]})
-
-
-@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
-def test_a_traced_collection_weights_and_divides(trace: Callable[[nn.Module], torch.fx.GraphModule]) -> None:
-    table = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f", "g"],
-        num_embeddings=S,
-        embedding_dim=8,
-        partitions=partitions_of("strided"),
-        pooling=PoolingType.MEAN,
-    )
-    ebc = CompositionalEmbeddingBagCollection(tables=[table], is_weighted=True)
-    traced = trace(ebc)
-    for per_feature in (BATCH, OTHER_BATCH):
-        n = sum(len(bag) for bags in per_feature.values() for bag in bags)
-        kjt = batch(per_feature, torch.arange(1.0, n + 1))
-        assert torch.equal(traced(kjt).values(), ebc(kjt).values())
-
-
-@pytest.mark.parametrize(
-    ("pooled", "kind", "operation", "batches"),
-    [
-        (True, "strided", "mult", [BATCH]),
-        (True, "explicit", "concat", [BATCH]),
-        (True, "strided", "path_hidden", [{"f": [[0, 5], [5]], "g": [[1], [2]]}]),
-        (False, "strided", "add", [BATCH, OTHER_BATCH]),
-    ],
-)
-def test_compiled_modules_agree(pooled: bool, kind: str, operation: str, batches: list[dict[str, Any]]) -> None:
-    torch._dynamo.reset()
-    module = collection(partitions_of(kind), pooled, **OPERATIONS[operation])
-    compiled = torch.compile(module, backend="aot_eager")
-    for per_feature in batches:
-        results, eager = outputs(compiled, per_feature), outputs(module, per_feature)
-        torch.testing.assert_close(results, eager)
-        torch.testing.assert_close(gradients(module, results), gradients(module, eager))
 
 
 # --- forms of batches ----------------------------------------------------------------------------------------------

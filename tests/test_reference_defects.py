@@ -37,7 +37,7 @@ def weights_of(ebc: CompositionalEmbeddingBagCollection, table: str = "t") -> li
 @pytest.mark.parametrize("init", ["identity", "balanced"])
 @pytest.mark.parametrize("operation", ["mult", "add"])
 def test_init_has_no_mean(operation: str, init: str) -> None:
-    """``uniform_(w, sqrt(1/n))`` sets the lower bound only: U[√(1/n), 1], mean 1.045 (add), .278 (mult) at n = 10,000."""
+    """``uniform_(w, sqrt(1/n))`` gives U[√(1/n), 1]: a mean of 1.045 (add) and .278 (mult) at n = 10,000."""
     torch.manual_seed(0)
     table = config(10_000, 4, operation=operation, init=init, embedding_dim=64)
     ebc = CompositionalEmbeddingBagCollection(tables=[table])
@@ -160,7 +160,7 @@ def test_parameters_and_gradients_follow_the_module() -> None:
 
 
 def test_strided_grouping_keeps_neighbours_apart() -> None:
-    """The paper's large table is indexed by the remainder; dlrm's by the quotient, so that neighbours share its rows."""
+    """The remainder indexes the paper's large table, the quotient dlrm's, so that there neighbours share rows."""
     for num_ids, m in ((100, 4), (101, 4), (1000, 7)):
         strided = QuotientRemainder(num_ids, m)
         r0 = -(-num_ids // m)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig
@@ -45,8 +45,9 @@ def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] |
         [('t.partition_0', 25, 8), ('t.partition_1', 4, 8)]
     """
     assert config.partitions is not None
-    pooled = isinstance(config, CompositionalEmbeddingBagConfig)
-    make: Callable[..., Any] = partial(EmbeddingBagConfig, pooling=config.pooling) if pooled else EmbeddingConfig
+    make: Callable[..., Any] = EmbeddingConfig
+    if isinstance(config, CompositionalEmbeddingBagConfig):
+        make = partial(EmbeddingBagConfig, pooling=config.pooling)
     return [
         make(
             name=f"{config.name}.partition_{j}",
@@ -116,6 +117,6 @@ def _activation_moment(activation: str, weighted_variance: float, bias_variance:
     bias, bias_mass = np.polynomial.legendre.leggauss(64)
     noise, noise_mass = np.polynomial.hermite_e.hermegauss(64)
     z = bias[:, None] * math.sqrt(3 * bias_variance) + noise[None, :] * math.sqrt(weighted_variance)
-    phi = {"relu": nn.functional.relu, "tanh": torch.tanh}[activation](torch.from_numpy(z)).numpy()
+    phi = np.tanh(z) if activation == "tanh" else np.maximum(z, 0)
     mass = bias_mass[:, None] * noise_mass[None, :]
     return float((mass * phi**2).sum() / mass.sum())

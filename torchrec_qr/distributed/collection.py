@@ -93,7 +93,10 @@ class LogicalView:
 
 
 class NestedModuleDict(nn.ModuleDict):
-    """A ``ModuleDict`` whose key ``"t.partition_0"`` is child ``partition_0`` of child ``t``; the stock one refuses dots."""
+    """A ``ModuleDict`` in which key ``"t.partition_0"`` is child ``partition_0`` of child ``t``.
+
+    The stock one refuses dots.
+    """
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         *path, leaf = key.split(".")
@@ -198,7 +201,9 @@ def partition_sharding(config: CompositionalConfig, j: int, logical: ParameterSh
     """The plan of partition j that follows from the plan of its logical table."""
     spec = logical.sharding_spec
     shards = (
-        stored_shards(config, j, logical.sharding_type, spec.shards) if isinstance(spec, EnumerableShardingSpec) else None
+        stored_shards(config, j, logical.sharding_type, spec.shards)
+        if isinstance(spec, EnumerableShardingSpec)
+        else None
     )
     if shards is not None:
         return replace(logical, sharding_spec=EnumerableShardingSpec(shards))
@@ -240,8 +245,9 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
             )
         if config.operation == "path" and sharding.sharding_type in COLUMN_SPLIT:
             raise ValueError(
-                f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all {config.embedding_dim} "
-                "columns of the base row; allowed: table_wise, row_wise, table_row_wise, data_parallel"
+                f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all "
+                f"{config.embedding_dim} columns of the base row; allowed: table_wise, row_wise, table_row_wise, "
+                "data_parallel"
             )
 
 

@@ -1,6 +1,6 @@
 """The sharded unpooled collection and its sharder."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
-        super().__init__(view, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         if module.device.type != "meta":
             self.load_state_dict(module.state_dict())
 
@@ -81,7 +81,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         super().init_data_parallel()
         replicate_lookups(self._lookups, self._env.process_group)
 
-    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         features = maybe_td_to_kjt(features, None)
         if features.variable_stride_per_key():
             raise NotImplementedError(

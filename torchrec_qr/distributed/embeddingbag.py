@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class CompositionalContext(EmbeddingBagCollectionContext):
     def record_stream(self, stream: torch.Stream) -> None:
         super().record_stream(stream)
         if self.bag_sizes is not None:
-            self.bag_sizes.record_stream(stream)  # type: ignore[arg-type]
+            self.bag_sizes.record_stream(stream)
 
 
 class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbeddingBagCollection):
@@ -71,7 +71,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
             for name in names
         }
         view = LogicalView(module, configs, "embedding_bags", module.embedding_bags)
-        super().__init__(view, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict())
 
@@ -109,7 +109,8 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         features = maybe_td_to_kjt(features, None)
         if features.variable_stride_per_key():
             raise NotImplementedError(
-                f"variable batch per feature is not supported by sharded compositional collections; features {features.keys()}"
+                "variable batch per feature is not supported by sharded compositional collections; features "
+                f"{features.keys()}"
             )
         if self._mean_names:
             sizes = features.lengths().view(len(features.keys()), -1)

@@ -19,9 +19,9 @@ from torchrec_qr.distributed.codes import RowCode
 from torchrec_qr.distributed.optimizer import RowOptimizer, StoredPartition, step_in_backward
 from torchrec_qr.distributed.shards import (
     ROW_SPLIT,
+    block_rows,
     is_replicated,
     num_row_blocks,
-    block_rows,
     stored_columns,
     stored_shard,
     stored_shards,
@@ -45,7 +45,7 @@ def placed(table: ShardedEmbeddingTable) -> Placed | None:
 
 def place(table: ShardedEmbeddingTable, config: CompositionalConfig, sharding_type: str) -> None:
     """Attaches a `Placed`. TorchRec copies configs field by field, so it cannot travel in one of them."""
-    table.compositional = Placed(config, sharding_type)
+    table.compositional = Placed(config, sharding_type)  # type: ignore[attr-defined]
 
 
 def is_fused(table: ShardedEmbeddingTable) -> bool:
@@ -78,16 +78,17 @@ class Replicas(nn.Module):
     def __init__(self, tables: Sequence[ShardedEmbeddingTable], device: torch.device | None) -> None:
         super().__init__()
         self.parameters_of: dict[tuple[str, int], nn.Parameter] = {}
-        self.optimizer_of: dict[nn.Parameter, RowOptimizer] = {}
+        self.optimizer_of: dict[Tensor, RowOptimizer] = {}
         self._names: dict[nn.Parameter, str] = {}
         holders = []
         for table in tables:
             config, sharding_type = _placed(table).config, _placed(table).sharding_type
             assert config.partitions is not None
-            stored = []
+            stored, own = [], []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
                     continue
+                own.append((config.name, j))
                 size = (rows, config.partition_columns[j])
                 p = nn.Parameter(torch.zeros(size, dtype=DTYPES[config.partition_data_types[j]], device=device))
                 self.parameters_of[config.name, j] = p
@@ -96,7 +97,7 @@ class Replicas(nn.Module):
             if is_fused(table) and stored:
                 optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
                 holders.append(FusedOptimizerHolder(optimizer))
-                self.optimizer_of.update((p, optimizer) for s in stored for p in s.tensors)
+                self.optimizer_of.update((self.parameters_of[key], optimizer) for key in own)
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 
@@ -159,7 +160,7 @@ class CompositionalKernel(BaseEmbedding):
     def _store(
         self, tables: list[ShardedEmbeddingTable], leaves: dict[tuple[int, int], Tensor], device: torch.device | None
     ) -> list[StoredPartition]:
-        """Allocates this rank's shards of one table; those of one partition share a storage, which TorchRec is shown."""
+        """Allocates this rank's shards of a table; those of one partition share a storage, which TorchRec is shown."""
         at = _placed(tables[0])
         config = at.config
         assert config.partitions is not None
@@ -208,7 +209,7 @@ class CompositionalKernel(BaseEmbedding):
         weights = features.weights().split(lengths) if self._config.is_weighted else [None] * len(ids)
         offsets = features.offsets()
         outputs: list[Tensor] = []
-        for shard in self._shards:
+        for shard in self._local_shards():
             for _ in range(shard.num_features):
                 f = len(outputs)
                 if self._sequence:
@@ -220,7 +221,10 @@ class CompositionalKernel(BaseEmbedding):
 
     def uses(self) -> set[tuple[str, int]]:
         """The partitions, by table and number, that the output depends on."""
-        return {key for shard in self._shards for key in shard.uses()}
+        return {key for shard in self._local_shards() for key in shard.uses()}
+
+    def _local_shards(self) -> Iterator["LocalShard"]:
+        return (shard for shard in self._shards if isinstance(shard, LocalShard))
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._exposed
@@ -260,7 +264,7 @@ class LocalShard(nn.Module):
         self._first_row = 0
         if self._code is not None:
             blocks = num_row_blocks(_logical(table))
-            self._first_row = _logical(table).index(table.local_metadata) % blocks * block_rows(config, blocks)
+            self._first_row = _position(table) % blocks * block_rows(config, blocks)
         class_map = config.partitions.class_map
         self.register_buffer("class_map", None if class_map is None else class_map.to(device), persistent=False)
 
@@ -311,8 +315,14 @@ def _logical(table: ShardedEmbeddingTable) -> list[ShardMetadata]:
 
 
 def _stored_shard(table: ShardedEmbeddingTable, j: int) -> ShardMetadata | None:
-    at, logical = _placed(table), _logical(table)
-    return stored_shard(at.config, j, at.sharding_type, logical, logical.index(table.local_metadata))
+    at = _placed(table)
+    return stored_shard(at.config, j, at.sharding_type, _logical(table), _position(table))
+
+
+def _position(table: ShardedEmbeddingTable) -> int:
+    """The place of this rank's logical shard among all of the table's."""
+    assert table.local_metadata is not None
+    return _logical(table).index(table.local_metadata)
 
 
 def _in_backward(data: Tensor, optimizer: RowOptimizer) -> nn.Parameter:

@@ -56,9 +56,7 @@ class RowOptimizer(FusedOptimizer):
     parameter group holds ``lr``, which schedules may change.
     """
 
-    def __init__(
-        self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
         self._rule = rule
         self._state_of: dict[Tensor, dict[str, Tensor]] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
@@ -100,7 +98,7 @@ class RowOptimizer(FusedOptimizer):
         (group,) = self.param_groups
         return float(group["lr"])
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -108,7 +106,7 @@ class RowOptimizer(FusedOptimizer):
 
 
 def step_in_backward(tensor: Tensor, optimizer: RowOptimizer) -> None:
-    """Has a leaf stepped as soon as a backward has its whole gradient, sparse or dense; the gradient is then dropped."""
+    """Has a leaf stepped as soon as a backward has its whole gradient, sparse or dense, which is then dropped."""
 
     def hook(leaf: Tensor) -> None:
         grad = leaf.grad
@@ -140,5 +138,3 @@ def _sharded(
         sharded_tensor_metadata=metadata,
         process_group=pg,
     )
-
-

@@ -18,7 +18,7 @@ from torchrec_qr.distributed.sharding import PooledLookup, SequenceLookup
 class _Reduction:
     pg: dist.ProcessGroup
     divisor: int
-    optimizer_of: dict[nn.Parameter, RowOptimizer]
+    optimizer_of: dict[Tensor, RowOptimizer]
 
 
 def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> DistributedDataParallel:
@@ -30,7 +30,7 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     """
     if not isinstance(module, DistributedDataParallel):
         module = DistributedDataParallel(module, process_group=pg, gradient_as_bucket_view=True)
-    optimizer_of: dict[nn.Parameter, RowOptimizer] = {}
+    optimizer_of: dict[Tensor, RowOptimizer] = {}
     for child in module.modules():
         if isinstance(child, Replicas):
             optimizer_of.update(child.optimizer_of)
@@ -38,8 +38,9 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     return module
 
 
-def replicate_lookups(lookups: list[nn.Module], pg: dist.ProcessGroup) -> None:
+def replicate_lookups(lookups: list[nn.Module], pg: dist.ProcessGroup | None) -> None:
     """Prepares the lookups of a sharded collection, of which TorchRec has wrapped the data-parallel ones in DDP."""
+    assert pg is not None
     for lookup in lookups:
         if isinstance(lookup, DistributedDataParallel):
             replicate(lookup, pg, average=True)

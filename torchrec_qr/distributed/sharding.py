@@ -5,7 +5,6 @@ where configs and TorchRec's descriptions of shards meet; ``create_input_dist``,
 rows are split, encoded; and ``create_lookup``.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,11 +96,11 @@ class _CompositionalLookup:
         return replicas
 
 
-class PooledLookup(_CompositionalLookup, GroupedPooledEmbeddingsLookup):
+class PooledLookup(_CompositionalLookup, GroupedPooledEmbeddingsLookup):  # type: ignore[misc]
     _sequence = False
 
 
-class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):
+class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):  # type: ignore[misc]
     _sequence = True
 
 

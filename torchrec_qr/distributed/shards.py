@@ -13,16 +13,14 @@ from torchrec.distributed.types import ShardingType
 from torchrec_qr.configs import CompositionalConfig
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
-ROW_SPLIT = frozenset(
-    t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)
-)
+ROW_SPLIT = frozenset(t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD))
 COLUMN_SPLIT = frozenset(
     t.value for t in (ShardingType.COLUMN_WISE, ShardingType.TABLE_COLUMN_WISE, ShardingType.GRID_SHARD)
 )
 
 
 def is_replicated(config: CompositionalConfig, j: int, sharding_type: str) -> bool:
-    """Whether all ranks hold all of partition j: under data-parallel, and beside a base partition whose rows are split."""
+    """Whether all ranks hold all of partition j: under data-parallel, or beside a base partition split by rows."""
     return sharding_type == DATA_PARALLEL or (sharding_type in ROW_SPLIT and j != config.base_partition)
 
 

@@ -89,7 +89,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
-    """Reads the optimizer that TorchRec attached to a table: ``fused_params`` as `SplitTableBatchedEmbeddingBagsCodegen`.
+    """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
 
     Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad; default SGD), ``learning_rate``, ``eps``,
     ``gradient_clipping`` with ``max_gradient``.

@@ -51,7 +51,8 @@ class FeatureGenerationEmbeddingBagCollection(CompositionalEmbeddingBagCollectio
         device: torch.device | None = None,
     ) -> None:
         # K embeddings side by side are a concatenation of K full widths: the same lookup under other names.
-        super().__init__([_concatenated(t) for t in tables], is_weighted, device)
+        as_one = [_concatenated(t) if isinstance(t, CompositionalEmbeddingBagConfig) else t for t in tables]
+        super().__init__(as_one, is_weighted, device)
         self._logical_tables = tables
         names, self._embedding_names, self._lengths_per_embedding = self._embedding_names, [], []
         for name, config in zip(names, (t for t in tables for _ in t.feature_names), strict=True):
@@ -70,9 +71,7 @@ def _names(name: str, config: EmbeddingBagConfig) -> list[str]:
     return [f"{name}.partition_{j}" for j in range(config.num_partitions)]
 
 
-def _concatenated(config: EmbeddingBagConfig) -> EmbeddingBagConfig:
-    if not isinstance(config, CompositionalEmbeddingBagConfig):
-        return config
+def _concatenated(config: CompositionalEmbeddingBagConfig) -> CompositionalEmbeddingBagConfig:
     if config.operation != "mult":
         raise ValueError(
             f"table {config.name!r}: operation={config.operation!r}; allowed: the default, 'mult', "

@@ -56,7 +56,7 @@ def compositional_bag(
     per_sample_weights: Tensor | None = None,
     sparse_gradients: Sequence[bool] | None = None,
 ) -> Tensor:
-    """Returns (B, D) fp32: out_b = Σ_{n in bag b} w_n · compose_j(W_j[rows_j[n]]): composed, then weighted, then summed.
+    """Returns (B, D) fp32: out_b = Σ_{n in bag b} w_n · compose_j(W_j[rows_j[n]]): composed, weighted, then summed.
 
     ``add`` and ``concat`` commute with the sum: K pooled lookups, with no tensor of N rows. ``mult`` and ``path`` do
     not (pooling first is the error of the reference implementation, dlrm#366).

@@ -1,10 +1,12 @@
 """Path composition (arXiv:1909.02107, section 4.1): a base row passed through the MLPs of its classes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 def apply_class_mlps(

@@ -25,6 +25,11 @@ class Partitions(ABC):
         num_ids: S, at most 2^40.
         sizes: |P_j|, in the order of the partitions, never reordered.
         kind: the name of the method.
+
+    >>> from torchrec_qr import Partitions, QuotientRemainder
+    >>> p: Partitions = QuotientRemainder(1000, num_collisions=10)
+    >>> p.sizes, p.num_rows, p.main, p.is_complementary()
+    ((100, 10), 110, 0, True)
     """
 
     kind: ClassVar[str]

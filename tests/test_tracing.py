@@ -1,0 +1,107 @@
+"""`torch.fx`, TorchRec's tracer and `torch.compile` go through the lookup, and what they make computes the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchrec.fx
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import PoolingType
+
+from batches import batch
+from small_collections import (
+    BATCH,
+    OPERATIONS,
+    OTHER_BATCH,
+    assert_equal,
+    collection,
+    gradients,
+    outputs,
+    partitions_of,
+)
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
+
+KINDS = ["strided", "explicit"]
+each_operation = pytest.mark.parametrize("operation", OPERATIONS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+pooled_or_not = pytest.mark.parametrize("pooled", [True, False])
+
+
+def traced_by_torch(module: nn.Module) -> torch.fx.GraphModule:
+    return torch.fx.symbolic_trace(module)
+
+
+def traced_by_torchrec(module: nn.Module) -> torch.fx.GraphModule:
+    return torch.fx.GraphModule(module, torchrec.fx.Tracer().trace(module))
+
+
+class Model(nn.Module):
+    """A collection inside of a model, as tracers meet it."""
+
+    def __init__(self, sparse: nn.Module) -> None:
+        super().__init__()
+        self.sparse = sparse
+
+    def forward(self, features: KeyedJaggedTensor) -> Any:
+        return self.sparse(features)
+
+
+@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
+@each_operation
+@each_kind
+@pooled_or_not
+def test_tracers_see_through_the_lookup(
+    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
+) -> None:
+    module = Model(collection(partitions_of(kind), pooled, **OPERATIONS[operation]))
+    traced = trace(module)
+    calls = [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
+    expected = {"mult": "mul", "concat": "cat", "add": "add"}.get(operation, "apply_class_mlps")
+    assert expected in calls
+    assert "embedding_bag" in calls if pooled else calls.count("embedding") == (2 if "path" in operation else 3)
+    assert not [n for n in traced.graph.nodes if n.op == "call_module"]
+    for per_feature in (BATCH, OTHER_BATCH, {"f": [[]], "g": [[]]}):
+        results, eager = outputs(traced, per_feature), outputs(module, per_feature)
+        assert_equal(results, eager)
+        assert_equal(gradients(module, results), gradients(module, eager))
+    with pytest.raises(IndexError, match="id 100 is outside"):
+        outputs(traced, {"f": [[100]], "g": [[]]})
+
+
+@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
+def test_a_traced_collection_weights_and_divides(trace: Callable[[nn.Module], torch.fx.GraphModule]) -> None:
+    table = CompositionalEmbeddingBagConfig(
+        name="t",
+        feature_names=["f", "g"],
+        num_embeddings=100,
+        embedding_dim=8,
+        partitions=partitions_of("strided"),
+        pooling=PoolingType.MEAN,
+    )
+    ebc = CompositionalEmbeddingBagCollection(tables=[table], is_weighted=True)
+    traced = trace(ebc)
+    for per_feature in (BATCH, OTHER_BATCH):
+        n = sum(len(bag) for bags in per_feature.values() for bag in bags)
+        kjt = batch(per_feature, torch.arange(1.0, n + 1))
+        assert torch.equal(traced(kjt).values(), ebc(kjt).values())
+
+
+@pytest.mark.parametrize(
+    ("pooled", "kind", "operation", "batches"),
+    [
+        (True, "strided", "mult", [BATCH]),
+        (True, "explicit", "concat", [BATCH]),
+        (True, "strided", "path_hidden", [{"f": [[0, 5], [5]], "g": [[1], [2]]}]),
+        (False, "strided", "add", [BATCH, OTHER_BATCH]),
+    ],
+)
+def test_compiled_modules_agree(pooled: bool, kind: str, operation: str, batches: list[dict[str, Any]]) -> None:
+    torch._dynamo.reset()
+    module = collection(partitions_of(kind), pooled, **OPERATIONS[operation])
+    compiled = torch.compile(module, backend="aot_eager")
+    for per_feature in batches:
+        results, eager = outputs(compiled, per_feature), outputs(module, per_feature)
+        torch.testing.assert_close(results, eager)
+        torch.testing.assert_close(gradients(module, results), gradients(module, eager))
