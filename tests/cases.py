@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import oracle
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
-import oracle
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagConfig,

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
+from batches import Bags, batch
+from cases import kind_of, randomize
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedTensor
 
-from batches import Bags, batch
-from cases import kind_of, randomize
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,

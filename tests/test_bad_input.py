@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 
-from batches import batch
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from batches import batch
 from torchrec import KeyedJaggedTensor
 
-from batches import batch
 from torchrec_qr.ids import DeferredChecks, IdSpace, bags_of, bounded_ids, raise_pending
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch
 from torch import Tensor
 from torchrec import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
 
-from batches import batch
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,

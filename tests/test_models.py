@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Bags, batch
+from cases import Kind, kind_of
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
@@ -14,8 +16,6 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
-from batches import Bags, batch
-from cases import Kind, kind_of
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch
+from small_collections import BATCH, OPERATIONS, S, assert_equal, collection, outputs, partitions_of
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +17,6 @@ from torch.utils._pytree import tree_iter
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
-from batches import batch
-from small_collections import BATCH, OPERATIONS, S, assert_equal, collection, outputs, partitions_of
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,

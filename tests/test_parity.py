@@ -2,14 +2,14 @@
 
 from typing import Any
 
+import oracle
 import torch
+from cases import Kind, assert_agrees, configs, kind_of, oracle_of, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
-import oracle
-from cases import Kind, assert_agrees, configs, kind_of, oracle_of, randomize
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from batches import batch
 from torch import Tensor
 from torchrec import EmbeddingBagConfig
 from torchrec.models.dlrm import DLRM
 
-from batches import batch
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,

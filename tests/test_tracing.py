@@ -6,10 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torchrec.fx
-from torch import nn
-from torchrec import KeyedJaggedTensor
-from torchrec.modules.embedding_configs import PoolingType
-
 from batches import batch
 from small_collections import (
     BATCH,
@@ -21,6 +17,10 @@ from small_collections import (
     outputs,
     partitions_of,
 )
+from torch import nn
+from torchrec import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import PoolingType
+
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
 
 KINDS = ["strided", "explicit"]

@@ -16,12 +16,11 @@ from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
     data_parallel,
-    grid_shard,
     row_wise,
     table_row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan, ShardMetadata
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from torchrec_qr import (
@@ -139,8 +138,28 @@ def placement(sharding: str, i: int, config: EmbeddingBagConfig, world_size: int
         case "table_row_wise":
             return table_row_wise(host_index=i % nodes)
         case "grid_shard":
-            return grid_shard(host_indexes=[(i + n) % nodes for n in range(nodes)])
+            return grid_of(hosts=[(i + n) % nodes for n in range(nodes)])
     return data_parallel()
+
+
+def grid_of(hosts: list[int]) -> ParameterShardingGenerator:
+    """Grid shards, a block of columns per host and of rows per rank of it: TorchRec's own cuts no less than 128 columns."""
+
+    def generate(param: nn.Parameter, local_size: int, *_: object) -> ParameterSharding:
+        rows, columns = -(-param.shape[0] // local_size), param.shape[1] // len(hosts)
+        shards = [
+            ShardMetadata(
+                shard_offsets=[row, block * columns],
+                shard_sizes=[min(rows, param.shape[0] - row), columns],
+                placement=f"rank:{host * local_size + i}/cpu",
+            )
+            for block, host in enumerate(hosts)
+            for i, row in enumerate(range(0, param.shape[0], rows))
+        ]
+        ranks = [s.placement.rank() for s in shards]
+        return ParameterSharding("grid_shard", "fused", ranks, EnumerableShardingSpec(shards))
+
+    return generate
 
 
 def shard(

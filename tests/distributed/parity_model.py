@@ -1,0 +1,482 @@
+"""Sharded collections and their float64 reference, from cases that are plain data and so travel to any process."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+from cases import Kind, kind_of, oracle_of, randomize
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed import sharding_plan
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
+    MixedRadix,
+)
+from torchrec_qr.distributed import (
+    CompositionalEmbeddingBagCollectionSharder,
+    CompositionalEmbeddingCollectionSharder,
+    get_default_sharders,
+)
+
+LR, EPS = 0.05, 1e-8
+ROW_SPLIT = ("row_wise", "table_row_wise", "grid_shard")
+OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+
+
+@dataclass(frozen=True)
+class TableCase:
+    """One table. ``kind`` "plain" is a TorchRec table, "tiny" has fewer base rows than there are ranks."""
+
+    name: str
+    kind: str
+    sharding: str
+    k: int = 2
+    operation: str = "mult"
+    pooling: str = "sum"
+    features: tuple[str, ...] = ()
+    dim: int = 16
+    data_type: str = "FP32"
+    out_of_range: str = "error"
+    plan: str = "planner"
+
+    @property
+    def num_ids(self) -> int:
+        return 9 if self.kind == "tiny" else 100
+
+    @property
+    def feature_names(self) -> list[str]:
+        return list(self.features or (f"f_{self.name}",))
+
+    def of_kind(self) -> Kind:
+        if self.kind == "tiny":
+            return Kind("tiny", MixedRadix(9, [3, 3]), oracle.mixed_radix([3, 3]))
+        return kind_of(self.kind, self.k)
+
+    def config(self, pooled: bool) -> Any:
+        fields: dict[str, Any] = {
+            "name": self.name,
+            "num_embeddings": self.num_ids,
+            "embedding_dim": self.dim,
+            "feature_names": self.feature_names,
+            "data_type": DataType[self.data_type],
+        }
+        if pooled:
+            fields["pooling"] = PoolingType[self.pooling.upper()]
+        if self.kind == "plain":
+            return EmbeddingBagConfig(**fields) if pooled else EmbeddingConfig(**fields)
+        fields |= {
+            "partitions": self.of_kind().partitions,
+            "operation": self.operation,
+            "out_of_range": self.out_of_range,
+            "path_hidden": 3 if self.operation == "path" else None,
+            "path_activation": "tanh" if self.operation == "path" else "relu",
+        }
+        if self.operation == "concat" and self.k == 3 and self.dim == 16:
+            fields["partition_dims"] = (8, 4, 4)
+        return CompositionalEmbeddingBagConfig(**fields) if pooled else CompositionalEmbeddingConfig(**fields)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One collection of many tables, trained for a few steps. The global batch does not depend on the world size."""
+
+    tables: tuple[TableCase, ...]
+    optimizer: str = "sgd"
+    weighted: bool = False
+    pooled: bool = True
+    steps: int = 3
+    bags: int = 8
+    int32: bool = False
+    index_dedup: bool = False
+    wild_ids: bool = False
+
+    def configs(self) -> list[Any]:
+        return [t.config(self.pooled) for t in self.tables]
+
+    def collection(self, device: str = "cpu") -> nn.Module:
+        if self.pooled:
+            return CompositionalEmbeddingBagCollection(self.configs(), self.weighted, torch.device(device))
+        return CompositionalEmbeddingCollection(self.configs(), torch.device(device))
+
+    def initial(self) -> nn.Module:
+        """The unsharded module with the initial values of the run."""
+        collection = self.collection()
+        randomize(collection, 7)
+        tables = collection.get_submodule("embedding_bags" if self.pooled else "embeddings")
+        with torch.no_grad():
+            for table in (t for t in self.tables if t.operation == "path" and t.kind != "plain"):
+                # Where tanh saturates, fp32 loses its slope, and Adagrad makes a whole step of what is left.
+                for mlps in list(tables.get_submodule(table.name).parameters())[1:]:
+                    mlps.mul_(0.25)
+        return collection
+
+    def outputs(self) -> list[tuple[str, TableCase, str]]:
+        """Per output, in order: its name, its table and its feature."""
+        names = get_embedding_names_by_table(self.configs())
+        return [
+            (name, table, feature)
+            for table, of_table in zip(self.tables, names, strict=True)
+            for name, feature in zip(of_table, table.feature_names, strict=True)
+        ]
+
+
+@dataclass
+class Batch:
+    """Bags of ids and their weights, per feature."""
+
+    ids: dict[str, list[list[int]]] = field(default_factory=dict)
+    weights: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def part(self, rank: int, world_size: int) -> "Batch":
+        """The bags of one rank."""
+
+        def cut(bags: list[Any]) -> list[Any]:
+            size = len(bags) // world_size
+            return bags[rank * size : (rank + 1) * size]
+
+        return Batch({f: cut(b) for f, b in self.ids.items()}, {f: cut(b) for f, b in self.weights.items()})
+
+    def kjt(self, weighted: bool, int32: bool = False) -> KeyedJaggedTensor:
+        ids = [x for bags in self.ids.values() for bag in bags for x in bag]
+        weights = [w for bags in self.weights.values() for bag in bags for w in bag]
+        dtype = torch.int32 if int32 else torch.int64
+        return KeyedJaggedTensor(
+            keys=list(self.ids),
+            values=torch.tensor(ids, dtype=dtype),
+            lengths=torch.tensor([len(bag) for bags in self.ids.values() for bag in bags], dtype=dtype),
+            weights=torch.tensor(weights) if weighted else None,
+        )
+
+
+def global_batch(run: Run, step: int) -> Batch:
+    """Jagged, with empty bags, and of few ids, so that rows stay untouched; on step 1 only the first bags have ids.
+
+    On step 2 the first feature has no ids on any rank. ``wild_ids``: outside of [0, S), too.
+    """
+    rng = random.Random(f"batch {step}")
+    sizes = {f: t.num_ids for t in reversed(run.tables) for f in t.feature_names}
+    batch = Batch()
+    for i, feature in enumerate(reversed(list(sizes))):  # in another order than the tables'
+        pool = rng.sample(range(sizes[feature]), min(12, sizes[feature] - 2))
+        if run.wild_ids:
+            pool += [sizes[feature], -1, 3 * sizes[feature] + 5]
+        bags = [rng.choices(pool, k=rng.choice([0, 1, 2, 3, 5])) for _ in range(run.bags)]
+        if step == 1:
+            bags = [bag if b < run.bags // 4 else [] for b, bag in enumerate(bags)]
+        if step == 2 and i == 0:
+            bags = [[] for _ in bags]
+        batch.ids[feature] = bags
+        # Multiples of 1/64: exact in every storage type.
+        batch.weights[feature] = [[rng.randrange(32, 128) / 64 for _ in bag] for bag in bags]
+    return batch
+
+
+class Model(nn.Module):
+    """The collection, its outputs end to end in one tensor: replicated parameters need a root that returns tensors."""
+
+    def __init__(self, collection: nn.Module, names: list[str], pooled: bool) -> None:
+        super().__init__()
+        self.collection = collection
+        self._names, self._pooled = names, pooled
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        out = self.collection(features)
+        if self._pooled:
+            return KeyedTensor.regroup([out], [self._names])[0]
+        return torch.cat([out[name].values().reshape(-1) for name in self._names])
+
+
+def loss_of(out: Tensor, world_size: int) -> Tensor:
+    """Averaged over ranks, as DMP does: 0.1 Σ out² over all ranks."""
+    return 0.1 * world_size * (out.float() ** 2).sum()
+
+
+def hand_plan(module: nn.Module, tables: list[TableCase], sharder: Any) -> EmbeddingModuleShardingPlan:
+    """A plan of TorchRec's own helpers; tables are dealt to ranks and hosts in turn, columns unevenly."""
+    world_size = dist.get_world_size()
+    local_size = min(2, world_size) if world_size == 4 else world_size
+    plan = EmbeddingModuleShardingPlan()
+    parameters = sharder.shardable_parameters(module)
+    for i, table in enumerate(tables):
+        host = i % (world_size // local_size)
+        # Several shards on one rank, not in the order of the columns.
+        several = [(i + c) % world_size for c in (1, 0, 1, 1)][: table.dim // 4]
+        on_host = [host * local_size + c % local_size for c in range(2)]
+        make = {
+            "table_wise": sharding_plan.table_wise(rank=i % world_size, compute_kernel="fused"),
+            "column_wise": sharding_plan.column_wise(ranks=several, compute_kernel="fused"),
+            "table_column_wise": sharding_plan.column_wise(ranks=on_host, compute_kernel="fused"),
+            "row_wise": sharding_plan.row_wise(compute_kernel="fused"),
+            "table_row_wise": sharding_plan.table_row_wise(host_index=host),
+            "grid_shard": sharding_plan.grid_shard(host_indexes=list(range(world_size // local_size))[::-1]),
+            "data_parallel": sharding_plan.data_parallel(),
+        }[table.sharding]
+        sharding = make(parameters[table.name], local_size, world_size, "cpu", sharder)
+        kernel = "dense" if table.sharding == "data_parallel" else "fused"
+        plan[table.name] = dataclasses.replace(sharding, sharding_type=table.sharding, compute_kernel=kernel)
+    return plan
+
+
+def sharders_of(run: Run, fused_params: dict[str, Any] | None = None) -> list[Any]:
+    """TorchRec's default sharders and ours, ours with the run's fused optimizer."""
+    if fused_params is None:
+        fused_params = {"optimizer": OPTIMIZERS[run.optimizer], "learning_rate": LR, "eps": EPS}
+    return [
+        CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
+        CompositionalEmbeddingCollectionSharder(fused_params=fused_params, use_index_dedup=run.index_dedup),
+    ] + [s for s in get_default_sharders() if not type(s).__name__.startswith("Compositional")]
+
+
+def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
+    """The planner's plan under constraints, with hand-written entries for the tables that ask for them."""
+    world_size = dist.get_world_size()
+    local_size = 2 if world_size == 4 else world_size
+    constraints = {t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=8) for t in run.tables}
+    topology = Topology(world_size=world_size, local_world_size=local_size, compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharder = sharders[0 if run.pooled else 1]
+    by_hand = [t for t in run.tables if t.plan == "hand"]
+    module_plan = plan.plan["collection"]
+    assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+    module_plan.update(hand_plan(model.collection, by_hand, sharder))
+    assert {name: s.sharding_type for name, s in module_plan.items()} == {t.name: t.sharding for t in run.tables}
+    return plan
+
+
+def shard(run: Run, sharders: list[Any] | None = None, collection: nn.Module | None = None) -> DistributedModelParallel:
+    """The run's model, built on the meta device and sharded, with the initial values of the run."""
+    names = [name for name, _, _ in run.outputs()]
+    model = Model(run.collection("meta") if collection is None else collection, names, run.pooled)
+    sharders = sharders or sharders_of(run)
+    plan = plan_of(run, model, sharders)
+    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
+    return dmp
+
+
+Pieces = list[tuple[tuple[int, ...], tuple[int, ...], Any]]
+
+
+def pieces_of(value: Any) -> Pieces:
+    """(global size, offsets, values) of what this rank holds of a tensor."""
+    if not hasattr(value, "local_shards"):
+        return [(tuple(value.shape), (0,) * value.dim(), _numpy(value))]
+    size = tuple(value.size())
+    return [(size, tuple(s.metadata.shard_offsets), _numpy(s.tensor)) for s in value.local_shards()]
+
+
+def _numpy(value: Tensor) -> Any:
+    return value.detach().double().numpy().copy()
+
+
+@dataclass
+class Trained:
+    """What a rank has at the end: its outputs per step, its pieces of the states, and the plan's column cuts."""
+
+    outputs: list[Any]
+    state: dict[str, Pieces]
+    optimizer_state: dict[str, Pieces]
+    columns: dict[str, list[tuple[int, int]]]
+
+
+def train(rank: int, world_size: int, run: Run) -> Trained:
+    """Runs on a rank."""
+    dmp = shard(run)
+    outputs = []
+    for step in range(run.steps):
+        out = dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted, run.int32))
+        outputs.append(_numpy(out))
+        loss_of(out, world_size).backward()
+    return Trained(outputs, weights_of(dmp), optimizer_state_of(dmp), columns_of(dmp))
+
+
+def weights_of(dmp: DistributedModelParallel) -> dict[str, Pieces]:
+    return {k: pieces_of(v) for k, v in dmp.state_dict().items() if not k.endswith("fingerprint")}
+
+
+def optimizer_state_of(dmp: DistributedModelParallel) -> dict[str, Pieces]:
+    state = dmp.fused_optimizer.state_dict()["state"]
+    return {f"{k} {name}": pieces_of(v) for k, of in state.items() for name, v in of.items()}
+
+
+def columns_of(dmp: DistributedModelParallel) -> dict[str, list[tuple[int, int]]]:
+    """Per table, the blocks of logical columns that its plan makes."""
+    module_plan = dmp.plan.plan["collection"]
+    assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+    out = {}
+    for name, sharding in module_plan.items():
+        shards = getattr(sharding.sharding_spec, "shards", None)
+        if shards is not None:
+            blocks = {(s.shard_offsets[1], s.shard_offsets[1] + s.shard_sizes[1]) for s in shards}
+            out[name] = sorted(blocks)
+    return out
+
+
+def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
+    """Full tensors from the pieces of all ranks; what several ranks hold must be equal bit for bit, and all be there."""
+    out: dict[str, Tensor] = {}
+    for key in dict.fromkeys(k for rank in per_rank for k in rank):
+        pieces = [piece for rank in per_rank for piece in rank.get(key, [])]
+        full = torch.full(pieces[0][0], torch.nan, dtype=torch.float64)
+        for size, offsets, values in pieces:
+            assert size == tuple(full.shape), (key, size, full.shape)
+            part = full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))]
+            value = torch.from_numpy(values)
+            assert bool((part.isnan() | (part == value)).all()), f"{key} differs between ranks"
+            part.copy_(value)
+        assert not full.isnan().any(), f"{key}: not all of it is stored"
+        out[key] = full
+    return out
+
+
+class Reference:
+    """The run in float64 on one machine: the oracle forward and textbook optimizers on dense gradients.
+
+    Rowwise Adagrad keeps one accumulator per row *and column shard* where columns are split, as TorchRec does: so it
+    depends on ``columns``, the plan's blocks of logical columns. Under ``concat`` a partition has those parts of the
+    blocks that fall into its own columns. Partitions that all ranks hold whole have one accumulator per row.
+    """
+
+    def __init__(self, run: Run, columns: dict[str, list[tuple[int, int]]] | None = None) -> None:
+        self.run = run
+        self._columns = columns or {}
+        collection = run.initial()
+        modules = collection.embedding_bags if run.pooled else collection.embeddings
+        self.prefix = f"collection.{'embedding_bags' if run.pooled else 'embeddings'}"
+        self.tables: dict[str, oracle.OracleTable] = {}
+        for case, config in zip(run.tables, run.configs(), strict=True):
+            if case.kind == "plain":
+                weight = modules[case.name].weight.detach().double().requires_grad_()
+                self.tables[case.name] = oracle.OracleTable(lambda x: (x,), [weight], "add", case.pooling)
+            else:
+                self.tables[case.name] = oracle_of(config, case.of_kind(), modules[case.name])
+        self._sums: dict[tuple[str, int], list[Tensor]] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Outputs as `Model` returns them."""
+        outputs = []
+        for _, case, feature in self.run.outputs():
+            table = self.tables[case.name]
+            bags = [[_bounded(x, case) for x in bag] for bag in batch.ids[feature]]
+            if self.run.pooled:
+                weights = [torch.tensor(w).double() for w in batch.weights[feature]] if self.run.weighted else None
+                outputs.append(table.pool(bags, weights))
+            else:
+                outputs += [table.embed(x) for bag in bags for x in bag]
+        if self.run.pooled:
+            return torch.cat(outputs, dim=1)
+        return torch.cat(outputs) if outputs else torch.zeros(0, dtype=torch.float64)
+
+    def step(self, batch: Batch, world_size: int = 1) -> list[Tensor]:
+        """One step on the global batch; returns the outputs of each rank."""
+        outs = [self.forward(batch.part(rank, world_size)) for rank in range(world_size)]
+        sum(loss_of_exactly(out) for out in outs).backward()
+        with torch.no_grad():
+            for case in self.run.tables:
+                for j, weight in enumerate(self.tables[case.name].weights):
+                    if weight.grad is not None:
+                        self._update(case, j, weight, weight.grad)
+                        weight.grad = None
+        return [out.detach() for out in outs]
+
+    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor) -> None:
+        if self.run.optimizer == "sgd":
+            weight -= LR * grad
+        elif self.run.optimizer == "adagrad":
+            (sums,) = self._sums.setdefault((case.name, j), [torch.zeros_like(weight)])
+            sums += grad**2
+            weight -= LR * grad / (sums.sqrt() + EPS)
+        else:
+            blocks = self._blocks(case, j)
+            sums_of = self._sums.setdefault((case.name, j), [torch.zeros(len(weight)).double() for _ in blocks])
+            for (a, b), sums in zip(blocks, sums_of, strict=True):
+                sums += (grad[:, a:b] ** 2).mean(dim=1)
+                weight[:, a:b] -= LR * grad[:, a:b] / (sums.sqrt() + EPS).unsqueeze(1)
+
+    def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
+        """The blocks of a partition's own columns of which each has accumulators of its own."""
+        config, logical = case.config(self.run.pooled), self._columns.get(case.name)
+        if case.kind == "plain":
+            return logical or [(0, case.dim)]
+        width = config.partition_columns[j]
+        if logical is None or case.operation == "path" or (case.sharding in ROW_SPLIT and j != config.base_partition):
+            return [(0, width)]
+        first = sum(config.partition_columns[:j]) if case.operation == "concat" else 0
+        cut = [(max(a - first, 0), min(b - first, width)) for a, b in logical]
+        return [(a, b) for a, b in cut if a < b]
+
+    def weights(self) -> Iterator[tuple[str, TableCase, Tensor]]:
+        """Final values by the key of the sharded ``state_dict``."""
+        for case in self.run.tables:
+            for j, weight in enumerate(self.tables[case.name].weights):
+                yield f"{self._key(case, j)}.weight", case, weight.detach()
+
+    def optimizer_state(self) -> Iterator[tuple[str, TableCase, Tensor]]:
+        """Accumulators by key and name; those of column shards end to end, as TorchRec shows them."""
+        for case in self.run.tables:
+            for j in range(len(self.tables[case.name].weights)):
+                if (case.name, j) in self._sums:
+                    own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
+                    yield (
+                        f"{self._key(case, j)}.weight {own}.momentum1",
+                        case,
+                        torch.cat(self._sums[case.name, j]),
+                    )
+
+    def _key(self, case: TableCase, j: int) -> str:
+        return f"{self.prefix}.{case.name}" if case.kind == "plain" else f"{self.prefix}.{case.name}.partition_{j}"
+
+
+def loss_of_exactly(out: Tensor) -> Tensor:
+    return 0.1 * (out**2).sum()
+
+
+def _bounded(x: int, case: TableCase) -> int:
+    if case.out_of_range == "clamp":
+        return min(max(x, 0), case.num_ids - 1)
+    return x % case.num_ids if case.out_of_range == "wrap" else x
+
+
+def assert_trained_as_reference(run: Run, ranks: list[Trained], rtol: float = 1e-5) -> Reference:
+    """Outputs of every rank and step, all weights and all optimizer state are the reference's."""
+    reference = Reference(run, ranks[0].columns)
+    for step in range(run.steps):
+        expected = reference.step(global_batch(run, step), len(ranks))
+        for rank, out in enumerate(expected):
+            _assert_close(torch.from_numpy(ranks[rank].outputs[step]), out, rtol, f"step {step}, rank {rank}: output")
+    weights = assembled([r.state for r in ranks])
+    assert set(weights) == {key for key, _, _ in reference.weights()}
+    for key, case, value in reference.weights():
+        _assert_close(weights[key], value, rtol, f"{case}: {key}")
+    state = assembled([r.optimizer_state for r in ranks])
+    for key, case, value in reference.optimizer_state():
+        _assert_close(state[key], value, rtol, f"{case}: {key}")
+    return reference
+
+
+def _assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(
+        actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"
+    )

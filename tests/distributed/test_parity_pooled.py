@@ -1,0 +1,261 @@
+"""Sharded pooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from parity_model import (
+    Model,
+    Run,
+    TableCase,
+    Trained,
+    assembled,
+    assert_trained_as_reference,
+    global_batch,
+    shard,
+    train,
+)
+from ranks import run_ranks
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.types import ShardingPlan
+
+SHARDINGS = (
+    "table_wise",
+    "column_wise",
+    "table_column_wise",
+    "row_wise",
+    "table_row_wise",
+    "grid_shard",
+    "data_parallel",
+)
+COLUMN_SPLIT = ("column_wise", "table_column_wise", "grid_shard")
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": (
+        ("hash", 1),
+        ("strided", 2),
+        ("adjacent", 2),
+        ("explicit", 2),
+        ("chinese_remainder", 3),
+        ("explicit", 3),
+        ("mixed_radix", 4),
+    ),
+    "sharding": SHARDINGS,
+    "operation": ("mult", "add", "concat", "path"),
+    "optimizer": ("sgd", "adagrad", "rowwise_adagrad"),
+    "pooling": ("sum", "mean"),
+    "plan": ("planner", "hand"),
+    "weighted": (False, True),
+    "world_size": (2, 4),
+}
+
+Pair = tuple[str, Any, str, Any]
+
+
+def feasible(pair: Pair) -> bool:
+    """A path's MLPs need all columns: refused by name under a column split."""
+    values = {pair[0]: pair[1], pair[2]: pair[3]}
+    return not (values.get("operation") == "path" and values.get("sharding") in COLUMN_SPLIT)
+
+
+def pairs_of(case: dict[str, Any]) -> Iterator[Pair]:
+    for a, b in combinations(sorted(case), 2):
+        yield a, case[a], b, case[b]
+
+
+def feasible_pairs(factors: dict[str, tuple[Any, ...]]) -> list[Pair]:
+    pairs = [(a, x, b, y) for a, b in combinations(sorted(factors), 2) for x in factors[a] for y in factors[b]]
+    return [pair for pair in pairs if feasible(pair)]
+
+
+def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few cases in which every feasible pair of values of two factors occurs: greedy, and the same every time."""
+    missing = dict.fromkeys(feasible_pairs(factors))
+    cases = []
+    while missing:
+        a, x, b, y = next(iter(missing))
+        case = {a: x, b: y}
+        for name in factors:
+            if name in case:
+                continue
+            allowed = [v for v in factors[name] if all(map(feasible, pairs_of(case | {name: v})))]
+            case[name] = max(allowed, key=lambda v: sum(pair in missing for pair in pairs_of(case | {name: v})))
+        for pair in pairs_of(case):
+            missing.pop(pair, None)
+        cases.append(case)
+    return cases
+
+
+def runs_of(cases: list[dict[str, Any]], pooled: bool = True) -> dict[tuple[int, str, bool], Run]:
+    """One collection for all cases that share world size, optimizer and weighting; each has plain tables beside."""
+    tables: dict[tuple[int, str, bool], list[TableCase]] = {}
+    for i, case in enumerate(cases):
+        key = (case["world_size"], case["optimizer"], case.get("weighted", False))
+        kind, k = case["kind"]
+        table = TableCase(
+            name=f"t{i}",
+            kind=kind,
+            k=k,
+            sharding=case["sharding"],
+            operation=case["operation"],
+            pooling=case.get("pooling", "sum"),
+            plan=case["plan"],
+        )
+        tables.setdefault(key, []).append(table)
+    plain = (TableCase("plain_tw", "plain", "table_wise"), TableCase("plain_cw", "plain", "column_wise"))
+    return {
+        key: Run((*plain, *of_run), optimizer=key[1], weighted=key[2], pooled=pooled)
+        for key, of_run in sorted(tables.items())
+    }
+
+
+CASES = pairwise(FACTORS)
+RUNS = runs_of(CASES)
+
+
+def test_every_pair_of_values_occurs() -> None:
+    occurring = {pair for case in CASES for pair in pairs_of(case)}
+    assert set(feasible_pairs(FACTORS)) == occurring
+    assert len(CASES) < 70
+    assert sum(len(run.tables) - 2 for run in RUNS.values()) == len(CASES)
+
+
+@pytest.mark.parametrize("key", RUNS, ids=str)
+def test_trains_as_reference(key: tuple[int, str, bool]) -> None:
+    assert_trained_as_reference(RUNS[key], run_ranks(train, key[0], RUNS[key], local_world_size=2))
+
+
+def one_of_each(shardings: tuple[str, ...] = SHARDINGS, **fields: Any) -> tuple[TableCase, ...]:
+    return tuple(TableCase(name=s, sharding=s, **{"kind": "strided", **fields}) for s in shardings)
+
+
+MIXED = (
+    # f0 in a row-wise, a table-wise and a plain table; several features per table; D differs.
+    TableCase("rw", "strided", "row_wise", features=("f0", "f1"), operation="add", dim=8),
+    TableCase("tw", "explicit", "table_wise", features=("f2", "f0"), pooling="mean"),
+    TableCase("plain", "plain", "table_wise", features=("f0", "f3"), dim=12),
+    TableCase("cw", "chinese_remainder", "column_wise", k=3, operation="concat", features=("f3", "f1"), plan="hand"),
+    TableCase("dp", "adjacent", "data_parallel", features=("f2", "f1"), dim=4),
+    TableCase("twrw", "hash", "table_row_wise", k=1, operation="concat", features=("f4", "f0"), dim=32),
+    TableCase("grid", "mixed_radix", "grid_shard", operation="mult", features=("f1",), pooling="mean"),
+    TableCase("path", "strided", "row_wise", operation="path", features=("f0", "f4"), dim=8),
+)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shared_features_and_dims(weighted: bool) -> None:
+    """Features shared by tables of all sharding types, tables of several features and dims, int32 ids and lengths."""
+    run = Run(MIXED, optimizer="adagrad", weighted=weighted, int32=True)
+    assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
+
+
+def test_world_sizes_agree() -> None:
+    """1, 2 and 4 ranks give the same outputs and weights for the same global batch."""
+    run = Run((*MIXED, *one_of_each(operation="mult")), optimizer="adagrad", weighted=True)
+    ranks = {w: run_ranks(train, w, run, local_world_size=min(w, 2)) for w in (1, 2, 4)}
+    assert_trained_as_reference(run, ranks[1])
+    weights = {w: assembled([r.state for r in ranks[w]]) for w in ranks}
+    for w in (2, 4):
+        for step in range(run.steps):
+            outputs = torch.cat([torch.from_numpy(r.outputs[step]) for r in ranks[w]])
+            torch.testing.assert_close(outputs, torch.from_numpy(ranks[1][0].outputs[step]), rtol=1e-5, atol=1e-5)
+        assert weights[w].keys() == weights[1].keys()
+        for key, value in weights[w].items():
+            torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+
+
+def test_more_ranks_than_base_rows() -> None:
+    tables = (
+        *one_of_each(kind="tiny"),
+        TableCase("add", "tiny", "row_wise", operation="add", plan="hand"),
+        TableCase("path", "tiny", "row_wise", operation="path"),
+    )
+    run = Run(tables, optimizer="rowwise_adagrad")
+    assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
+
+
+@pytest.mark.parametrize(("data_type", "rtol"), [("FP16", 3e-3), ("BF16", 4e-2)])
+def test_low_precision_storage(data_type: str, rtol: float) -> None:
+    shardings = ("table_wise", "column_wise", "row_wise", "data_parallel")
+    run = Run(one_of_each(shardings, data_type=data_type, operation="add"), optimizer="adagrad", weighted=True)
+    assert_trained_as_reference(run, run_ranks(train, 2, run), rtol)
+
+
+@pytest.mark.parametrize("policy", ["clamp", "wrap"])
+def test_out_of_range_ids(policy: str) -> None:
+    """The policy acts on the source rank, before ids are bucketed, under every sharding type."""
+    run = Run(one_of_each(out_of_range=policy, kind="adjacent"), wild_ids=True)
+    assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
+
+
+def raised(rank: int, world_size: int, run: Run) -> str:
+    dmp = shard(run)
+    batch = global_batch(run, 0)
+    batch.ids[f"f_{run.tables[0].name}"][0] = [100]
+    with pytest.raises(IndexError) as error:
+        dmp(batch.kjt(weighted=False))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_out_of_range_error_names_the_id(sharding: str) -> None:
+    """All ranks have the same bad batch here: every one raises, before it communicates."""
+    (message,) = run_ranks(raised, 1, Run(one_of_each((sharding,))))
+    assert f"table '{sharding}', feature 'f_{sharding}': id 100 is outside [0, 100)" in message
+
+
+def test_replicated_parameters_stay_identical_over_20_steps() -> None:
+    """`assembled` compares bit for bit what several ranks hold."""
+    replicated = ("row_wise", "table_row_wise", "grid_shard", "data_parallel")
+    tables = (
+        *one_of_each(replicated),
+        *(TableCase(f"{s}_3", "mixed_radix", s, k=3, operation="add", pooling="mean") for s in replicated),
+        TableCase("path", "strided", "data_parallel", operation="path"),
+    )
+    run = Run(tables, optimizer="adagrad", weighted=True, steps=20)
+    ranks: list[Trained] = run_ranks(train, 4, run, local_world_size=2)
+    initial = run.initial().state_dict()
+    for key, value in assembled([r.state for r in ranks]).items():
+        assert not torch.equal(value, initial[key.removeprefix("collection.")].double()), key
+    assembled([r.optimizer_state for r in ranks])
+
+
+def input_weight_gradients(rank: int, world_size: int) -> dict[str, bool]:
+    """Whether the batch's weights get a gradient: stock and ours, per sharding type."""
+    run = Run(one_of_each(), weighted=True)
+    out = {"ours": _has_weight_gradient(shard(run), run)}
+    tables = [EmbeddingBagConfig(name=s, num_embeddings=100, embedding_dim=16, feature_names=[f"f_{s}"]) for s in "abc"]
+    plain = Run(tuple(TableCase(s, "plain", "table_wise") for s in "abc"), weighted=True)
+    stock = EmbeddingBagCollection(tables=tables, is_weighted=True)
+    plan = construct_module_sharding_plan(
+        stock,
+        {
+            "a": table_wise(rank=0, compute_kernel="fused"),
+            "b": column_wise(ranks=[0, 1], compute_kernel="fused"),
+            "c": row_wise(compute_kernel="fused"),
+        },
+        device_type="cpu",
+    )
+    model = Model(stock, [f"f_{s}" for s in "abc"], pooled=True)
+    device = torch.device("cpu")
+    dmp = DistributedModelParallel(model, device=device, plan=ShardingPlan({"collection": plan}))
+    out["stock"] = _has_weight_gradient(dmp, plain)
+    out["unsharded"] = _has_weight_gradient(Model(run.initial(), [n for n, _, _ in run.outputs()], True), run)
+    return out
+
+
+def _has_weight_gradient(model: Callable[..., Any], run: Run) -> bool:
+    kjt = global_batch(run, 0).kjt(weighted=True)
+    weights = kjt.weights().requires_grad_()
+    model(kjt).sum().backward()
+    return weights.grad is not None
+
+
+def test_input_weights_get_a_gradient_where_torchrec_gives_one() -> None:
+    """Unsharded, weights are differentiable (values: `tests/test_parity.py`). Sharded, TorchRec distributes the batch
+    under ``no_grad``, so the weights of a sharded collection, stock or ours, are data and get none."""
+    for out in run_ranks(input_weight_gradients, 2):
+        assert out == {"ours": False, "stock": False, "unsharded": True}
