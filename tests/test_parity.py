@@ -130,6 +130,7 @@ def test_mixed_collection_agrees_with_oracle(data: st.DataObject, weighted: bool
     assert out.keys() == ["f0@plain", "f1@plain", "f2", "f0@t_qr", "f3", "f1@t_crt"]
     assert out.length_per_key() == [6, 6, 8, 8, 4, 16]
     by_feature = dict(zip(bags, flat.double().split([sum(map(len, b)) for b in bags.values()]), strict=True))
+    names = out.keys()
     for config in tables:
         module = ebc.embedding_bags[config.name]
         if config.name in kinds:
@@ -139,7 +140,7 @@ def test_mixed_collection_agrees_with_oracle(data: st.DataObject, weighted: bool
             table = oracle.OracleTable(lambda x: (x,), [module.weight.detach().double()], "add", pooling)
         for feature in config.feature_names:
             weights = per_bag(by_feature[feature], bags[feature]) if weighted else None
-            name = feature if feature in out.keys() else f"{feature}@{config.name}"
+            name = feature if feature in names else f"{feature}@{config.name}"
             assert_agrees(out[name], table.pool(bags[feature], weights).detach(), config.data_type, name)
 
 

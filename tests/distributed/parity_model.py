@@ -334,7 +334,7 @@ def columns_of(dmp: DistributedModelParallel) -> dict[str, list[tuple[int, int]]
 
 
 def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
-    """Full tensors from the pieces of all ranks; what several ranks hold must be equal bit for bit, and all be there."""
+    """Full tensors from the pieces of all ranks; what several hold must be equal bit for bit, and all be there."""
     out: dict[str, Tensor] = {}
     for key in dict.fromkeys(k for rank in per_rank for k in rank):
         pieces = [piece for rank in per_rank for piece in rank.get(key, [])]

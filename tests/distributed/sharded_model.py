@@ -143,7 +143,7 @@ def placement(sharding: str, i: int, config: EmbeddingBagConfig, world_size: int
 
 
 def grid_of(hosts: list[int]) -> ParameterShardingGenerator:
-    """Grid shards, a block of columns per host and of rows per rank of it: TorchRec's own cuts no less than 128 columns."""
+    """Grid shards, columns cut by host and rows by rank of it: TorchRec's own cuts no less than 128 columns."""
 
     def generate(param: nn.Parameter, local_size: int, *_: object) -> ParameterSharding:
         rows, columns = -(-param.shape[0] // local_size), param.shape[1] // len(hosts)
