@@ -334,3 +334,11 @@ def test_sequence_tables_of_different_dims_have_no_common_dim() -> None:
     ]
     with refused(ValueError, "embedding_dim", "{'a': 4, 'b': 8}", "one dimension"):
         CompositionalEmbeddingCollection(tables=tables).embedding_dim()
+
+
+def test_the_limit_of_a_row_is_one_of_what_is_stored() -> None:
+    """Rows of ``concat`` are split over the partitions, so that the whole may be wider than FBGEMM's limit."""
+    fields = {"name": "t", "num_embeddings": 100, "operation": "concat", "partitions": QuotientRemainder(100, 10)}
+    assert CompositionalEmbeddingBagConfig(embedding_dim=2048, **fields).partition_columns == (1024, 1024)
+    with pytest.raises(ValueError, match=r"table 't': embedding_dim=2052; allowed: .* up to 2048"):
+        CompositionalEmbeddingBagConfig(embedding_dim=2052, **fields)

@@ -146,9 +146,11 @@ class _Compositional(BaseEmbeddingConfig):
 
     def _check_dims(self) -> None:
         k, d, dims = self.num_partitions, self.embedding_dim, self.partition_dims
-        allowed = f"positive multiples of {DIM_MULTIPLE} up to {MAX_DIM} (FBGEMM's limits)"
+        # Rows of concat are split over the partitions, and the limit is one of what is stored.
+        largest = MAX_DIM * k if dims is None and self.operation == "concat" else MAX_DIM
+        allowed = f"positive multiples of {DIM_MULTIPLE} up to {largest} (FBGEMM's limits)"
         if dims is None:
-            if not _is_dim(d):
+            if not _is_dim(d, largest):
                 self._fail("embedding_dim", d, allowed)
             if self.operation == "concat" and d < DIM_MULTIPLE * k:
                 self._fail(
@@ -239,8 +241,8 @@ class CompositionalEmbeddingConfig(_Compositional, EmbeddingConfig):
 CompositionalConfig = CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig
 
 
-def _is_dim(dim: object) -> bool:
-    return isinstance(dim, int) and 0 < dim <= MAX_DIM and dim % DIM_MULTIPLE == 0
+def _is_dim(dim: object, largest: int = MAX_DIM) -> bool:
+    return isinstance(dim, int) and 0 < dim <= largest and dim % DIM_MULTIPLE == 0
 
 
 def _even_dims(dim: int, num_partitions: int) -> list[int]:

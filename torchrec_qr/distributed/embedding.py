@@ -5,7 +5,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -16,10 +15,10 @@ from torchrec_qr.distributed.collection import (
     LogicalView,
     attach,
     check_plan,
-    compute_kernels,
     placeholders,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
 
@@ -91,7 +90,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         return super().input_dist(ctx, features)
 
 
-class CompositionalEmbeddingCollectionSharder(BaseEmbeddingSharder[CompositionalEmbeddingCollection]):
+class CompositionalEmbeddingCollectionSharder(CompositionalSharder[CompositionalEmbeddingCollection]):
     """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` its own.
 
     Args:
@@ -104,6 +103,10 @@ class CompositionalEmbeddingCollectionSharder(BaseEmbeddingSharder[Compositional
         ['table_wise', 'column_wise', 'row_wise', 'data_parallel']
     """
 
+    _unsharded = CompositionalEmbeddingCollection
+    _sharded = ShardedCompositionalEmbeddingCollection
+    _shardings = SEQUENCE_SHARDINGS
+
     def __init__(
         self,
         fused_params: dict[str, Any] | None = None,
@@ -113,46 +116,9 @@ class CompositionalEmbeddingCollectionSharder(BaseEmbeddingSharder[Compositional
         super().__init__(fused_params, qcomm_codecs_registry)
         self._use_index_dedup = use_index_dedup
 
-    def shard(
-        self,
-        module: CompositionalEmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedCompositionalEmbeddingCollection:
-        """Returns the sharded module for the plan ``params`` of its tables.
-
-        Raises:
-            NotImplementedError, ValueError: see `torchrec_qr.distributed.collection.check_plan`.
-        """
-        return ShardedCompositionalEmbeddingCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            use_index_dedup=self._use_index_dedup,
-            module_fqn=module_fqn,
-        )
-
     def shardable_parameters(self, module: CompositionalEmbeddingCollection) -> dict[str, nn.Parameter]:
         """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
         return placeholders(list(module.embedding_configs()), module.embeddings)
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Returns the sharding types of sequences: each works on every device and for every kind of partitions."""
-        return list(SEQUENCE_SHARDINGS)
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel."""
-        return compute_kernels(sharding_type)
-
-    @property
-    def module_type(self) -> type[CompositionalEmbeddingCollection]:
-        return CompositionalEmbeddingCollection
-
-    @property
-    def sharded_module_type(self) -> type[ShardedCompositionalEmbeddingCollection]:
-        return ShardedCompositionalEmbeddingCollection
+    def _options(self) -> dict[str, Any]:
+        return {"use_index_dedup": self._use_index_dedup}

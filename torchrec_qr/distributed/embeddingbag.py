@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import PoolingType
@@ -20,10 +19,10 @@ from torchrec_qr.distributed.collection import (
     LogicalView,
     attach,
     check_plan,
-    compute_kernels,
     placeholders,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 
@@ -138,7 +137,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         return awaitable
 
 
-class CompositionalEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompositionalEmbeddingBagCollection]):
+class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[CompositionalEmbeddingBagCollection]):
     """Shards `CompositionalEmbeddingBagCollection`, as TorchRec's ``EmbeddingBagCollectionSharder`` its own.
 
     Args:
@@ -152,48 +151,13 @@ class CompositionalEmbeddingBagCollectionSharder(BaseEmbeddingSharder[Compositio
         ['fused']
     """
 
-    def shard(
-        self,
-        module: CompositionalEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedCompositionalEmbeddingBagCollection:
-        """Returns the sharded module for the plan ``params`` of its tables.
-
-        Raises:
-            NotImplementedError, ValueError: see `torchrec_qr.distributed.collection.check_plan`.
-        """
-        return ShardedCompositionalEmbeddingBagCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
+    _unsharded = CompositionalEmbeddingBagCollection
+    _sharded = ShardedCompositionalEmbeddingBagCollection
+    _shardings = POOLED_SHARDINGS
 
     def shardable_parameters(self, module: CompositionalEmbeddingBagCollection) -> dict[str, nn.Parameter]:
         """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
         return placeholders(list(module.embedding_bag_configs()), module.embedding_bags)
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Returns all sharding types: each works on every device, row-wise too for every kind of partitions."""
-        return list(POOLED_SHARDINGS)
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel; TorchRec's cached kernels are not supported."""
-        return compute_kernels(sharding_type)
-
-    @property
-    def module_type(self) -> type[CompositionalEmbeddingBagCollection]:
-        return CompositionalEmbeddingBagCollection
-
-    @property
-    def sharded_module_type(self) -> type[ShardedCompositionalEmbeddingBagCollection]:
-        return ShardedCompositionalEmbeddingBagCollection
 
 
 def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:
