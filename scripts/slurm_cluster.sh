@@ -114,6 +114,8 @@ ReturnToService=2
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=${ports[1]}
+# Where MUNGE is not at its default place, this is its socket.
+AccountingStoragePass=$CLUSTER/run/munge.socket
 NodeName=${NODES[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[3]} CPUs=$NODE_CPUS RealMemory=4096
 NodeName=${NODES[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[4]} CPUs=$NODE_CPUS RealMemory=4096
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP

@@ -51,6 +51,12 @@ def differences(saved: Tensor, own: Tensor) -> list[str]:
     return [f"{field}: saved {theirs[field]}, here {mine[field]}" for field in mine if theirs[field] != mine[field]]
 
 
+def check_fingerprint(table: str, saved: Tensor, own: Tensor) -> None:
+    """Raises ValueError, naming table and differences, unless what was saved has the meaning of the table here."""
+    if differing := differences(saved, own):
+        raise ValueError(f"table {table!r}: the checkpoint is of another table: {'; '.join(differing)}")
+
+
 def _decode(fingerprint: Tensor) -> dict[str, object]:
     values = fingerprint.tolist()
     fields: dict[str, object] = dict(zip(_HEADER, values, strict=False))

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 
-from torchrec_qr.fingerprint import differences
+from torchrec_qr.fingerprint import check_fingerprint
 
 Columns = tuple[int, int]
 
@@ -192,9 +192,7 @@ class _FingerprintPlanner(DefaultLoadPlanner):
     def check(self) -> None:
         """Raises ValueError for the first table of another meaning."""
         for key, own in self._own.items():
-            if differing := differences(self.state_dict[key], own):
-                name = key.split(".")[-2]
-                raise ValueError(f"table {name!r}: the checkpoint is of another table: {'; '.join(differing)}")
+            check_fingerprint(key.split(".")[-2], self.state_dict[key], own)
 
 
 def _columns(offsets_and_sizes: list[Columns]) -> list[Columns]:

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
 from torchrec_qr.distributed.shards import COLUMN_SPLIT, DATA_PARALLEL, stored_shards
-from torchrec_qr.fingerprint import differences, fingerprint
+from torchrec_qr.fingerprint import check_fingerprint, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.table import CompositionalTable
 
@@ -182,8 +182,11 @@ class CompositionalState:
         own: dict[str, Any] = {}
         for config in self._compositional_configs():
             saved = state_dict.get(f"{prefix}{config.name}.fingerprint")
-            if saved is not None and (differing := differences(saved, fingerprint(config))):
-                raise ValueError(f"table {config.name!r}: the checkpoint is of another table: {'; '.join(differing)}")
+            if saved is not None:
+                saved = saved.clone()
+                # DCP loads in place, so that ``saved`` may be this very buffer: a later checkpoint must tell the truth.
+                getattr(self, self._tables_attribute)[config.name].fingerprint.copy_(fingerprint(config))
+                check_fingerprint(config.name, saved, fingerprint(config))
             for j in range(config.num_partitions):
                 name = f"{config.name}.partition_{j}"
                 value = state_dict.pop(f"{prefix}{name}.weight", None)

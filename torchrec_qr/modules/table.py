@@ -15,7 +15,7 @@ from torchrec_qr.configs import (
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
 )
-from torchrec_qr.fingerprint import differences, fingerprint
+from torchrec_qr.fingerprint import check_fingerprint, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
@@ -82,11 +82,10 @@ class CompositionalTable(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(f"{prefix}fingerprint")
         if saved is not None:
-            differing = differences(saved, fingerprint(self._config))
-            if differing:
-                raise ValueError(
-                    f"table {self._config.name!r}: the checkpoint is of another table: {'; '.join(differing)}"
-                )
+            saved = saved.clone()
+            # DCP loads in place, so that ``saved`` may be this very buffer: a later checkpoint must tell the truth.
+            self.set_constants(self.fingerprint.device)
+            check_fingerprint(self._config.name, saved, fingerprint(self._config))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

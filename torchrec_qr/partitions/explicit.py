@@ -67,10 +67,11 @@ class ExplicitPartitions(Partitions):
     def class_rows(self, ids: Tensor, class_map: Tensor | None = None) -> list[Tensor]:
         ids = ids.to(torch.int64)
         classes = self._class_map.to(ids.device) if class_map is None else class_map
-        # `index_select` knows a torch.fx.Proxy, which a tensor's __getitem__ does not, and refuses ids outside [0, S). Of
-        # all rows at once: `torch.fx` would keep a copy of each `classes[j]`.
-        rows = torch.index_select(classes, 1, ids.reshape(-1)).to(torch.int64)
-        return [rows[j].reshape_as(ids) for j in range(self.num_partitions)]
+        # `index_select` knows a torch.fx.Proxy, which a tensor's __getitem__ does not, and refuses ids outside [0, S).
+        flat = ids.reshape(-1)
+        return [
+            torch.index_select(classes[j], 0, flat).to(torch.int64).reshape_as(ids) for j in range(self.num_partitions)
+        ]
 
     def is_complementary(self) -> bool:
         return True  # the constructor refuses what is not
