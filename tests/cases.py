@@ -82,12 +82,19 @@ def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True) -> t
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Values of order one and either sign, so that a wrong row, sign or factor shows."""
+    """Values of order one and either sign, so that a wrong row, sign or factor shows.
+
+    MLPs of a path a quarter of that: where tanh saturates, fp32 loses its slope, and K - 1 of them in a row overflow.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.empty(p.shape).uniform_(0.5, 1.5, generator=generator))
             p.mul_(torch.empty(p.shape).bernoulli_(0.5, generator=generator).mul(2).sub(1))
+        for table in module.modules():
+            if isinstance(table, CompositionalTable) and table.composition.operation == "path":
+                for mlps in table.weights()[1:]:
+                    mlps.mul_(0.25)
 
 
 def oracle_of(config: Any, kind: Kind, table: CompositionalTable) -> oracle.OracleTable:

@@ -35,6 +35,8 @@ from torchrec_qr.distributed import (
 )
 
 LR, EPS = 0.05, 1e-8
+# Columns of a shard where the planner splits columns.
+PLANNED_WIDTH = 8
 ROW_SPLIT = ("row_wise", "table_row_wise", "grid_shard")
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -122,12 +124,6 @@ class Run:
         """The unsharded module with the initial values of the run."""
         collection = self.collection()
         randomize(collection, 7)
-        tables = collection.get_submodule("embedding_bags" if self.pooled else "embeddings")
-        with torch.no_grad():
-            for table in (t for t in self.tables if t.operation == "path" and t.kind != "plain"):
-                # Where tanh saturates, fp32 loses its slope, and Adagrad makes a whole step of what is left.
-                for mlps in list(tables.get_submodule(table.name).parameters())[1:]:
-                    mlps.mul_(0.25)
         return collection
 
     def outputs(self) -> list[tuple[str, TableCase, str]]:
@@ -211,7 +207,9 @@ def loss_of(out: Tensor, world_size: int) -> Tensor:
     return 0.1 * world_size * (out.float() ** 2).sum()
 
 
-def hand_plan(module: nn.Module, tables: list[TableCase], sharder: Any) -> EmbeddingModuleShardingPlan:
+def hand_plan(
+    module: nn.Module, tables: list[TableCase], sharder: Any, column_width: int = 4
+) -> EmbeddingModuleShardingPlan:
     """A plan of TorchRec's own helpers; tables are dealt to ranks and hosts in turn, columns unevenly."""
     world_size = dist.get_world_size()
     local_size = min(2, world_size) if world_size == 4 else world_size
@@ -220,7 +218,7 @@ def hand_plan(module: nn.Module, tables: list[TableCase], sharder: Any) -> Embed
     for i, table in enumerate(tables):
         host = i % (world_size // local_size)
         # Several shards on one rank, not in the order of the columns.
-        several = [(i + c) % world_size for c in (1, 0, 1, 1)][: table.dim // 4]
+        several = [(i + c) % world_size for c in (1, 0, 1, 1)][: table.dim // column_width]
         on_host = [host * local_size + c % local_size for c in range(2)]
         make = {
             "table_wise": sharding_plan.table_wise(rank=i % world_size, compute_kernel="fused"),
@@ -251,7 +249,7 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     """The planner's plan under constraints, with hand-written entries for the tables that ask for them."""
     world_size = dist.get_world_size()
     local_size = 2 if world_size == 4 else world_size
-    constraints = {t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=8) for t in run.tables}
+    constraints = {t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=PLANNED_WIDTH) for t in run.tables}
     topology = Topology(world_size=world_size, local_world_size=local_size, compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
@@ -259,7 +257,9 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     by_hand = [t for t in run.tables if t.plan == "hand"]
     module_plan = plan.plan["collection"]
     assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-    module_plan.update(hand_plan(model.collection, by_hand, sharder))
+    # Column shards of sequences are all of one width, in TorchRec: those by hand as wide as the planner's.
+    width = 4 if run.pooled else PLANNED_WIDTH
+    module_plan.update(hand_plan(model.collection, by_hand, sharder, width))
     assert {name: s.sharding_type for name, s in module_plan.items()} == {t.name: t.sharding for t in run.tables}
     return plan
 

@@ -36,7 +36,7 @@ class CompositionalTable(nn.Module):
         assert config.partitions is not None
         self._config = config
         self._partitions = config.partitions
-        self._composition = Composition(config.operation, config.path_hidden, config.path_activation)
+        self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
             holder = nn.Module()
             shape = (partition.num_embeddings, partition.embedding_dim)
@@ -59,11 +59,11 @@ class CompositionalTable(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
-        return compositional_embedding(self._composition, list(self.weights()), self._rows(ids))
+        return compositional_embedding(self.composition, list(self.weights()), self._rows(ids))
 
     def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Returns (B, D): per bag, the sum of its ids' embeddings times their weights (N,)."""
-        return compositional_bag(self._composition, list(self.weights()), self._rows(ids), offsets, weights)
+        return compositional_bag(self.composition, list(self.weights()), self._rows(ids), offsets, weights)
 
     def _rows(self, ids: Tensor) -> list[Tensor]:
         return self._partitions.class_rows(ids, self.class_map)
