@@ -28,8 +28,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig
 
 _NOISE = 0.01
-# Rows are drawn in fp32 and rounded, this many scalars at a time: drawing in bf16 itself gives a biased uniform.
-_CHUNK = 1 << 22
+# Rows are drawn in fp32 and rounded, this many scalars at a time: drawing in bf16 itself gives a biased uniform. Small,
+# as what is drawn comes on top of a shard that may fill the memory.
+_CHUNK = 1 << 18
 
 
 def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] | list[EmbeddingConfig]:

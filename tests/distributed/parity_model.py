@@ -1,15 +1,15 @@
-"""Sharded collections and their float64 reference, from cases that are plain data and so travel to any process."""
+"""Sharded collections from cases that are plain data, and so travel to any process; see `parity_reference`."""
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import oracle
 import torch
 import torch.distributed as dist
-from cases import Kind, kind_of, oracle_of, randomize
+from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
@@ -17,7 +17,13 @@ from torchrec.distributed import sharding_plan
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
@@ -226,13 +232,28 @@ def hand_plan(
             "table_column_wise": sharding_plan.column_wise(ranks=on_host, compute_kernel="fused"),
             "row_wise": sharding_plan.row_wise(compute_kernel="fused"),
             "table_row_wise": sharding_plan.table_row_wise(host_index=host),
-            "grid_shard": sharding_plan.grid_shard(host_indexes=list(range(world_size // local_size))[::-1]),
+            "grid_shard": _grid,
             "data_parallel": sharding_plan.data_parallel(),
         }[table.sharding]
         sharding = make(parameters[table.name], local_size, world_size, "cpu", sharder)
         kernel = "dense" if table.sharding == "data_parallel" else "fused"
         plan[table.name] = dataclasses.replace(sharding, sharding_type=table.sharding, compute_kernel=kernel)
     return plan
+
+
+def _grid(p: Tensor, local_size: int, world_size: int, *_: Any) -> ParameterSharding:
+    """A block of columns per host, the last host first; TorchRec's helper makes one block of fewer than 128 columns."""
+    hosts = world_size // local_size
+    rows, columns = -(-p.shape[0] // local_size), p.shape[1] // hosts
+    shards = []
+    for block in range(hosts):
+        for i in range(local_size):
+            first = min(i * rows, p.shape[0])
+            size = [min(rows, p.shape[0] - first), columns]
+            rank = (hosts - 1 - block) * local_size + i
+            shards.append(ShardMetadata([first, block * columns], size, f"rank:{rank}/cpu"))
+    ranks = [rank for block in range(hosts)[::-1] for rank in range(block * local_size, (block + 1) * local_size)]
+    return ParameterSharding("grid_shard", "fused", ranks, EnumerableShardingSpec(shards))
 
 
 def sharders_of(run: Run, fused_params: dict[str, Any] | None = None) -> list[Any]:
@@ -249,7 +270,9 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     """The planner's plan under constraints, with hand-written entries for the tables that ask for them."""
     world_size = dist.get_world_size()
     local_size = 2 if world_size == 4 else world_size
-    constraints = {t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=PLANNED_WIDTH) for t in run.tables}
+    constraints = {
+        t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=PLANNED_WIDTH) for t in run.tables
+    }
     topology = Topology(world_size=world_size, local_world_size=local_size, compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
@@ -300,14 +323,23 @@ class Trained:
     columns: dict[str, list[tuple[int, int]]]
 
 
-def train(rank: int, world_size: int, run: Run) -> Trained:
+def train(rank: int, world_size: int, run: Run, fused_params: dict[str, Any] | None = None) -> Trained:
     """Runs on a rank."""
-    dmp = shard(run)
+    return trained(rank, world_size, run, shard(run, sharders_of(run, fused_params)))
+
+
+def trained(
+    rank: int, world_size: int, run: Run, dmp: DistributedModelParallel, after: Callable[[int], None] = lambda _: None
+) -> Trained:
+    """Trains a sharded model, with a call at the end of every step."""
     outputs = []
     for step in range(run.steps):
+        dmp.fused_optimizer.zero_grad()
         out = dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted, run.int32))
         outputs.append(_numpy(out))
         loss_of(out, world_size).backward()
+        dmp.fused_optimizer.step()
+        after(step)
     return Trained(outputs, weights_of(dmp), optimizer_state_of(dmp), columns_of(dmp))
 
 
@@ -348,135 +380,3 @@ def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
         assert not full.isnan().any(), f"{key}: not all of it is stored"
         out[key] = full
     return out
-
-
-class Reference:
-    """The run in float64 on one machine: the oracle forward and textbook optimizers on dense gradients.
-
-    Rowwise Adagrad keeps one accumulator per row *and column shard* where columns are split, as TorchRec does: so it
-    depends on ``columns``, the plan's blocks of logical columns. Under ``concat`` a partition has those parts of the
-    blocks that fall into its own columns. Partitions that all ranks hold whole have one accumulator per row.
-    """
-
-    def __init__(self, run: Run, columns: dict[str, list[tuple[int, int]]] | None = None) -> None:
-        self.run = run
-        self._columns = columns or {}
-        collection = run.initial()
-        modules = collection.embedding_bags if run.pooled else collection.embeddings
-        self.prefix = f"collection.{'embedding_bags' if run.pooled else 'embeddings'}"
-        self.tables: dict[str, oracle.OracleTable] = {}
-        for case, config in zip(run.tables, run.configs(), strict=True):
-            if case.kind == "plain":
-                weight = modules[case.name].weight.detach().double().requires_grad_()
-                self.tables[case.name] = oracle.OracleTable(lambda x: (x,), [weight], "add", case.pooling)
-            else:
-                self.tables[case.name] = oracle_of(config, case.of_kind(), modules[case.name])
-        self._sums: dict[tuple[str, int], list[Tensor]] = {}
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Outputs as `Model` returns them."""
-        outputs = []
-        for _, case, feature in self.run.outputs():
-            table = self.tables[case.name]
-            bags = [[_bounded(x, case) for x in bag] for bag in batch.ids[feature]]
-            if self.run.pooled:
-                weights = [torch.tensor(w).double() for w in batch.weights[feature]] if self.run.weighted else None
-                outputs.append(table.pool(bags, weights))
-            else:
-                outputs += [table.embed(x) for bag in bags for x in bag]
-        if self.run.pooled:
-            return torch.cat(outputs, dim=1)
-        return torch.cat(outputs) if outputs else torch.zeros(0, dtype=torch.float64)
-
-    def step(self, batch: Batch, world_size: int = 1) -> list[Tensor]:
-        """One step on the global batch; returns the outputs of each rank."""
-        outs = [self.forward(batch.part(rank, world_size)) for rank in range(world_size)]
-        sum(loss_of_exactly(out) for out in outs).backward()
-        with torch.no_grad():
-            for case in self.run.tables:
-                for j, weight in enumerate(self.tables[case.name].weights):
-                    if weight.grad is not None:
-                        self._update(case, j, weight, weight.grad)
-                        weight.grad = None
-        return [out.detach() for out in outs]
-
-    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor) -> None:
-        if self.run.optimizer == "sgd":
-            weight -= LR * grad
-        elif self.run.optimizer == "adagrad":
-            (sums,) = self._sums.setdefault((case.name, j), [torch.zeros_like(weight)])
-            sums += grad**2
-            weight -= LR * grad / (sums.sqrt() + EPS)
-        else:
-            blocks = self._blocks(case, j)
-            sums_of = self._sums.setdefault((case.name, j), [torch.zeros(len(weight)).double() for _ in blocks])
-            for (a, b), sums in zip(blocks, sums_of, strict=True):
-                sums += (grad[:, a:b] ** 2).mean(dim=1)
-                weight[:, a:b] -= LR * grad[:, a:b] / (sums.sqrt() + EPS).unsqueeze(1)
-
-    def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
-        """The blocks of a partition's own columns of which each has accumulators of its own."""
-        config, logical = case.config(self.run.pooled), self._columns.get(case.name)
-        if case.kind == "plain":
-            return logical or [(0, case.dim)]
-        width = config.partition_columns[j]
-        if logical is None or case.operation == "path" or (case.sharding in ROW_SPLIT and j != config.base_partition):
-            return [(0, width)]
-        first = sum(config.partition_columns[:j]) if case.operation == "concat" else 0
-        cut = [(max(a - first, 0), min(b - first, width)) for a, b in logical]
-        return [(a, b) for a, b in cut if a < b]
-
-    def weights(self) -> Iterator[tuple[str, TableCase, Tensor]]:
-        """Final values by the key of the sharded ``state_dict``."""
-        for case in self.run.tables:
-            for j, weight in enumerate(self.tables[case.name].weights):
-                yield f"{self._key(case, j)}.weight", case, weight.detach()
-
-    def optimizer_state(self) -> Iterator[tuple[str, TableCase, Tensor]]:
-        """Accumulators by key and name; those of column shards end to end, as TorchRec shows them."""
-        for case in self.run.tables:
-            for j in range(len(self.tables[case.name].weights)):
-                if (case.name, j) in self._sums:
-                    own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
-                    yield (
-                        f"{self._key(case, j)}.weight {own}.momentum1",
-                        case,
-                        torch.cat(self._sums[case.name, j]),
-                    )
-
-    def _key(self, case: TableCase, j: int) -> str:
-        return f"{self.prefix}.{case.name}" if case.kind == "plain" else f"{self.prefix}.{case.name}.partition_{j}"
-
-
-def loss_of_exactly(out: Tensor) -> Tensor:
-    return 0.1 * (out**2).sum()
-
-
-def _bounded(x: int, case: TableCase) -> int:
-    if case.out_of_range == "clamp":
-        return min(max(x, 0), case.num_ids - 1)
-    return x % case.num_ids if case.out_of_range == "wrap" else x
-
-
-def assert_trained_as_reference(run: Run, ranks: list[Trained], rtol: float = 1e-5) -> Reference:
-    """Outputs of every rank and step, all weights and all optimizer state are the reference's."""
-    reference = Reference(run, ranks[0].columns)
-    for step in range(run.steps):
-        expected = reference.step(global_batch(run, step), len(ranks))
-        for rank, out in enumerate(expected):
-            _assert_close(torch.from_numpy(ranks[rank].outputs[step]), out, rtol, f"step {step}, rank {rank}: output")
-    weights = assembled([r.state for r in ranks])
-    assert set(weights) == {key for key, _, _ in reference.weights()}
-    for key, case, value in reference.weights():
-        _assert_close(weights[key], value, rtol, f"{case}: {key}")
-    state = assembled([r.optimizer_state for r in ranks])
-    for key, case, value in reference.optimizer_state():
-        _assert_close(state[key], value, rtol, f"{case}: {key}")
-    return reference
-
-
-def _assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"
-    )

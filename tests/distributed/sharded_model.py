@@ -1,7 +1,7 @@
 """A small model over a collection of tables of many kinds, and the same model sharded by a hand-written plan."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -169,9 +169,13 @@ def shard(
     values: Model | None = None,
     is_weighted: bool = False,
     qcomm_codecs_registry: Any = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
     **dmp_arguments: Any,
 ) -> DistributedModelParallel:
-    """The model on all ranks, every table under one sharding type or each as given, with ``values`` loaded."""
+    """The model on all ranks, every table under one sharding type or each as given, with ``values`` loaded.
+
+    ``wrap`` makes the module that is sharded from the model, its child ``model``.
+    """
     collection = CompositionalEmbeddingBagCollection(
         tables=configs, device=torch.device("meta"), is_weighted=is_weighted
     )
@@ -184,15 +188,16 @@ def shard(
         sharding = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     plan = construct_module_sharding_plan(collection, dict(sharding), sharder, local_size, world_size, "cpu")
+    path = "model." if wrap else ""
     model = DistributedModelParallel(
-        Model(collection),
+        wrap(Model(collection)) if wrap else Model(collection),
         device=torch.device("cpu"),
-        plan=ShardingPlan(plan={"ebc": plan}),
+        plan=ShardingPlan(plan={f"{path}ebc": plan}),
         sharders=[sharder, EmbeddingBagCollectionSharder(fused_params=fused)],
         **dmp_arguments,
     )
     if values is not None:
-        model.load_state_dict({name: value.clone() for name, value in values.state_dict().items()})
+        model.load_state_dict({f"{path}{name}": value.clone() for name, value in values.state_dict().items()})
     return model
 
 

@@ -12,11 +12,11 @@ from parity_model import (
     TableCase,
     Trained,
     assembled,
-    assert_trained_as_reference,
     global_batch,
     shard,
     train,
 )
+from parity_reference import assert_trained_as_reference
 from ranks import run_ranks
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel

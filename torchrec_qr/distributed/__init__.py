@@ -7,11 +7,13 @@ from torchrec.distributed.types import ModuleSharder
 
 from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.stepped_by import optimizer_of_each_parameter
 
 __all__ = [
     "CompositionalEmbeddingBagCollectionSharder",
     "CompositionalEmbeddingCollectionSharder",
     "get_default_sharders",
+    "optimizer_of_each_parameter",
 ]
 
 

@@ -1,6 +1,7 @@
 """What the two sharded collections share: the view of a module that TorchRec shards, and the state that it shows."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,9 @@ def placeholders(configs: list[BaseEmbeddingConfig], tables: nn.ModuleDict) -> d
         weights = table.weights()
         rows = sum(w.shape[0] for w in weights)
         p = nn.Parameter(torch.empty(rows, config.embedding_dim, dtype=weights[0].dtype, device="meta"))
+        if hasattr(weights[0], "_in_backward_optimizers"):
+            # TorchRec's helpers for plans by hand read the compute kernel from this mark.
+            p._in_backward_optimizers = weights[0]._in_backward_optimizers  # type: ignore[attr-defined]
         for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
             values = [getattr(w, attribute, None) for w in weights]
             if any(v != values[0] for v in values):
@@ -125,6 +129,7 @@ class CompositionalState:
     _table_names: list[str]
     _table_name_to_config: dict[str, Any]
     module_sharding_plan: Any
+    _output_dtensor: bool
     _in_physical = False
 
     @contextmanager
@@ -154,6 +159,13 @@ class CompositionalState:
             self._in_physical = False
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        if self._output_dtensor:
+            # Also what `DMPCollection` asks for: its replicas are synchronised by FBGEMM's kernel, which is not ours.
+            raise NotImplementedError(
+                f"tables {[c.name for c in self._compositional_configs()]}: output_dtensor=True of the sharding "
+                "environment, as of DMPCollection, is not supported by sharded compositional collections; allowed: "
+                "False, with DistributedModelParallel"
+            )
         with self._physical():
             super()._initialize_torch_state(skip_registering)  # type: ignore[misc]
         for config in self._compositional_configs():
@@ -179,7 +191,7 @@ class CompositionalState:
     def _pre_load_state_dict_hook(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Brings values of partitions into the shape that this rank stores, and refuses tables of another meaning."""
         prefix = f"{prefix}{self._tables_attribute}."
-        own: dict[str, Any] = {}
+        partitions: set[str] = set()
         for config in self._compositional_configs():
             saved = state_dict.get(f"{prefix}{config.name}.fingerprint")
             if saved is not None:
@@ -189,15 +201,23 @@ class CompositionalState:
                 check_fingerprint(config.name, saved, fingerprint(config))
             for j in range(config.num_partitions):
                 name = f"{config.name}.partition_{j}"
-                value = state_dict.pop(f"{prefix}{name}.weight", None)
+                partitions.add(name)
+                value = state_dict.get(f"{prefix}{name}.weight")
                 if value is not None:
                     parameter = getattr(self, self._tables_attribute)[name].weight
                     shards = self._model_parallel_name_to_local_shards.get(name)
-                    own[f"{prefix}{name}.weight"] = _as_stored(value, parameter, shards)
-        super(CompositionalState, type(self))._pre_load_state_dict_hook(  # type: ignore[misc]
-            self, state_dict, prefix.removesuffix(f"{self._tables_attribute}."), *args
+                    state_dict[f"{prefix}{name}.weight"] = _as_stored(value, parameter, shards)
+        # TorchRec's own hook takes shards of one width for granted: it is shown the plain tables only.
+        of_all = self._model_parallel_name_to_local_shards
+        self._model_parallel_name_to_local_shards = OrderedDict(
+            (name, shards) for name, shards in of_all.items() if name not in partitions
         )
-        state_dict.update(own)
+        try:
+            super(CompositionalState, type(self))._pre_load_state_dict_hook(  # type: ignore[misc]
+                self, state_dict, prefix.removesuffix(f"{self._tables_attribute}."), *args
+            )
+        finally:
+            self._model_parallel_name_to_local_shards = of_all
 
 
 def partition_sharding(config: CompositionalConfig, j: int, logical: ParameterSharding) -> ParameterSharding:

@@ -45,6 +45,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         configs = module.embedding_configs()
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
+        _check_column_widths(table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
         if module.device.type != "meta":
@@ -89,6 +90,30 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
             )
         return super().input_dist(ctx, features)
 
+    def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:
+        """Each id of a feature once, in the feature's first bag; TorchRec's own way exists on CUDA only.
+
+        Ids come into range first: past the end of one table they would count as ids of the next.
+        """
+        shardings: list[Any] = list(self._sharding_type_to_sharding.values())
+        unique_of_all = []
+        for sharding, features in zip(shardings, input_feature_splits, strict=True):
+            bounded = sharding.bounded(features)
+            uniques, inverses, first = [], [], 0
+            for ids in bounded.values().split(bounded.length_per_key()):
+                unique, inverse = ids.unique(return_inverse=True)
+                uniques.append(unique)
+                inverses.append(inverse + first)
+                first += len(unique)
+            lengths = torch.zeros_like(bounded.lengths()).view(len(uniques), -1)
+            lengths[:, :1] = torch.tensor([[len(unique)] for unique in uniques], device=lengths.device)
+            ctx.input_features.append(bounded)
+            ctx.reverse_indices.append(torch.cat(inverses))
+            unique_of_all.append(
+                KeyedJaggedTensor(keys=bounded.keys(), values=torch.cat(uniques), lengths=lengths.view(-1))
+            )
+        return unique_of_all
+
 
 class CompositionalEmbeddingCollectionSharder(CompositionalSharder[CompositionalEmbeddingCollection]):
     """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` its own.
@@ -122,3 +147,21 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
 
     def _options(self) -> dict[str, Any]:
         return {"use_index_dedup": self._use_index_dedup}
+
+
+def _check_column_widths(plan: dict[str, ParameterSharding]) -> None:
+    """TorchRec lays column shards of sequences side by side by one width, and reads past their end where they differ.
+
+    Raises:
+        ValueError: column shards of different widths.
+    """
+    widths = {
+        name: [shard.shard_sizes[1] for shard in sharding.sharding_spec.shards]  # type: ignore[union-attr]
+        for name, sharding in plan.items()
+        if sharding.sharding_type == ShardingType.COLUMN_WISE.value
+    }
+    if len({width for of_table in widths.values() for width in of_table}) > 1:
+        raise ValueError(
+            f"column_wise tables of sequences: shards of {widths} columns; allowed: one width for all column shards "
+            "of a collection (min_partition of ParameterConstraints)"
+        )

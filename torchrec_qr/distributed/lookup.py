@@ -1,8 +1,9 @@
 """The lookup of compositional tables on the ranks that own them, and the parameters behind it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def is_fused(table: ShardedEmbeddingTable) -> bool:
 
     TorchRec's dense kernel, which is the one it has for data-parallel, would leave an attached optimizer unused.
     """
-    return table.compute_kernel == EmbeddingComputeKernel.FUSED or "optimizer" in (table.fused_params or {})
+    attached = {"optimizer", "learning_rate"} & set(table.fused_params or {})
+    return table.compute_kernel == EmbeddingComputeKernel.FUSED or bool(attached)
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):
@@ -80,6 +82,8 @@ class Replicas(nn.Module):
         self.parameters_of: dict[tuple[str, int], nn.Parameter] = {}
         self.optimizer_of: dict[Tensor, RowOptimizer] = {}
         self._names: dict[nn.Parameter, str] = {}
+        # Of the gradients of parameters that nothing steps in backward; set by `replication.replicate`.
+        self.gradient_scale = 1.0
         holders = []
         for table in tables:
             config, sharding_type = _placed(table).config, _placed(table).sharding_type
@@ -105,7 +109,16 @@ class Replicas(nn.Module):
         """Returns the parameters as tensors of this step's graph: DDP reduces what is used of a module's outputs."""
         for p in self.optimizer_of:
             p.grad = None  # stepped in backward, so that nobody else clears it
-        return [p.view_as(p) for p in self.weights]
+        views = [p.view_as(p) for p in self.weights]
+        if self.gradient_scale != 1.0:
+            for p, view in zip(self.weights, views, strict=True):
+                if view.requires_grad and p not in self.optimizer_of:
+                    view.register_hook(self._scaled)
+        return views
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        # Not in place: under ``add`` the sibling partitions have the same tensor as their gradient.
+        return grad * self.gradient_scale
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         for p, name in self._names.items():
@@ -135,7 +148,7 @@ class CompositionalKernel(BaseEmbedding):
         holders = []
         # All shards of a table follow each other nowhere in particular; TorchRec wants one parameter for them.
         by_name = sorted(config.embedding_tables, key=lambda t: t.name)
-        leaves: dict[tuple[int, int], Tensor] = {}
+        leaves: dict[tuple[int, int], Callable[[], Tensor]] = {}
         for _, group in groupby(by_name, key=lambda t: t.name):
             tables = list(group)
             stored = self._store(tables, leaves, device)
@@ -158,7 +171,10 @@ class CompositionalKernel(BaseEmbedding):
         self.dense = nn.ParameterList(p for _, p in self._exposed if not hasattr(p, "_in_backward_optimizers"))
 
     def _store(
-        self, tables: list[ShardedEmbeddingTable], leaves: dict[tuple[int, int], Tensor], device: torch.device | None
+        self,
+        tables: list[ShardedEmbeddingTable],
+        leaves: dict[tuple[int, int], Callable[[], Tensor]],
+        device: torch.device | None,
     ) -> list[StoredPartition]:
         """Allocates this rank's shards of a table; those of one partition share a storage, which TorchRec is shown."""
         at = _placed(tables[0])
@@ -176,12 +192,13 @@ class CompositionalKernel(BaseEmbedding):
                 sum(a * b for a, b in sizes), dtype=DTYPES[config.partition_data_types[j]], device=device
             )
             exposed = nn.Parameter(flat.view(-1, sizes[0][1]) if len({b for _, b in sizes}) == 1 else flat)
-            # Leaves of their own where fused (a view would make their gradients dense), views of one leaf elsewhere.
-            source = flat if is_fused(tables[0]) else exposed.view(-1)
-            pieces = [p.view(size) for p, size in zip(source.split([a * b for a, b in sizes]), sizes, strict=True)]
+            starts = [0, *accumulate(a * b for a, b in sizes)]
+            pieces = [flat[start : start + a * b].view(a, b) for start, (a, b) in zip(starts, sizes, strict=False)]
             if is_fused(tables[0]):
+                # Leaves of their own: the gradient of a view of the parameter would be dense.
                 pieces = [p.detach().requires_grad_() for p in pieces]
-            leaves.update(((id(t), j), piece) for (t, _), piece in zip(here, pieces, strict=True))
+            for (t, _), piece, start in zip(here, pieces, starts, strict=False):
+                leaves[id(t), j] = partial(_leaf, piece) if is_fused(t) else partial(_view, exposed, start, piece.shape)
             name = f"{config.name}.partition_{j}"
             assert tables[0].global_metadata is not None
             stored.append(
@@ -247,7 +264,9 @@ class LocalShard(nn.Module):
 
     class_map: Tensor | None
 
-    def __init__(self, table: ShardedEmbeddingTable, stored: dict[int, Tensor], device: torch.device | None) -> None:
+    def __init__(
+        self, table: ShardedEmbeddingTable, stored: dict[int, Callable[[], Tensor]], device: torch.device | None
+    ) -> None:
         super().__init__()
         config, sharding_type = _placed(table).config, _placed(table).sharding_type
         assert config.partitions is not None
@@ -295,12 +314,21 @@ class LocalShard(nn.Module):
 
     def _weights(self, replicas: dict[tuple[str, int], Tensor]) -> list[Tensor]:
         return [
-            self._stored[j] if j in self._stored else replicas[self._config.name, j][:, a:b]
+            self._stored[j]() if j in self._stored else replicas[self._config.name, j][:, a:b]
             for j, (a, b) in self._columns.items()
         ]
 
     def _sparse_gradients(self) -> list[bool]:
         return [self._sparse and j in self._stored for j in self._columns]
+
+
+def _leaf(piece: Tensor) -> Tensor:
+    return piece
+
+
+def _view(parameter: Tensor, start: int, size: torch.Size) -> Tensor:
+    """A part of a parameter, made anew in every forward: optimizers and checkpoints change parameters in place."""
+    return parameter.view(-1)[start : start + size.numel()].view(size)
 
 
 def _placed(table: ShardedEmbeddingTable) -> Placed:

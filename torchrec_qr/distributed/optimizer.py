@@ -94,6 +94,10 @@ class RowOptimizer(FusedOptimizer):
             full_state[name].index_copy_(0, rows, value)
 
     @property
+    def rule_name(self) -> str:
+        return type(self._rule).__name__
+
+    @property
     def _lr(self) -> float:
         (group,) = self.param_groups
         return float(group["lr"])

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
@@ -17,7 +16,7 @@ from torchrec_qr.distributed.sharding import PooledLookup, SequenceLookup
 @dataclass(frozen=True)
 class _Reduction:
     pg: dist.ProcessGroup
-    divisor: int
+    average: bool
     optimizer_of: dict[Tensor, RowOptimizer]
 
 
@@ -34,7 +33,10 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     for child in module.modules():
         if isinstance(child, Replicas):
             optimizer_of.update(child.optimizer_of)
-    module.register_comm_hook(_Reduction(pg, pg.size() if average else 1, optimizer_of), _reduce_and_step)
+            # What is left to a dense optimizer may hold the gradient of an earlier backward, the same on all ranks: so
+            # it must be averaged in any case, and a sum is the average of larger gradients.
+            child.gradient_scale = 1.0 if average else float(pg.size())
+    module.register_comm_hook(_Reduction(pg, average, optimizer_of), _reduce_and_step)
     return module
 
 
@@ -52,12 +54,16 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
     parameters, gradients = bucket.parameters(), bucket.gradients()
 
     def step(reduced: Future[list[Tensor]]) -> Tensor:
-        buffer = reduced.value()[0].div_(reduction.divisor)
+        world_size = reduction.pg.size()
         for p, grad in zip(parameters, gradients, strict=True):
             optimizer = reduction.optimizer_of.get(p)
+            if optimizer is None or reduction.average:
+                grad.div_(world_size)
             if optimizer is not None:
-                optimizer.update(p, torch.arange(p.shape[0], device=p.device), grad)
-        return buffer
+                # The other rows are untouched, or as good as that under every rule that there is.
+                rows = grad.ne(0).any(dim=1).nonzero().squeeze(1)
+                optimizer.update(p, rows, grad.index_select(0, rows))
+        return reduced.value()[0]
 
     work = dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True)
     return work.get_future().then(step)

@@ -43,6 +43,10 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
             **self._options(),
         )
 
+    def reshard(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError: TorchRec's dynamic resharding is not supported."""
+        raise NotImplementedError("dynamic resharding is not supported by sharded compositional collections")
+
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Returns the sharding types: each works on every device, row-wise too for every kind of partitions."""
         return list(self._shardings)

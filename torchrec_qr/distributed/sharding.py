@@ -131,6 +131,10 @@ class _Compositional:
         input_dist.register_forward_pre_hook(lambda _, args: (prepare(args[0]), *args[1:]))
         return input_dist
 
+    def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features that the input dist takes, with the ids of compositional tables brought into range."""
+        return _PrepareIds(self._feature_tables(), features.device(), encode=False)(features)
+
     def create_lookup(
         self,
         device: torch.device | None = None,
@@ -174,13 +178,14 @@ class _Compositional:
 
 
 class _PrepareIds:
-    """Brings the ids of compositional features into range, and encodes those whose rows are split."""
+    """Brings the ids of compositional features into range, and, if ``encode``, encodes those whose rows are split."""
 
-    def __init__(self, tables: list[ShardedEmbeddingTable], device: torch.device | None) -> None:
+    def __init__(self, tables: list[ShardedEmbeddingTable], device: torch.device | None, encode: bool = True) -> None:
         self._places = [placed(t) for t in tables]
+        self._encode = encode
         self._class_maps: dict[str, Tensor] = {}
         for at in self._places:
-            if at is not None and at.sharding_type in ROW_SPLIT:
+            if encode and at is not None and at.sharding_type in ROW_SPLIT:
                 assert at.config.partitions is not None
                 class_map = at.config.partitions.class_map
                 if class_map is not None:
@@ -210,7 +215,7 @@ class _PrepareIds:
             return ids
         config = at.config
         ids = bounded_ids(ids, IdSpace(config.name, feature, config.num_embeddings, config.out_of_range))
-        if at.sharding_type not in ROW_SPLIT:
+        if not self._encode or at.sharding_type not in ROW_SPLIT:
             return ids
         return RowCode(config).encode(ids, self._class_maps.get(config.name))
 

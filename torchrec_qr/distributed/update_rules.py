@@ -70,7 +70,7 @@ class RowWiseAdagrad(UpdateRule):
         return grad / (sums.sqrt() + self.eps).unsqueeze(1)
 
 
-_RULES: dict[EmbOptimType, type[UpdateRule]] = {
+RULES: dict[EmbOptimType, type[UpdateRule]] = {
     EmbOptimType.SGD: Sgd,
     EmbOptimType.EXACT_SGD: Sgd,
     EmbOptimType.EXACT_ADAGRAD: Adagrad,
@@ -82,7 +82,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "output_dtype": (SparseType.FP32,),
     "lr_decay": (0,),
     "initial_accumulator_value": (0,),
-    "momentum": (0, 0.9),  # of SGD, whose momentum is 0; 0.9 is what FBGEMM passes along unused
+    "momentum": (0,),
     "dampening": (0,),
     "weight_decay": (0,),
 }
@@ -92,7 +92,8 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
 
     Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad; default SGD), ``learning_rate``, ``eps``,
-    ``gradient_clipping`` with ``max_gradient``.
+    ``gradient_clipping`` with ``max_gradient``, which clips the gradient of a row, as summed over the batch: so the
+    plan does not change the result. (FBGEMM clips that of the pooled output, on CUDA, and ignores it on a CPU.)
 
     Raises:
         NotImplementedError: another optimizer or key, by name; nothing is dropped in silence.
@@ -103,10 +104,10 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     """
     given = {k: v for k, v in fused_params.items() if not k.startswith("_")}
     optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
-    if optimizer not in _RULES:
+    if optimizer not in RULES:
         raise NotImplementedError(
             f"table {table!r}: optimizer={optimizer} is not supported by compositional tables; "
-            f"allowed: {', '.join(str(o) for o in _RULES)}"
+            f"allowed: {', '.join(str(o) for o in RULES)}"
         )
     chosen: dict[str, Any] = {k: given.pop(k) for k in ("learning_rate", "eps") if k in given}
     max_gradient = given.pop("max_gradient", 1.0)
@@ -119,4 +120,4 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
             f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
             "learning_rate, eps, gradient_clipping, max_gradient"
         )
-    return _RULES[optimizer](**chosen)
+    return RULES[optimizer](**chosen)

@@ -1,0 +1,149 @@
+"""The float64 reference of the runs of `parity_model`: the oracle forward and textbook optimizers."""
+
+from collections.abc import Iterator
+
+import oracle
+import torch
+from cases import oracle_of
+from parity_model import EPS, LR, ROW_SPLIT, Batch, Run, TableCase, Trained, assembled, global_batch
+from torch import Tensor
+
+
+class Reference:
+    """The run in float64 on one machine: the oracle forward and textbook optimizers on dense gradients.
+
+    Rowwise Adagrad keeps one accumulator per row *and column shard* where columns are split, as TorchRec does: so it
+    depends on ``columns``, the plan's blocks of logical columns. Under ``concat`` a partition has those parts of the
+    blocks that fall into its own columns. Partitions that all ranks hold whole have one accumulator per row.
+    """
+
+    def __init__(self, run: Run, columns: dict[str, list[tuple[int, int]]] | None = None) -> None:
+        self.run = run
+        self._columns = columns or {}
+        collection = run.initial()
+        modules = collection.embedding_bags if run.pooled else collection.embeddings
+        self.prefix = f"collection.{'embedding_bags' if run.pooled else 'embeddings'}"
+        self.tables: dict[str, oracle.OracleTable] = {}
+        for case, config in zip(run.tables, run.configs(), strict=True):
+            if case.kind == "plain":
+                weight = modules[case.name].weight.detach().double().requires_grad_()
+                self.tables[case.name] = oracle.OracleTable(lambda x: (x,), [weight], "add", case.pooling)
+            else:
+                self.tables[case.name] = oracle_of(config, case.of_kind(), modules[case.name])
+        self._sums: dict[tuple[str, int], list[Tensor]] = {}
+        self.lr, self.max_gradient = LR, float("inf")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Outputs as `Model` returns them."""
+        outputs = []
+        for _, case, feature in self.run.outputs():
+            table = self.tables[case.name]
+            bags = [[_bounded(x, case) for x in bag] for bag in batch.ids[feature]]
+            if self.run.pooled:
+                weights = [torch.tensor(w).double() for w in batch.weights[feature]] if self.run.weighted else None
+                outputs.append(table.pool(bags, weights))
+            else:
+                outputs += [table.embed(x) for bag in bags for x in bag]
+        if self.run.pooled:
+            return torch.cat(outputs, dim=1)
+        return torch.cat(outputs) if outputs else torch.zeros(0, dtype=torch.float64)
+
+    def step(self, batch: Batch, world_size: int = 1) -> list[Tensor]:
+        """One step on the global batch; returns the outputs of each rank."""
+        outs = [self.forward(batch.part(rank, world_size)) for rank in range(world_size)]
+        sum(loss_of_exactly(out) for out in outs).backward()
+        with torch.no_grad():
+            for case in self.run.tables:
+                for j, weight in enumerate(self.tables[case.name].weights):
+                    if weight.grad is not None:
+                        self._update(case, j, weight, weight.grad.clamp(-self.max_gradient, self.max_gradient))
+                        weight.grad = None
+        return [out.detach() for out in outs]
+
+    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor) -> None:
+        if self.run.optimizer == "sgd":
+            weight -= self.lr * grad
+        elif self.run.optimizer == "adagrad":
+            (sums,) = self._sums.setdefault((case.name, j), [torch.zeros_like(weight)])
+            sums += grad**2
+            weight -= self.lr * grad / (sums.sqrt() + EPS)
+        else:
+            blocks = self._blocks(case, j)
+            sums_of = self._sums.setdefault((case.name, j), [torch.zeros(len(weight)).double() for _ in blocks])
+            for (a, b), sums in zip(blocks, sums_of, strict=True):
+                sums += (grad[:, a:b] ** 2).mean(dim=1)
+                weight[:, a:b] -= self.lr * grad[:, a:b] / (sums.sqrt() + EPS).unsqueeze(1)
+
+    def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
+        """The blocks of a partition's own columns of which each has accumulators of its own."""
+        config, logical = case.config(self.run.pooled), self._columns.get(case.name)
+        if case.kind == "plain":
+            return logical or [(0, case.dim)]
+        width = config.partition_columns[j]
+        if logical is None or case.operation == "path" or (case.sharding in ROW_SPLIT and j != config.base_partition):
+            return [(0, width)]
+        first = sum(config.partition_columns[:j]) if case.operation == "concat" else 0
+        cut = [(max(a - first, 0), min(b - first, width)) for a, b in logical]
+        return [(a, b) for a, b in cut if a < b]
+
+    def weights(self) -> Iterator[tuple[str, TableCase, Tensor]]:
+        """Final values by the key of the sharded ``state_dict``."""
+        for case in self.run.tables:
+            for j, weight in enumerate(self.tables[case.name].weights):
+                yield f"{self._key(case, j)}.weight", case, weight.detach()
+
+    def optimizer_state(self) -> Iterator[tuple[str, TableCase, Tensor]]:
+        """Accumulators by key and name; those of column shards end to end, as TorchRec shows them."""
+        for case in self.run.tables:
+            for j in range(len(self.tables[case.name].weights)):
+                if (case.name, j) in self._sums:
+                    own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
+                    yield (
+                        f"{self._key(case, j)}.weight {own}.momentum1",
+                        case,
+                        torch.cat(self._sums[case.name, j]),
+                    )
+
+    def _key(self, case: TableCase, j: int) -> str:
+        return f"{self.prefix}.{case.name}" if case.kind == "plain" else f"{self.prefix}.{case.name}.partition_{j}"
+
+
+def loss_of_exactly(out: Tensor) -> Tensor:
+    return 0.1 * (out**2).sum()
+
+
+def _bounded(x: int, case: TableCase) -> int:
+    if case.out_of_range == "clamp":
+        return min(max(x, 0), case.num_ids - 1)
+    return x % case.num_ids if case.out_of_range == "wrap" else x
+
+
+def assert_trained_as_reference(
+    run: Run,
+    ranks: list[Trained],
+    rtol: float = 1e-5,
+    learning_rates: list[float] | None = None,
+    max_gradient: float = float("inf"),
+) -> None:
+    """Outputs of every rank and step, all weights and all optimizer state are the reference's."""
+    reference = Reference(run, ranks[0].columns)
+    reference.max_gradient = max_gradient
+    for step in range(run.steps):
+        reference.lr = learning_rates[step] if learning_rates else LR
+        expected = reference.step(global_batch(run, step), len(ranks))
+        for rank, out in enumerate(expected):
+            _assert_close(torch.from_numpy(ranks[rank].outputs[step]), out, rtol, f"step {step}, rank {rank}: output")
+    weights = assembled([r.state for r in ranks])
+    assert set(weights) == {key for key, _, _ in reference.weights()}
+    for key, case, value in reference.weights():
+        _assert_close(weights[key], value, rtol, f"{case}: {key}")
+    state = assembled([r.optimizer_state for r in ranks])
+    for key, case, value in reference.optimizer_state():
+        _assert_close(state[key], value, rtol, f"{case}: {key}")
+
+
+def _assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(
+        actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"
+    )

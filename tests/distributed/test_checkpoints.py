@@ -1,0 +1,376 @@
+"""A checkpoint of one plan and world size continues training under any other; one of other tables is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from ranks import run_ranks
+from sharded_model import (
+    ADAGRAD,
+    DIM,
+    NUM_IDS,
+    ROWWISE,
+    SGD,
+    batch_of,
+    shard,
+    state_of,
+    table,
+    tables,
+    train,
+    unsharded,
+    weights_of,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import column_wise, table_wise
+
+from torchrec_qr import (
+    ChineseRemainder,
+    CompositionalEmbeddingBagCollection,
+    ExplicitPartitions,
+    MixedRadix,
+    QuotientRemainder,
+)
+from torchrec_qr.distributed.checkpoint import load
+
+BEFORE, AFTER = range(3), range(3, 6)
+TWO_RANK_PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str, exact: bool = True) -> None:
+    assert set(actual) == set(expected), f"{what}: {set(actual) ^ set(expected)}"
+    for name, value in expected.items():
+        # fp16 storage: gradients summed in another order may round to a neighbour.
+        tolerance = (0.0, 0.0) if exact else (5e-3, 5e-3) if "half" in name else (1e-4, 1e-5)
+        torch.testing.assert_close(
+            actual[name], value, rtol=tolerance[0], atol=tolerance[1], msg=lambda m, n=name: f"{what}: {n}: {m}"
+        )
+
+
+def contents(model: DistributedModelParallel) -> dict[str, Any]:
+    return {"model": model, "optimizer": model.fused_optimizer}
+
+
+def other(sharding: Any, optimizer: EmbOptimType) -> DistributedModelParallel:
+    """A model with other values, and with other optimizer state, than the one that was saved."""
+    model = shard(tables(), sharding, optimizer, values=unsharded(tables(), seed=2))
+    train(model, tables(), range(90, 91))
+    return model
+
+
+def save_midway(rank: int, world_size: int, sharding: str, optimizer: EmbOptimType, folder: Path) -> None:
+    model = shard(tables(), sharding, optimizer, values=unsharded(tables()))
+    train(model, tables(), BEFORE)
+    dcp.save(contents(model), checkpoint_id=folder / "checkpoint")
+    expected = {"saved": (weights_of(model), state_of(model))}
+    train(model, tables(), AFTER)
+    expected["final"] = weights_of(model), state_of(model)
+    if rank == 0:
+        torch.save(expected, folder / "expected.pt")
+
+
+def load_and_finish(
+    rank: int, world_size: int, shardings: tuple[str, ...], optimizer: EmbOptimType, folder: Path, exact: str | None
+) -> None:
+    expected = torch.load(folder / "expected.pt")
+    for sharding in shardings:
+        model = other(sharding, optimizer)
+        # Stock DCP: its state needs no conversion here.
+        dcp.load(contents(model), checkpoint_id=folder / "checkpoint")
+        assert_same(weights_of(model), expected["saved"][0], f"{sharding}: weights loaded")
+        assert_same(state_of(model), expected["saved"][1], f"{sharding}: state loaded")
+        train(model, tables(), AFTER)
+        assert_same(weights_of(model), expected["final"][0], f"{sharding}: weights at the end", sharding == exact)
+        assert_same(state_of(model), expected["final"][1], f"{sharding}: state at the end", sharding == exact)
+
+
+def test_a_checkpoint_of_two_ranks_continues_under_every_plan_and_world_size(tmp_path: Path) -> None:
+    run_ranks(save_midway, 2, "table_wise", ADAGRAD, tmp_path)
+    run_ranks(load_and_finish, 2, TWO_RANK_PLANS, ADAGRAD, tmp_path, "table_wise")
+    run_ranks(load_and_finish, 1, ("table_wise", "data_parallel"), ADAGRAD, tmp_path, None)
+    four = ("table_row_wise", "grid_shard", "row_wise")
+    run_ranks(load_and_finish, 4, four, ADAGRAD, tmp_path, None, local_world_size=2)
+
+
+def test_a_checkpoint_of_a_grid_of_four_ranks_continues_on_two(tmp_path: Path) -> None:
+    run_ranks(save_midway, 4, "grid_shard", ADAGRAD, tmp_path, local_world_size=2)
+    run_ranks(load_and_finish, 4, ("grid_shard",), ADAGRAD, tmp_path, "grid_shard", local_world_size=2)
+    run_ranks(load_and_finish, 2, ("column_wise", "row_wise"), ADAGRAD, tmp_path, None)
+
+
+def pass_on(rank: int, world_size: int, folder: Path) -> None:
+    uninterrupted = shard(tables(), "table_wise", values=unsharded(tables()))
+    model = shard(tables(), "table_wise", values=unsharded(tables()))
+    for step, sharding in enumerate(("column_wise", "row_wise", "data_parallel", "table_wise")):
+        train(model, tables(), range(step, step + 1))
+        dcp.save(contents(model), checkpoint_id=folder / sharding)
+        model = other(sharding, ADAGRAD)
+        dcp.load(contents(model), checkpoint_id=folder / sharding)
+    train(uninterrupted, tables(), range(4))
+    assert_same(weights_of(model), weights_of(uninterrupted), "weights", exact=False)
+    assert_same(state_of(model), state_of(uninterrupted), "state", exact=False)
+
+
+def test_training_may_change_its_plan_at_every_checkpoint(tmp_path: Path) -> None:
+    run_ranks(pass_on, 2, tmp_path)
+
+
+def exchange_with_unsharded(rank: int, world_size: int, folder: Path) -> None:
+    alone = unsharded(tables())
+    if rank == 0:
+        dcp.save({"model": alone}, checkpoint_id=folder / "unsharded", no_dist=True)
+    torch.distributed.barrier()
+    for sharding in TWO_RANK_PLANS:
+        model = other(sharding, ADAGRAD)
+        dcp.load({"model": model}, checkpoint_id=folder / "unsharded")
+        assert_same(weights_of(model), alone.state_dict(), f"unsharded → {sharding}")
+        train(model, tables(), BEFORE)
+        dcp.save({"model": model}, checkpoint_id=folder / sharding)
+        trained, back = weights_of(model), unsharded(tables(), seed=2)
+        load({"model": back}, checkpoint_id=folder / sharding, no_dist=True)
+        assert_same(back.state_dict(), trained, f"{sharding} → unsharded")
+        batch = batch_of(tables(), 9, rank, world_size)
+        torch.testing.assert_close(back(batch), model(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_move_between_sharded_and_unsharded_modules(tmp_path: Path) -> None:
+    run_ranks(exchange_with_unsharded, 2, tmp_path)
+
+
+def save_one_step(rank: int, world_size: int, shardings: tuple[str, ...], folder: Path) -> None:
+    """Of one step from the same values, the state is the same under every plan, up to its split by columns."""
+    for sharding in shardings:
+        model = shard(tables(), sharding, ROWWISE, values=unsharded(tables()))
+        train(model, tables(), range(1))
+        dcp.save(contents(model), checkpoint_id=folder / sharding)
+        state = state_of(model)
+        if rank == 0:
+            torch.save(state, folder / f"{sharding}.pt")
+
+
+def column_shares(model: DistributedModelParallel, state_name: str) -> Tensor:
+    """The share of each column shard, in order, in the columns of the partition that a state belongs to."""
+    weight = model.state_dict()[f"ebc.embedding_bags.{state_name.removesuffix('.momentum1')}.weight"]
+    if not hasattr(weight, "metadata"):
+        return torch.ones(1)
+    columns = sorted({(s.shard_offsets[1], s.shard_sizes[1]) for s in weight.metadata().shards_metadata})
+    return torch.tensor([size / weight.size(1) for _, size in columns])
+
+
+def load_rowwise(rank: int, world_size: int, sources: tuple[str, ...], targets: tuple[str, ...], folder: Path) -> None:
+    per_row = torch.load(folder / "table_wise.pt")
+    for source in sources:
+        for target in targets:
+            model = other(target, ROWWISE)
+            load(contents(model), checkpoint_id=folder / source)
+            state = state_of(model)
+            if source == target:
+                assert_same(state, torch.load(folder / f"{source}.pt"), f"{source} → itself")
+                continue
+            assert set(state) == set(per_row)
+            for name, rows in per_row.items():
+                blocks = state[name].view(-1, rows.numel())
+                # Merged, h is the mean over all columns. A split copies it, so that it is each block's and their mean.
+                torch.testing.assert_close(
+                    column_shares(model, name) @ blocks,
+                    rows,
+                    rtol=1e-2 if "half" in name else 1e-4,
+                    atol=1e-7,
+                    msg=lambda m, what=f"{source} → {target}: {name}": f"{what}: {m}",
+                )
+                if source == "table_wise":
+                    assert torch.equal(blocks, rows.expand_as(blocks)), f"{source} → {target}: {name}"
+
+
+def test_rowwise_state_converts_between_column_splits(tmp_path: Path) -> None:
+    run_ranks(save_one_step, 2, TWO_RANK_PLANS, tmp_path)
+    run_ranks(load_rowwise, 2, ("table_wise", "column_wise"), TWO_RANK_PLANS, tmp_path)
+    run_ranks(load_rowwise, 2, ("row_wise", "data_parallel"), ("column_wise", "table_wise"), tmp_path)
+    run_ranks(save_one_step, 4, ("grid_shard",), tmp_path, local_world_size=2)
+    run_ranks(load_rowwise, 4, ("grid_shard", "column_wise"), ("grid_shard", "row_wise"), tmp_path, local_world_size=2)
+    run_ranks(load_rowwise, 2, ("grid_shard",), ("table_wise", "data_parallel"), tmp_path)
+
+
+def split_unequally(rank: int, world_size: int, folder: Path) -> None:
+    """h of columns [0, 8), [8, 24) into [0, 16), [16, 24): sizes agree, so that only the split tells them apart."""
+    configs = [table("t", QuotientRemainder(NUM_IDS, 7), "mult")]
+    values = unsharded(configs)
+    model = shard(configs, {"t": column_wise(size_per_rank=[8, 16])}, ROWWISE, values)
+    train(model, configs, range(1))
+    dcp.save(contents(model), checkpoint_id=folder)
+    saved = {name: h.view(2, -1) for name, h in state_of(model).items()}
+    model = shard(configs, {"t": column_wise(size_per_rank=[16, 8])}, ROWWISE, values)
+    load(contents(model), checkpoint_id=folder)
+    for name, h in state_of(model).items():
+        torch.testing.assert_close(h.view(2, -1)[0], (saved[name][0] + saved[name][1]) / 2, msg=name)
+        assert torch.equal(h.view(2, -1)[1], saved[name][1]), name
+    with pytest.raises(
+        dcp.api.CheckpointException, match=r"Size mismatch.*optimizer\.state.*t\.partition_0\.momentum1"
+    ):
+        dcp.load(contents(shard(configs, "table_wise", ROWWISE)), checkpoint_id=folder)
+
+
+def test_unequal_column_shards_convert_and_stock_dcp_refuses_another_size_by_name(tmp_path: Path) -> None:
+    run_ranks(split_unequally, 2, tmp_path)
+
+
+def save_without_state(rank: int, world_size: int, folder: Path) -> None:
+    model = shard(tables(), "table_wise", SGD, values=unsharded(tables()))
+    train(model, tables(), range(1))
+    assert state_of(model) == {}
+    dcp.save(contents(model), checkpoint_id=folder)
+    expected = weights_of(model)
+    for sharding in TWO_RANK_PLANS:
+        # Another optimizer has state that the checkpoint lacks: only the model is asked for.
+        model = other(sharding, SGD)
+        load(contents(model), checkpoint_id=folder)
+        assert_same(weights_of(model), expected, sharding)
+        with pytest.raises(dcp.api.CheckpointException, match=r"Missing key.*momentum1"):
+            load(contents(other(sharding, ADAGRAD)), checkpoint_id=folder)
+
+
+def test_sgd_which_has_no_state(tmp_path: Path) -> None:
+    run_ranks(save_without_state, 2, tmp_path)
+
+
+def several_unequal_shards_on_a_rank(rank: int, world_size: int, folder: Path) -> None:
+    """Columns [0, 12) of partition 0 lie in two logical shards of 8: stored as 8 and 4 columns on one rank."""
+    configs = [table("t", QuotientRemainder(NUM_IDS, 7), "concat", partition_dims=[12, 12])]
+    values = unsharded(configs)
+    model = shard(configs, {"t": column_wise(ranks=[1, 1, 0])}, ADAGRAD, values)
+    assert_same(weights_of(model), dict(sorted(values.state_dict().items())), "load_state_dict of whole values")
+    train(model, configs, BEFORE)
+    dcp.save(contents(model), checkpoint_id=folder)
+    expected, state = weights_of(model), state_of(model)
+    for sharding in ("table_wise", {"t": column_wise(ranks=[0, 0, 1])}, "row_wise"):
+        model = shard(configs, sharding, ADAGRAD)
+        load(contents(model), checkpoint_id=folder)
+        assert_same(weights_of(model), expected, str(sharding))
+        assert_same(state_of(model), state, str(sharding))
+        # The state dict of a model loads into it, and into itself sharded alike.
+        model.load_state_dict(model.state_dict())
+        assert_same(weights_of(model), expected, str(sharding))
+
+
+def test_several_unequal_column_shards_of_a_table_on_one_rank(tmp_path: Path) -> None:
+    run_ranks(several_unequal_shards_on_a_rank, 2, tmp_path)
+
+
+def get_and_set(rank: int, world_size: int) -> None:
+    for sharding in TWO_RANK_PLANS:
+        model = shard(tables(), sharding, values=unsharded(tables()))
+        train(model, tables(), range(1))
+        state = get_model_state_dict(model.module)
+        assert set(state) == set(unsharded(tables()).state_dict())
+        into = other(sharding, ADAGRAD)
+        incompatible = set_model_state_dict(into.module, state)
+        assert (incompatible.missing_keys, incompatible.unexpected_keys) == ([], [])
+        assert_same(weights_of(into), weights_of(model), sharding)
+
+
+def test_get_and_set_model_state_dict() -> None:
+    run_ranks(get_and_set, 2)
+
+
+def explicit(shift: int) -> ExplicitPartitions:
+    ids = (torch.arange(NUM_IDS) + shift) % NUM_IDS
+    return ExplicitPartitions(torch.stack([ids % 12, ids // 12]))
+
+
+# The table that was saved, the one it is loaded into, and what the message says.
+OTHER_TABLES = {
+    "kind": (
+        table("t", ChineseRemainder(NUM_IDS, [8, 9]), "mult"),
+        table("t", MixedRadix(NUM_IDS, [8, 9]), "mult"),
+        "kind: saved chinese_remainder, here mixed_radix",
+    ),
+    "grouping": (
+        table("t", QuotientRemainder(NUM_IDS, 6, "strided"), "mult"),
+        table("t", QuotientRemainder(NUM_IDS, 6, "adjacent"), "mult"),
+        "grouping: saved strided, here adjacent",
+    ),
+    "operation": (
+        table("t", QuotientRemainder(NUM_IDS, 6), "mult"),
+        table("t", QuotientRemainder(NUM_IDS, 6), "add"),
+        "operation: saved mult, here add",
+    ),
+    "map": (table("t", explicit(0), "mult"), table("t", explicit(1), "mult"), "map_hash: saved"),
+    "sizes": (
+        table("t", QuotientRemainder(NUM_IDS, 6), "mult"),
+        table("t", QuotientRemainder(NUM_IDS, 5), "mult"),
+        r"sizes: saved \[10, 6\], here \[12, 5\]",
+    ),
+    "K": (
+        table("t", MixedRadix(NUM_IDS, [10, 6]), "mult"),
+        table("t", MixedRadix(NUM_IDS, [5, 4, 3]), "mult"),
+        r"sizes: saved \[10, 6\], here \[5, 4, 3\]",
+    ),
+    "D": (
+        table("t", QuotientRemainder(NUM_IDS, 6), "concat", partition_dims=[DIM // 2, DIM // 2]),
+        table("t", QuotientRemainder(NUM_IDS, 6), "concat", partition_dims=[DIM - 4, 4]),
+        r"columns: saved \[12, 12\], here \[20, 4\]",
+    ),
+}
+SAME_SIZES = ("kind", "grouping", "operation", "map")
+
+
+def refuse_sharded(rank: int, world_size: int, folder: Path) -> None:
+    for name, (saved, here, message) in OTHER_TABLES.items():
+        values = unsharded([here])
+        for i, sharding in enumerate(("table_wise", "row_wise")):
+            path = folder / f"{name}-{i}"
+            dcp.save({"model": shard([saved], sharding)}, checkpoint_id=path)
+            model = shard([here], sharding, values=values)
+            with pytest.raises(ValueError, match=rf"table 't': the checkpoint is of another table: .*{message}"):
+                load({"model": model}, checkpoint_id=path)
+            assert_same(weights_of(model), dict(sorted(values.state_dict().items())), f"{name}: nothing is loaded")
+            if name in SAME_SIZES:
+                with pytest.raises(ValueError, match=rf"table 't': .*{message}"):
+                    dcp.load({"model": model}, checkpoint_id=path)
+                # DCP has overwritten what lies in the model by then, but a later checkpoint must tell the truth.
+                assert torch.equal(
+                    model.state_dict()["ebc.embedding_bags.t.fingerprint"],
+                    values.state_dict()["ebc.embedding_bags.t.fingerprint"],
+                )
+            else:
+                with pytest.raises(
+                    dcp.api.CheckpointException, match=r"(?s)(mismatch|Missing key).*embedding_bags\.t\."
+                ):
+                    dcp.load({"model": model}, checkpoint_id=path)
+
+
+def test_a_checkpoint_of_another_table_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(refuse_sharded, 2, tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHER_TABLES)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_another_table_is_refused_by_an_unsharded_module(name: str, tmp_path: Path) -> None:
+    saved, here, message = OTHER_TABLES[name]
+    dcp.save({"model": CompositionalEmbeddingBagCollection(tables=[saved])}, checkpoint_id=tmp_path)
+    module = CompositionalEmbeddingBagCollection(tables=[here])
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"table 't': the checkpoint is of another table: .*{message}"):
+        load({"model": module}, checkpoint_id=tmp_path)
+    assert_same(module.state_dict(), before, "nothing is loaded")
+    if name in SAME_SIZES:
+        with pytest.raises(ValueError, match=rf"table 't': .*{message}"):
+            dcp.load({"model": module}, checkpoint_id=tmp_path)
+        assert torch.equal(module.state_dict()["embedding_bags.t.fingerprint"], before["embedding_bags.t.fingerprint"])
+
+
+def load_values_beside_tensors(rank: int, world_size: int, folder: Path) -> None:
+    configs = [table("t", QuotientRemainder(NUM_IDS, 6), "mult")]
+    model = shard(configs, {"t": table_wise(rank=1)}, values=unsharded(configs))
+    dcp.save({**contents(model), "step": 7, "nested": {"epoch": 3}}, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": model.state_dict(), "step": 0, "nested": {"epoch": 0}}
+    load(state, checkpoint_id=folder)
+    assert (state["step"], state["nested"]) == (7, {"epoch": 3})
+
+
+def test_load_also_returns_what_is_no_tensor(tmp_path: Path) -> None:
+    run_ranks(load_values_beside_tensors, 2, tmp_path)

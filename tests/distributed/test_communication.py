@@ -1,0 +1,122 @@
+"""Compositional tables exchange as many bytes as full tables of the same logical shape, whatever K."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity_model import Model, TableCase, hand_plan, loss_of
+from ranks import run_ranks
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, MixedRadix
+from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+
+NUM_IDS, DIM, BAGS, TABLES = 1000, 16, 6, 3
+SHARDINGS = ("table_wise", "column_wise", "row_wise")
+# Of each: the arguments that are sent, as (position, name).
+COLLECTIVES = {
+    "all_to_all_single": (1, "input"),
+    "all_gather": (1, "tensor"),
+    "all_gather_into_tensor": (1, "input_tensor"),
+    "reduce_scatter": (1, "input_list"),
+    "reduce_scatter_tensor": (1, "input"),
+    "all_reduce": (0, "tensor"),
+}
+
+Bytes = dict[tuple[str, str], int]
+
+
+@contextmanager
+def counted() -> Iterator[Bytes]:
+    """Bytes that this rank hands to each collective, by its name and the kind of its values."""
+    sent: Bytes = Counter()
+    original = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Callable[..., Any]:
+        position, keyword = COLLECTIVES[name]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = args[position] if len(args) > position else kwargs[keyword]
+            for tensor in given if isinstance(given, list) else [given]:
+                kind = "floats" if tensor.is_floating_point() else "integers"
+                sent[name, kind] += tensor.numel() * tensor.element_size()
+            return original[name](*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield sent
+    finally:
+        for name, function in original.items():
+            setattr(dist, name, function)
+
+
+def collection(k: int | None) -> nn.Module:
+    """Three tables of K partitions, or full ones for None."""
+    fields = [
+        {"name": f"t{i}", "num_embeddings": NUM_IDS, "embedding_dim": DIM, "feature_names": [f"f{i}"]}
+        for i in range(TABLES)
+    ]
+    if k is None:
+        return EmbeddingBagCollection(device=torch.device("meta"), tables=[EmbeddingBagConfig(**f) for f in fields])
+    partitions = MixedRadix.balanced(NUM_IDS, k)
+    return CompositionalEmbeddingBagCollection(
+        device=torch.device("meta"),
+        tables=[CompositionalEmbeddingBagConfig(**f, partitions=partitions, operation="mult") for f in fields],
+    )
+
+
+def measured(rank: int, world_size: int, sharding: str) -> dict[tuple[int | None, int], list[Bytes]]:
+    """Bytes of the first and the second step, per K and number of ids a bag."""
+    out: dict[tuple[int | None, int], list[Bytes]] = {}
+    for k in (None, 2, 3, 4):
+        module = collection(k)
+        sharder: Any = EmbeddingBagCollectionSharder() if k is None else CompositionalEmbeddingBagCollectionSharder()
+        cases = [TableCase(f"t{i}", "plain", sharding, dim=DIM) for i in range(TABLES)]
+        plan = ShardingPlan({"collection": hand_plan(module, cases, sharder)})
+        model = Model(module, [f"f{i}" for i in range(TABLES)], pooled=True)
+        for hot in (1, 10):
+            generator = torch.Generator().manual_seed(rank)
+            kjt = KeyedJaggedTensor(
+                keys=[f"f{i}" for i in range(TABLES)],
+                values=torch.randint(NUM_IDS, (TABLES * BAGS * hot,), generator=generator),
+                lengths=torch.full((TABLES * BAGS,), hot),
+            )
+            dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+            steps = []
+            for _ in range(2):
+                with counted() as sent:
+                    loss_of(dmp(kjt), world_size).backward()
+                steps.append(dict(sent))
+            out[k, hot] = steps
+            model = Model(collection(k), [f"f{i}" for i in range(TABLES)], pooled=True)
+    return out
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_bytes_are_those_of_full_tables(sharding: str) -> None:
+    """But for the gradients of replicated partitions, which row-wise are summed over ranks."""
+    for rank in run_ranks(measured, 2, sharding):
+        for hot in (1, 10):
+            stock = rank[None, hot]
+            # By hand, so that the counter is known to see all: ids of 8 bytes, and D floats a bag and feature.
+            assert sum(n for (_, kind), n in stock[1].items() if kind == "floats") >= 4 * DIM * BAGS * TABLES
+            assert stock[1]["all_to_all_single", "integers"] >= 8 * BAGS * TABLES * hot
+            for k in (2, 3, 4):
+                sizes = MixedRadix.balanced(NUM_IDS, k).sizes
+                replicated = sum(sizes) - max(sizes) if sharding == "row_wise" else 0
+                for step, expected in zip(rank[k, hot], stock, strict=True):
+                    own = dict(step)
+                    reduced = own.pop(("all_reduce", "floats"), 0)
+                    assert own == expected, (k, hot)
+                assert reduced == 4 * DIM * TABLES * replicated, (k, hot)

@@ -1,0 +1,127 @@
+"""What cannot work ends every rank at once, with an error that names it: no hang, no wrong row."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from threading import Timer
+from time import monotonic
+
+import pytest
+import torch
+from ranks import run_ranks
+from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.sharding_plan import ParameterShardingGenerator, column_wise, table_wise
+
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
+    QuotientRemainder,
+)
+from torchrec_qr.distributed import (
+    CompositionalEmbeddingBagCollectionSharder,
+    CompositionalEmbeddingCollectionSharder,
+)
+from torchrec_qr.distributed.collection import check_plan
+
+JOB = Path(__file__).with_name("faulty_job.py")
+TABLES = [table(name, QuotientRemainder(NUM_IDS, 7), "mult") for name in ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("out_of_range", "IndexError: table 'a', feature 'f_a': id 60 is outside [0, 60)"),
+        ("float", "TypeError: table 'a', feature 'f_a': ids have dtype torch.float32; allowed: int32, int64"),
+    ],
+)
+def test_bad_ids_on_one_rank_end_the_job(fault: str, message: str) -> None:
+    """A whole `torch.distributed.run` job of two ranks, of which the second reads the bad batch in its second step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(JOB), fault]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    ready, lines = monotonic(), []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        assert job.stdout is not None
+        # A rank that hangs would never close its output.
+        watch = Timer(180, job.terminate)
+        watch.start()
+        for line in job.stdout:
+            lines.append(line)
+            if "rank 1: step 0 done" in line:
+                ready = monotonic()
+        watch.cancel()
+    output = "".join(lines)
+    assert job.returncode == 1, output
+    assert message in output, output
+    assert "rank 1: step 0 done" in output
+    assert "step 1 done" not in output
+    assert monotonic() - ready < 30  # from the last good step on: starting the job is not what is timed
+
+
+@pytest.mark.parametrize(
+    "kernel", [k.value for k in EmbeddingComputeKernel if k.value not in ("dense", "fused")], ids=str
+)
+def test_other_compute_kernels_are_refused(kernel: str) -> None:
+    generate = table_wise(rank=0, compute_kernel=kernel)
+    plan = {
+        "a": generate(torch.nn.Parameter(torch.empty(8, 4)), 1, 1, "cpu", CompositionalEmbeddingBagCollectionSharder())
+    }
+    with pytest.raises(NotImplementedError, match=f"table 'a': compute kernel '{kernel}' .*allowed: fused, dense"):
+        check_plan({"a": TABLES[0]}, plan)
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    path = table("p", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3)
+    plans: list[ParameterShardingGenerator] = [column_wise(ranks=[0]), grid_of(hosts=[0])]
+    messages = []
+    for plan in plans:
+        with pytest.raises(ValueError, match="allowed: ") as error:
+            shard([path], {"p": plan})
+        messages.append(str(error.value))
+    with pytest.raises(NotImplementedError, match="table 'a': compute kernel 'fused_uvm_caching'"):
+        shard(list(TABLES), {t.name: table_wise(rank=0, compute_kernel="fused_uvm_caching") for t in TABLES})
+    model = shard(list(TABLES), "table_wise")
+    moved = model.plan.get_plan_for_module("ebc")
+    with pytest.raises((NotImplementedError, AssertionError)) as resharding:
+        model.reshard(sharded_module_fqn="ebc", changed_shard_to_params={"ebc": (0.0, moved)})
+    messages.append(f"{type(resharding.value).__name__}: {resharding.value}")
+    before = model(batch_of(list(TABLES), 0, rank, world_size))
+    with pytest.raises(NotImplementedError, match="dynamic resharding is not supported"):
+        model.module.ebc.update_shards(moved, model._env, torch.device("cpu"))
+    assert torch.equal(model(batch_of(list(TABLES), 0, rank, world_size)), before)
+    return messages
+
+
+def test_plans_that_cannot_work_are_refused() -> None:
+    (messages,) = run_ranks(refused, 1)
+    for sharding, message in zip(("column_wise", "grid_shard"), messages, strict=False):
+        assert message.startswith(f"table 'p': operation='path' cannot be {sharding}")
+        assert message.endswith("allowed: table_wise, row_wise, table_row_wise, data_parallel")
+    assert (
+        messages[-1] == "NotImplementedError: dynamic resharding is not supported by sharded compositional collections"
+    )
+
+
+def test_different_optimizers_in_one_table_are_refused() -> None:
+    model = Model(CompositionalEmbeddingBagCollection(tables=list(TABLES)))
+    first, second, *_ = model.ebc.get_submodule("embedding_bags.a").parameters()
+    _apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
+    _apply_optimizer_in_backward(torch.optim.Adagrad, [second], {"lr": 0.1})
+    with pytest.raises(ValueError, match="table 'a': its partitions have different optimizers attached"):
+        CompositionalEmbeddingBagCollectionSharder().shardable_parameters(model.ebc)
+
+
+def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
+    config = CompositionalEmbeddingConfig(
+        name="a", feature_names=["f"], num_embeddings=NUM_IDS, embedding_dim=8, partitions=QuotientRemainder(NUM_IDS, 7)
+    )
+    collection = CompositionalEmbeddingCollection(tables=[config])
+    first, second, *_ = collection.embeddings["a"].parameters()
+    _apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
+    _apply_optimizer_in_backward(torch.optim.SGD, [second], {"lr": 0.2})
+    with pytest.raises(ValueError, match="table 'a': its partitions have different optimizers attached"):
+        CompositionalEmbeddingCollectionSharder().shardable_parameters(collection)

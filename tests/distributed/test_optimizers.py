@@ -1,0 +1,323 @@
+"""The optimizer of compositional tables: how it is given, what it refuses; it does the same under every plan."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from parity_model import (
+    EPS,
+    LR,
+    Model,
+    Pieces,
+    Run,
+    TableCase,
+    assembled,
+    global_batch,
+    hand_plan,
+    loss_of,
+    optimizer_state_of,
+    pieces_of,
+    sharders_of,
+    weights_of,
+)
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.optimizers import (
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    LarsSGD,
+    PartialRowWiseAdam,
+    PartialRowWiseLAMB,
+    in_backward_optimizer_filter,
+)
+
+from torchrec_qr.distributed.update_rules import RULES, update_rule
+
+PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+RUN = Run(tuple(TableCase(s, "strided", s, operation="mult") for s in PLANS))
+ALL_AS = {s: Run(tuple(TableCase(t, "strided", s) for t in ("a", "b"))) for s in PLANS}
+
+
+def sharded(
+    run: Run, fused_params: dict[str, Any] | None = None, attach: Any = None, kernel: str | None = None
+) -> DistributedModelParallel:
+    """The run's model by a hand-written plan; ``attach`` is called with the collection beforehand."""
+    collection = run.collection("meta")
+    if attach is not None:
+        attach(collection)
+    sharders = sharders_of(run, {} if fused_params is None else fused_params)
+    plan = hand_plan(collection, list(run.tables), sharders[0])
+    for sharding in plan.values():
+        sharding.compute_kernel = kernel or sharding.compute_kernel
+    model = Model(collection, [name for name, _, _ in run.outputs()], pooled=True)
+    dmp = DistributedModelParallel(
+        model, device=torch.device("cpu"), plan=ShardingPlan({"collection": plan}), sharders=sharders
+    )
+    dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
+    return dmp
+
+
+def backward(dmp: nn.Module, run: Run, step: int = 0, scale: float = 1.0) -> None:
+    world_size = dist.get_world_size()
+    kjt = global_batch(run, step).part(dist.get_rank(), world_size).kjt(weighted=False)
+    (scale * loss_of(dmp(kjt), world_size)).backward()
+
+
+States = tuple[dict[str, Pieces], dict[str, Pieces]]
+
+
+def attached_or_by_params(rank: int, world_size: int) -> dict[str, tuple[States, States]]:
+    out = {}
+    given: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], EmbOptimType]] = {
+        "sgd": (torch.optim.SGD, {"lr": LR}, EmbOptimType.EXACT_SGD),
+        "torchrec sgd": (SGD, {"lr": LR}, EmbOptimType.EXACT_SGD),
+        "adagrad": (torch.optim.Adagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ADAGRAD),
+        "torchrec adagrad": (Adagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ADAGRAD),
+        "rowwise": (RowWiseAdagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ROWWISE_ADAGRAD),
+    }
+    for name, (optimizer, kwargs, kind) in given.items():
+
+        def attach(module: nn.Module, optimizer: Any = optimizer, kwargs: Any = kwargs) -> None:
+            _apply_optimizer_in_backward(optimizer, module.parameters(), dict(kwargs))
+
+        of_both = []
+        by_params = {"optimizer": kind, "learning_rate": LR, "eps": EPS}
+        for dmp in (sharded(RUN, attach=attach), sharded(RUN, by_params)):
+            for step in range(2):
+                backward(dmp, RUN, step)
+            of_both.append((weights_of(dmp), optimizer_state_of(dmp)))
+        out[name] = (of_both[0], of_both[1])
+    return out
+
+
+def test_attached_and_by_params_are_one() -> None:
+    ranks = run_ranks(attached_or_by_params, 2)
+    initial = RUN.initial().state_dict()
+    for name in ranks[0]:
+        for i in (0, 1):  # weights, optimizer state
+            attached, by_params = (assembled([rank[name][way][i] for rank in ranks]) for way in (0, 1))
+            assert attached.keys() == by_params.keys()
+            for key, value in attached.items():
+                assert torch.equal(value, by_params[key]), (name, key)
+                if i == 0:
+                    assert not torch.equal(value, initial[key.removeprefix("collection.")].double()), (name, key)
+        keys = {
+            f"collection.embedding_bags.{s}.partition_{j}.weight {s}.partition_{j}.momentum1"
+            for s in PLANS
+            for j in (0, 1)
+        }
+        assert set(attached) == (set() if "sgd" in name else keys), name
+
+
+# The values by which each key says something: another type of value would be refused for the type.
+_HONOURED = {"optimizer", "learning_rate", "eps", "gradient_clipping", "max_gradient"}
+_BY_THE_KERNEL = {"self", "embedding_specs"}
+_TELLING: dict[str, Any] = {"weight_decay": 0.1, "momentum": 0.5, "output_dtype": SparseType.FP16}
+KEYS = [
+    key
+    for key in inspect.signature(SplitTableBatchedEmbeddingBagsCodegen.__init__).parameters
+    if key not in _HONOURED | _BY_THE_KERNEL
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_other_keys_raise(key: str) -> None:
+    """Every key that FBGEMM has, now and later: what is not honoured is refused."""
+    value = _TELLING.get(key, 0.75)
+    with pytest.raises(NotImplementedError, match=rf"table 't_user': {key}=.*; allowed: optimizer, learning_rate"):
+        update_rule("t_user", {"optimizer": EmbOptimType.EXACT_SGD, key: value})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EmbOptimType if kind not in RULES], ids=str)
+def test_other_optimizers_raise(kind: EmbOptimType) -> None:
+    with pytest.raises(NotImplementedError, match=f"table 't_user': optimizer={kind} is not supported"):
+        update_rule("t_user", {"optimizer": kind})
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for sharding in PLANS:
+        for params in ({"optimizer": EmbOptimType.ADAM}, {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1}):
+            with pytest.raises(NotImplementedError) as error:
+                sharded(ALL_AS[sharding], params)
+            messages.append(str(error.value))
+    for optimizer in (torch.optim.Adam, Adam, LAMB, LarsSGD, PartialRowWiseAdam, PartialRowWiseLAMB):
+        with pytest.raises(NotImplementedError) as error:
+            sharded(
+                ALL_AS["table_wise"],
+                attach=lambda m, o=optimizer: _apply_optimizer_in_backward(o, m.parameters(), {"lr": LR}),
+            )
+        messages.append(str(error.value))
+    return messages
+
+
+def test_refused_under_every_plan() -> None:
+    (messages,) = run_ranks(refused, 1)
+    names = ["adam", "weight_decay=0.1"] * len(PLANS)
+    names += ["adam", "adam", "lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
+    for message, name in zip(messages, names, strict=True):
+        assert message.startswith("table 'a': ")
+        assert f"{name} is not supported" in message
+
+
+def clipped(rank: int, world_size: int) -> dict[float, dict[str, Pieces]]:
+    """Weights after a step of clipped gradients, per limit."""
+    out = {}
+    for limit in (0.0, 1e-3, 1e6):
+        params = {
+            "optimizer": EmbOptimType.EXACT_SGD,
+            "learning_rate": LR,
+            "gradient_clipping": True,
+            "max_gradient": limit,
+        }
+        dmp = sharded(RUN, params)
+        backward(dmp, RUN)
+        out[limit] = weights_of(dmp)
+    return out
+
+
+def test_gradient_clipping() -> None:
+    """The summed gradient of a row is clipped to ±max_gradient entry by entry, whatever the plan."""
+    ranks = run_ranks(clipped, 2)
+    moved = {}
+    initial = {f"collection.{k}": v.double() for k, v in RUN.initial().state_dict().items()}
+    for limit in ranks[0]:
+        moved[limit] = {k: initial[k] - v for k, v in assembled([r[limit] for r in ranks]).items()}
+    for key, free in moved[1e6].items():
+        expected = (free / LR).clamp(-1e-3, 1e-3) * LR
+        torch.testing.assert_close(moved[1e-3][key], expected, rtol=1e-4, atol=2e-7, msg=lambda m, key=key: key + m)
+        assert free.abs().max() > 1.5e-3 * LR, key
+        assert moved[0.0][key].abs().max() == 0, key
+
+
+def scheduled(rank: int, world_size: int) -> list[dict[str, Pieces]]:
+    """Weights at the start, after a step with lr 0 by a schedule, and after one with lr."""
+    run = RUN
+    dmp = sharded(run, {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": LR})
+    groups = list(dmp.fused_optimizer.param_groups)
+    assert {group["lr"] for group in groups} == {LR}
+    factors = [0.0, 1.0]
+    out = [weights_of(dmp)]
+    for factor in factors:
+        for group in dmp.fused_optimizer.param_groups:
+            group["lr"] = LR * factor
+        backward(dmp, run)
+        out.append(weights_of(dmp))
+    return out
+
+
+def test_learning_rate_reaches_rows() -> None:
+    ranks = run_ranks(scheduled, 2)
+    start, frozen, moved = (assembled([rank[i] for rank in ranks]) for i in range(3))
+    for key, value in start.items():
+        assert torch.equal(frozen[key], value), key
+        assert not torch.equal(moved[key], value), key
+
+
+def schedulers(rank: int, world_size: int) -> list[float]:
+    """Learning rates in the groups under one of torch's schedulers, and the step of a weight with each."""
+    dmp = sharded(ALL_AS["row_wise"], {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": LR})
+    scheduler = torch.optim.lr_scheduler.StepLR(dmp.fused_optimizer, step_size=1, gamma=0.5)
+    lrs = []
+    for _ in range(3):
+        lrs += sorted({group["lr"] for group in dmp.fused_optimizer.param_groups})
+        backward(dmp, ALL_AS["row_wise"])
+        dmp.fused_optimizer.step()
+        scheduler.step()
+    return lrs
+
+
+def test_a_scheduler_of_torch_sets_it() -> None:
+    for lrs in run_ranks(schedulers, 2):
+        assert lrs == [LR, LR / 2, LR / 4]
+
+
+def dense(rank: int, world_size: int) -> tuple[dict[str, Pieces], dict[str, Any], list[str], list[str]]:
+    """Gradients without any optimizer attached, and names of fused and dense parameters with one."""
+    run = ALL_AS["data_parallel"]
+    dmp = sharded(run)
+    backward(dmp, run)
+    named = dict(in_backward_optimizer_filter(dmp.named_parameters()))
+    gradients = {name: pieces_of(p.grad) for name, p in named.items() if p.grad is not None}
+    torch.optim.SGD(named.values(), lr=LR).step()
+    fused = sharded(RUN, {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": LR})
+    included = [name for name, _ in in_backward_optimizer_filter(fused.named_parameters(), include=True)]
+    rest = [name for name, _ in in_backward_optimizer_filter(fused.named_parameters())]
+    return weights_of(dmp), gradients, included, rest
+
+
+def expected_after_sgd(run: Run) -> dict[str, torch.Tensor]:
+    module = run.initial()
+    model = Model(module, [name for name, _, _ in run.outputs()], pooled=True)
+    loss_of(model(global_batch(run, 0).kjt(weighted=False)), 1).backward()
+    return {f"collection.{k}": (p - LR * p.grad).detach() for k, p in module.named_parameters()}
+
+
+def test_without_an_optimizer_data_parallel_tables_are_ordinary_parameters() -> None:
+    ranks = run_ranks(dense, 2)
+    weights = assembled([rank[0] for rank in ranks])
+    gradients = assembled([rank[1] for rank in ranks])  # equal on all ranks
+    expected = expected_after_sgd(ALL_AS["data_parallel"])
+    assert set(gradients) == set(weights) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key].float(), value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: key + m)
+    for _, _, included, rest in ranks:
+        assert rest == []
+        assert {name.split(".")[2] for name in included} == set(PLANS)
+
+
+def by_hand_dense(rank: int, world_size: int) -> dict[str, Pieces]:
+    run = ALL_AS["table_wise"]
+    dmp = sharded(run, kernel="dense")
+    backward(dmp, run)
+    named = dict(in_backward_optimizer_filter(dmp.named_parameters()))
+    torch.optim.SGD(named.values(), lr=LR).step()
+    return weights_of(dmp)
+
+
+def test_dense_kernel_table_wise() -> None:
+    weights = assembled(run_ranks(by_hand_dense, 2))
+    for key, value in expected_after_sgd(ALL_AS["table_wise"]).items():
+        torch.testing.assert_close(weights[key].float(), value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: key + m)
+
+
+MICRO = Run((*RUN.tables, TableCase("plain", "plain", "table_wise")))
+
+
+def accumulated(rank: int, world_size: int) -> tuple[dict[str, Pieces], dict[str, Pieces]]:
+    """Weights after two micro-batches, and after the first of them alone."""
+    params = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": LR, "eps": EPS}
+    dmp = sharded(MICRO, params)
+    for step in (0, 3):
+        backward(dmp, MICRO, step, scale=0.5)
+        for p in dmp.parameters():
+            assert p.grad is None, "a fused optimizer steps in every backward, and keeps nothing for the next"
+    twice = weights_of(dmp)
+    once = sharded(MICRO, params)
+    backward(once, MICRO, 0, scale=0.5)
+    first = weights_of(once)
+    return twice, first
+
+
+def test_accumulation_steps_in_every_backward() -> None:
+    """As TorchRec's fused optimizers do: micro-batches are steps of their own, of plain tables and of ours."""
+    ranks = run_ranks(accumulated, 2)
+    twice, first = (assembled([rank[i] for rank in ranks]) for i in (0, 1))
+    initial = MICRO.initial().state_dict()
+    for key, value in first.items():
+        moved = (value - initial[key.removeprefix("collection.")].double()).abs()
+        assert moved.max() > 0, key
+        # The first step of Adagrad is lr · sign(g), of half a gradient as of a whole one.
+        torch.testing.assert_close(moved[moved > 0.9 * LR].mean().item(), LR, rtol=1e-3, atol=0)
+        if not key.endswith("plain.weight"):
+            assert (twice[key] - value).abs().max() > 0, key

@@ -1,0 +1,145 @@
+"""Sharded unpooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity_model import (
+    Model,
+    Run,
+    TableCase,
+    assembled,
+    global_batch,
+    hand_plan,
+    shard,
+    sharders_of,
+    train,
+)
+from parity_reference import assert_trained_as_reference
+from ranks import run_ranks
+from test_parity_pooled import FACTORS, feasible_pairs, pairs_of, pairwise, runs_of
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+
+SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+SEQUENCE_FACTORS = {
+    **{name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")},
+    "sharding": SHARDINGS,
+}
+CASES = pairwise(SEQUENCE_FACTORS)
+RUNS = runs_of(CASES, pooled=False)
+
+
+def test_every_pair_of_values_occurs() -> None:
+    assert set(feasible_pairs(SEQUENCE_FACTORS)) == {pair for case in CASES for pair in pairs_of(case)}
+    assert sum(len(run.tables) - 2 for run in RUNS.values()) == len(CASES)
+
+
+@pytest.mark.parametrize("key", RUNS, ids=str)
+def test_trains_as_reference(key: tuple[int, str, bool]) -> None:
+    assert_trained_as_reference(RUNS[key], run_ranks(train, key[0], RUNS[key]))
+
+
+def one_of_each(**fields: Any) -> tuple[TableCase, ...]:
+    return tuple(TableCase(name=s, sharding=s, **{"kind": "strided", **fields}) for s in SHARDINGS)
+
+
+# One feature in a row-wise, a table-wise and a plain table; several features per table; fewer base rows than ranks.
+SHARED = (
+    TableCase("rw", "strided", "row_wise", features=("f0", "f1"), operation="add"),
+    TableCase("tw", "explicit", "table_wise", features=("f2", "f0")),
+    TableCase("plain", "plain", "table_wise", features=("f0", "f3")),
+    TableCase("cw", "chinese_remainder", "column_wise", k=3, operation="concat", features=("f3", "f1"), plan="hand"),
+    TableCase("dp", "adjacent", "data_parallel", features=("f2", "f1")),
+    TableCase("tiny", "tiny", "row_wise", operation="path"),
+)
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
+def test_shared_features(index_dedup: bool) -> None:
+    run = Run(SHARED, optimizer="adagrad", pooled=False, int32=not index_dedup, index_dedup=index_dedup)
+    assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
+
+
+def test_world_sizes_agree() -> None:
+    """1, 2 and 4 ranks give the same weights, and rank by rank the outputs of the same global batch."""
+    run = Run((*SHARED, *one_of_each()), optimizer="adagrad", pooled=False)
+    weights = {}
+    for world_size in (1, 2, 4):
+        ranks = run_ranks(train, world_size, run, local_world_size=min(world_size, 2))
+        assert_trained_as_reference(run, ranks)
+        weights[world_size] = assembled([r.state for r in ranks])
+    for world_size in (2, 4):
+        assert weights[world_size].keys() == weights[1].keys()
+        for key, value in weights[world_size].items():
+            torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
+@pytest.mark.parametrize("policy", ["clamp", "wrap"])
+def test_out_of_range_ids(policy: str, index_dedup: bool) -> None:
+    """The policy acts before ids are made unique, which would take an id past one table for one of the next."""
+    run = Run(one_of_each(out_of_range=policy), wild_ids=True, pooled=False, index_dedup=index_dedup)
+    assert_trained_as_reference(run, run_ranks(train, 2, run))
+
+
+def test_low_precision_storage() -> None:
+    run = Run(one_of_each(data_type="FP16", operation="add"), pooled=False)
+    assert_trained_as_reference(run, run_ranks(train, 2, run), rtol=3e-3)
+
+
+def refused(rank: int, world_size: int, run: Run) -> str:
+    model = Model(run.collection("meta"), [], pooled=False)
+    sharders = sharders_of(run)
+    plan = EmbeddingModuleShardingPlan()
+    for table, width in zip(run.tables, (4, 8), strict=True):
+        plan[table.name] = hand_plan(model.collection, list(run.tables), sharders[1], width)[table.name]
+    with pytest.raises(ValueError, match="column_wise") as error:
+        DistributedModelParallel(model, plan=ShardingPlan({"collection": plan}), sharders=sharders)
+    return str(error.value)
+
+
+def test_column_shards_of_different_widths_are_refused() -> None:
+    """TorchRec takes the first width for all and reads past the ends of the others."""
+    run = Run((TableCase("a", "strided", "column_wise"), TableCase("b", "plain", "column_wise")), pooled=False)
+    (message,) = run_ranks(refused, 1, run)
+    assert "shards of {'a': [4, 4, 4, 4], 'b': [8, 8]} columns; allowed: one width" in message
+
+
+def raised(rank: int, world_size: int, run: Run) -> str:
+    dmp = shard(run)
+    batch = global_batch(run, 0)
+    batch.ids["f_table_wise"][0] = [100]
+    with pytest.raises(IndexError) as error:
+        dmp(batch.kjt(weighted=False))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
+def test_out_of_range_error_names_the_id(index_dedup: bool) -> None:
+    run = Run(one_of_each(), pooled=False, index_dedup=index_dedup)
+    for message in run_ranks(raised, 2, run):
+        assert "table 'table_wise', feature 'f_table_wise': id 100 is outside [0, 100)" in message
+
+
+def indices(rank: int, world_size: int, run: Run) -> list[tuple[str, bool]]:
+    """Per output, whether the ids that come with it are those of the unsharded module."""
+    collection, reference = run.collection("meta"), run.initial()
+    collection._need_indices = reference._need_indices = True
+    dmp = shard(run, collection=collection)
+    kjt = global_batch(run, 0).part(rank, world_size).kjt(weighted=False)
+    out, expected = dmp.module.collection(kjt), reference(kjt)
+    found = []
+    for name, value in expected.items():
+        torch.testing.assert_close(out[name].values(), value.values(), rtol=1e-6, atol=1e-6)
+        found.append((name, out[name].weights().tolist() == value.weights().tolist()))
+        assert out[name].lengths().tolist() == value.lengths().tolist()
+    return found
+
+
+@pytest.mark.parametrize("index_dedup", [False, True])
+def test_need_indices(index_dedup: bool) -> None:
+    """The ids come with the embeddings, also where rows are split, as the unsharded module returns them."""
+    run = Run(SHARED, pooled=False, index_dedup=index_dedup)
+    for rank in run_ranks(indices, 2, run):
+        assert rank == [(name, True) for name, _, _ in run.outputs()]

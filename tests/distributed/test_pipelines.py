@@ -1,0 +1,227 @@
+"""TorchRec's pipelines, quantised communication, and what a batch may carry, around sharded compositional tables."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from sharded_model import (
+    NUM_IDS,
+    SAMPLES,
+    batch_of,
+    placement,
+    shard,
+    table,
+    tables,
+    train,
+    unsharded,
+    weights_of,
+)
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.streamable import Pipelineable
+
+from torchrec_qr import CompositionalEmbeddingCollection, CompositionalEmbeddingConfig, QuotientRemainder
+from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
+
+STEPS = 6
+CPU = torch.device("cpu")
+# Every sharding type of two ranks within one collection.
+MIXED = dict(zip((t.name for t in tables()), "tcrtcrdtr", strict=True))
+NAMES = {"t": "table_wise", "c": "column_wise", "r": "row_wise", "d": "data_parallel"}
+
+
+@dataclass
+class Batch(Pipelineable):
+    features: KeyedJaggedTensor
+    labels: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        return Batch(self.features.to(device, non_blocking=non_blocking), self.labels.to(device))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        pass
+
+    def pin_memory(self) -> "Batch":
+        return self
+
+
+class WithLoss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        out = self.model(batch.features)
+        return ((out.mean(dim=1) - batch.labels) ** 2).mean(), out
+
+
+def batches(rank: int, world_size: int, weighted: bool) -> list[Batch]:
+    return [
+        Batch(features, torch.arange(features.stride()) / SAMPLES)
+        for features in (batch_of(tables(), step, rank, world_size, weighted) for step in range(STEPS))
+    ]
+
+
+def mixed_model(weighted: bool) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    configs = tables()
+    plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, 2) for i, c in enumerate(configs)}
+    model = shard(configs, plan, values=unsharded(configs, is_weighted=weighted), is_weighted=weighted, wrap=WithLoss)
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(model.named_parameters())), lambda ps: torch.optim.SGD(ps, lr=0.1)
+    )
+    return model, CombinedOptimizer([model.fused_optimizer, dense])
+
+
+def step(model: nn.Module, optimizer: CombinedOptimizer, batch: Batch) -> Tensor:
+    optimizer.zero_grad()
+    loss, out = model(batch)
+    loss.backward()
+    optimizer.step()
+    return out.detach()
+
+
+def drain(progress: Callable[[Iterator[Batch]], Any], data: list[Batch]) -> list[Tensor]:
+    it = iter(data)
+    return [progress(it).detach() for _ in data]
+
+
+def assert_all_equal(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
+    assert [torch.equal(a, e) for a, e in zip(actual, expected, strict=True)] == [True] * len(expected), what
+
+
+def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
+    data = batches(rank, world_size, weighted)
+    plain, optimizer = mixed_model(weighted)
+    expected = [step(plain, optimizer, batch) for batch in data]
+    weights = weights_of(plain)
+    assert not torch.equal(expected[0], plain(data[0])[1]), "training has moved nothing"
+
+    for pipeline_type in (TrainPipelineBase, TrainPipelineSparseDist):
+        model, optimizer = mixed_model(weighted)
+        pipeline = pipeline_type(model, optimizer, CPU)
+        assert_all_equal(drain(pipeline.progress, data), expected, pipeline_type.__name__)
+        for name, value in weights_of(model).items():
+            assert torch.equal(value, weights[name]), (pipeline_type.__name__, name)
+        if pipeline_type is TrainPipelineSparseDist:
+            assert len(pipeline._pipelined_modules) == 1, "the collection has not been pipelined"
+
+    # Detached halfway, the model trains on without the pipeline.
+    model, optimizer = mixed_model(weighted)
+    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+    outputs = drain(pipeline.progress, data[: STEPS // 2])
+    detached = pipeline.detach()
+    outputs += [step(detached, optimizer, batch) for batch in data[STEPS // 2 :]]
+    assert_all_equal(outputs, expected, "detach")
+
+    with torch.no_grad():
+        model.eval()
+        expected = [model(batch)[1] for batch in data]
+        evaluation = EvalPipelineSparseDist(model, optimizer, CPU)
+        assert_all_equal(drain_eval(evaluation, data), expected, "EvalPipelineSparseDist")
+
+
+def drain_eval(pipeline: EvalPipelineSparseDist, data: list[Batch]) -> list[Tensor]:
+    """Until the pipeline ends, as a loop over it would."""
+    it = iter(data)
+    outputs = []
+    while True:
+        try:
+            outputs.append(pipeline.progress(it))
+        except StopIteration:
+            return outputs
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pipelines_give_the_outputs_of_a_plain_loop(weighted: bool) -> None:
+    run_ranks(compare_pipelines, 2, weighted)
+
+
+def weighted_outputs(rank: int, world_size: int, shardings: tuple[str, ...]) -> None:
+    values = unsharded(tables(), is_weighted=True)
+    batch = batch_of(tables(), 3, rank, world_size, weighted=True)
+    for sharding in shardings:
+        model = shard(tables(), sharding, values=values, is_weighted=True)
+        torch.testing.assert_close(model(batch), values(batch), msg=lambda m, s=sharding: f"{s}: {m}")
+
+
+def test_weighted_features_agree_with_the_unsharded_module() -> None:
+    run_ranks(weighted_outputs, 2, tuple(NAMES.values()))
+
+
+QUANTISED = {
+    "fp16": (QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16), 2e-3),
+    "bf16": (QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16), 2e-2),
+}
+
+
+def quantised_communication(rank: int, world_size: int, shardings: tuple[str, ...], codec: str) -> None:
+    config, tolerance = QUANTISED[codec]
+    for sharding in shardings:
+        exact = shard(tables(), sharding, values=unsharded(tables()))
+        quantised = shard(
+            tables(),
+            sharding,
+            values=unsharded(tables()),
+            qcomm_codecs_registry=get_qcomm_codecs_registry(config, device=CPU),
+        )
+        expected, actual = train(exact, tables(), range(3)), train(quantised, tables(), range(3))
+        assert not torch.equal(actual[0], expected[0]), f"{sharding}: nothing was quantised"
+        for a, e in zip(actual, expected, strict=True):
+            scale = float(e.abs().max())
+            torch.testing.assert_close(
+                a, e, rtol=tolerance, atol=tolerance * scale, msg=lambda m, s=sharding: f"{s}, {codec}: {m}"
+            )
+        moved = weights_of(quantised)
+        for name, value in weights_of(exact).items():
+            torch.testing.assert_close(
+                moved[name], value, rtol=5 * tolerance, atol=5 * tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("codec", QUANTISED)
+def test_quantised_communication(codec: str) -> None:
+    run_ranks(quantised_communication, 2, ("table_wise", "column_wise", "row_wise"), codec)
+    if codec == "bf16":
+        run_ranks(quantised_communication, 4, ("table_row_wise", "grid_shard"), codec, local_world_size=2)
+
+
+def variable_batch(rank: int, world_size: int) -> None:
+    features = KeyedJaggedTensor(
+        keys=["f_a", "f_b"],
+        values=torch.tensor([1, 2, 3]),
+        lengths=torch.tensor([1, 1, 1]),
+        stride_per_key_per_rank=[[1], [2]],
+        inverse_indices=(["f_a", "f_b"], torch.tensor([[0, 0], [0, 1]])),
+    )
+    configs = [table(name, QuotientRemainder(NUM_IDS, 6), "mult") for name in "ab"]
+    message = r"variable batch per feature is not supported .*\['f_a', 'f_b'\]"
+    with pytest.raises(NotImplementedError, match=message):
+        shard(configs, "table_wise")(features)
+    sequence = CompositionalEmbeddingCollection(
+        device=torch.device("meta"),
+        tables=[
+            CompositionalEmbeddingConfig(
+                name=name,
+                feature_names=[f"f_{name}"],
+                num_embeddings=NUM_IDS,
+                embedding_dim=8,
+                partitions=QuotientRemainder(NUM_IDS, 6),
+            )
+            for name in "ab"
+        ],
+    )
+    model = DistributedModelParallel(sequence, device=CPU, sharders=[CompositionalEmbeddingCollectionSharder()])
+    with pytest.raises(NotImplementedError, match=message):
+        model(features)
+
+
+def test_variable_batch_per_feature_is_refused_by_name() -> None:
+    run_ranks(variable_batch, 1)
