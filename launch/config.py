@@ -1,0 +1,129 @@
+"""A job as one YAML file: data, model, tables, planner, optimizer, schedule, train."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from launch.overrides import override
+from launch.sections import (
+    DataSection,
+    GeneratorSection,
+    ModelConfig,
+    OptimizerSection,
+    OptimizersSection,
+    ParquetSection,
+    ScheduleSection,
+    TrainSection,
+)
+from torchrec_qr.schema import ConfigError, PlannerSpec, TableSpec, dump, load, read_yaml
+
+__all__ = [
+    "DataSection",
+    "GeneratorSection",
+    "Job",
+    "ModelConfig",
+    "OptimizerSection",
+    "OptimizersSection",
+    "ParquetSection",
+    "ScheduleSection",
+    "TrainSection",
+    "read_job",
+    "write_job",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All sections. ``tables`` and ``planner`` are the library's own; the others are in `launch.sections`.
+
+    Raises:
+        ConfigError: sections that do not fit together: a feature without a table, or with two; a table whose dimension
+            is not the model's; a constraint of the planner for a table that is not there; …
+    """
+
+    tables: tuple[TableSpec, ...]
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    planner: PlannerSpec = field(default_factory=PlannerSpec)
+    optimizer: OptimizersSection = field(default_factory=OptimizersSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    train: TrainSection = field(default_factory=TrainSection)
+
+    def __post_init__(self) -> None:
+        errors = [*self._table_errors(), *self._feature_errors()]
+        if self.model.dense_in_features != self.data.dense_inputs:
+            flags = " and their missing flags" if self.data.missing_flags else ""
+            allowed = f"{self.data.dense_inputs}, the dense features of data{flags}"
+            errors.append(ConfigError("model.dense_in_features", self.model.dense_in_features, allowed))
+        if self.planner.batch_size not in (None, self.train.batch_size):
+            allowed = f"{self.train.batch_size}, as train.batch_size, or nothing"
+            errors.append(ConfigError("planner.batch_size", self.planner.batch_size, allowed))
+        try:
+            self.planner.check_tables([table.name for table in self.tables])
+        except ConfigError as error:
+            errors.append(error)
+        if errors:
+            raise ConfigError.joined(errors)
+
+    def rows_of_features(self) -> tuple[int, ...]:
+        """Returns S of the table of each feature, in the order of ``data.features``."""
+        rows = {feature: table.num_embeddings for table in self.tables for feature in features_of(table)}
+        return tuple(rows[feature] for feature in self.data.features)
+
+    def _table_errors(self) -> Iterable[ConfigError]:
+        for i, table in enumerate(self.tables):
+            if table.embedding_dim != self.model.embedding_dim:
+                allowed = f"{self.model.embedding_dim}, as model.embedding_dim"
+                yield ConfigError(f"tables[{i}].embedding_dim", table.embedding_dim, allowed)
+
+    def _feature_errors(self) -> Iterable[ConfigError]:
+        table_of: dict[str, str] = {}
+        for i, table in enumerate(self.tables):
+            for feature in features_of(table):
+                if feature in table_of:
+                    allowed = f"each feature in one table, which for {feature!r} is {table_of[feature]!r}"
+                    yield ConfigError(f"tables[{i}].feature_names", feature, allowed)
+                elif feature not in self.data.features:
+                    yield ConfigError(f"tables[{i}].feature_names", feature, "features that are in data.features")
+                table_of[feature] = table.name
+        for j, feature in enumerate(self.data.features):
+            if feature not in table_of:
+                yield ConfigError(f"data.features[{j}]", feature, "features that have a table in tables")
+
+
+def features_of(table: TableSpec) -> tuple[str, ...]:
+    """Returns the features of a table: its name, if it names none."""
+    return table.feature_names or (table.name,)
+
+
+def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Returns the job of a YAML file, its values overridden by ``overrides`` (see `launch.overrides`).
+
+    Raises:
+        ConfigError: all errors together, each with the key's path and what is allowed; an unknown key with the nearest
+            known one.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> table = "{name: cat, num_embeddings: 1000, embedding_dim: 16}"
+        >>> data, model = "{features: [cat]}", "{bottom_mlp: [64, 16]}"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "job.yaml"
+        ...     _ = file.write_text(f"tables: [{table}]\\ndata: {data}\\nmodel: {model}")
+        ...     read_job(file, ["train.batch_size=64"]).train.batch_size
+        64
+    """
+    sections = read_yaml(path)
+    try:
+        return load(Job, override(sections, overrides))
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+def write_job(job: Job) -> str:
+    """Returns the YAML of which `read_job` makes an equal job, all defaults written out."""
+    text = yaml.safe_dump(dump(job), sort_keys=False, width=120, default_flow_style=None)
+    return str(text)

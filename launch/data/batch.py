@@ -1,0 +1,109 @@
+"""A batch as the model takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from launch.data.rows import Rows, ragged, segments
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B rows.
+
+    Args:
+        dense: (B, dense features) float32.
+        sparse: ids of F features.
+        labels: (B,) float32, 0 or 1.
+        weights: (B,) float32, 1; or 0 for rows that do not count: malformed ones, and padding to an equal number of
+            batches on all ranks. These have label 0, dense features 0 and no ids.
+    """
+
+    dense: Tensor
+    sparse: KeyedJaggedTensor
+    labels: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        return Batch(
+            self.dense.to(device, non_blocking=non_blocking),
+            self.sparse.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.weights.to(device, non_blocking=non_blocking),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self.dense.record_stream(stream)
+        self.sparse.record_stream(stream)  # type: ignore[arg-type]
+        self.labels.record_stream(stream)
+        self.weights.record_stream(stream)
+
+    def pin_memory(self) -> "Batch":
+        return Batch(
+            self.dense.pin_memory(), self.sparse.pin_memory(), self.labels.pin_memory(), self.weights.pin_memory()
+        )
+
+
+class BatchMaker:
+    """Makes batches of rows whose ids and dense features are already as the model takes them.
+
+    Args:
+        features: names, in the order of the rows' features.
+    """
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self._features = list(features)
+        self._lengths: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, rows: Rows) -> Batch:
+        weights = (
+            torch.ones(len(rows)) if rows.weights is None else torch.from_numpy(np.ascontiguousarray(rows.weights))
+        )
+        return Batch(
+            torch.from_numpy(np.ascontiguousarray(rows.dense)),
+            self._sparse(rows),
+            torch.from_numpy(np.ascontiguousarray(rows.labels)),
+            weights,
+        )
+
+    def _sparse(self, rows: Rows) -> KeyedJaggedTensor:
+        if rows.lengths is None and rows.weights is None:
+            values, lengths = self._fixed_values(rows), self._fixed_lengths(len(rows), rows.hots)
+        else:
+            values, lengths = _ragged_sparse(rows)
+        return KeyedJaggedTensor(self._features, values, lengths=lengths, stride=len(rows))
+
+    def _fixed_values(self, rows: Rows) -> Tensor:
+        values = np.empty(rows.ids.size, np.int64)
+        position = column = 0
+        if max(rows.hots) == 1:
+            values.reshape(len(rows.hots), len(rows))[:] = rows.ids.T
+        else:
+            for hot in rows.hots:
+                part = values[position : position + hot * len(rows)].reshape(len(rows), hot)
+                part[:] = rows.ids[:, column : column + hot]
+                position, column = position + part.size, column + hot
+        return torch.from_numpy(values)
+
+    def _fixed_lengths(self, num_rows: int, hots: tuple[int, ...]) -> Tensor:
+        key = num_rows, hots
+        if key not in self._lengths:
+            self._lengths[key] = torch.tensor(hots, dtype=torch.int64).repeat_interleave(num_rows)
+        return self._lengths[key]
+
+
+def _ragged_sparse(rows: Rows) -> tuple[Tensor, Tensor]:
+    rows = ragged(rows)
+    assert rows.lengths is not None
+    counts = rows.lengths.reshape(-1)
+    starts = np.cumsum(counts) - counts
+    if rows.weights is not None:
+        counts = np.where(np.repeat(rows.weights > 0, rows.lengths.shape[1]), counts, 0)
+    order = np.arange(len(counts)).reshape(rows.lengths.shape).T.reshape(-1)
+    values = rows.ids[segments(starts, counts, order)].astype(np.int64)
+    return torch.from_numpy(values), torch.from_numpy(counts[order].astype(np.int64))

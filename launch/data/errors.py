@@ -1,0 +1,56 @@
+"""What is wrong with data, and where: file and line."""
+
+import threading
+from typing import Literal
+
+OnBadRow = Literal["error", "skip"]
+
+
+class DataError(Exception):
+    """Data cannot be used: a file that is missing, unreadable or malformed, or a row that is.
+
+    Attributes:
+        location: ``file`` or ``file:line``, counted from 1.
+        problem: what is wrong there.
+
+    Example:
+        >>> print(DataError("day_0.gz:17", "label is '2'; allowed: 0, 1"))
+        day_0.gz:17: label is '2'; allowed: 0, 1
+    """
+
+    def __init__(self, location: str, problem: str) -> None:
+        super().__init__(location, problem)
+        self.location = location
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.problem}"
+
+
+class BadRows:
+    """Malformed rows of one pass over data: an error at once, or counted and left out.
+
+    Args:
+        policy: ``"error"``: `report` raises; ``"skip"``: it counts.
+
+    Example:
+        >>> bad = BadRows("skip")
+        >>> bad.report("train.txt:3", "2 columns; allowed: 40")
+        >>> bad.count, bad.first
+        (1, 'train.txt:3: 2 columns; allowed: 40')
+    """
+
+    def __init__(self, policy: OnBadRow) -> None:
+        self.policy = policy
+        self.count = 0
+        self.first: str | None = None
+        self._lock = threading.Lock()
+
+    def report(self, location: str, problem: str) -> None:
+        """Raises DataError, or counts one row."""
+        error = DataError(location, problem)
+        if self.policy == "error":
+            raise error
+        with self._lock:
+            self.count += 1
+            self.first = self.first or str(error)

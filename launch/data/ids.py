@@ -1,0 +1,224 @@
+"""Category ids as the tables' rows: by modulo, by a vocabulary in the order of frequency, or as they are."""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from launch.data.errors import BadRows, DataError
+from launch.data.rows import MISSING, Array, Rows
+from launch.data.source import RowSource
+from launch.data.text import readable
+
+UNKNOWN = 0
+Location = Callable[[int], str]
+
+
+class Vocabulary:
+    """Ids 1, 2, … for the values of one feature, the most frequent first; 0 for all others.
+
+    A table of S rows holds the S - 1 most frequent values; the rest share row 0. Ties go to the lesser value, so that
+    every rank builds the same one. A missing value is a value like others.
+
+    Args:
+        values: distinct, in the order of their ids.
+
+    Example:
+        >>> v = Vocabulary.of_counts(np.array([7, 8, 9]), np.array([1, 5, 5]), min_count=2)
+        >>> v.values.tolist(), v.ids(np.array([9, 7, 8])).tolist(), v.ids(np.array([9, 7, 8]), num_rows=2).tolist()
+        ([8, 9], [2, 0, 1], [0, 0, 1])
+    """
+
+    def __init__(self, values: Array) -> None:
+        self.values = values.astype(np.int64)
+        self._order = np.argsort(self.values, kind="stable")
+        self._sorted = self.values[self._order]
+        self._ids = (self._order + 1).astype(np.int64)
+
+    @classmethod
+    def of_counts(cls, values: Array, counts: Array, min_count: int = 1) -> "Vocabulary":
+        """Returns the vocabulary of distinct ``values`` that occur ``counts`` times, at least ``min_count`` times."""
+        frequent = counts >= min_count
+        values, counts = values[frequent], counts[frequent]
+        return cls(values[np.lexsort((values, -counts))])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def ids(self, values: Array, num_rows: int | None = None) -> Array:
+        """Returns the id of each of ``values``, for a table of ``num_rows``."""
+        if len(self.values) == 0:
+            return np.full(values.shape, UNKNOWN, np.int64)
+        place = np.minimum(np.searchsorted(self._sorted, values), len(self._sorted) - 1)
+        ids = np.where(self._sorted[place] == values, self._ids[place], UNKNOWN)
+        return ids if num_rows is None else np.where(ids < num_rows, ids, UNKNOWN)
+
+
+class ValueCounts:
+    """How often each value of each feature occurs, gathered part by part."""
+
+    def __init__(self, num_features: int) -> None:
+        self._counts = [(np.empty(0, np.int64), np.empty(0, np.int64)) for _ in range(num_features)]
+        self._pending: list[list[Array]] = [[] for _ in range(num_features)]
+        self._num_pending = 0
+
+    def add(self, rows: Rows) -> None:
+        """Counts the ids of ``rows`` of weight 1."""
+        if rows.weights is not None:
+            rows = rows.take(np.flatnonzero(rows.weights))
+        for pending, values in zip(self._pending, columns(rows), strict=True):
+            pending.append(values.reshape(-1))
+        self._num_pending += len(rows)
+        if self._num_pending >= 1 << 20:  # merging costs as much as what is there already
+            self._merge()
+
+    def cardinalities(self) -> list[int]:
+        """Returns the number of distinct values of each feature, a missing one being a value."""
+        self._merge()
+        return [len(values) for values, _ in self._counts]
+
+    def vocabularies(self, min_count: int = 1) -> list[Vocabulary]:
+        self._merge()
+        return [Vocabulary.of_counts(values, counts, min_count) for values, counts in self._counts]
+
+    def _merge(self) -> None:
+        for f, pending in enumerate(self._pending):
+            if pending:
+                new, new_counts = np.unique(np.concatenate(pending), return_counts=True)
+                values, place = np.unique(np.concatenate([self._counts[f][0], new]), return_inverse=True)
+                counts = np.bincount(place, weights=np.concatenate([self._counts[f][1], new_counts]))
+                self._counts[f] = values.astype(np.int64), counts.astype(np.int64)
+                pending.clear()
+        self._num_pending = 0
+
+
+def columns(rows: Rows) -> list[Array]:
+    """Returns the ids of each feature, (B, H_f) or (N_f,)."""
+    if rows.lengths is None:
+        ends = np.cumsum(rows.hots)
+        return [rows.ids[:, end - hot : end] for end, hot in zip(ends, rows.hots, strict=True)]
+    feature = _features_of_ids(rows)
+    return [rows.ids[feature == f] for f in range(rows.lengths.shape[1])]
+
+
+def count_values(source: RowSource, start: int, stop: int, num_features: int, bad_rows: BadRows) -> ValueCounts:
+    """Counts the values of rows [start, stop) of ``source``."""
+    counts = ValueCounts(num_features)
+    for row in range(start, stop, 65_536):
+        counts.add(source.read(row, min(row + 65_536, stop), bad_rows))
+    return counts
+
+
+def save_vocabularies(path: str | Path, features: Sequence[str], vocabularies: Sequence[Vocabulary]) -> None:
+    """Writes an npz file with one array per feature: its values, in the order of their ids."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **{f: v.values for f, v in zip(features, vocabularies, strict=True)})  # type: ignore[arg-type]
+
+
+def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabulary]:
+    """Returns the vocabularies that `save_vocabularies` wrote.
+
+    Raises:
+        DataError: the file is missing, unreadable, not an npz, or lacks a feature.
+    """
+    with readable(path):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                if missing := [feature for feature in features if feature not in arrays]:
+                    raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {', '.join(arrays)}")
+                return [Vocabulary(arrays[feature]) for feature in features]
+        except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
+            raise DataError(str(path), f"not a vocabulary that the preprocessing wrote: {error}") from error
+
+
+class IdMapping:
+    """Turns the ids of rows into rows of the features' tables.
+
+    Args:
+        kind: see `launch.sections.DataSection`.
+        features: names, for messages.
+        table_rows: S of each feature's table.
+        vocabularies: of each feature, under ``"vocabulary"``; None there: the ids are already those of a vocabulary,
+            and what is beyond a table becomes `UNKNOWN`.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["modulo", "vocabulary", "encoded"],
+        features: Sequence[str],
+        table_rows: Sequence[int],
+        vocabularies: Sequence[Vocabulary] | None = None,
+    ) -> None:
+        self._kind = kind
+        self._features = list(features)
+        self._table_rows = np.array(table_rows, np.int64)
+        self._vocabularies = vocabularies
+        # Half the memory to move, wherever that will do.
+        self._dtype = np.int32 if max(table_rows) <= 2**31 else np.int64
+
+    def __call__(self, rows: Rows, bad_rows: BadRows, location: Location) -> Rows:
+        """Returns ``rows`` with rows of tables as ids.
+
+        Args:
+            rows: with ids as they were read.
+            bad_rows: told of ids that are outside their table, under ``"encoded"``.
+            location: of a row, by position in ``rows``.
+
+        Raises:
+            DataError: ``bad_rows`` refuses a row.
+        """
+        feature = _features_of_ids(rows)
+        limit = self._table_rows[feature]
+        if self._kind == "vocabulary":
+            return self._with_ids(rows, self._looked_up(rows, feature, limit))
+        ids = rows.ids
+        if self._kind == "modulo":
+            if ids.dtype == self._dtype:
+                limit = limit.astype(ids.dtype)
+            return self._with_ids(rows, (ids % limit) * (ids != MISSING))
+        outside = (ids >= limit) | (ids < MISSING)
+        if not outside.any():
+            return self._with_ids(rows, np.maximum(ids, 0))
+        mapped = self._with_ids(rows, np.where(outside, 0, np.maximum(ids, 0)))
+        return mapped.without(self._report(rows, outside, feature, bad_rows, location))
+
+    def _with_ids(self, rows: Rows, ids: Array) -> Rows:
+        return replace(rows, ids=ids.astype(self._dtype, copy=False))
+
+    def _looked_up(self, rows: Rows, feature: Array, limit: Array) -> Array:
+        if self._vocabularies is None:
+            return np.where((rows.ids < limit) & (rows.ids > 0), rows.ids, UNKNOWN)
+        ids = np.empty(rows.ids.shape, np.int64)
+        for f, (vocabulary, num_rows) in enumerate(zip(self._vocabularies, self._table_rows.tolist(), strict=True)):
+            where = np.flatnonzero(feature == f)
+            part = (slice(None), slice(where[0], where[-1] + 1)) if rows.lengths is None else where
+            if len(where):
+                ids[part] = vocabulary.ids(rows.ids[part], num_rows)
+        return ids
+
+    def _report(self, rows: Rows, outside: Array, feature: Array, bad_rows: BadRows, location: Location) -> Array:
+        row_of = np.nonzero(outside)[0]
+        feature_of = np.broadcast_to(feature, outside.shape)[outside]
+        if rows.lengths is not None:
+            row_of = np.repeat(np.arange(len(rows)), rows.lengths.sum(1))[row_of]
+        ids = rows.ids[outside]
+        bad, first = np.unique(row_of, return_index=True)
+        for row, i in zip(bad.tolist(), first.tolist(), strict=True):
+            f = int(feature_of[i])
+            if rows.weights is None or rows.weights[row]:
+                problem = (
+                    f"{self._features[f]} is {ids[i]}; allowed: 0..{self._table_rows[f] - 1}, the rows of its table"
+                )
+                bad_rows.report(location(row), problem)
+        return bad
+
+
+def _features_of_ids(rows: Rows) -> Array:
+    """Returns the feature of each id, or of each column of ids."""
+    if rows.lengths is None:
+        return np.repeat(np.arange(len(rows.hots)), rows.hots)
+    features = np.broadcast_to(np.arange(rows.lengths.shape[1]), rows.lengths.shape)
+    return np.repeat(features.reshape(-1), rows.lengths.reshape(-1))

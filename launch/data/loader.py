@@ -1,0 +1,208 @@
+"""Batches of a rank: read, mapped, shuffled and batched in the background."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launch.data.batch import Batch, BatchMaker
+from launch.data.dense import transformed
+from launch.data.errors import BadRows
+from launch.data.generator import GeneratorSource
+from launch.data.ids import IdMapping, Vocabulary, count_values, load_vocabularies
+from launch.data.prefetch import Prefetched
+from launch.data.rows import Rows, concat
+from launch.data.shards import BLOCK, Window, num_batches, rank_range, windows
+from launch.data.source import RowSource
+from launch.data.split import Split, Splits, open_splits
+
+if TYPE_CHECKING:
+    from launch.config import Job
+    from launch.sections import DataSection
+
+_WINDOW_IN_ORDER = 16_384  # rows that are read at once where nothing is shuffled
+
+__all__ = ["Batch", "Batches", "Data", "open_data"]
+
+
+class Batches(Prefetched[Batch]):
+    """Batches of one pass over a split, made in the background.
+
+    Attributes:
+        wait_seconds: how long the consumer has waited for batches so far.
+        bad_rows: malformed rows of this rank so far, if they are skipped.
+    """
+
+    bad_rows: BadRows
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass over a split reads."""
+
+    split: Split
+    batch_size: int
+    shuffle_seed: tuple[int, ...] | None
+
+
+class Data:
+    """The data of one rank.
+
+    All ranks have equally many batches in every pass, all of one size, so that none waits for another in vain. Each row
+    of a split is in exactly one batch of one rank, with weight 1; what is missing to a full batch, and malformed rows
+    that are skipped, are rows of weight 0, which a loss or a metric must leave out.
+
+    Args:
+        section: of the job.
+        splits: train, validation and test.
+        mapping: of category ids to rows of tables.
+        batch_size: of a rank, in training.
+        eval_batch_size: of a rank, in evaluation.
+        seed: of the order of rows.
+        rank: of this process.
+        world_size: W.
+    """
+
+    def __init__(
+        self,
+        section: "DataSection",
+        splits: Splits,
+        mapping: IdMapping,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._section, self.splits, self._mapping = section, splits, mapping
+        self._batch_size, self._eval_batch_size, self._seed = batch_size, eval_batch_size, seed
+        self._rank, self._world_size = rank, world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of every rank in a pass over the train split."""
+        return num_batches(len(self.splits.train), self._batch_size, self._world_size)
+
+    def train(self, epoch: int, skip: int = 0) -> Batches:
+        """Returns the batches of an epoch, in an order that depends on the seed, the epoch and the world size alone.
+
+        Args:
+            epoch: counted from 0.
+            skip: how many batches have been trained already: those are left out, at little cost.
+        """
+        seed = (self._seed, epoch, self._rank) if self._section.shuffle else None
+        return self._start(_Pass(self.splits.train, self._batch_size, seed), skip)
+
+    def validation(self) -> Batches:
+        """Returns the batches of the validation split, in order."""
+        return self._start(_Pass(self.splits.validation, self._eval_batch_size, None), 0)
+
+    def test(self) -> Batches:
+        """Returns the batches of the test split, in order."""
+        return self._start(_Pass(self.splits.test, self._eval_batch_size, None), 0)
+
+    def known_quality(self) -> dict[str, float]:
+        """Returns ``best_possible_auc`` and ``dense_only_auc`` of the test split; nothing, if no generator made it."""
+        test = self.splits.test
+        if not isinstance(test.source, GeneratorSource):
+            return {}
+        return test.source.known_quality(test.start, test.stop)
+
+    def _start(self, what: _Pass, skip: int) -> Batches:
+        bad_rows = BadRows(self._section.on_bad_row)
+        batches = Batches(lambda: self._batches(what, skip, bad_rows), self._section.prefetch)
+        batches.bad_rows = bad_rows
+        return batches
+
+    def _batches(self, what: _Pass, skip: int, bad_rows: BadRows) -> Iterator[Batch]:
+        size = what.batch_size
+        make = BatchMaker(self._section.features)
+        left = num_batches(len(what.split), size, self._world_size) - skip
+        rest: Rows | None = None
+        for window in self._rows(what, skip * size, bad_rows):
+            rows = window if rest is None else concat([rest, window])
+            whole = len(rows) // size * size
+            for i in range(0, whole, size):
+                yield make(rows.cut(i, i + size))
+                left -= 1
+            rest = rows.cut(whole, len(rows))
+        if left > 0:
+            if rest is None:
+                rest = self._empty(what, bad_rows)
+            yield make(rest.padded(size))
+            empty = rest.cut(0, 0)
+            for _ in range(left - 1):
+                yield make(empty.padded(size))
+
+    def _rows(self, what: _Pass, skip: int, bad_rows: BadRows) -> Iterator[Rows]:
+        """Yields the rank's rows, but the first ``skip``, window by window, the next one being read meanwhile."""
+        source = what.split.source.reopened()
+        start, stop = rank_range(what.split.start, what.split.stop, self._rank, self._world_size)
+        size = _WINDOW_IN_ORDER if what.shuffle_seed is None else self._section.shuffle_rows
+        todo = []
+        for window in windows(start, stop, size, what.shuffle_seed, source.random_access):
+            drop = min(skip, len(window))
+            skip -= drop
+            if drop < len(window):
+                todo.append((window, drop))
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+            ahead = [reader.submit(self._read, source, *what_next, bad_rows) for what_next in todo[:1]]
+            for i in range(len(todo)):
+                rows = ahead.pop().result()
+                if i + 1 < len(todo):
+                    ahead.append(reader.submit(self._read, source, *todo[i + 1], bad_rows))
+                yield rows
+
+    def _read(self, source: RowSource, window: Window, drop: int, bad_rows: BadRows) -> Rows:
+        # Piece by piece, each small enough to stay in the processor's cache on its way.
+        pieces = [
+            (first, min(first + BLOCK, stop)) for start, stop in window.ranges for first in range(start, stop, BLOCK)
+        ]
+        rows = concat([self._piece(source, start, stop, bad_rows) for start, stop in pieces])
+        if window.order_seed is not None:
+            rows = rows.take(np.random.default_rng(window.order_seed).permutation(len(rows))[drop:])
+        else:
+            rows = rows.cut(drop, len(rows))
+        return rows
+
+    def _piece(self, source: RowSource, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        raw = source.read(start, stop, bad_rows)
+        rows = self._mapping(raw, bad_rows, lambda i: source.location(start + i))
+        dense = transformed(rows.dense, self._section.dense_transform, self._section.missing_flags)
+        return replace(rows, dense=dense)
+
+    def _empty(self, what: _Pass, bad_rows: BadRows) -> Rows:
+        """No rows, in the form of the split's: for a rank that has none at all."""
+        first = what.split.start
+        window = Window(((first, first + 1),), None)
+        return self._read(what.split.source.reopened(), window, 0, BadRows("skip")).cut(0, 0)
+
+
+def open_data(job: "Job", rank: int, world_size: int) -> Data:
+    """Opens the data of a job for one rank.
+
+    Raises:
+        DataError: a file is missing, unreadable, empty or malformed, with file and line.
+    """
+    section = job.data
+    table_rows = job.rows_of_features()
+    splits = open_splits(section, table_rows)
+    mapping = IdMapping(section.ids, section.features, table_rows, _vocabularies(section, splits.train))
+    batch_size = job.train.batch_size
+    eval_batch_size = job.train.eval_batch_size or batch_size
+    return Data(section, splits, mapping, batch_size, eval_batch_size, job.train.seed, rank, world_size)
+
+
+def _vocabularies(section: "DataSection", train: Split) -> Sequence[Vocabulary] | None:
+    if section.ids != "vocabulary":
+        return None
+    if section.vocabulary is not None:
+        return load_vocabularies(section.vocabulary, section.features)
+    if section.format == "npy":
+        return None  # written by the preprocessing, in the order of frequency
+    counts = count_values(
+        train.source.reopened(), train.start, train.stop, len(section.features), BadRows(section.on_bad_row)
+    )
+    return counts.vocabularies(section.min_count)

@@ -1,0 +1,150 @@
+"""MLPerf's binary click logs, mapped into memory: npy files of dense features, ids and labels, npz of multi-hot ids."""
+
+import bisect
+import zipfile
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from launch.data.errors import BadRows, DataError
+from launch.data.rows import Array, Rows, concat
+from launch.data.text import readable
+
+_DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
+
+
+class NpySource:
+    """Rows of files with common prefixes, one prefix after the other.
+
+    For a prefix ``day_0``: ``day_0_dense.npy`` (N, dense features), ``day_0_labels.npy`` (N,) or (N, 1), and either
+    ``day_0_sparse_multi_hot.npz``, whose array "f" (N, H_f) holds the ids of feature f, or ``day_0_sparse.npy`` (N, F).
+
+    Args:
+        prefixes: of the files.
+        num_features: F.
+        dense_features: number of dense features.
+        hots: H_f that the files must have; default: any.
+
+    Raises:
+        DataError: a file is missing, unreadable, or of another shape or type.
+    """
+
+    random_access = True
+
+    def __init__(
+        self, prefixes: Sequence[str | Path], num_features: int, dense_features: int, hots: Sequence[int] | None = None
+    ) -> None:
+        self._files = [_NpyFiles(str(prefix), num_features, dense_features) for prefix in prefixes]
+        for file in self._files:
+            for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].prefix)):
+                if allowed is not None and file.hots != tuple(allowed):
+                    raise DataError(
+                        file.prefix, f"{list(file.hots)} ids per feature; allowed: {list(allowed)}, as {where}"
+                    )
+        self._ends = list(accumulate(len(file.labels) for file in self._files))
+
+    @property
+    def num_rows(self) -> int:
+        return self._ends[-1]
+
+    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        parts = []
+        for i, file in enumerate(self._files):
+            first = self._ends[i - 1] if i else 0
+            a, b = max(start - first, 0), min(stop - first, len(file.labels))
+            if a < b:
+                parts.append(file.read(a, b, bad_rows))
+        return concat(parts)
+
+    def location(self, row: int) -> str:
+        i = bisect.bisect_right(self._ends, row)
+        return self._files[i].location(row - (self._ends[i - 1] if i else 0))
+
+    def reopened(self) -> "NpySource":
+        return self  # it has no read position
+
+
+class _NpyFiles:
+    def __init__(self, prefix: str, num_features: int, dense_features: int) -> None:
+        self.prefix = prefix
+        self._dense = _mapped(prefix + _DENSE)
+        self.labels = _mapped(prefix + _LABELS)
+        if self.labels.ndim == 2 and self.labels.shape[1] == 1:
+            self.labels = self.labels[:, 0]
+        n = len(self.labels)
+        if n == 0:
+            raise DataError(prefix + _LABELS, "empty")
+        _check(prefix + _LABELS, self.labels, (n,), "biuf")
+        _check(prefix + _DENSE, self._dense, (n, dense_features), "fiu")
+        if Path(prefix + _MULTI_HOT).exists():
+            self._ids = _members(prefix + _MULTI_HOT, num_features)
+            for f, ids in enumerate(self._ids):
+                _check(f"{prefix}{_MULTI_HOT}[{f}]", ids, (n, ids.shape[-1]), "iu")
+            self.hots = tuple(ids.shape[1] for ids in self._ids)
+        else:
+            self._ids = [_mapped(prefix + _ONE_HOT)]
+            _check(prefix + _ONE_HOT, self._ids[0], (n, num_features), "iu")
+            self.hots = (1,) * num_features
+
+    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        part = slice(start, stop)
+        ids = self._ids[0][part] if len(self._ids) == 1 else np.concatenate([ids[part] for ids in self._ids], axis=1)
+        labels = self.labels[part]
+        rows = Rows(labels.astype(np.float32), self._dense[part].astype(np.float32), np.asarray(ids), self.hots)
+        bad = np.flatnonzero((labels != 0) & (labels != 1))
+        for i in bad.tolist():
+            bad_rows.report(self.location(start + i), f"label is {labels[i]}; allowed: 0, 1")
+        return rows.without(bad)
+
+    def location(self, row: int) -> str:
+        return f"{self.prefix}:{row + 1}"
+
+
+def _check(name: str, array: Array, shape: tuple[int, ...], kinds: str) -> None:
+    if array.shape != shape:
+        raise DataError(name, f"shape {array.shape}; allowed: {shape}")
+    if array.dtype.kind not in kinds:
+        raise DataError(name, f"type {array.dtype}; allowed: {'integers' if 'f' not in kinds else 'numbers'}")
+
+
+def _mapped(path: str) -> Array:
+    with readable(path):
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(path, f"not an npy file, or a truncated one: {error}") from error
+
+
+def _members(path: str, num_features: int) -> list[Array]:
+    """Returns arrays "0", "1", … of an npz file, mapped into memory where they are not compressed."""
+    with readable(path), open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+                if missing := [f for f in range(num_features) if f"{f}.npy" not in names]:
+                    raise DataError(
+                        path, f"no array {missing[0]}; it has {', '.join(n.removesuffix('.npy') for n in names)}"
+                    )
+                return [_member(path, file, archive, f"{f}.npy") for f in range(num_features)]
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise DataError(path, f"not an npz file, or a truncated one: {error}") from error
+
+
+def _member(path: str, file: IO[bytes], archive: zipfile.ZipFile, name: str) -> Array:
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        with archive.open(name) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+    # NumPy maps no member of an npz: find where the array begins, after the zip's own header and the npy's.
+    file.seek(info.header_offset + 26)
+    name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+    file.seek(info.header_offset + 30 + name_length + extra_length)
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")

@@ -1,0 +1,162 @@
+"""Turns click logs into the binary form: ``python -m launch.data.preprocess train.txt --out data/kaggle/train``.
+
+Values of categorical features become 1, 2, … in the order of their frequency in the first part of the rows; 0 stands
+for all others. It writes ``<out>_dense.npy``, ``<out>_sparse.npy``, ``<out>_labels.npy`` (the layout of MLPerf's files)
+and ``<out>_vocabulary.npz``. A job reads them with ``data: {format: npy, files: [<out>], ids: vocabulary}``.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch.data.criteo_tsv import tsv_source
+from launch.data.errors import BadRows, DataError, OnBadRow
+from launch.data.ids import ValueCounts, Vocabulary, columns, save_vocabularies
+from launch.data.source import RowSource
+from launch.data.split import expanded
+from launch.data.tsv_parser import NUM_CATEGORICAL, NUM_DENSE
+from launch.sections import CRITEO_FEATURES
+
+_AT_A_TIME = 65_536
+
+
+def preprocess(
+    source: RowSource,
+    out: str,
+    vocabulary_rows: int,
+    min_count: int,
+    on_bad_row: OnBadRow,
+    progress: Progress,
+) -> tuple[ValueCounts, list[Vocabulary], BadRows]:
+    """Writes the binary files of a source that has one id per feature; files appear only when they are complete.
+
+    Args:
+        source: of Criteo's 13 dense and 26 categorical features.
+        out: prefix of the files.
+        vocabulary_rows: how many of the first rows the vocabulary is built from.
+        min_count: least number of occurrences there.
+        on_bad_row: a malformed row ends it, or is left out.
+        progress: shows two passes.
+
+    Returns:
+        The counts over the first rows, the vocabularies, and the malformed rows.
+    """
+    bar = progress.add_task("counting", total=vocabulary_rows)
+    counts = ValueCounts(NUM_CATEGORICAL)
+    for start, stop in _steps(vocabulary_rows, progress, bar):
+        counts.add(source.read(start, stop, BadRows(on_bad_row)))
+    vocabularies = counts.vocabularies(min_count)
+
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    shapes = {"dense": (NUM_DENSE, np.float32), "sparse": (NUM_CATEGORICAL, np.int32), "labels": (1, np.int32)}
+    parts = {name: Path(f"{out}_{name}.part") for name in shapes}
+    files = {
+        name: np.lib.format.open_memmap(parts[name], "w+", dtype, (source.num_rows, width))
+        for name, (width, dtype) in shapes.items()
+    }
+    bad_rows, written = BadRows(on_bad_row), 0
+    bar = progress.add_task("writing", total=source.num_rows)
+    source = source.reopened()
+    for start, stop in _steps(source.num_rows, progress, bar):
+        rows = source.read(start, stop, bad_rows)
+        if rows.weights is not None:
+            rows = rows.take(np.flatnonzero(rows.weights))
+        to = slice(written, written + len(rows))
+        files["dense"][to], files["labels"][to, 0] = rows.dense, rows.labels
+        for f, (vocabulary, values) in enumerate(zip(vocabularies, columns(rows), strict=True)):
+            files["sparse"][to, f] = vocabulary.ids(values)[:, 0]
+        written += len(rows)
+    for name, file in files.items():
+        file.flush()
+        if written < len(file):
+            _shorten(parts[name], file, written)
+    save_vocabularies(f"{out}_vocabulary.part", CRITEO_FEATURES, vocabularies)
+    for name, part in parts.items():
+        part.replace(f"{out}_{name}.npy")
+    Path(f"{out}_vocabulary.part").replace(f"{out}_vocabulary.npz")
+    return counts, vocabularies, bad_rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        source = tsv_source(expanded(arguments.files))
+        vocabulary_rows = max(1, round(source.num_rows * arguments.vocabulary_share))
+        bars = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*bars, console=console) as progress:
+            counts, vocabularies, bad = preprocess(
+                source, arguments.out, vocabulary_rows, arguments.min_count, arguments.on_bad_row, progress
+            )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.print(_report(counts, vocabularies))
+    console.print(f"{source.num_rows - bad.count:,} rows written to {arguments.out}_*.npy", markup=False)
+    if bad.count:
+        console.print(f"{bad.count:,} malformed rows left out, the first: {bad.first}", markup=False)
+    return 0
+
+
+def _steps(num_rows: int, progress: Progress, bar: TaskID) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_rows, _AT_A_TIME):
+        yield start, min(start + _AT_A_TIME, num_rows)
+        progress.update(bar, completed=min(start + _AT_A_TIME, num_rows))
+
+
+def _shorten(part: Path, file: "np.memmap[tuple[int, ...], np.dtype[np.generic]]", num_rows: int) -> None:
+    """Gives a file that has room for skipped rows its true number of rows."""
+    shorter = part.with_suffix(".short")
+    kept = np.lib.format.open_memmap(shorter, "w+", file.dtype, (num_rows, *file.shape[1:]))
+    for start in range(0, num_rows, _AT_A_TIME):
+        kept[start : start + _AT_A_TIME] = file[start : min(start + _AT_A_TIME, num_rows)]
+    kept.flush()
+    shorter.replace(part)
+
+
+def _report(counts: ValueCounts, vocabularies: Sequence[Vocabulary]) -> Table:
+    table = Table(title="Categorical features")
+    table.add_column("feature")
+    for name in ("distinct values", "in the vocabulary", "rows of a table for all"):
+        table.add_column(name, justify="right")
+    for feature, distinct, vocabulary in zip(CRITEO_FEATURES, counts.cardinalities(), vocabularies, strict=True):
+        table.add_row(feature, f"{distinct:,}", f"{len(vocabulary):,}", f"{len(vocabulary) + 1:,}")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.data.preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "files", nargs="+", help="Criteo's TSV, plain or gzip, in the order of time; patterns are resolved"
+    )
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="of the files that are written")
+    parser.add_argument(
+        "--min-count", type=int, default=1, help="least occurrences in the vocabulary (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocabulary-share",
+        type=float,
+        default=6 / 7,
+        metavar="SHARE",
+        help="first share of the rows that the vocabulary is built from: those that are trained on (default: 6/7)",
+    )
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="(default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

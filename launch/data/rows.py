@@ -1,0 +1,140 @@
+"""Some rows of a click log: label, dense numbers, and category ids per feature."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+MISSING = -1  # in place of an id that a row lacks
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows, row-major, so that rows are cheap to select; features come first only in a batch's KeyedJaggedTensor.
+
+    Args:
+        labels: (B,) float32, 0 or 1.
+        dense: (B, number of dense features) float32; NaN where missing.
+        ids: of integers. Without ``lengths`` (B, ΣH): feature f has H_f ids in every row, side by side in the order of
+            the features. With ``lengths`` (N,): row by row, in each feature by feature.
+        hots: H_f; all 1, and without meaning, beside ``lengths``.
+        lengths: (B, F) number of ids, or None.
+        weights: (B,) float32, 0 for a row that does not count (malformed, or padding), 1 for all others; None: all 1.
+
+    Example:
+        >>> rows = Rows(np.float32([0, 1]), np.zeros((2, 1), np.float32), np.array([[1, 2, 3], [4, 5, 6]]), hots=(1, 2))
+        >>> rows.take(np.array([1])).ids
+        array([[4, 5, 6]])
+    """
+
+    labels: Array
+    dense: Array
+    ids: Array
+    hots: tuple[int, ...]
+    lengths: Array | None = None
+    weights: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Array) -> "Rows":
+        """Returns the rows at ``index``, in its order."""
+        if self.lengths is None:
+            return self._taken(index, self.ids.take(index, axis=0))
+        counts = self.lengths.sum(1)
+        ids = self.ids[segments(np.cumsum(counts) - counts, counts, index)]
+        return replace(self._taken(index, ids), lengths=self.lengths[index])
+
+    def cut(self, start: int, stop: int) -> "Rows":
+        """Returns rows [start, stop), without copying."""
+        part = slice(start, stop)
+        if self.lengths is None:
+            return self._cut(part, self.ids[part])
+        first = int(self.lengths[:start].sum())
+        lengths = self.lengths[part]
+        return replace(self._cut(part, self.ids[first : first + int(lengths.sum())]), lengths=lengths)
+
+    def padded(self, num_rows: int) -> "Rows":
+        """Returns these rows, followed by rows of weight 0 up to ``num_rows``."""
+        missing = num_rows - len(self)
+        if missing <= 0:
+            return self
+        ragged = self.lengths is not None
+        ids = np.zeros((0,) if ragged else (missing, self.ids.shape[1]), self.ids.dtype)
+        padding = Rows(
+            labels=np.zeros(missing, np.float32),
+            dense=np.zeros((missing, self.dense.shape[1]), np.float32),
+            ids=ids,
+            hots=self.hots,
+            lengths=np.zeros((missing, len(self.hots)), np.int64) if ragged else None,
+            weights=np.zeros(missing, np.float32),
+        )
+        return concat([self, padding])
+
+    def without(self, bad: Array) -> "Rows":
+        """Returns the same rows, those at ``bad`` with weight 0, label 0, no dense value, and id 0 where fixed."""
+        if len(bad) == 0:
+            return self
+        weights = np.ones(len(self), np.float32) if self.weights is None else self.weights.copy()
+        labels, dense, ids = self.labels.copy(), self.dense.copy(), self.ids.copy()
+        weights[bad], labels[bad], dense[bad] = 0, 0, 0
+        if self.lengths is None:
+            ids[bad] = 0
+        else:
+            counts = self.lengths.sum(1)
+            ids[segments(np.cumsum(counts) - counts, counts, bad)] = 0
+        return replace(self, weights=weights, labels=labels, dense=dense, ids=ids)
+
+    def _taken(self, index: Array, ids: Array) -> "Rows":
+        # take(index) has a quarter of the cost of [index].
+        weights = None if self.weights is None else self.weights.take(index)
+        return Rows(self.labels.take(index), self.dense.take(index, axis=0), ids, self.hots, None, weights)
+
+    def _cut(self, part: slice, ids: Array) -> "Rows":
+        weights = None if self.weights is None else self.weights[part]
+        return Rows(self.labels[part], self.dense[part], ids, self.hots, None, weights)
+
+
+def concat(parts: Sequence[Rows]) -> Rows:
+    """Returns the rows of all ``parts``, of which there is at least one; all have the same features and form."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = np.concatenate([np.ones(len(p), np.float32) if p.weights is None else p.weights for p in parts])
+    lengths = None
+    if any(part.lengths is not None for part in parts):
+        parts = [ragged(part) for part in parts]
+        lengths = np.concatenate([part.lengths for part in parts if part.lengths is not None])
+    return Rows(
+        labels=np.concatenate([part.labels for part in parts]),
+        dense=np.concatenate([part.dense for part in parts]),
+        ids=np.concatenate([part.ids for part in parts]),
+        hots=parts[0].hots,
+        lengths=lengths,
+        weights=weights,
+    )
+
+
+def ragged(rows: Rows) -> Rows:
+    """Returns the same rows in the form with ``lengths``."""
+    if rows.lengths is not None:
+        return rows
+    lengths = np.broadcast_to(np.array(rows.hots, np.int64), (len(rows), len(rows.hots)))
+    return replace(rows, ids=rows.ids.reshape(-1), hots=(1,) * len(rows.hots), lengths=lengths)
+
+
+def segments(starts: Array, counts: Array, order: Array) -> Array:
+    """Returns the positions of the elements of the segments ``order``: segment i holds counts[i] from starts[i] on.
+
+    Example:
+        >>> segments(np.array([0, 2, 3]), np.array([2, 1, 3]), np.array([2, 0])).tolist()
+        [3, 4, 5, 0, 1]
+    """
+    starts, counts = starts[order], counts[order]
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

@@ -1,0 +1,107 @@
+"""Where rows come from: anything that knows how many it has and reads a range of them."""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from launch.data.errors import BadRows
+from launch.data.rows import Rows, concat
+
+# Rows, and for those that are malformed what is wrong, by position; a malformed row is there, with weight 0, so that
+# every rank can tell from line numbers alone which rows are its own.
+Block = tuple[Rows, dict[int, str]]
+
+
+class RowSource(Protocol):
+    """Rows 0..num_rows-1 in a fixed order. Not to be read from two threads at once: `reopened` for each."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, malformed ones included."""
+        ...
+
+    @property
+    def random_access(self) -> bool:
+        """Whether any range is as cheap to read as the next one."""
+        ...
+
+    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        """Returns rows [start, stop), reporting the malformed ones.
+
+        Raises:
+            DataError: the file cannot be read, or ``bad_rows`` refuses a row.
+        """
+        ...
+
+    def location(self, row: int) -> str:
+        """Returns ``file:line`` of a row."""
+        ...
+
+    def reopened(self) -> "RowSource":
+        """Returns the same source with a read position of its own."""
+        ...
+
+
+class BlockFile(Protocol):
+    """A file that is read from some row on, in blocks."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def blocks(self, start: int) -> Iterator[Block]:
+        """Yields the rows from ``start`` on, in blocks of any size."""
+        ...
+
+    def location(self, row: int) -> str: ...
+
+
+class SequentialSource:
+    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about."""
+
+    random_access = False
+
+    def __init__(self, files: Sequence[BlockFile]) -> None:
+        self._files = list(files)
+        self._ends = list(accumulate(file.num_rows for file in files))
+        self._position = 0
+        self._blocks: Iterator[Block] | None = None
+        self._rest: Block | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        if self._blocks is None or start != self._position:
+            self._blocks, self._rest = self._from(start), None
+        parts: list[Rows] = []
+        row = start
+        while row < stop:
+            rows, problems = self._rest or next(self._blocks)
+            used = min(len(rows), stop - row)
+            for i in sorted(problems):
+                if i < used:
+                    bad_rows.report(self.location(row + i), problems[i])
+            parts.append(rows if used == len(rows) else rows.cut(0, used))
+            self._rest = None
+            if used < len(rows):
+                self._rest = rows.cut(used, len(rows)), {i - used: p for i, p in problems.items() if i >= used}
+            row += used
+        self._position = stop
+        return concat(parts)
+
+    def location(self, row: int) -> str:
+        file = bisect.bisect_right(self._ends, row)
+        return self._files[file].location(row - self._start(file))
+
+    def reopened(self) -> "SequentialSource":
+        return SequentialSource(self._files)
+
+    def _start(self, file: int) -> int:
+        return self._ends[file - 1] if file else 0
+
+    def _from(self, start: int) -> Iterator[Block]:
+        for i, file in enumerate(self._files):
+            if start < self._ends[i]:
+                yield from file.blocks(max(start - self._start(i), 0))

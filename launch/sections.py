@@ -1,0 +1,279 @@
+"""The application's own sections of a job's YAML: ``data``, ``model``, ``optimizer``, ``schedule``, ``train``."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from torchrec_qr.schema import ConfigError, Range
+
+Positive = Annotated[int, Range(1)]
+NotNegative = Annotated[int, Range(0)]
+
+CRITEO_DENSE = 13
+CRITEO_FEATURES = tuple(f"cat_{i}" for i in range(26))
+
+
+@dataclass(frozen=True)
+class GeneratorSection:
+    """``data.generator``: rows with a planted signal, of which the true probabilities are known.
+
+    Args:
+        rows: number of rows, of all splits together.
+        seed: of rows and signal.
+        zipf: exponent a of the ids' law, P(id k) ~ (k + 1)^-a.
+        dense_strength: standard deviation of the dense part of the true logit.
+        ids_strength: of the part of the category ids.
+        bias: of the true logit.
+    """
+
+    rows: Positive = 200_000
+    seed: NotNegative = 0
+    zipf: Annotated[float, Range(above=0, high=5)] = 1.4
+    dense_strength: Annotated[float, Range(0)] = 0.6
+    ids_strength: Annotated[float, Range(0)] = 1.8
+    bias: float = -1.5
+
+
+@dataclass(frozen=True)
+class ParquetSection:
+    """``data.parquet``: which column holds what.
+
+    Args:
+        label: 0 or 1.
+        dense: numbers; default ``int_0`` … ``int_12``.
+        ids: one column per feature, in the order of ``data.features``: integers, hexadecimal strings, or lists of
+            integers; default: columns called as the features.
+    """
+
+    label: str = "label"
+    dense: tuple[str, ...] = tuple(f"int_{i}" for i in range(CRITEO_DENSE))
+    ids: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """``data``: which rows, how they are split, and how they become a model's input.
+
+    Paths are relative to the working directory and may be patterns (``day_*.gz``), sorted by their numbers.
+
+    Args:
+        format: ``generator``; ``criteo_tsv``: Kaggle's or the 1TB set's text, plain or gzip; ``npy``: MLPerf's binary
+            files, each entry a prefix (``day_0`` for ``day_0_dense.npy``, ``day_0_sparse.npy`` or
+            ``day_0_sparse_multi_hot.npz``, ``day_0_labels.npy``); ``parquet``.
+        files: rows in the order of time; ``split`` cuts them.
+        split: shares of train, validation and test, first to last.
+        train_files: with ``validation_files``, a split by file, in place of ``files``.
+        validation_files: as above; without ``test_files`` its first half is for validation, the second for test.
+        test_files: as above.
+        features: the categorical features, in the order in which the rows have them.
+        dense_features: number of dense features in the rows.
+        multi_hot: ids per row and feature, for the generator, and to check npz files against; default: all 1.
+        ids: ``modulo``: id % rows of the feature's table, as dlrm does, a missing one being 0; ``vocabulary``: values
+            in the order of their frequency, the most frequent one first, after 0 for all that are unknown or beyond the
+            table; ``encoded``: as they are, checked against the table, a missing one being 0.
+        vocabulary: the file that `launch.data.preprocess` wrote; default: it is built from the train split at start.
+        min_count: least number of occurrences in the train split to be in that vocabulary.
+        dense_transform: ``log1p``: log(1 + max(x, 0)); ``none``.
+        missing_flags: adds, per dense feature, one that is 1 where the value is missing, else 0.
+        on_bad_row: a malformed row ends the job, or is left out and counted.
+        shuffle: the train split, by ``train.seed`` and epoch.
+        shuffle_rows: how many rows are read and shuffled at once.
+        prefetch: batches that are made ahead of the training step.
+        parquet: columns.
+        generator: rows of the generator.
+    """
+
+    format: Literal["generator", "criteo_tsv", "npy", "parquet"] = "generator"
+    files: tuple[str, ...] = ()
+    split: tuple[Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]] = (
+        6 / 7,
+        1 / 14,
+        1 / 14,
+    )
+    train_files: tuple[str, ...] = ()
+    validation_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+    features: tuple[str, ...] = CRITEO_FEATURES
+    dense_features: Positive = CRITEO_DENSE
+    multi_hot: tuple[Positive, ...] | None = None
+    ids: Literal["modulo", "vocabulary", "encoded"] = "modulo"
+    vocabulary: str | None = None
+    min_count: Positive = 1
+    dense_transform: Literal["log1p", "none"] = "log1p"
+    missing_flags: bool = False
+    on_bad_row: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+    shuffle_rows: Positive = 131_072
+    prefetch: Positive = 16
+    parquet: ParquetSection = field(default_factory=ParquetSection)
+    generator: GeneratorSection = field(default_factory=GeneratorSection)
+
+    def __post_init__(self) -> None:
+        self._check_files()
+        if len(set(self.features)) < len(self.features) or not self.features:
+            raise ConfigError("features", list(self.features), "each feature once, and at least one")
+        if self.multi_hot is not None and len(self.multi_hot) != len(self.features):
+            raise ConfigError("multi_hot", list(self.multi_hot), f"one for each of the {len(self.features)} features")
+        if not math.isclose(sum(self.split), 1, abs_tol=1e-3):
+            raise ConfigError("split", list(self.split), "three shares with the sum 1")
+        if self.format == "criteo_tsv" and len(self.features) != len(CRITEO_FEATURES):
+            raise ConfigError("features", list(self.features), f"{len(CRITEO_FEATURES)}, the columns of Criteo's TSV")
+        if self.format == "criteo_tsv" and self.dense_features != CRITEO_DENSE:
+            raise ConfigError("dense_features", self.dense_features, f"{CRITEO_DENSE}, the columns of Criteo's TSV")
+        if self.format == "parquet":
+            if len(self.parquet.dense) != self.dense_features:
+                raise ConfigError("parquet.dense", list(self.parquet.dense), f"{self.dense_features} columns")
+            if self.parquet.ids is not None and len(self.parquet.ids) != len(self.features):
+                raise ConfigError("parquet.ids", list(self.parquet.ids), f"{len(self.features)}, one per feature")
+        if self.vocabulary is not None and self.ids != "vocabulary":
+            raise ConfigError("vocabulary", self.vocabulary, f"none, under ids: {self.ids}")
+
+    @property
+    def dense_inputs(self) -> int:
+        """Dense features as the model sees them."""
+        return self.dense_features * (2 if self.missing_flags else 1)
+
+    def _check_files(self) -> None:
+        by_file = self.train_files or self.validation_files or self.test_files
+        if self.format == "generator":
+            if self.files or by_file:
+                raise ConfigError("files", list(self.files or self.train_files), "none, under format: generator")
+        elif self.files and by_file:
+            raise ConfigError("files", list(self.files), "either files, or train_files and validation_files")
+        elif not self.files and not (self.train_files and self.validation_files):
+            raise ConfigError("files", [], f"files, or train_files and validation_files, under format: {self.format}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``model``: an interaction of dense features and embeddings.
+
+    Args:
+        interaction: ``dot``, ``dcn_v2``, ``projection``: TorchRec's DLRM, DLRM_DCN, DLRM_Projection; ``dcn``: the
+            paper's deep & cross network; ``deepfm``: TorchRec's.
+        embedding_dim: D, of every table.
+        dense_in_features: dense features, as the model sees them (those of ``data``, and its missing flags).
+        bottom_mlp: widths of the dense features' layers, the last one D; empty for ``dcn`` and ``deepfm``.
+        top_mlp: widths of the layers after the interaction, without the last one of width 1; of the deep tower under
+            ``dcn``; hidden width and output of the deep part under ``deepfm``.
+        cross_layers: of ``dcn`` and ``dcn_v2``.
+        cross_rank: of the low-rank matrices of ``dcn_v2``.
+        projection_mlp: widths of both branches of ``projection``, the last one a multiple of D.
+        collection: ``compositional``, or ``feature_generation``, where each partition is a feature of its own.
+    """
+
+    interaction: Literal["dot", "dcn_v2", "projection", "dcn", "deepfm"] = "dot"
+    embedding_dim: Annotated[int, Range(4, multiple_of=4)] = 16
+    dense_in_features: Positive = CRITEO_DENSE
+    bottom_mlp: tuple[Positive, ...] = ()
+    top_mlp: tuple[Positive, ...] = (512, 256)
+    cross_layers: Positive = 3
+    cross_rank: Positive = 512
+    projection_mlp: tuple[Positive, ...] = ()
+    collection: Literal["compositional", "feature_generation"] = "compositional"
+
+    def __post_init__(self) -> None:
+        dlrm = self.interaction in ("dot", "dcn_v2", "projection")
+        if dlrm and (not self.bottom_mlp or self.bottom_mlp[-1] != self.embedding_dim):
+            allowed = f"widths that end in embedding_dim={self.embedding_dim}, under interaction: {self.interaction}"
+            raise ConfigError("bottom_mlp", list(self.bottom_mlp), allowed)
+        if not dlrm and self.bottom_mlp:
+            raise ConfigError("bottom_mlp", list(self.bottom_mlp), f"none, under interaction: {self.interaction}")
+        if not self.top_mlp:
+            raise ConfigError("top_mlp", [], "at least one width")
+        if self.interaction == "deepfm" and len(self.top_mlp) != 2:
+            raise ConfigError("top_mlp", list(self.top_mlp), "two widths, under interaction: deepfm")
+        if self.interaction == "projection" and (
+            not self.projection_mlp or self.projection_mlp[-1] % self.embedding_dim
+        ):
+            allowed = f"widths that end in a multiple of embedding_dim={self.embedding_dim}"
+            raise ConfigError("projection_mlp", list(self.projection_mlp), allowed)
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """One of ``optimizer.sparse`` and ``optimizer.dense``.
+
+    Args:
+        name: the rule.
+        lr: learning rate, which the schedule multiplies.
+        eps: added to denominators.
+    """
+
+    name: Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"] = "adagrad"
+    lr: Annotated[float, Range(above=0)] = 0.01
+    eps: Annotated[float, Range(0)] = 1e-8
+
+
+@dataclass(frozen=True)
+class OptimizersSection:
+    """``optimizer``: of the embedding tables (``sparse``), and of all else (``dense``)."""
+
+    sparse: OptimizerSection = field(default_factory=OptimizerSection)
+    dense: OptimizerSection = field(default_factory=OptimizerSection)
+
+    def __post_init__(self) -> None:
+        if self.dense.name == "rowwise_adagrad":
+            raise ConfigError("dense.name", self.dense.name, "'sgd', 'adagrad', 'adam', 'amsgrad'")
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """``schedule``: of both learning rates, by step; see `launch.schedule`.
+
+    Args:
+        kind: after warm-up.
+        warmup_steps: over which they rise to the full rate.
+        decay_start: step at which they begin to fall.
+        decay_steps: over which they fall to 0.
+    """
+
+    kind: Literal["constant", "poly", "cosine"] = "constant"
+    warmup_steps: NotNegative = 0
+    decay_start: NotNegative = 0
+    decay_steps: NotNegative = 0
+
+    def __post_init__(self) -> None:
+        if self.kind == "constant" and (self.decay_start or self.decay_steps):
+            raise ConfigError("decay_steps", self.decay_steps or self.decay_start, "0, under kind: constant")
+        if self.kind != "constant" and self.decay_steps == 0:
+            raise ConfigError("decay_steps", 0, f"at least 1, under kind: {self.kind}")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """``train``: how long, how often, and under which name.
+
+    Args:
+        name: of the run's folder.
+        epochs: passes over the train split.
+        batch_size: rows of one rank; a step trains W times as many.
+        eval_batch_size: likewise, of evaluation; default: ``batch_size``.
+        max_steps: after which training ends; default: no limit.
+        eval_every: steps from one validation to the next; 0: at the end of each epoch alone.
+        log_every: steps from one line of training metrics to the next.
+        checkpoint_every: steps from one checkpoint to the next; 0: none.
+        seed: of weights and of the order of rows.
+        stop_at_auc: validation AUC at which training ends.
+        grad_clip: greatest norm of the dense gradient.
+        bf16: runs the dense layers in bfloat16, where the device can.
+        tf32: allows TensorFloat-32 in matrix products.
+    """
+
+    name: str = "run"
+    epochs: Positive = 1
+    batch_size: Positive = 1024
+    eval_batch_size: Positive | None = None
+    max_steps: Positive | None = None
+    eval_every: NotNegative = 0
+    log_every: Positive = 100
+    checkpoint_every: NotNegative = 0
+    seed: NotNegative = 0
+    stop_at_auc: Annotated[float, Range(0, 1)] | None = None
+    grad_clip: Annotated[float, Range(above=0)] | None = None
+    bf16: bool = False
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError("name", self.name, "the name of a folder")

@@ -1,0 +1,50 @@
+"""Small click logs that the tests write to files."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+
+from launch.data.rows import MISSING, Rows
+
+NUM_DENSE, NUM_FEATURES = 13, 26
+
+
+def click_rows(random: Generator, n: int, missing: float = 0.2) -> Rows:
+    """Rows in Criteo's form; the first id of row i is i, by which the tests know it."""
+    dense = np.floor(random.normal(5, 20, (n, NUM_DENSE))).astype(np.float32)
+    dense[random.random(dense.shape) < missing] = np.nan
+    ids = random.integers(0, 2**32, (n, NUM_FEATURES))
+    ids[random.random(ids.shape) < missing] = MISSING
+    ids[:, 0] = np.arange(n)
+    return Rows(random.integers(0, 2, n).astype(np.float32), dense, ids, (1,) * NUM_FEATURES)
+
+
+def tsv_lines(rows: Rows) -> list[str]:
+    return [
+        "\t".join(
+            [
+                str(int(rows.labels[i])),
+                *("" if np.isnan(x) else str(int(x)) for x in rows.dense[i]),
+                *("" if x == MISSING else f"{x:08x}" for x in rows.ids[i].tolist()),
+            ]
+        )
+        for i in range(len(rows))
+    ]
+
+
+def write_tsv(path: Path, lines: list[str], end: str = "\n") -> Path:
+    """Writes the lines, gzip-compressed if the name ends so."""
+    text = (end.join(lines) + end).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def assert_same_rows(given: Rows, expected: Rows) -> None:
+    assert given.hots == expected.hots
+    for name in ("labels", "dense", "ids", "lengths", "weights"):
+        a, b = getattr(given, name), getattr(expected, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            np.testing.assert_array_equal(a, b, err_msg=name)

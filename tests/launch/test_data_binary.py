@@ -1,0 +1,172 @@
+"""npy, npz and Parquet: the rows that were written come back, from any range, and malformed files say so."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click_rows import NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
+
+from launch.data.errors import BadRows, DataError
+from launch.data.npy import NpySource
+from launch.data.parquet import parquet_source
+from launch.data.rows import MISSING, Rows
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+DENSE = [f"int_{i}" for i in range(NUM_DENSE)]
+FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
+
+
+def write_npy(prefix: Path, rows: Rows) -> str:
+    np.save(f"{prefix}_dense.npy", rows.dense)
+    np.save(f"{prefix}_labels.npy", rows.labels.astype(np.int32)[:, None])
+    np.save(f"{prefix}_sparse.npy", rows.ids.astype(np.int64))
+    return str(prefix)
+
+
+def write_multi_hot(prefix: Path, rows: Rows, save: Any = np.savez) -> str:
+    np.save(f"{prefix}_dense.npy", rows.dense)
+    np.save(f"{prefix}_labels.npy", rows.labels)
+    ends = np.cumsum(rows.hots)
+    save(
+        f"{prefix}_sparse_multi_hot.npz",
+        **{str(f): rows.ids[:, e - h : e] for f, (e, h) in enumerate(zip(ends, rows.hots, strict=True))},
+    )
+    return str(prefix)
+
+
+def test_npy_of_several_files(tmp_path: Path) -> None:
+    rows = click_rows(np.random.default_rng(0), 100)
+    prefixes = [write_npy(tmp_path / "day_0", rows.cut(0, 30)), write_npy(tmp_path / "day_1", rows.cut(30, 100))]
+    source = NpySource(prefixes, NUM_FEATURES, NUM_DENSE)
+    assert source.num_rows == 100
+    for start, stop in [(0, 100), (10, 20), (29, 31), (50, 100)]:
+        assert_same_rows(source.read(start, stop, BadRows("error")), rows.cut(start, stop))
+    assert source.location(30) == f"{tmp_path / 'day_1'}:1"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_multi_hot_npz(tmp_path: Path, save: Any) -> None:
+    random = np.random.default_rng(0)
+    rows = Rows(
+        np.float32([1, 0, 1]), random.random((3, 2), np.float32), random.integers(0, 9, (3, 6), np.int32), (3, 1, 2)
+    )
+    prefix = write_multi_hot(tmp_path / "day_0", rows, save)
+    source = NpySource([prefix], 3, 2, hots=(3, 1, 2))
+    assert_same_rows(source.read(1, 3, BadRows("error")), rows.cut(1, 3))
+    with pytest.raises(DataError, match=r"day_0: \[3, 1, 2\] ids per feature; allowed: \[3, 2, 2\], as data.multi_hot"):
+        NpySource([prefix], 3, 2, hots=(3, 2, 2))
+    with pytest.raises(DataError, match=r"day_0_sparse_multi_hot.npz: no array 3; it has 0, 1, 2"):
+        NpySource([prefix], 4, 2)
+
+
+def test_npy_files_that_cannot_be_used(tmp_path: Path) -> None:
+    rows = click_rows(np.random.default_rng(0), 10)
+    prefix = write_npy(tmp_path / "a", rows)
+    with pytest.raises(DataError, match=r"b_dense.npy: no such file"):
+        NpySource([str(tmp_path / "b")], NUM_FEATURES, NUM_DENSE)
+    with pytest.raises(DataError, match=r"a_dense.npy: shape \(10, 13\); allowed: \(10, 12\)"):
+        NpySource([prefix], NUM_FEATURES, 12)
+    with pytest.raises(DataError, match=r"a_sparse.npy: shape \(10, 26\); allowed: \(10, 25\)"):
+        NpySource([prefix], 25, NUM_DENSE)
+    file = tmp_path / "a_sparse.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"a_sparse.npy: not an npy file, or a truncated one"):
+        NpySource([prefix], NUM_FEATURES, NUM_DENSE)
+    np.save(file, rows.ids.astype(np.float32))
+    with pytest.raises(DataError, match=r"a_sparse.npy: type float32; allowed: integers"):
+        NpySource([prefix], NUM_FEATURES, NUM_DENSE)
+    write_npy(tmp_path / "a", rows)
+    np.save(tmp_path / "a_labels.npy", np.array([0, 1, 0, 0, 7, 0, 0, 0, 0, 1]))
+    with pytest.raises(DataError, match="a:5: label is 7; allowed: 0, 1"):
+        NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 10, BadRows("error"))
+    assert NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 6, BadRows("skip")).weights.tolist() == [1, 0, 1]  # type: ignore[union-attr]
+
+
+def parquet_table(rows: Rows, kind: str) -> pa.Table:
+    columns: dict[str, Any] = {"label": rows.labels.astype(np.int32)}
+    for i, name in enumerate(DENSE):
+        columns[name] = pa.array(rows.dense[:, i], mask=np.isnan(rows.dense[:, i]))
+    for f, name in enumerate(FEATURES):
+        ids, missing = rows.ids[:, f], rows.ids[:, f] == MISSING
+        if kind == "hex":
+            columns[name] = pa.array([None if m else f"{x:08x}" for x, m in zip(ids.tolist(), missing, strict=True)])
+        elif kind == "int32":  # the hash, read as signed
+            columns[name] = pa.array(ids.astype(np.uint32).view(np.int32), mask=missing)
+        else:
+            columns[name] = pa.array(ids, mask=missing)
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize("kind", ["hex", "int32", "int64"])
+def test_parquet(tmp_path: Path, kind: str) -> None:
+    rows = click_rows(np.random.default_rng(0), 1000)
+    files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    pq.write_table(parquet_table(rows.cut(0, 400), kind), files[0], row_group_size=150)
+    pq.write_table(parquet_table(rows.cut(400, 1000), kind), files[1])
+    source = parquet_source(files, "label", DENSE, FEATURES)
+    for start, stop in [(0, 1000), (100, 350), (350, 700), (10, 20), (899, 1000)]:
+        assert_same_rows(source.read(start, stop, BadRows("error")), rows.cut(start, stop))
+
+
+def test_parquet_lists(tmp_path: Path) -> None:
+    file = tmp_path / "lists.parquet"
+    columns = {
+        "label": [1, 0, 1],
+        "x": [1.0, None, 3.0],
+        "a": [[1, 2], None, []],
+        "b": [5, None, 7],
+        "c": [[3], [4, 5], [6]],
+    }
+    pq.write_table(pa.table(columns), file)
+    rows = parquet_source([file], "label", ["x"], ["a", "b", "c"]).read(0, 3, BadRows("error"))
+    assert rows.lengths is not None
+    assert rows.lengths.tolist() == [[2, 1, 1], [0, 1, 2], [0, 1, 1]]
+    assert rows.ids.tolist() == [1, 2, 5, 3, MISSING, 4, 5, 7, 6]
+
+
+def test_parquet_files_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+
+    def message(**columns: Any) -> str:
+        pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"], **columns}), file)
+        with pytest.raises(DataError) as caught:
+            parquet_source([file], "label", ["x"], ["a"]).read(0, 2, BadRows("error"))
+        return str(caught.value).removeprefix(str(file))
+
+    assert message(label=[1, 2]) == ":2: label is 2; allowed: 0, 1"
+    assert message(label=[None, 1]) == ":1: label is None; allowed: 0, 1"
+    assert message(a=["ff", "xyz"]) == ":2: a is xyz; allowed: 1 to 8 hexadecimal digits"
+    assert message(a=[3, -7]) == ":2: a is -7; allowed: at least 0"
+    assert message(a=[[3], [1, None]]) == ":2: a is [1, None]; allowed: no null in a list"
+    assert message(a=[1.5, 2.5]) == ": column 'a' is of type double; allowed: integers, strings, or lists of integers"
+    assert message(x=["1", "2"]) == ": column 'x' is of type string; allowed: numbers"
+    pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"]}), file)
+    with pytest.raises(DataError, match="no column 'b'; it has label, x, a"):
+        parquet_source([file], "label", ["x"], ["b"])
+    with pytest.raises(DataError, match=r"none.parquet: no such file"):
+        parquet_source([tmp_path / "none.parquet"], "label", ["x"], ["a"])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a.parquet: not Parquet, or corrupt"):
+        parquet_source([file], "label", ["x"], ["a"])
+    pq.write_table(
+        pa.table({"label": pa.array([], pa.int32()), "x": pa.array([], pa.int32()), "a": pa.array([], pa.int32())}),
+        file,
+    )
+    with pytest.raises(DataError, match=r"a.parquet: empty"):
+        parquet_source([file], "label", ["x"], ["a"])
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real Criteo sample is not beside this checkout")
+def test_real_parquet() -> None:
+    source = parquet_source([SHARED / "criteo_1tb_32768.parquet"], "label", DENSE, FEATURES)
+    rows = source.read(0, source.num_rows, BadRows("error"))
+    assert len(rows) == 32_768
+    assert rows.labels.mean() == pytest.approx(0.0284, abs=1e-4)
+    distinct = [len(np.unique(column[column != MISSING])) for column in rows.ids.T]
+    assert distinct[19] == 8_520
+    assert sum(distinct) == 76_692
+    values, counts = np.unique(rows.ids[:, 5], return_counts=True)
+    assert f"{values[counts.argmax()]:08x}" == "6fcd6dcb"

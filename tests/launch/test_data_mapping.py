@@ -1,0 +1,92 @@
+"""Ids to rows of tables; dense features; the vocabulary's order."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click_rows import click_rows
+
+from launch.data.dense import transformed
+from launch.data.errors import BadRows, DataError
+from launch.data.ids import IdMapping, ValueCounts, Vocabulary, load_vocabularies, save_vocabularies
+from launch.data.rows import MISSING, Rows, ragged
+
+
+def rows_of(ids: list[list[int]], hots: tuple[int, ...]) -> Rows:
+    n = len(ids)
+    return Rows(np.zeros(n, np.float32), np.zeros((n, 1), np.float32), np.array(ids), hots)
+
+
+def where(row: int) -> str:
+    return f"file:{row + 1}"
+
+
+@pytest.mark.parametrize("as_ragged", [False, True])
+def test_modulo_vocabulary_and_encoded(as_ragged: bool) -> None:
+    rows = rows_of([[7, 103, 5], [MISSING, 3, 2**31 + 1]], hots=(1, 2))
+    if as_ragged:
+        rows = ragged(rows)
+
+    def ids(mapping: IdMapping) -> list[list[int]]:
+        return mapping(rows, BadRows("error"), where).ids.reshape(2, 3).tolist()  # type: ignore[no-any-return]
+
+    assert ids(IdMapping("modulo", ["a", "b"], [5, 100])) == [[2, 3, 5], [0, 3, (2**31 + 1) % 100]]
+    vocabularies = [Vocabulary(np.array([MISSING, 9, 7])), Vocabulary(np.array([3, 5, 103]))]
+    assert ids(IdMapping("vocabulary", ["a", "b"], [4, 3], vocabularies)) == [[3, 0, 2], [1, 1, 0]]
+    assert ids(IdMapping("vocabulary", ["a", "b"], [8, 104])) == [[7, 103, 5], [0, 3, 0]]
+    with pytest.raises(DataError, match=r"file:2: b is 2147483649; allowed: 0..103, the rows of its table"):
+        ids(IdMapping("encoded", ["a", "b"], [8, 104]))
+    bad = BadRows("skip")
+    mapped = IdMapping("encoded", ["a", "b"], [8, 104])(rows, bad, where)
+    assert (bad.count, mapped.weights.tolist()) == (1, [1, 0])  # type: ignore[union-attr]
+    assert mapped.ids.reshape(2, 3).tolist() == [[7, 103, 5], [0, 0, 0]]
+    assert ids(IdMapping("encoded", ["a", "b"], [8, 2**32])) == [[7, 103, 5], [0, 3, 2**31 + 1]]
+
+
+def test_vocabulary_is_in_the_order_of_frequency() -> None:
+    counts = ValueCounts(1)
+    for part in ([5, 5, 9, 2], [2, 9, 9, MISSING], [4]):
+        counts.add(rows_of([[x] for x in part], hots=(1,)))
+    assert counts.cardinalities() == [5]
+    assert counts.vocabularies()[0].values.tolist() == [9, 2, 5, MISSING, 4]
+    assert counts.vocabularies(min_count=2)[0].values.tolist() == [9, 2, 5]
+
+
+def test_rows_of_weight_0_are_not_counted() -> None:
+    counts = ValueCounts(1)
+    counts.add(dataclasses.replace(rows_of([[1], [2], [1]], (1,)), weights=np.float32([1, 0, 1])))
+    assert counts.vocabularies()[0].values.tolist() == [1]
+
+
+def test_counts_as_numpy_counts_them_all_at_once() -> None:
+    rows = click_rows(np.random.default_rng(0), 3000)
+    rows = dataclasses.replace(rows, ids=rows.ids % 50)
+    counts = ValueCounts(26)
+    for start in range(0, 3000, 700):
+        counts.add(rows.cut(start, min(start + 700, 3000)))
+        counts.cardinalities()
+    for f, vocabulary in enumerate(counts.vocabularies()):
+        values, n = np.unique(rows.ids[:, f], return_counts=True)
+        assert vocabulary.values.tolist() == values[np.argsort(-n, kind="stable")].tolist()
+
+
+def test_vocabularies_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "v.npz"
+    save_vocabularies(file, ["a", "b"], [Vocabulary(np.array([5, 3])), Vocabulary(np.array([], np.int64))])
+    a, b = load_vocabularies(file, ["a", "b"])
+    assert (a.values.tolist(), b.values.tolist()) == ([5, 3], [])
+    assert b.ids(np.array([5, 7])).tolist() == [0, 0]
+    with pytest.raises(DataError, match=r"v.npz: no vocabulary of 'c'; it has a, b"):
+        load_vocabularies(file, ["a", "c"])
+    with pytest.raises(DataError, match=r"none.npz: no such file"):
+        load_vocabularies(tmp_path / "none.npz", ["a"])
+    file.write_bytes(b"PK\3\4junk")
+    with pytest.raises(DataError, match=r"v.npz: not a vocabulary"):
+        load_vocabularies(file, ["a"])
+
+
+def test_dense() -> None:
+    x = np.float32([[np.nan, -2, 0, np.e - 1]])
+    np.testing.assert_allclose(transformed(x, "log1p", False), [[0, 0, 0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(transformed(x, "none", True), [[0, -2, 0, np.e - 1, 1, 0, 0, 0]], rtol=1e-6)

@@ -1,0 +1,156 @@
+"""Criteo's TSV: values against Python's own parsing, and what is wrong with malformed rows and files."""
+
+import gzip
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click_rows import assert_same_rows, click_rows, tsv_lines, write_tsv
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.data.criteo_tsv import tsv_source
+from launch.data.errors import BadRows, DataError
+from launch.data.rows import MISSING
+from launch.data.tsv_parser import parse
+
+GOOD = "\t".join(["0", *["3"] * 13, *["000000ff"] * 26])
+REAL = Path(__file__).parents[3] / "shared" / "data" / "criteo_kaggle_137k.tsv.gz"
+
+
+def with_field(i: int, text: str) -> str:
+    fields = GOOD.split("\t")
+    fields[i] = text
+    return "\t".join(fields)
+
+
+@given(
+    label=st.sampled_from("01"),
+    dense=st.lists(
+        st.one_of(st.just(""), st.integers(-(2**40), 2**40).map(str), st.floats(-1e6, 1e6).map(str)),
+        min_size=13,
+        max_size=13,
+    ),
+    ids=st.lists(
+        st.one_of(st.just(""), st.text("0123456789abcdefABCDEF", min_size=1, max_size=8)), min_size=26, max_size=26
+    ),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_every_field_as_python_reads_it(label: str, dense: list[str], ids: list[str], end: str) -> None:
+    rows, problems = parse(("\t".join([label, *dense, *ids]) + end).encode())
+    assert problems == {}
+    assert rows.labels.tolist() == [float(label)]
+    expected = np.array([[np.float32(float(x)) if x else np.nan for x in dense]])
+    np.testing.assert_allclose(rows.dense, expected, rtol=1e-7)
+    assert rows.ids.tolist() == [[int(x, 16) if x else MISSING for x in ids]]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "1 columns; allowed: 40"),
+        (GOOD + "\t1", "41 columns; allowed: 40"),
+        (GOOD.rsplit("\t", 3)[0], "37 columns; allowed: 40"),
+        (with_field(0, "2"), "label is '2'; allowed: 0, 1"),
+        (with_field(0, ""), "label is ''; allowed: 0, 1"),
+        (with_field(0, "01"), "label is '01'; allowed: 0, 1"),
+        (with_field(0, "a"), "label is 'a'; allowed: 0, 1"),
+        (with_field(3, "1x"), "I3 is '1x'; allowed: a number or nothing"),
+        (with_field(3, "-"), "I3 is '-'; allowed: a number or nothing"),
+        (with_field(13, "nan"), "I13 is 'nan'; allowed: a number or nothing"),
+        (with_field(13, "1_0"), "I13 is '1_0'; allowed: a number or nothing"),
+        (with_field(14, "0000000g"), "C1 is '0000000g'; allowed: 1 to 8 hexadecimal digits or nothing"),
+        (with_field(39, "1000000ff"), "C26 is '1000000ff'; allowed: 1 to 8 hexadecimal digits or nothing"),
+        (with_field(20, "0x1f"), "C7 is '0x1f'; allowed: 1 to 8 hexadecimal digits or nothing"),
+        (with_field(20, "\x00\x01"), "C7 is '\\x00\\x01'; allowed: 1 to 8 hexadecimal digits or nothing"),
+        (with_field(20, "\xe9"), "C7 is 'é'; allowed: 1 to 8 hexadecimal digits or nothing"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, line: str, problem: str) -> None:
+    file = write_tsv(tmp_path / "train.txt", [GOOD, line, GOOD])
+    with pytest.raises(DataError) as caught:
+        tsv_source([file]).read(0, 3, BadRows("error"))
+    assert str(caught.value) == f"{file}:2: {problem}"
+
+    bad = BadRows("skip")
+    rows = tsv_source([file]).read(0, 3, bad)
+    assert (bad.count, bad.first) == (1, f"{file}:2: {problem}")
+    assert rows.weights is not None
+    assert rows.weights.tolist() == [1, 0, 1]
+    assert rows.ids[[0, 2]].tolist() == [[255] * 26] * 2
+    assert rows.dense[1].tolist() == [0] * 13
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz"])
+def test_any_range_of_several_files(tmp_path: Path, name: str) -> None:
+    rows = click_rows(np.random.default_rng(0), 12_000)
+    lines = tsv_lines(rows)
+    cuts = [0, 1, 9_000, 12_000]  # the second file is two megabytes: several blocks
+    files = []
+    for i, (a, b) in enumerate(pairwise(cuts)):
+        (tmp_path / str(i)).mkdir()
+        files.append(write_tsv(tmp_path / str(i) / name, lines[a:b]))
+    source = tsv_source(files)
+    assert source.num_rows == 12_000
+    assert source.location(8_999) == f"{files[1]}:8999"
+    for start, stop in [(0, 12_000), (100, 6_000), (6_000, 11_000), (11_000, 12_000), (8_990, 9_010), (0, 2)]:
+        assert_same_rows(source.read(start, stop, BadRows("error")), rows.cut(start, stop))
+
+
+def test_gzip_of_several_members_and_no_newline_at_the_end(tmp_path: Path) -> None:
+    rows = click_rows(np.random.default_rng(1), 5)
+    lines = tsv_lines(rows)
+    file = tmp_path / "train.gz"
+    file.write_bytes(
+        gzip.compress("\n".join(lines[:2]).encode()) + gzip.compress(("\n" + "\n".join(lines[2:])).encode())
+    )
+    source = tsv_source([file])
+    assert source.num_rows == 5
+    assert_same_rows(source.read(0, 5, BadRows("error")), rows)
+
+
+def test_bad_rows_outside_a_range_are_not_its_concern(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "train.txt", [GOOD, GOOD, "oops", GOOD])
+    source = tsv_source([file])
+    bad = BadRows("skip")
+    source.read(0, 2, bad)
+    assert bad.count == 0
+    source.read(2, 4, bad)
+    assert bad.first == f"{file}:3: 1 columns; allowed: 40"
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            tsv_source([path])
+        return str(caught.value)
+
+    assert message(tmp_path / "none.txt") == f"{tmp_path / 'none.txt'}: no such file"
+    assert message(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert message(empty) == f"{empty}: empty"
+    empty.write_bytes(gzip.compress(b""))
+    assert message(empty) == f"{empty}: empty"
+
+    lines = tsv_lines(click_rows(np.random.default_rng(2), 2000))
+    whole = write_tsv(tmp_path / "train.gz", lines).read_bytes()
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(whole[: len(whole) // 2])
+    location, _, problem = message(cut).partition(": ")
+    assert problem == "a truncated gzip file: it ends in the middle of a member"
+    assert 900 < int(location.rpartition(":")[2]) < 1100
+    cut.write_bytes(whole[:-8] + b"checksum")
+    assert "not a gzip file, or a corrupt one" in message(cut)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real Criteo sample is not beside this checkout")
+def test_real_rows() -> None:
+    source = tsv_source([REAL])
+    rows = source.read(0, source.num_rows, BadRows("error"))
+    assert source.num_rows == 137_139
+    assert rows.labels.mean() == pytest.approx(0.2568, abs=1e-4)
+    distinct = [len(np.unique(column[column != MISSING])) for column in rows.ids.T]
+    assert sum(distinct) == 316_179
+    assert distinct[2] == 61_763

@@ -1,0 +1,187 @@
+"""The job's YAML: overrides, round trips, and what each mistake is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.config import Job, read_job, write_job
+from launch.model import build_model
+from launch.overrides import override
+from torchrec_qr.schema import ConfigError, build_tables, load
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+KAGGLE_VARIANTS = (
+    "full",
+    "hash",
+    "qr_mult",
+    "qr_add",
+    "qr_concat",
+    "qr_threshold",
+    "mixed_radix",
+    "chinese_remainder",
+    "path",
+)
+
+
+def sections(**changed: Any) -> dict[str, Any]:
+    return {
+        "data": {"features": ["a", "b"]},
+        "model": {"bottom_mlp": [8, 16]},
+        "tables": [{"name": name, "num_embeddings": 100, "embedding_dim": 16} for name in "ab"],
+        **changed,
+    }
+
+
+def error_of(given: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(Job, given)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configs_load_build_and_come_back(file: Path, tmp_path: Path) -> None:
+    job = read_job(file)
+    assert job.train.name == file.stem
+    written = tmp_path / "config.yaml"
+    written.write_text(write_job(job))
+    assert read_job(written) == job
+    configs = build_tables(job.tables, file.parent)
+    model = build_model(job.model, configs, torch.device("meta"))
+    embeddings = [p for name, p in model.named_parameters() if "embedding_bags" in name]
+    assert {p.device.type for p in embeddings} == {"meta"}
+    stored = sum(p.numel() for p in embeddings)
+    full = sum(t.num_embeddings * t.embedding_dim for t in configs)
+    assert stored == full if file.stem.endswith(("full", "full_dcn")) else stored < 0.27 * full
+
+
+def test_shipped_configs_are_all_there() -> None:
+    kaggle = {f"criteo_kaggle_{variant}{model}" for variant in KAGGLE_VARIANTS for model in ("", "_dcn")}
+    assert {file.stem for file in CONFIGS} == {*kaggle, "demo", "mlperf_dcnv2_full", "mlperf_dcnv2_qr"}
+
+
+def test_the_recipes_totals() -> None:
+    by_name = {file.stem: file for file in CONFIGS}
+    kaggle = read_job(by_name["criteo_kaggle_full"])
+    assert sum(kaggle.rows_of_features()) * 16 == 540_201_232  # the paper's 5.4 * 10^8 parameters
+    mlperf = read_job(by_name["mlperf_dcnv2_full"])
+    assert sum(mlperf.rows_of_features()) == 204_184_588
+    assert sum(mlperf.data.multi_hot or ()) == 214
+    assert mlperf.train.batch_size * (mlperf.planner.world_size or 0) == 65_536
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"trian": {}}, "trian: unknown key; did you mean 'train'?"),
+        ({"train": {"batchsize": 3}}, "train.batchsize: unknown key; did you mean 'batch_size'?"),
+        ({"train": {"batch_size": 0}}, "train.batch_size: 0; allowed: at least 1"),
+        ({"train": {"name": "a/b"}}, "train.name: 'a/b'; allowed: the name of a folder"),
+        ({"train": {"stop_at_auc": 80.0}}, "train.stop_at_auc: 80.0; allowed: 0..1"),
+        ({"optimizer": {"sparse": {"name": "adagard"}}}, "did you mean 'adagrad'?"),
+        ({"optimizer": {"sparse": {"lr": 0}}}, "optimizer.sparse.lr: 0; allowed: above 0"),
+        ({"optimizer": {"dense": {"name": "rowwise_adagrad"}}}, "optimizer.dense.name: 'rowwise_adagrad'; allowed"),
+        ({"schedule": {"kind": "poly"}}, "schedule.decay_steps: 0; allowed: at least 1, under kind: poly"),
+        ({"model": {"bottom_mlp": [8, 32]}}, "model.bottom_mlp: [8, 32]; allowed: widths that end in embedding_dim=16"),
+        (
+            {"model": {"interaction": "dcn", "bottom_mlp": [16]}},
+            "model.bottom_mlp: [16]; allowed: none, under interaction",
+        ),
+        (
+            {"model": {"bottom_mlp": [32], "embedding_dim": 32}},
+            "tables[1].embedding_dim: 16; allowed: 32, as model.embedding_dim",
+        ),
+        (
+            {"data": {"features": ["a", "c"]}},
+            "tables[1].feature_names: 'b'; allowed: features that are in data.features",
+        ),
+        (
+            {"data": {"features": ["a", "b", "c"]}},
+            "data.features[2]: 'c'; allowed: features that have a table in tables",
+        ),
+        ({"data": {"features": ["a", "b"], "missing_flags": True}}, "model.dense_in_features: 13; allowed: 26"),
+        ({"data": {"features": ["a", "b"], "format": "npy"}}, "data.files: []; allowed: files, or train_files"),
+        (
+            {"data": {"features": ["a", "b"], "files": ["x"]}},
+            "data.files: ['x']; allowed: none, under format: generator",
+        ),
+        ({"data": {"features": ["a", "b"], "multi_hot": [1]}}, "data.multi_hot: [1]; allowed: one for each of the 2"),
+        (
+            {"data": {"features": ["a", "b"], "split": [0.5, 0.1, 0.1]}},
+            "data.split: [0.5, 0.1, 0.1]; allowed: three shares",
+        ),
+        (
+            {"data": {"features": ["a", "b"], "format": "criteo_tsv", "files": ["x"]}},
+            "data.features: ['a', 'b']; allowed: 26",
+        ),
+        ({"planner": {"batch_size": 5}}, "planner.batch_size: 5; allowed: 1024, as train.batch_size, or nothing"),
+        ({"planner": {"constraints": {"aa": {}}}}, "planner.constraints.aa: no such table; did you mean 'a'?"),
+    ],
+)
+def test_mistakes(changed: dict[str, Any], message: str) -> None:
+    assert message in error_of(sections(**changed))
+
+
+def test_a_feature_in_two_tables() -> None:
+    tables = [*sections()["tables"], {"name": "c", "num_embeddings": 9, "embedding_dim": 16, "feature_names": ["a"]}]
+    expected = "tables[2].feature_names: 'a'; allowed: each feature in one table, which for 'a' is 'a'"
+    assert error_of(sections(tables=tables)) == expected
+
+
+def test_overrides_change_their_own_place_alone(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        """
+data: {features: [a, b]}
+model: {bottom_mlp: [16]}
+tables:
+  - &a {name: a, num_embeddings: 100, embedding_dim: 16, partitions: {kind: hash, num_rows: 10}}
+  - {<<: *a, name: b}
+"""
+    )
+    job = read_job(
+        file,
+        [
+            "tables[1].partitions.num_rows=5",
+            "tables[*].embedding_dim=32",
+            "model.embedding_dim=32",
+            "model.bottom_mlp=[64, 32]",
+            "optimizer.sparse.lr=1e-3",
+            "train.stop_at_auc=0.8",
+            "train.stop_at_auc=null",
+            "train.name=x=y",
+            "planner.constraints.a.sharding_types=[row_wise]",
+        ],
+    )
+    partitions = [table.partitions for table in job.tables]
+    assert [p.num_rows for p in partitions if p is not None] == [10, 5]
+    assert [table.embedding_dim for table in job.tables] == [32, 32]
+    assert (job.model.bottom_mlp, job.optimizer.sparse.lr) == ((64, 32), 0.001)
+    assert (job.train.stop_at_auc, job.train.name) == (None, "x=y")
+    assert job.planner.parameter_constraints()["a"].sharding_types == ["row_wise"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.batch_size", "'train.batch_size'; allowed: KEY=VALUE"),
+        ("train..x=1", "'train..x=1'; allowed: KEY=VALUE"),
+        ("tables[2].name=x", "tables[2].name: tables has 2 entries"),
+        ("tables.a.name=x", "tables.a.name: tables has no keys"),
+        ("train[0]=x", "train[0]: train is not a list"),
+        ("train.name=[", "train.name: '[' is not YAML"),
+    ],
+)
+def test_overrides_that_are_wrong(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(sections(train={}), [assignment])
+    assert message in str(caught.value)
+
+
+def test_an_override_is_checked_as_the_file_is(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(sections()))
+    with pytest.raises(ConfigError, match=r"job.yaml: train.batch_sise: unknown key; did you mean 'batch_size'\?"):
+        read_job(file, ["train.batch_sise=3"])
