@@ -1,0 +1,98 @@
+"""Checkpoints of a run that are whole or not there: written aside, then renamed; the last ones are kept."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from torchrec_qr.distributed import checkpoint as resharding
+
+_WHOLE = "whole.json"
+
+
+class Checkpoints:
+    """``<root>/step_<n>/``: sharded state by DCP, and ``whole.json`` with what every rank needs to know to go on.
+
+    Model and optimizer state load under another plan and world size. ``by_rank`` state (random generators) is of use
+    only where the world size is the same.
+
+    Args:
+        root: folder that all ranks see.
+        kept: how many of the last ones.
+    """
+
+    def __init__(self, root: Path, kept: int) -> None:
+        self._root, self._kept = root, kept
+
+    def latest(self) -> Path | None:
+        """Returns the newest whole checkpoint. One that was being written when the job died has no ``whole.json``."""
+        whole = [p.parent for p in self._root.glob(f"step_*/{_WHOLE}")]
+        return max(whole, key=_step, default=None)
+
+    def save(self, step: int, state: dict[str, Any], about: dict[str, Any], by_rank: dict[str, Any]) -> Path:
+        """Writes a checkpoint; all ranks must call it. The previous one stays until this one is whole.
+
+        Raises:
+            OSError: the disk is full, or the like; on the rank that met it, or within DCP's CheckpointException.
+        """
+        target, part = self._root / f"step_{step}", self._root / f"part_{step}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(without_empty(state), checkpoint_id=str(part / "state"))
+        torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
+        dist.barrier()  # whole only once every rank has written
+        if dist.get_rank() == 0:
+            with (part / _WHOLE).open("w") as f:
+                json.dump({**about, "step": step, "world_size": dist.get_world_size()}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+            self._drop_old()
+        dist.barrier()
+        return target
+
+    @staticmethod
+    def about(checkpoint: Path) -> dict[str, Any]:
+        """Returns what `save` was told ``about`` the run, with ``step`` and ``world_size``."""
+        about: dict[str, Any] = json.loads((checkpoint / _WHOLE).read_text())
+        return about
+
+    @staticmethod
+    def load(checkpoint: Path, state: dict[str, Any]) -> None:
+        """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`."""
+        resharding.load(without_empty(state), checkpoint_id=str(checkpoint / "state"))
+
+    @staticmethod
+    def load_by_rank(checkpoint: Path) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(checkpoint / f"rank_{dist.get_rank()}.pt", weights_only=True)
+        return state
+
+    def _drop_old(self) -> None:
+        whole = sorted(self._root.glob("step_*"), key=_step)
+        for old in [*whole[: -self._kept], *self._root.glob("part_*")]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def without_empty(state: Any) -> Any:
+    """Drops mappings with nothing in them, which DCP drops when it saves and misses when it loads.
+
+    Example:
+        >>> without_empty({"sum": {"t": 1}, "state": {"t": {}}})
+        {'sum': {'t': 1}}
+    """
+    if not isinstance(state, dict):
+        return state
+    kept = {key: without_empty(value) for key, value in state.items()}
+    return {key: value for key, value in kept.items() if value != {} or not isinstance(value, dict)}

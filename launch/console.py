@@ -1,0 +1,140 @@
+"""What a person sees: one table of the model and its plan, a live line, a summary. Plain lines where nobody watches."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+
+from torchrec_qr import CompositionalEmbeddingBagConfig
+
+_MIB = 2**20
+_COLUMNS = 100  # of a log
+_BAR = 20
+
+
+class Output:
+    """Prints on rank 0. On a terminal it shows a live line; elsewhere, or when quiet, a plain line per report.
+
+    Args:
+        rank: of this process.
+        quiet: leaves out all but what is said and the summary.
+    """
+
+    def __init__(self, rank: int, quiet: bool) -> None:
+        self._console = Console(quiet=rank != 0, highlight=False)
+        if not self._console.is_terminal:
+            self._console = Console(quiet=rank != 0, highlight=False, width=_COLUMNS)
+        self._live = self._console.is_terminal and not quiet
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._total = 0
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def tables(self, tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> str:
+        """Shows tables, rows logical → stored, MiB, compression and placement; returns the same as plain text."""
+        table = _model_table(tables, plan)
+        if not self._quiet:
+            self._console.print(table)
+        plain = Console(width=_COLUMNS, no_color=True, highlight=False)
+        with plain.capture() as capture:
+            plain.print(table)
+        return capture.get()
+
+    def start(self, total: int, done: int) -> None:
+        """Begins ``total`` steps, of which ``done`` are done."""
+        self._total = total
+        if self._live:
+            self._progress = Progress(
+                TextColumn("train"),
+                BarColumn(_BAR),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[report]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.add_task("train", total=total, completed=done, report="")
+            self._progress.start()
+
+    def step(self, step: int) -> None:
+        """Moves the live line."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def report(self, step: int, text: str) -> None:
+        """Puts training metrics on the live line, or on one of their own."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], report=text)
+        elif not self._quiet:
+            filled = _BAR * step // max(self._total, 1)
+            width = len(str(self._total))
+            self.say(f"|{'#' * filled}{' ' * (_BAR - filled)}| {step:>{width}}/{self._total}  {text}")
+
+    def stop(self) -> None:
+        """Ends the live line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Prints names and values."""
+        grid = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in rows:
+            grid.add_row(name, value)
+        self._console.print(grid, soft_wrap=True)
+
+
+def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Table:
+    shardings = _shardings(plan)
+    out = Table(title="Embedding tables")
+    out.add_column("table")
+    for name in ("rows", "stored", "MiB", "smaller"):
+        out.add_column(name, justify="right")
+    out.add_column("placement")
+    out.add_column("ranks")
+    full_parameters = parameters = rows = stored_rows = 0
+    for t in tables:
+        full, stored, stored_here = t.num_embeddings * t.embedding_dim, t.num_embeddings, t.num_embeddings
+        size = full
+        if isinstance(t, CompositionalEmbeddingBagConfig):
+            stored_here, size = t.physical_rows, t.num_parameters
+        full_parameters, parameters = full_parameters + full, parameters + size
+        rows, stored_rows = rows + stored, stored_rows + stored_here
+        placement, ranks = _placement(shardings[t.name])
+        out.add_row(t.name, f"{stored:,}", f"{stored_here:,}", _mib(size), f"{full / size:.1f}×", placement, ranks)
+    out.add_section()
+    smaller = f"{full_parameters / parameters:.1f}×"
+    out.add_row(f"{len(tables)} tables", f"{rows:,}", f"{stored_rows:,}", _mib(parameters), smaller, "", "")
+    return out
+
+
+def _shardings(plan: ShardingPlan) -> dict[str, list[ParameterSharding]]:
+    """The shardings of each table: one, or one per partition where each is a feature of its own."""
+    found: dict[str, list[ParameterSharding]] = {}
+    for module in plan.plan.values():
+        assert isinstance(module, EmbeddingModuleShardingPlan)
+        for name, sharding in module.items():
+            found.setdefault(name, []).append(sharding)
+            table, _, partition = name.rpartition(".")
+            if partition.startswith("partition_"):
+                found.setdefault(table, []).append(sharding)
+    return found
+
+
+def _placement(shardings: Sequence[ParameterSharding]) -> tuple[str, str]:
+    types = sorted({s.sharding_type for s in shardings})
+    if types == ["data_parallel"]:
+        return types[0], "all"
+    ranks = sorted({rank for s in shardings for rank in s.ranks or ()})
+    contiguous = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
+    return ", ".join(types), f"{ranks[0]}-{ranks[-1]}" if contiguous else ",".join(map(str, ranks))
+
+
+def _mib(parameters: int) -> str:
+    return f"{4 * parameters / _MIB:,.2f}"

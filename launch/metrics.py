@@ -1,0 +1,84 @@
+"""Metrics over all ranks: of every prediction that any of them made, as if one process had made them all."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of n predictions: mean log loss, normalized entropy, AUC, and calibration (mean prediction / mean label).
+
+    Normalized entropy is the log loss divided by that of predicting the mean label throughout; below 1 is better than
+    knowing nothing. AUC and normalized entropy are NaN where all labels agree.
+    """
+
+    samples: int
+    logloss: float
+    ne: float
+    auc: float
+    calibration: float
+
+
+def quality(logits: Tensor, labels: Tensor) -> Quality:
+    """Returns the metrics of logits (n,) against labels (n,), in float64.
+
+    Example:
+        >>> q = quality(torch.tensor([2.0, -2.0]), torch.tensor([1.0, 0.0]))
+        >>> q.auc, round(q.logloss, 4), round(q.ne, 4)
+        (1.0, 0.1269, 0.1831)
+    """
+    n = labels.numel()
+    if n == 0:
+        return Quality(0, math.nan, math.nan, math.nan, math.nan)
+    x, y = logits.double(), labels.double()
+    logloss = torch.nn.functional.binary_cross_entropy_with_logits(x, y).item()
+    rate = y.mean().item()
+    entropy = -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
+    mixed = 0 < rate < 1
+    return Quality(
+        samples=n,
+        logloss=logloss,
+        ne=logloss / entropy if mixed else math.nan,
+        # torchmetrics squashes logits itself, in float32, where large ones tie: give it ranks' own order in float64.
+        auc=binary_auroc(x.sigmoid(), y.long()).item() if mixed else math.nan,
+        calibration=x.sigmoid().mean().item() / rate if rate else math.inf,
+    )
+
+
+class Predictions:
+    """Collects logits and labels on this rank until `gather` joins those of all ranks."""
+
+    def __init__(self, logits: Tensor | None = None, labels: Tensor | None = None) -> None:
+        self._logits: list[Tensor] = [] if logits is None else [logits]
+        self._labels: list[Tensor] = [] if labels is None else [labels]
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Returns this rank's logits and labels so far, from which the constructor goes on."""
+        return _joined(self._logits), _joined(self._labels)
+
+    def add(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
+        """Adds logits (B,) and labels (B,) of the rows whose weight is not 0."""
+        counts = weights > 0
+        self._logits.append(logits.detach()[counts].float().cpu())
+        self._labels.append(labels.detach()[counts].float().cpu())
+
+    def gather(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns logits and labels of all ranks, in the order of ranks: the same on each. All ranks must call it."""
+        own = torch.stack(self.state()).to(device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([own.shape[1]], device=device))
+        counts = [int(s) for s in sizes]
+        padded = torch.nn.functional.pad(own, (0, max(counts) - own.shape[1]))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        logits, labels = torch.cat([p[:, :n] for p, n in zip(parts, counts, strict=True)], dim=1).cpu()
+        return logits, labels
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0)

@@ -1,0 +1,103 @@
+"""The job of one rank: ``python -m launch.train --config FILE``, under torchrun, TorchX, Slurm, Ray, or alone."""
+
+import argparse
+import logging
+import random
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from launch.checkpoint import Checkpoints
+from launch.config import Job, read_job, write_job
+from launch.console import Output
+from launch.data.loader import open_data
+from launch.model import build_model
+from launch.parallel import parallelize
+from launch.process_group import start_process_group
+from launch.profile import profiled
+from launch.run_folder import RunFolder
+from launch.task import TrainTask
+from launch.trainer import Trainer
+from torchrec_qr.schema import build_tables
+
+
+@record
+def main(argv: list[str] | None = None) -> None:
+    """Trains the job of a config, or continues it from its last checkpoint; writes runs/<name>/."""
+    arguments = _parser().parse_args(argv)
+    _silence_the_stack()
+    job = read_job(arguments.config, arguments.set)
+    device = start_process_group()
+    rank = dist.get_rank()
+    random.seed(job.train.seed + rank)
+    torch.manual_seed(job.train.seed + rank)
+    folder = RunFolder(Path(arguments.runs) / (arguments.name or job.train.name), rank)
+    dist.barrier()  # the folder is there
+    try:
+        _run(job, arguments, folder, Output(rank, arguments.quiet), device)
+    finally:
+        folder.close()
+    dist.destroy_process_group()
+
+
+def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Output, device: torch.device) -> None:
+    if folder.moved is not None:
+        output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
+    torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
+    tables = build_tables(job.tables, Path(arguments.config).parent)
+    data = open_data(job, dist.get_rank(), dist.get_world_size())
+    task = TrainTask(build_model(job.model, tables, device), device, torch.bfloat16 if job.train.bf16 else None)
+    parallel = parallelize(task, job, device)
+    folder.write_text("config.yaml", write_job(job))
+    folder.write_text("plan.txt", output.tables(tables, parallel.plan))
+    with profiled(folder.root, arguments.profile) as profiler:
+        trainer = Trainer(job, task, parallel, data, folder, output, device, profiler)
+        checkpoint = Checkpoints(folder.checkpoints, kept=2).latest()
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            output.say(f"continues at step {trainer.step}, from {checkpoint}")
+        else:
+            folder.drop_after(0, 0)
+        test = trainer.train()
+    known = data.known_quality()
+    speed = trainer.samples_per_s
+    numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration, "samples_per_s": speed}
+    folder.log(trainer.step, "test", auc=test.auc, **known, **numbers)
+    output.summary(
+        [
+            ("test AUC", f"{test.auc:.4f}"),
+            *((name.replace("_", " ").replace("auc", "AUC"), f"{value:.4f}") for name, value in known.items()),
+            ("normalized entropy", f"{test.ne:.4f}"),
+            ("logloss", f"{test.logloss:.4f}"),
+            ("speed", f"{speed:,.0f} samples/s, {trainer.waited_share:.1%} of the time waiting for data"),
+            ("run", str(folder.root)),
+        ]
+    )
+
+
+def _silence_the_stack() -> None:
+    """Leaves out what PyTorch and TorchRec say of one another at each start, on each rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+    warnings.filterwarnings("ignore", message="fbgemm::.* an autograd kernel was not registered")
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.train", description=main.__doc__)
+    parser.add_argument("--config", required=True, help="the job's YAML")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set model.embedding_dim=32"
+    )
+    parser.add_argument("--name", help="the run's folder in --runs; default: train.name of the config")
+    parser.add_argument("--runs", default="runs", help="where run folders lie (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="write a Chrome trace of some steps, one file per rank")
+    parser.add_argument("--quiet", action="store_true", help="print validations and the summary alone")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Trains a model over all ranks: the loop, evaluation, checkpoints, and what stops it."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from launch.checkpoint import Checkpoints
+from launch.config import Job
+from launch.console import Output
+from launch.data.loader import Batches, Data
+from launch.metrics import Predictions, Quality, quality
+from launch.parallel import Parallel
+from launch.run_folder import RunFolder
+from launch.schedule import Schedule
+from launch.task import NonFiniteLossError, Predicted, TrainTask
+from launch.termination import Terminated, Termination
+from torchrec_qr.schema import dump
+
+_GUESSING = 0.005  # an AUC this near to 0.5 has learned nothing
+
+
+class Trainer:
+    """Trains ``parallel`` on ``data`` as ``job`` says, writing to ``folder``.
+
+    All ranks run the same steps. The position that a checkpoint keeps counts batches *trained*: the pipeline has read
+    ahead of it.
+
+    Args:
+        job: the config.
+        task: the module within ``parallel``.
+        parallel: model, plan and optimizers.
+        data: of this rank.
+        folder: of the run.
+        output: what a person sees.
+        device: of this rank.
+        profiler: is told of every step; default: none.
+
+    Attributes:
+        step: of the model, as trained or loaded.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        task: TrainTask,
+        parallel: Parallel,
+        data: Data,
+        folder: RunFolder,
+        output: Output,
+        device: torch.device,
+        profiler: torch.profiler.profile | None = None,
+    ) -> None:
+        self._job, self._task, self._parallel, self._data = job, task, parallel, data
+        self._folder, self._output, self._device, self._profiler = folder, output, device, profiler
+        self._checkpoints = Checkpoints(folder.checkpoints, kept=2)
+        self._best_checkpoint = Checkpoints(folder.best, kept=1)
+        self._schedule = Schedule(job.schedule, [parallel.fused, parallel.dense])
+        self._termination = Termination()
+        self.step = 0
+        self._epoch = 0
+        self._batch = 0  # trained of this epoch
+        self._window = Predictions()  # since the last line of training metrics
+        self._best: float | None = None  # least validation log loss so far
+        self._validated = self._saved = -1  # the steps at which that was last done
+        self._reached = False  # the AUC at which to stop
+        self._samples = 0
+        self._seconds = self._waited = 0.0  # in training steps; of these, for data
+
+    @property
+    def samples_per_s(self) -> float:
+        """Rows of all ranks per second spent in training steps."""
+        return self._samples / self._seconds if self._seconds else 0.0
+
+    @property
+    def waited_share(self) -> float:
+        """Of the time spent in training steps, the share of this rank's waiting for data."""
+        return self._waited / self._seconds if self._seconds else 0.0
+
+    def train(self) -> Quality:
+        """Runs to the end and returns the quality on the test split, of the step that validated best.
+
+        Raises:
+            NonFiniteLossError: names the step, the learning rate, and the likely cause.
+            Terminated: after SIGTERM, when a checkpoint has been written.
+        """
+        self._output.start(self._total_steps(), self.step)
+        try:
+            self._train_epochs()
+        finally:
+            self._output.stop()
+        if self._validated != self.step:
+            self._validate()
+        if self._job.train.checkpoint_every and self._saved != self.step:
+            self._save()
+        best = self._best_checkpoint.latest()
+        if best is not None and Checkpoints.about(best)["step"] != self.step:
+            self._load(best)
+            self.step = Checkpoints.about(best)["step"]
+        return self._evaluate(self._data.test())
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint, of any plan and world size.
+
+        Raises:
+            ValueError: the checkpoint is of another model; names what changed.
+        """
+        about = Checkpoints.about(checkpoint)
+        changed = differences(about["model"], model_description(self._job))
+        if changed:
+            raise ValueError(
+                f"{checkpoint} is of another model: {'; '.join(changed)}; allowed: the same model, or a run of another "
+                "name (--name)"
+            )
+        self._load(checkpoint)
+        self.step = self._saved = about["step"]
+        self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
+        world_size, batch_size = about["world_size"], about["batch_size"]
+        # As many samples as were trained, in batches of this world size.
+        self._batch = about["batch"] * world_size * batch_size // (dist.get_world_size() * self._job.train.batch_size)
+        if world_size == dist.get_world_size():
+            self._set_rank_state(Checkpoints.load_by_rank(checkpoint))
+        self._folder.drop_after(self.step, self._validated)
+
+    def _train_epochs(self) -> None:
+        while self._epoch < self._job.train.epochs and not self._done():
+            pipeline: Any = TrainPipelineSparseDist(
+                self._parallel.model, self._parallel.optimizer, self._device, execute_all_batches=True
+            )
+            self._parallel.model.train()
+            with self._data.train(self._epoch, skip=self._batch) as batches:
+                for predicted in self._steps(pipeline, batches):
+                    self._window.add(*predicted)
+                    self._after_step(pipeline)
+                    if self._done():
+                        break
+                self._waited += batches.wait_seconds
+            pipeline.detach()
+            if not self._done():
+                self._epoch, self._batch = self._epoch + 1, 0
+                if self._validated != self.step:
+                    self._validate()
+
+    def _steps(self, pipeline: Any, batches: Batches) -> Iterator[Predicted]:
+        train = self._job.train
+        while True:
+            self._schedule.set(self.step)
+            # Free on a CPU; elsewhere only where the host waits for the device anyway.
+            self._task.checks_loss = self._device.type == "cpu" or (self.step + 1) % train.log_every == 0
+            started = time.perf_counter()
+            try:
+                predicted = pipeline.progress(batches)
+            except StopIteration:
+                return
+            except NonFiniteLossError as error:
+                kept = self._checkpoints.latest()
+                kept_text = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
+                text = f"step {self.step + 1}: {error}; the learning rate is {self._schedule.lr:g}; {kept_text}"
+                raise NonFiniteLossError(text) from None
+            self._seconds += time.perf_counter() - started
+            self.step, self._batch = self.step + 1, self._batch + 1
+            self._samples += train.batch_size * dist.get_world_size()
+            if self._profiler is not None:
+                self._profiler.step()
+            yield predicted
+            if self._termination.agreed():
+                self._save()
+                raise Terminated
+
+    def _after_step(self, pipeline: Any) -> None:
+        self._output.step(self.step)
+        train = self._job.train
+        if self.step % train.log_every == 0:
+            self._log_train()
+        if train.eval_every and self.step % train.eval_every == 0:
+            pipeline.detach()
+            self._validate()
+            pipeline.attach()
+        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+            self._save()
+
+    def _log_train(self) -> None:
+        q = quality(*self._window.gather(self._device))
+        self._window = Predictions()
+        self._folder.log(self.step, "train", **_numbers(q), lr=self._schedule.lr, samples_per_s=self.samples_per_s)
+        self._output.report(
+            self.step,
+            f"logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}  {self.samples_per_s:,.0f} samples/s",
+        )
+
+    def _validate(self) -> None:
+        """Evaluates on the validation split, and keeps this step if none was better."""
+        q = self._evaluate(self._data.validation())
+        self._validated = self.step
+        self._folder.log(self.step, "validation", **_numbers(q))
+        self._output.say(
+            f"step {self.step}: validation logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}"
+            f"  calibration {q.calibration:.3f}"
+        )
+        if abs(q.auc - 0.5) < _GUESSING:
+            self._output.say(
+                f"step {self.step}: a validation AUC of {q.auc:.4f} is that of guessing. Either the learning rates "
+                f"(sparse {self._job.optimizer.sparse.lr:g}, dense {self._job.optimizer.dense.lr:g}) are too high or "
+                "too low, or labels and features do not belong together."
+            )
+        self._reached = self._job.train.stop_at_auc is not None and q.auc >= self._job.train.stop_at_auc
+        if self._best is None or q.logloss < self._best:
+            self._best = q.logloss
+            self._save(self._best_checkpoint)
+
+    def _evaluate(self, batches: Batches) -> Quality:
+        model = self._parallel.model
+        model.eval()
+        predictions = Predictions()
+        with torch.no_grad(), batches:
+            for batch in batches:
+                _, predicted = model(batch.to(self._device))
+                predictions.add(*predicted)
+        model.train()
+        return quality(*predictions.gather(self._device))
+
+    def _done(self) -> bool:
+        most = self._job.train.max_steps
+        return self._reached or (most is not None and self.step >= most)
+
+    def _total_steps(self) -> int:
+        total = self._job.train.epochs * self._data.batches_per_epoch
+        return min(total, self._job.train.max_steps or total)
+
+    def _save(self, to: Checkpoints | None = None) -> None:
+        """Writes a checkpoint of this step; all ranks must call it."""
+        about = {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "batch_size": self._job.train.batch_size,
+            "best": self._best,
+            "validated": self._validated,
+            "model": model_description(self._job),
+        }
+        (to or self._checkpoints).save(self.step, self._state(), about, self._rank_state())
+        if to is None:
+            self._saved = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self._parallel.model.state_dict(),
+            "fused": self._parallel.fused.state_dict(),
+            "dense": self._parallel.dense.state_dict(),
+        }
+
+    def _load(self, checkpoint: Path) -> None:
+        # An optimizer may make its state at its first step: until then there is nothing to load into.
+        self._parallel.dense.init_state()
+        self._parallel.dense.zero_grad()
+        state = self._state()
+        Checkpoints.load(checkpoint, state)
+        self._parallel.model.load_state_dict(state["model"])
+        self._parallel.fused.load_state_dict(state["fused"])
+        self._parallel.dense.load_state_dict(state["dense"])
+
+    def _rank_state(self) -> dict[str, Any]:
+        cuda = {"cuda": torch.cuda.get_rng_state()} if self._device.type == "cuda" else {}
+        window = {"logits": self._window.state()[0], "labels": self._window.state()[1]}
+        return {"python": random.getstate(), "torch": torch.get_rng_state(), "window": window, **cuda}
+
+    def _set_rank_state(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"])
+        self._window = Predictions(**state["window"])
+
+
+def model_description(job: Job) -> dict[str, Any]:
+    """What must stay as it is for a checkpoint to be of the same model: its tables, layers and optimizers."""
+    rules = {"sparse": job.optimizer.sparse.name, "dense": job.optimizer.dense.name}
+    return {"tables": {t.name: dump(t) for t in job.tables}, "model": dump(job.model), "optimizer": rules}
+
+
+def differences(saved: Any, here: Any, path: str = "") -> list[str]:
+    """Returns a phrase per value in which two descriptions differ.
+
+    Example:
+        >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+        ['a.b: saved 1, here 2']
+    """
+    if isinstance(saved, dict) and isinstance(here, dict):
+        keys = [*saved, *(k for k in here if k not in saved)]
+        return [d for k in keys for d in differences(saved.get(k), here.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if saved == here else [f"{path}: saved {saved!r}, here {here!r}"]
+
+
+def _numbers(q: Quality) -> dict[str, float | int | None]:
+    return {"loss": q.logloss, "logloss": q.logloss, "ne": q.ne, "auc": q.auc, "calibration": q.calibration}
