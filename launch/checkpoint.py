@@ -3,16 +3,23 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from torchrec_qr.distributed import checkpoint as resharding
 
 _WHOLE = "whole.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
 
 
 class Checkpoints:
@@ -38,14 +45,15 @@ class Checkpoints:
         """Writes a checkpoint; all ranks must call it. The previous one stays until this one is whole.
 
         Raises:
-            OSError: the disk is full, or the like; on the rank that met it, or within DCP's CheckpointException.
+            CheckpointError: the disk is full, or the like; on every rank, with what each met.
         """
         target, part = self._root / f"step_{step}", self._root / f"part_{step}"
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         dist.barrier()
-        dcp.save(without_empty(state), checkpoint_id=str(part / "state"))
+        with _errors_of_dcp(f"cannot write {part}"):
+            dcp.save(without_empty(state), checkpoint_id=str(part / "state"))
         torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
         dist.barrier()  # whole only once every rank has written
         if dist.get_rank() == 0:
@@ -67,8 +75,14 @@ class Checkpoints:
 
     @staticmethod
     def load(checkpoint: Path, state: dict[str, Any]) -> None:
-        """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`."""
-        resharding.load(without_empty(state), checkpoint_id=str(checkpoint / "state"))
+        """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`.
+
+        Raises:
+            CheckpointError: it does not fit, or cannot be read; on every rank.
+            ValueError: a table of the checkpoint has another meaning here.
+        """
+        with _errors_of_dcp(f"cannot load {checkpoint}"):
+            resharding.load(without_empty(state), checkpoint_id=str(checkpoint / "state"))
 
     @staticmethod
     def load_by_rank(checkpoint: Path) -> dict[str, Any]:
@@ -79,6 +93,16 @@ class Checkpoints:
         whole = sorted(self._root.glob("step_*"), key=_step)
         for old in [*whole[: -self._kept], *self._root.glob("part_*")]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _errors_of_dcp(what: str) -> Iterator[None]:
+    """DCP's own exception is no Exception: it would pass by all that reports one, and it hides the cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
+        raise CheckpointError(f"{what}: {'; '.join(causes)}") from error
 
 
 def _step(checkpoint: Path) -> int:

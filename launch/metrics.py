@@ -22,6 +22,13 @@ class Quality:
     ne: float
     auc: float
     calibration: float
+    positives: int = 0
+
+    @property
+    def is_guessing(self) -> bool:
+        """Whether the AUC is within two standard deviations of that of guesses, √((n + 1) / 12 n₊n₋) about 0.5."""
+        products = self.positives * (self.samples - self.positives)
+        return products > 0 and abs(self.auc - 0.5) < 2 * math.sqrt((self.samples + 1) / (12 * products))
 
 
 def quality(logits: Tensor, labels: Tensor) -> Quality:
@@ -47,6 +54,7 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
         # torchmetrics squashes logits itself, in float32, where large ones tie: give it ranks' own order in float64.
         auc=binary_auroc(x.sigmoid(), y.long()).item() if mixed else math.nan,
         calibration=x.sigmoid().mean().item() / rate if rate else math.inf,
+        positives=int(y.sum()),
     )
 
 

@@ -21,6 +21,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
 from launch.sections import OptimizerSection
+from launch.table_optimizer import DataParallelTableOptimizer
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
 
 _FUSED = {
@@ -40,16 +41,18 @@ _DENSE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Parallel:
-    """A model on its ranks, its plan, and its optimizers: fused for embeddings, dense for all else."""
+    """A model on its ranks, its plan, and its optimizers: of embeddings, which are fused but for TorchRec's own
+    data-parallel tables, and of all else.
+    """
 
     model: DistributedModelParallel
     plan: ShardingPlan
-    fused: KeyedOptimizer
+    sparse: KeyedOptimizer
     dense: KeyedOptimizer
 
     @property
     def optimizer(self) -> CombinedOptimizer:
-        return CombinedOptimizer([self.fused, self.dense])
+        return CombinedOptimizer([self.sparse, self.dense])
 
 
 def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
@@ -75,29 +78,21 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     )
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
-    dense = _dense_optimizer(model, job)
-    optimizer_of_each_parameter(model, [dense])
-    return Parallel(model, plan, model.fused_optimizer, dense)
+    left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
+    tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
+    layers = {name: p for name, p in left.items() if name not in tables}
+    of_tables = [DataParallelTableOptimizer(tables, partial(_make, job.optimizer.sparse))] if tables else []
+    dense: KeyedOptimizer = KeyedOptimizerWrapper(layers, partial(_make, job.optimizer.dense))
+    if job.train.grad_clip is not None:
+        dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
+    optimizer_of_each_parameter(model, [*of_tables, dense])
+    return Parallel(model, plan, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
 
 
 def _fused_params(section: OptimizerSection) -> dict[str, Any]:
     if section.name not in _FUSED:
         raise NotImplementedError(f"optimizer.sparse.name is {section.name!r}; allowed: {', '.join(map(repr, _FUSED))}")
     return {"optimizer": _FUSED[section.name], "learning_rate": section.lr, "eps": section.eps}
-
-
-def _dense_optimizer(model: nn.Module, job: Job) -> KeyedOptimizer:
-    """Of what is not fused: layers, and TorchRec's own data-parallel tables, by the rule of ``sparse``."""
-    left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
-    tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
-    layers = {name: p for name, p in left.items() if name not in tables}
-    of_layers: KeyedOptimizer = KeyedOptimizerWrapper(layers, partial(_make, job.optimizer.dense))
-    if job.train.grad_clip is not None:
-        of_layers = GradientClippingOptimizer(of_layers, GradientClipping.NORM, job.train.grad_clip)
-    optimizers: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [of_layers]
-    if tables:
-        optimizers.append(KeyedOptimizerWrapper(tables, partial(_make, job.optimizer.sparse)))
-    return CombinedOptimizer(optimizers)
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

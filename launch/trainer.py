@@ -22,8 +22,6 @@ from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
 from torchrec_qr.schema import dump
 
-_GUESSING = 0.005  # an AUC this near to 0.5 has learned nothing
-
 
 class Trainer:
     """Trains ``parallel`` on ``data`` as ``job`` says, writing to ``folder``.
@@ -60,7 +58,7 @@ class Trainer:
         self._folder, self._output, self._device, self._profiler = folder, output, device, profiler
         self._checkpoints = Checkpoints(folder.checkpoints, kept=2)
         self._best_checkpoint = Checkpoints(folder.best, kept=1)
-        self._schedule = Schedule(job.schedule, [parallel.fused, parallel.dense])
+        self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
         self._termination = Termination()
         self.step = 0
         self._epoch = 0
@@ -202,7 +200,7 @@ class Trainer:
             f"step {self.step}: validation logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}"
             f"  calibration {q.calibration:.3f}"
         )
-        if abs(q.auc - 0.5) < _GUESSING:
+        if q.is_guessing:
             self._output.say(
                 f"step {self.step}: a validation AUC of {q.auc:.4f} is that of guessing. Either the learning rates "
                 f"(sparse {self._job.optimizer.sparse.lr:g}, dense {self._job.optimizer.dense.lr:g}) are too high or "
@@ -249,7 +247,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "model": self._parallel.model.state_dict(),
-            "fused": self._parallel.fused.state_dict(),
+            "sparse": self._parallel.sparse.state_dict(),
             "dense": self._parallel.dense.state_dict(),
         }
 
@@ -260,7 +258,7 @@ class Trainer:
         state = self._state()
         Checkpoints.load(checkpoint, state)
         self._parallel.model.load_state_dict(state["model"])
-        self._parallel.fused.load_state_dict(state["fused"])
+        self._parallel.sparse.load_state_dict(state["sparse"])
         self._parallel.dense.load_state_dict(state["dense"])
 
     def _rank_state(self) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""Runs `launch.train` on real ranks: one process each, one thread each, that a test may signal."""
+
+import json
+import multiprocessing as mp
+import os
+import resource
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+# Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["launch.train"])
+_TIMEOUT = 120.0
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+# The demo, small: 10 steps of two ranks.
+SMALL = ("data.generator.rows=6000", "train.batch_size=256", "train.eval_batch_size=256", "train.log_every=2")
+
+
+@dataclass
+class Ranks:
+    """The processes of a job, and where they write what they print."""
+
+    processes: list[BaseProcess]
+    outputs: list[Path]
+
+    def __iter__(self) -> Iterator[BaseProcess]:
+        return iter(self.processes)
+
+    def exit_codes(self, timeout: float = _TIMEOUT) -> list[int | None]:
+        """Waits for all to end; kills those that do not."""
+        deadline = monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = _TIMEOUT) -> None:
+        """Returns when ``condition()`` holds; raises if the job ends, or the time does, before."""
+        deadline = monotonic() + timeout
+        while not condition():
+            for process in self.processes:
+                process.join(0.005)
+                assert process.exitcode is None, self.text()
+            assert monotonic() < deadline, self.text()
+
+    def text(self) -> str:
+        return "\n".join(path.read_text() for path in self.outputs)
+
+
+def start(folder: Path, *arguments: str, world_size: int = 2, config: Path = DEMO, max_file_bytes: int = 0) -> Ranks:
+    """Starts the ranks of a job whose runs lie in ``folder``; ``max_file_bytes`` is as if the disk were that full."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = ["--config", str(config), "--runs", str(folder), *arguments]
+    ranks = Ranks([], [folder / f"output_{rank}.txt" for rank in range(world_size)])
+    for rank in range(world_size):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        target = (environment, argv, ranks.outputs[rank], max_file_bytes)
+        process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
+        process.start()
+        ranks.processes.append(process)
+    return ranks
+
+
+def run(folder: Path, *arguments: str, **how: Any) -> str:
+    """Runs a job to its end, which must be a good one; returns what its ranks printed."""
+    ranks = start(folder, *arguments, **how)
+    codes = ranks.exit_codes()
+    assert codes == [0] * len(codes), ranks.text()
+    return ranks.text()
+
+
+def with_set(*assignments: str) -> tuple[str, ...]:
+    return tuple(f"--set={assignment}" for assignment in assignments)
+
+
+def metrics(folder: Path, name: str = "demo") -> list[dict[str, Any]]:
+    """The lines of a run's metrics, but for speeds."""
+    path = folder / name / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
+
+
+def _rank(environment: dict[str, str], argv: list[str], output: Path, max_file_bytes: int) -> None:
+    os.environ.update(environment)
+    with output.open("w", buffering=1) as text:
+        os.dup2(text.fileno(), 1)
+        os.dup2(text.fileno(), 2)
+        sys.stdout = sys.stderr = text
+        if max_file_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        import torch
+
+        from launch.train import main
+
+        torch.set_num_threads(1)
+        try:
+            main(argv)
+        except Exception:
+            traceback.print_exc()
+            text.flush()
+            os._exit(1)

@@ -1,0 +1,158 @@
+"""What interrupts a job, and how it goes on."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.jobs import SMALL, Ranks, metrics, run, start, with_set
+
+FOUR = with_set(*SMALL, "train.checkpoint_every=4", "train.eval_every=4")  # steps a checkpoint; 11 steps in all
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder, *FOUR)
+    return folder
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {p.parent.name for p in (folder / "demo" / "checkpoints").glob("step_*/whole.json")}
+
+
+def test_a_job_whose_rank_was_killed_continues_bit_for_bit(tmp_path: Path, unbroken: Path) -> None:
+    ranks = start(tmp_path, *FOUR)
+    # Step 6 has been logged, and the checkpoint is that of step 4: two batches are trained again.
+    ranks.wait_until(lambda: any(line["step"] == 6 for line in metrics(tmp_path)))
+    os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
+    codes = ranks.exit_codes(timeout=30)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] == 1  # ended by itself, and soon: its peer is gone
+    printed = run(tmp_path, *FOUR)
+    assert "continues at step 4" in printed or "continues at step 8" in printed
+    assert metrics(tmp_path) == metrics(unbroken)
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_as_a_shell_says(tmp_path: Path, unbroken: Path) -> None:
+    ranks = start(tmp_path, *FOUR)
+    ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path)))
+    os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)  # one rank is told; all end at the same step
+    assert ranks.exit_codes(timeout=30) == [143, 143]
+    assert checkpoints(tmp_path)
+    assert "continues at step" in run(tmp_path, *FOUR)
+    assert metrics(tmp_path) == metrics(unbroken)
+
+
+def test_a_checkpoint_that_was_being_written_is_not_used(tmp_path: Path, unbroken: Path) -> None:
+    every_step = with_set(*SMALL, "train.checkpoint_every=1", "train.eval_every=4")
+    ranks = start(tmp_path, *every_step)
+    whole = _kill_while_writing(ranks, tmp_path / "demo" / "checkpoints")
+    printed = run(tmp_path, *every_step)
+    assert f"continues at step {whole}, from" in printed
+    assert metrics(tmp_path) == metrics(unbroken)
+
+
+def _kill_while_writing(ranks: Ranks, folder: Path) -> int:
+    """Kills all ranks between the first and the last byte of a checkpoint; returns the step of the one before."""
+
+    def being_written() -> bool:
+        if not list(folder.glob("step_*/whole.json")) or not list(folder.glob("part_*")):
+            return False
+        for process in ranks:
+            os.kill(process.pid or 0, signal.SIGSTOP)
+        if list(folder.glob("part_*/state")) and not list(folder.glob("part_*/whole.json")):
+            return True
+        for process in ranks:
+            os.kill(process.pid or 0, signal.SIGCONT)
+        return False
+
+    ranks.wait_until(being_written)
+    ranks.kill()
+    return max(int(p.parent.name.removeprefix("step_")) for p in folder.glob("step_*/whole.json"))
+
+
+def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path: Path, unbroken: Path) -> None:
+    run(tmp_path, *FOUR, "--set=train.max_steps=4")
+    (tmp_path / "demo" / "metrics.jsonl").write_text(_without_test((tmp_path / "demo" / "metrics.jsonl").read_text()))
+    ranks = start(tmp_path, *FOUR, max_file_bytes=50_000)
+    assert 0 not in ranks.exit_codes()
+    assert "File too large" in ranks.text()
+    assert checkpoints(tmp_path) == {"step_4"}
+    run(tmp_path, *FOUR)
+    assert metrics(tmp_path) == metrics(unbroken)
+
+
+def _without_test(lines: str) -> str:
+    return "".join(line for line in lines.splitlines(keepends=True) if '"test"' not in line)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    # The same rows a step: so the step count means the same.
+    def steps(ranks: int) -> tuple[str, ...]:
+        sizes = (f"train.batch_size={256 // ranks}", f"train.eval_batch_size={256 // ranks}")
+        return with_set("data.generator.rows=6000", *sizes, "train.checkpoint_every=10", "train.log_every=5")
+
+    stop = "--set=train.max_steps=10"
+    path = tmp_path / "demo" / "metrics.jsonl"
+    validations = []
+    for world_size in (before, after):
+        # The second job has no step left to do: what it validates is what it has loaded.
+        printed = run(tmp_path, *steps(world_size), stop, world_size=world_size)
+        validations += [line for line in metrics(tmp_path) if line.pop("split") == "validation"]
+        path.write_text(_without_test(path.read_text()))
+    assert "continues at step 10" in printed
+    assert validations[1] == pytest.approx(validations[0], rel=1e-5)
+    run(tmp_path, *steps(after), world_size=after)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [5, 10, 15, 20]
+    assert lines[-2]["step"] == 21
+    assert lines[-2]["logloss"] < validations[0]["logloss"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, *FOUR, "--set=train.max_steps=4", world_size=1)
+    path = tmp_path / "demo" / "metrics.jsonl"
+    path.write_text(_without_test(path.read_text()))
+    change = with_set("tables[0].partitions.num_collisions=5", "model.top_mlp=[128,32]")
+    ranks = start(tmp_path, *FOUR, *change, world_size=1)
+    assert ranks.exit_codes() == [1]
+    text = ranks.text()
+    assert "step_4 is of another model" in text
+    assert "tables.cat_0.partitions.num_collisions: saved 4, here 5" in text
+    assert "model.top_mlp: saved [128, 64], here [128, 32]" in text
+    assert "--name" in text
+
+
+def test_a_malformed_row_of_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    lines = [
+        "\t".join([str(generator.randrange(2)), *["1"] * 13, *(f"{generator.randrange(2**32):08x}" for _ in range(26))])
+        for _ in range(2000)
+    ]
+    lines[1500] = lines[1500].replace("\t", "\tx", 1)  # a row of the second rank
+    file = tmp_path / "train.txt"
+    file.write_text("\n".join(lines) + "\n")
+    data = (
+        "data.format=criteo_tsv",
+        f"data.files=[{file}]",
+        "data.ids=modulo",
+        "data.split=[0.9,0.05,0.05]",
+        "train.batch_size=64",
+    )
+    ranks = start(tmp_path / "runs", *with_set(*data))
+    assert 0 not in ranks.exit_codes(timeout=30)
+    assert "train.txt" in ranks.outputs[1].read_text()
+    assert "1501" in ranks.outputs[1].read_text()
+
+
+def test_random_states_are_part_of_a_checkpoint(tmp_path: Path, unbroken: Path) -> None:
+    saved = torch.load(unbroken / "demo" / "checkpoints" / "step_8" / "rank_1.pt", weights_only=True)
+    generator = torch.Generator()
+    generator.set_state(saved["torch"])
+    assert generator.initial_seed() == 1  # the job's 0, and the rank
+    random.Random().setstate(saved["python"])
