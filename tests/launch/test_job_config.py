@@ -59,7 +59,10 @@ def test_shipped_configs_load_build_and_come_back(file: Path, tmp_path: Path) ->
 
 def test_shipped_configs_are_all_there() -> None:
     kaggle = {f"criteo_kaggle_{variant}{model}" for variant in KAGGLE_VARIANTS for model in ("", "_dcn")}
-    assert {file.stem for file in CONFIGS} == {*kaggle, "demo", "mlperf_dcnv2_full", "mlperf_dcnv2_qr"}
+    assert {file.stem for file in CONFIGS} == {
+        *kaggle,
+        *("demo", "criteo_sample_full", "criteo_sample_qr", "mlperf_dcnv2_full", "mlperf_dcnv2_qr"),
+    }
 
 
 def test_the_recipes_totals() -> None:
