@@ -17,7 +17,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
 from torchrec_qr.distributed.shards import COLUMN_SPLIT, DATA_PARALLEL, stored_shards
-from torchrec_qr.fingerprint import check_fingerprint, fingerprint
+from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.table import CompositionalTable
 
@@ -191,20 +191,16 @@ class CompositionalState:
     def _pre_load_state_dict_hook(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Brings values of partitions into the shape that this rank stores, and refuses tables of another meaning."""
         prefix = f"{prefix}{self._tables_attribute}."
+        tables, configs = getattr(self, self._tables_attribute), self._compositional_configs()
+        check_saved_tables(state_dict, prefix, ((c, tables[c.name].fingerprint) for c in configs))
         partitions: set[str] = set()
-        for config in self._compositional_configs():
-            saved = state_dict.get(f"{prefix}{config.name}.fingerprint")
-            if saved is not None:
-                saved = saved.clone()
-                # DCP loads in place, so that ``saved`` may be this very buffer: a later checkpoint must tell the truth.
-                getattr(self, self._tables_attribute)[config.name].fingerprint.copy_(fingerprint(config))
-                check_fingerprint(config.name, saved, fingerprint(config))
+        for config in configs:
             for j in range(config.num_partitions):
                 name = f"{config.name}.partition_{j}"
                 partitions.add(name)
                 value = state_dict.get(f"{prefix}{name}.weight")
                 if value is not None:
-                    parameter = getattr(self, self._tables_attribute)[name].weight
+                    parameter = tables[name].weight
                     shards = self._model_parallel_name_to_local_shards.get(name)
                     state_dict[f"{prefix}{name}.weight"] = _as_stored(value, parameter, shards)
         # TorchRec's own hook takes shards of one width for granted: it is shown the plain tables only.
