@@ -6,20 +6,23 @@ import sys
 from pathlib import Path
 from threading import Timer
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.sharding_plan import ParameterShardingGenerator, column_wise, table_wise
+from torchrec.distributed.sharding_plan import ParameterShardingGenerator, column_wise, row_wise, table_wise
 
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,
     QuotientRemainder,
+    ids,
 )
 from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
@@ -125,3 +128,67 @@ def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
     _apply_optimizer_in_backward(torch.optim.SGD, [second], {"lr": 0.2})
     with pytest.raises(ValueError, match="table 'a': its partitions have different optimizers attached"):
         CompositionalEmbeddingCollectionSharder().shardable_parameters(collection)
+
+
+class Checks(TorchDispatchMode):
+    """Counts the range checks: one ``aminmax`` each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.aminmax.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_checks(rank: int, world_size: int) -> dict[str, int]:
+    plans: dict[str, ParameterShardingGenerator] = {
+        "table_wise": table_wise(rank=0),
+        "column_wise": column_wise(ranks=[0, 0, 0]),
+        "row_wise": row_wise(),
+        "grid_shard": grid_of(hosts=[0]),
+    }
+    counts = {}
+    for name, plan in plans.items():
+        model = shard(list(TABLES), {t.name: plan for t in TABLES})
+        with Checks() as checks:
+            model(batch_of(list(TABLES), 0, rank, world_size))
+        counts[name] = checks.count
+    return counts
+
+
+def test_ids_of_a_feature_are_checked_once_whatever_the_plan() -> None:
+    (counts,) = run_ranks(count_checks, 1)
+    assert counts == {"table_wise": 2, "column_wise": 2, "row_wise": 2, "grid_shard": 2}
+
+
+class Arrived:
+    """The event of a check whose result has come to the host."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def deferred(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for sharding in ("table_wise", "row_wise", "data_parallel"):
+        model = shard(list(TABLES), sharding)
+        batch = batch_of(list(TABLES), 0, rank, world_size)
+        before = model(batch)
+        # As a batch on a GPU would leave it behind.
+        ids._deferred.add(ids.IdSpace("a", "f_a", NUM_IDS, "error"), torch.tensor([0, NUM_IDS]), Arrived())
+        with pytest.raises(IndexError) as error:
+            model(batch)
+        messages.append(str(error.value))
+        assert torch.equal(model(batch), before)
+    return messages
+
+
+def test_a_sharded_batch_raises_what_an_earlier_one_left_to_be_checked() -> None:
+    (messages,) = run_ranks(deferred, 1)
+    for message in messages:
+        assert message.startswith("table 'a', feature 'f_a': id 60 is outside [0, 60)")
