@@ -410,6 +410,26 @@ def test_a_checkpoint_of_another_table_is_refused_by_an_unsharded_module(name: s
         assert torch.equal(module.state_dict()["embedding_bags.t.fingerprint"], before["embedding_bags.t.fingerprint"])
 
 
+def load_under_another_default_device(rank: int, world_size: int, folder: Path) -> None:
+    """The buffers of `load` are its own: the default device, often the meta one or a GPU, is not asked."""
+    configs = tables()[:2]
+    model = shard(configs, "column_wise", ROWWISE, values=unsharded(configs))
+    train(model, configs, range(2))
+    dcp.save(contents(model), checkpoint_id=folder)
+    expected, state = weights_of(model), state_of(model)
+    other = shard(configs, "table_wise", ROWWISE)
+    with torch.device("meta"):
+        load(contents(other), checkpoint_id=folder)
+    assert_same(weights_of(other), expected, "weights")
+    for name, rows in state_of(other).items():
+        thirds = state[name].view(-1, rows.numel())
+        torch.testing.assert_close(rows, thirds.mean(dim=0), rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_loading_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
+    run_ranks(load_under_another_default_device, 2, tmp_path)
+
+
 def load_values_beside_tensors(rank: int, world_size: int, folder: Path) -> None:
     configs = [table("t", QuotientRemainder(NUM_IDS, 6), "mult")]
     model = shard(configs, {"t": table_wise(rank=1)}, values=unsharded(configs))

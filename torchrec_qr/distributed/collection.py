@@ -243,7 +243,7 @@ def _as_stored(value: Any, parameter: Tensor, shards: list[Any] | None) -> Tenso
             (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
             pieces.append(value[row : row + rows, column : column + columns])
     if not pieces:
-        return torch.empty(0)
+        return parameter.new_empty(0)
     return torch.cat([p.reshape(-1) for p in pieces]).view(parameter.shape)
 
 

@@ -88,11 +88,10 @@ class Replicas(nn.Module):
         for table in tables:
             config, sharding_type = _placed(table).config, _placed(table).sharding_type
             assert config.partitions is not None
-            stored, own = [], []
+            stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
                     continue
-                own.append((config.name, j))
                 size = (rows, config.partition_columns[j])
                 p = nn.Parameter(torch.zeros(size, dtype=DTYPES[config.partition_data_types[j]], device=device))
                 self.parameters_of[config.name, j] = p
@@ -101,7 +100,7 @@ class Replicas(nn.Module):
             if is_fused(table) and stored:
                 optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
                 holders.append(FusedOptimizerHolder(optimizer))
-                self.optimizer_of.update((self.parameters_of[key], optimizer) for key in own)
+                self.optimizer_of.update((p, optimizer) for partition in stored for p in partition.tensors)
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 
