@@ -147,7 +147,12 @@ def test_other_optimizers_raise(kind: EmbOptimType) -> None:
 def refused(rank: int, world_size: int) -> list[str]:
     messages = []
     for sharding in PLANS:
-        for params in ({"optimizer": EmbOptimType.ADAM}, {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1}):
+        # The last: said of a table whose kernel is dense, it must not be dropped either.
+        for params in (
+            {"optimizer": EmbOptimType.ADAM},
+            {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1},
+            {"output_dtype": SparseType.FP16},
+        ):
             with pytest.raises(NotImplementedError) as error:
                 sharded(ALL_AS[sharding], params)
             messages.append(str(error.value))
@@ -163,7 +168,7 @@ def refused(rank: int, world_size: int) -> list[str]:
 
 def test_refused_under_every_plan() -> None:
     (messages,) = run_ranks(refused, 1)
-    names = ["adam", "weight_decay=0.1"] * len(PLANS)
+    names = ["adam", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(PLANS)
     names += ["adam", "adam", "lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
     for message, name in zip(messages, names, strict=True):
         assert message.startswith("table 'a': ")

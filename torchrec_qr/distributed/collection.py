@@ -16,7 +16,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
-from torchrec_qr.distributed.shards import COLUMN_SPLIT, DATA_PARALLEL, stored_shards
+from torchrec_qr.distributed.shards import DATA_PARALLEL, stored_shards
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.table import CompositionalTable
@@ -252,7 +252,7 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
 
     Raises:
         NotImplementedError: a compute kernel that is neither fused nor dense.
-        ValueError: ``path`` under a sharding type that splits columns.
+        ValueError: ``path`` where the plan splits columns.
     """
     for name, config in configs.items():
         sharding = plan[name]
@@ -262,12 +262,18 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
                 f"table {name!r}: compute kernel {sharding.compute_kernel!r} is not supported by compositional tables; "
                 f"allowed: {', '.join(allowed)}"
             )
-        if config.operation == "path" and sharding.sharding_type in COLUMN_SPLIT:
+        if config.operation == "path" and num_column_blocks(sharding) > 1:
             raise ValueError(
                 f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all "
                 f"{config.embedding_dim} columns of the base row; allowed: table_wise, row_wise, table_row_wise, "
-                "data_parallel"
+                "data_parallel (a planner is told by sharding_types of ParameterConstraints)"
             )
+
+
+def num_column_blocks(sharding: ParameterSharding) -> int:
+    """Into how many blocks of columns a plan cuts a table."""
+    spec = sharding.sharding_spec
+    return len({s.shard_offsets[1] for s in spec.shards}) if isinstance(spec, EnumerableShardingSpec) else 1
 
 
 def attach(infos: Mapping[str, list[Any]], configs: list[Any]) -> None:
