@@ -18,9 +18,18 @@ from torchrec.distributed.types import ShardingPlan
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, MixedRadix
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.shards import ROW_SPLIT
 
 NUM_IDS, DIM, BAGS, TABLES = 1000, 16, 6, 3
-SHARDINGS = ("table_wise", "column_wise", "row_wise")
+# With the number of ranks; of four, two are a node.
+SHARDINGS = {
+    "table_wise": 2,
+    "column_wise": 2,
+    "row_wise": 2,
+    "table_column_wise": 4,
+    "table_row_wise": 4,
+    "grid_shard": 4,
+}
 # Of each: the arguments that are sent, as (position, name).
 COLLECTIVES = {
     "all_to_all_single": (1, "input"),
@@ -105,8 +114,8 @@ def measured(rank: int, world_size: int, sharding: str) -> dict[tuple[int | None
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_bytes_are_those_of_full_tables(sharding: str) -> None:
-    """But for the gradients of replicated partitions, which row-wise are summed over ranks."""
-    for rank in run_ranks(measured, 2, sharding):
+    """But for the gradients of replicated partitions, which are summed over ranks where rows are split."""
+    for rank in run_ranks(measured, SHARDINGS[sharding], sharding, local_world_size=2):
         for hot in (1, 10):
             stock = rank[None, hot]
             # By hand, so that the counter is known to see all: ids of 8 bytes, and D floats a bag and feature.
@@ -114,9 +123,17 @@ def test_bytes_are_those_of_full_tables(sharding: str) -> None:
             assert stock[1]["all_to_all_single", "integers"] >= 8 * BAGS * TABLES * hot
             for k in (2, 3, 4):
                 sizes = MixedRadix.balanced(NUM_IDS, k).sizes
-                replicated = sum(sizes) - max(sizes) if sharding == "row_wise" else 0
+                replicated = sum(sizes) - max(sizes) if sharding in ROW_SPLIT else 0
                 for step, expected in zip(rank[k, hot], stock, strict=True):
                     own = dict(step)
                     reduced = own.pop(("all_reduce", "floats"), 0)
                     assert own == expected, (k, hot)
                 assert reduced == 4 * DIM * TABLES * replicated, (k, hot)
+
+
+def test_data_parallel_tables_exchange_gradients_alone() -> None:
+    for rank in run_ranks(measured, 2, "data_parallel"):
+        for k in (2, 3, 4):
+            rows = sum(MixedRadix.balanced(NUM_IDS, k).sizes)
+            for hot in (1, 10):
+                assert rank[k, hot] == [{("all_reduce", "floats"): 4 * DIM * TABLES * rows}] * 2, (k, hot)
