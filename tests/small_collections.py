@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from batches import Bags, batch
 from cases import kind_of, randomize
@@ -24,6 +25,10 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "path": {"operation": "path"},
     "path_hidden": {"operation": "path", "path_hidden": 3, "path_activation": "tanh"},
 }
+KINDS = ("strided", "explicit")
+each_operation = pytest.mark.parametrize("operation", OPERATIONS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+pooled_or_not = pytest.mark.parametrize("pooled", [True, False])
 BATCH = {"f": [[0, 5, 99], [], [7]], "g": [[1], [2, 2], [9]]}
 OTHER_BATCH = {"f": [[13], [98, 13, 13, 4], [50], [51, 1], []], "g": [[], [3], [0, 1, 2, 3], [8], [8]]}
 

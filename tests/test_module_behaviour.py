@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from batches import batch
-from small_collections import BATCH, OPERATIONS, S, assert_equal, collection, outputs, partitions_of
+from small_collections import (
+    BATCH,
+    OPERATIONS,
+    S,
+    assert_equal,
+    collection,
+    each_kind,
+    each_operation,
+    outputs,
+    partitions_of,
+    pooled_or_not,
+)
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,12 +37,6 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
-
-KINDS = ["strided", "explicit"]
-each_operation = pytest.mark.parametrize("operation", OPERATIONS)
-each_kind = pytest.mark.parametrize("kind", KINDS)
-pooled_or_not = pytest.mark.parametrize("pooled", [True, False])
-
 
 # --- storage types -------------------------------------------------------------------------------------------------
 

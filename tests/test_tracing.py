@@ -13,20 +13,18 @@ from small_collections import (
     OTHER_BATCH,
     assert_equal,
     collection,
+    each_kind,
+    each_operation,
     gradients,
     outputs,
     partitions_of,
+    pooled_or_not,
 )
 from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
-
-KINDS = ["strided", "explicit"]
-each_operation = pytest.mark.parametrize("operation", OPERATIONS)
-each_kind = pytest.mark.parametrize("kind", KINDS)
-pooled_or_not = pytest.mark.parametrize("pooled", [True, False])
 
 
 def traced_by_torch(module: nn.Module) -> torch.fx.GraphModule:

@@ -4,6 +4,8 @@ Shapes cannot tell a Chinese remainder from a mixed radix of equal sizes, or str
 one as the other would train on wrong rows in silence.
 """
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,27 @@ def check_fingerprint(table: str, saved: Tensor, own: Tensor) -> None:
     """Raises ValueError, naming table and differences, unless what was saved has the meaning of the table here."""
     if differing := differences(saved, own):
         raise ValueError(f"table {table!r}: the checkpoint is of another table: {'; '.join(differing)}")
+
+
+def check_saved_tables(
+    state_dict: Mapping[str, Tensor], prefix: str, tables: Iterable[tuple[CompositionalConfig, Tensor]]
+) -> None:
+    """Checks what was saved under ``<prefix><table>.fingerprint`` of all tables, each with its own buffer.
+
+    The buffers are written anew before: DCP loads in place, so that what was saved may be in them, and a later
+    checkpoint must tell the truth.
+
+    Raises:
+        ValueError: see `check_fingerprint`, for the first table that differs.
+    """
+    found = []
+    for config, buffer in tables:
+        saved = state_dict.get(f"{prefix}{config.name}.fingerprint")
+        if saved is not None:
+            found.append((config.name, saved.clone(), fingerprint(config)))
+            buffer.copy_(fingerprint(config))
+    for name, saved, own in found:
+        check_fingerprint(name, saved, own)
 
 
 def _decode(fingerprint: Tensor) -> dict[str, object]:

@@ -31,6 +31,7 @@ from torchrec.distributed.sharding_plan import column_wise, table_wise
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
     ExplicitPartitions,
     MixedRadix,
     QuotientRemainder,
@@ -347,6 +348,52 @@ def test_a_checkpoint_of_another_table_is_refused_by_name(tmp_path: Path) -> Non
     run_ranks(refuse_sharded, 2, tmp_path)
 
 
+def strided_or_adjacent(grouping: Any) -> list[CompositionalEmbeddingBagConfig]:
+    """A table that is the same in both, and two after it of equal sizes and another meaning."""
+    first = table("first", QuotientRemainder(NUM_IDS, 7), "mult")
+    return [first, *(table(name, QuotientRemainder(NUM_IDS, 6, grouping), "mult") for name in ("t", "u"))]
+
+
+def refuse_all_or_nothing(rank: int, world_size: int, folder: Path) -> None:
+    saved, here = strided_or_adjacent("strided"), strided_or_adjacent("adjacent")
+    values = unsharded(saved)
+    dcp.save({"model": shard(saved, "row_wise", values=values)}, checkpoint_id=folder)
+    for sharding in ("table_wise", "row_wise", "data_parallel"):
+        model = shard(here, sharding, values=unsharded(here, seed=2))
+        train(model, here, range(1))
+        before = weights_of(model)
+        state = {name: value.clone() for name, value in values.state_dict().items()}
+        with pytest.raises(ValueError, match=r"table 't': .*grouping: saved strided, here adjacent"):
+            model.load_state_dict(dict(state))
+        with pytest.raises(ValueError, match=r"table 't': .*grouping: saved strided, here adjacent"):
+            set_model_state_dict(model.module, dict(state))
+        assert_same(weights_of(model), before, f"{sharding}: nothing is loaded")
+        # DCP writes into the model before it asks: afterwards the model says what it is, of every table.
+        with pytest.raises(ValueError, match="table 't': "):
+            dcp.load({"model": model}, checkpoint_id=folder)
+        for name in (f"ebc.embedding_bags.{t}.fingerprint" for t in ("first", "t", "u")):
+            assert torch.equal(model.state_dict()[name], before[name]), name
+
+
+def test_of_a_collection_all_tables_are_loaded_or_none(tmp_path: Path) -> None:
+    run_ranks(refuse_all_or_nothing, 2, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_of_an_unsharded_collection_all_tables_are_loaded_or_none(tmp_path: Path) -> None:
+    saved, module = unsharded(strided_or_adjacent("strided")), unsharded(strided_or_adjacent("adjacent"), seed=2).ebc
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    for assign in (False, True):
+        with pytest.raises(ValueError, match=r"table 't': .*grouping: saved strided, here adjacent"):
+            module.load_state_dict(saved.ebc.state_dict(), assign=assign)
+        assert_same(module.state_dict(), before, "nothing is loaded")
+    dcp.save({"model": saved.ebc}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="table 't': "):
+        dcp.load({"model": module}, checkpoint_id=tmp_path)
+    for name in (f"embedding_bags.{t}.fingerprint" for t in ("first", "t", "u")):
+        assert torch.equal(module.state_dict()[name], before[name]), name
+
+
 @pytest.mark.parametrize("name", OTHER_TABLES)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_another_table_is_refused_by_an_unsharded_module(name: str, tmp_path: Path) -> None:
@@ -361,6 +408,26 @@ def test_a_checkpoint_of_another_table_is_refused_by_an_unsharded_module(name: s
         with pytest.raises(ValueError, match=rf"table 't': .*{message}"):
             dcp.load({"model": module}, checkpoint_id=tmp_path)
         assert torch.equal(module.state_dict()["embedding_bags.t.fingerprint"], before["embedding_bags.t.fingerprint"])
+
+
+def load_under_another_default_device(rank: int, world_size: int, folder: Path) -> None:
+    """The buffers of `load` are its own: the default device, often the meta one or a GPU, is not asked."""
+    configs = tables()[:2]
+    model = shard(configs, "column_wise", ROWWISE, values=unsharded(configs))
+    train(model, configs, range(2))
+    dcp.save(contents(model), checkpoint_id=folder)
+    expected, state = weights_of(model), state_of(model)
+    other = shard(configs, "table_wise", ROWWISE)
+    with torch.device("meta"):
+        load(contents(other), checkpoint_id=folder)
+    assert_same(weights_of(other), expected, "weights")
+    for name, rows in state_of(other).items():
+        thirds = state[name].view(-1, rows.numel())
+        torch.testing.assert_close(rows, thirds.mean(dim=0), rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_loading_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
+    run_ranks(load_under_another_default_device, 2, tmp_path)
 
 
 def load_values_beside_tensors(rank: int, world_size: int, folder: Path) -> None:

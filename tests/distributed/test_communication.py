@@ -11,16 +11,41 @@ import torch.distributed as dist
 from parity_model import Model, TableCase, hand_plan, loss_of
 from ranks import run_ranks
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+)
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, MixedRadix
-from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
+    MixedRadix,
+)
+from torchrec_qr.distributed import (
+    CompositionalEmbeddingBagCollectionSharder,
+    CompositionalEmbeddingCollectionSharder,
+)
+from torchrec_qr.distributed.shards import ROW_SPLIT
 
 NUM_IDS, DIM, BAGS, TABLES = 1000, 16, 6, 3
-SHARDINGS = ("table_wise", "column_wise", "row_wise")
+# With the number of ranks; of four, two are a node.
+SHARDINGS = {
+    "table_wise": 2,
+    "column_wise": 2,
+    "row_wise": 2,
+    "table_column_wise": 4,
+    "table_row_wise": 4,
+    "grid_shard": 4,
+}
 # Of each: the arguments that are sent, as (position, name).
 COLLECTIVES = {
     "all_to_all_single": (1, "input"),
@@ -61,30 +86,39 @@ def counted() -> Iterator[Bytes]:
             setattr(dist, name, function)
 
 
-def collection(k: int | None) -> nn.Module:
+def collection(k: int | None, pooled: bool) -> nn.Module:
     """Three tables of K partitions, or full ones for None."""
-    fields = [
+    fields: list[dict[str, Any]] = [
         {"name": f"t{i}", "num_embeddings": NUM_IDS, "embedding_dim": DIM, "feature_names": [f"f{i}"]}
         for i in range(TABLES)
     ]
+    device = torch.device("meta")
     if k is None:
-        return EmbeddingBagCollection(device=torch.device("meta"), tables=[EmbeddingBagConfig(**f) for f in fields])
-    partitions = MixedRadix.balanced(NUM_IDS, k)
-    return CompositionalEmbeddingBagCollection(
-        device=torch.device("meta"),
-        tables=[CompositionalEmbeddingBagConfig(**f, partitions=partitions, operation="mult") for f in fields],
-    )
+        if pooled:
+            return EmbeddingBagCollection(device=device, tables=[EmbeddingBagConfig(**f) for f in fields])
+        return EmbeddingCollection(device=device, tables=[EmbeddingConfig(**f) for f in fields])
+    fields = [f | {"partitions": MixedRadix.balanced(NUM_IDS, k), "operation": "mult"} for f in fields]
+    if pooled:
+        return CompositionalEmbeddingBagCollection(
+            device=device, tables=[CompositionalEmbeddingBagConfig(**f) for f in fields]
+        )
+    return CompositionalEmbeddingCollection(device=device, tables=[CompositionalEmbeddingConfig(**f) for f in fields])
 
 
-def measured(rank: int, world_size: int, sharding: str) -> dict[tuple[int | None, int], list[Bytes]]:
+def sharder_of(k: int | None, pooled: bool) -> Any:
+    if k is None:
+        return EmbeddingBagCollectionSharder() if pooled else EmbeddingCollectionSharder()
+    return CompositionalEmbeddingBagCollectionSharder() if pooled else CompositionalEmbeddingCollectionSharder()
+
+
+def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tuple[int | None, int], list[Bytes]]:
     """Bytes of the first and the second step, per K and number of ids a bag."""
     out: dict[tuple[int | None, int], list[Bytes]] = {}
     for k in (None, 2, 3, 4):
-        module = collection(k)
-        sharder: Any = EmbeddingBagCollectionSharder() if k is None else CompositionalEmbeddingBagCollectionSharder()
+        module, sharder = collection(k, pooled), sharder_of(k, pooled)
         cases = [TableCase(f"t{i}", "plain", sharding, dim=DIM) for i in range(TABLES)]
         plan = ShardingPlan({"collection": hand_plan(module, cases, sharder)})
-        model = Model(module, [f"f{i}" for i in range(TABLES)], pooled=True)
+        model = Model(module, [f"f{i}" for i in range(TABLES)], pooled)
         for hot in (1, 10):
             generator = torch.Generator().manual_seed(rank)
             kjt = KeyedJaggedTensor(
@@ -99,14 +133,35 @@ def measured(rank: int, world_size: int, sharding: str) -> dict[tuple[int | None
                     loss_of(dmp(kjt), world_size).backward()
                 steps.append(dict(sent))
             out[k, hot] = steps
-            model = Model(collection(k), [f"f{i}" for i in range(TABLES)], pooled=True)
+            model = Model(collection(k, pooled), [f"f{i}" for i in range(TABLES)], pooled)
     return out
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_bytes_are_those_of_full_tables(sharding: str) -> None:
-    """But for the gradients of replicated partitions, which row-wise are summed over ranks."""
-    for rank in run_ranks(measured, 2, sharding):
+def summed(ranks: list[dict[tuple[int | None, int], list[Bytes]]]) -> dict[tuple[int | None, int], list[Bytes]]:
+    """Over ranks, step by step."""
+    out = {}
+    for case in ranks[0]:
+        steps: list[Bytes] = [Counter(), Counter()]
+        for rank in ranks:
+            for total, step in zip(steps, rank[case], strict=True):
+                for kind, sent in step.items():
+                    total[kind] += sent
+        out[case] = [dict(total) for total in steps]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("sharding", "pooled"),
+    [*((s, True) for s in SHARDINGS), *((s, False) for s in ("table_wise", "column_wise", "row_wise"))],
+)
+def test_bytes_are_those_of_full_tables(sharding: str, pooled: bool) -> None:
+    """But for the gradients of replicated partitions, which are summed over ranks where rows are split."""
+    world_size = SHARDINGS[sharding]
+    ranks = run_ranks(measured, world_size, sharding, pooled, local_world_size=2)
+    if sharding == "row_wise" and not pooled:
+        # An id's embedding comes from the rank of its row, which need not be the one that full tables have it on.
+        ranks = [summed(ranks)]
+    for rank in ranks:
         for hot in (1, 10):
             stock = rank[None, hot]
             # By hand, so that the counter is known to see all: ids of 8 bytes, and D floats a bag and feature.
@@ -114,9 +169,17 @@ def test_bytes_are_those_of_full_tables(sharding: str) -> None:
             assert stock[1]["all_to_all_single", "integers"] >= 8 * BAGS * TABLES * hot
             for k in (2, 3, 4):
                 sizes = MixedRadix.balanced(NUM_IDS, k).sizes
-                replicated = sum(sizes) - max(sizes) if sharding == "row_wise" else 0
+                replicated = sum(sizes) - max(sizes) if sharding in ROW_SPLIT else 0
                 for step, expected in zip(rank[k, hot], stock, strict=True):
                     own = dict(step)
                     reduced = own.pop(("all_reduce", "floats"), 0)
                     assert own == expected, (k, hot)
-                assert reduced == 4 * DIM * TABLES * replicated, (k, hot)
+                assert reduced == 4 * DIM * TABLES * replicated * (world_size // len(ranks)), (k, hot)
+
+
+def test_data_parallel_tables_exchange_gradients_alone() -> None:
+    for rank in run_ranks(measured, 2, "data_parallel", True):
+        for k in (2, 3, 4):
+            rows = sum(MixedRadix.balanced(NUM_IDS, k).sizes)
+            for hot in (1, 10):
+                assert rank[k, hot] == [{("all_reduce", "floats"): 4 * DIM * TABLES * rows}] * 2, (k, hot)

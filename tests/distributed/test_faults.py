@@ -3,23 +3,37 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from time import monotonic
+from typing import Any
 
 import pytest
+import test_parity_pooled
+import test_parity_sequence
 import torch
 from ranks import run_ranks
-from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table
+from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table, unsharded
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.sharding_plan import ParameterShardingGenerator, column_wise, table_wise
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    column_wise,
+    construct_module_sharding_plan,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,
     QuotientRemainder,
+    ids,
 )
 from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
@@ -74,36 +88,105 @@ def test_other_compute_kernels_are_refused(kernel: str) -> None:
         check_plan({"a": TABLES[0]}, plan)
 
 
-def refused(rank: int, world_size: int) -> list[str]:
+def refused(rank: int, world_size: int) -> dict[str, str]:
     path = table("p", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3)
-    plans: list[ParameterShardingGenerator] = [column_wise(ranks=[0]), grid_of(hosts=[0])]
-    messages = []
-    for plan in plans:
+    messages = {}
+    plans: dict[str, ParameterShardingGenerator] = {
+        "column_wise": column_wise(ranks=[0, 0]),
+        "table_column_wise": table_column_wise(ranks=[0, 0]),
+        "grid_shard": grid_of(hosts=[0, 0]),
+    }
+    for sharding, plan in plans.items():
         with pytest.raises(ValueError, match="allowed: ") as error:
             shard([path], {"p": plan})
-        messages.append(str(error.value))
+        messages[sharding] = str(error.value)
+    with pytest.raises(ValueError, match="table 's': operation='path' cannot be column_wise"):
+        shard_sequence({"operation": "path"}, column_wise(ranks=[0, 0]))
+    uvm = table_wise(rank=0, compute_kernel="fused_uvm_caching")
     with pytest.raises(NotImplementedError, match="table 'a': compute kernel 'fused_uvm_caching'"):
-        shard(list(TABLES), {t.name: table_wise(rank=0, compute_kernel="fused_uvm_caching") for t in TABLES})
-    model = shard(list(TABLES), "table_wise")
-    moved = model.plan.get_plan_for_module("ebc")
-    with pytest.raises((NotImplementedError, AssertionError)) as resharding:
-        model.reshard(sharded_module_fqn="ebc", changed_shard_to_params={"ebc": (0.0, moved)})
-    messages.append(f"{type(resharding.value).__name__}: {resharding.value}")
-    before = model(batch_of(list(TABLES), 0, rank, world_size))
-    with pytest.raises(NotImplementedError, match="dynamic resharding is not supported"):
-        model.module.ebc.update_shards(moved, model._env, torch.device("cpu"))
-    assert torch.equal(model(batch_of(list(TABLES), 0, rank, world_size)), before)
+        shard(list(TABLES), {t.name: uvm for t in TABLES})
+    with pytest.raises(NotImplementedError, match="table 's': compute kernel 'fused_uvm_caching'"):
+        shard_sequence({}, uvm)
     return messages
+
+
+def table_column_wise(ranks: list[int]) -> ParameterShardingGenerator:
+    """As the planner of TorchRec makes it: its helper for plans by hand is column-wise."""
+
+    def generate(*args: Any, **kwargs: Any) -> ParameterSharding:
+        return replace(column_wise(ranks=ranks)(*args, **kwargs), sharding_type="table_column_wise")
+
+    return generate
+
+
+def shard_sequence(fields: dict[str, Any], plan: ParameterShardingGenerator) -> DistributedModelParallel:
+    config = CompositionalEmbeddingConfig(
+        name="s",
+        feature_names=["f"],
+        num_embeddings=NUM_IDS,
+        embedding_dim=8,
+        partitions=QuotientRemainder(NUM_IDS, 7),
+        **fields,
+    )
+    collection = CompositionalEmbeddingCollection(tables=[config], device=torch.device("meta"))
+    sharder = CompositionalEmbeddingCollectionSharder()
+    module_plan = construct_module_sharding_plan(collection, {"s": plan}, sharder, 1, 1, "cpu")
+    return DistributedModelParallel(
+        collection, device=torch.device("cpu"), plan=ShardingPlan({"": module_plan}), sharders=[sharder]
+    )
 
 
 def test_plans_that_cannot_work_are_refused() -> None:
     (messages,) = run_ranks(refused, 1)
-    for sharding, message in zip(("column_wise", "grid_shard"), messages, strict=False):
+    for sharding, message in messages.items():
         assert message.startswith(f"table 'p': operation='path' cannot be {sharding}")
-        assert message.endswith("allowed: table_wise, row_wise, table_row_wise, data_parallel")
-    assert (
-        messages[-1] == "NotImplementedError: dynamic resharding is not supported by sharded compositional collections"
-    )
+        assert message.endswith(
+            "allowed: table_wise, row_wise, table_row_wise, data_parallel "
+            "(a planner is told by sharding_types of ParameterConstraints)"
+        )
+
+
+def whole_columns(rank: int, world_size: int) -> None:
+    path = table("p", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3)
+    values = unsharded([path])
+    batch = batch_of([path], 0, rank, world_size)
+    for plan in (column_wise(ranks=[1]), table_column_wise(ranks=[0]), grid_of(hosts=[0])):
+        torch.testing.assert_close(shard([path], {"p": plan}, values=values)(batch), values(batch))
+
+
+def test_a_path_may_have_one_shard_of_all_its_columns() -> None:
+    """What a planner's column-wise amounts to, of a table too narrow to be cut."""
+    run_ranks(whole_columns, 2)
+
+
+def reshard(rank: int, world_size: int) -> None:
+    model = shard(list(TABLES), "table_wise")
+    moved = model.plan.get_plan_for_module("ebc")
+    message = "dynamic resharding is not supported by sharded compositional collections"
+    with pytest.raises(NotImplementedError, match=message):
+        model.reshard(sharded_module_fqn="ebc", changed_shard_to_params={"ebc": (0.0, moved)})
+    before = model(batch_of(list(TABLES), 0, rank, world_size))
+    with pytest.raises(NotImplementedError, match=message):
+        model.module.ebc.update_shards(moved, model._env, torch.device("cpu"))
+    assert torch.equal(model(batch_of(list(TABLES), 0, rank, world_size)), before)
+    with pytest.raises(NotImplementedError, match=message):
+        CompositionalEmbeddingCollectionSharder().reshard(shard_sequence({}, table_wise(rank=0)), moved, model._env)
+
+
+def test_dynamic_resharding_is_refused() -> None:
+    run_ranks(reshard, 1)
+
+
+def test_sharders_offer_what_is_tested() -> None:
+    """Of each type a kernel that `test_parity_pooled` and `test_parity_sequence` train with, on every device."""
+    bags, sequences = CompositionalEmbeddingBagCollectionSharder(), CompositionalEmbeddingCollectionSharder()
+    for device in ("cpu", "cuda", "meta"):
+        assert sorted(bags.sharding_types(device)) == sorted(test_parity_pooled.SHARDINGS)
+        assert sorted(sequences.sharding_types(device)) == sorted(test_parity_sequence.SHARDINGS)
+        for sharder in (bags, sequences):
+            for sharding in sharder.sharding_types(device):
+                kernel = "dense" if sharding == "data_parallel" else "fused"
+                assert sharder.compute_kernels(sharding, device) == [kernel]
 
 
 def test_different_optimizers_in_one_table_are_refused() -> None:
@@ -125,3 +208,67 @@ def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
     _apply_optimizer_in_backward(torch.optim.SGD, [second], {"lr": 0.2})
     with pytest.raises(ValueError, match="table 'a': its partitions have different optimizers attached"):
         CompositionalEmbeddingCollectionSharder().shardable_parameters(collection)
+
+
+class Checks(TorchDispatchMode):
+    """Counts the range checks: one ``aminmax`` each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.aminmax.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_checks(rank: int, world_size: int) -> dict[str, int]:
+    plans: dict[str, ParameterShardingGenerator] = {
+        "table_wise": table_wise(rank=0),
+        "column_wise": column_wise(ranks=[0, 0, 0]),
+        "row_wise": row_wise(),
+        "grid_shard": grid_of(hosts=[0]),
+    }
+    counts = {}
+    for name, plan in plans.items():
+        model = shard(list(TABLES), {t.name: plan for t in TABLES})
+        with Checks() as checks:
+            model(batch_of(list(TABLES), 0, rank, world_size))
+        counts[name] = checks.count
+    return counts
+
+
+def test_ids_of_a_feature_are_checked_once_whatever_the_plan() -> None:
+    (counts,) = run_ranks(count_checks, 1)
+    assert counts == {"table_wise": 2, "column_wise": 2, "row_wise": 2, "grid_shard": 2}
+
+
+class Arrived:
+    """The event of a check whose result has come to the host."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def deferred(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for sharding in ("table_wise", "row_wise", "data_parallel"):
+        model = shard(list(TABLES), sharding)
+        batch = batch_of(list(TABLES), 0, rank, world_size)
+        before = model(batch)
+        # As a batch on a GPU would leave it behind.
+        ids._deferred.add(ids.IdSpace("a", "f_a", NUM_IDS, "error"), torch.tensor([0, NUM_IDS]), Arrived())
+        with pytest.raises(IndexError) as error:
+            model(batch)
+        messages.append(str(error.value))
+        assert torch.equal(model(batch), before)
+    return messages
+
+
+def test_a_sharded_batch_raises_what_an_earlier_one_left_to_be_checked() -> None:
+    (messages,) = run_ranks(deferred, 1)
+    for message in messages:
+        assert message.startswith("table 'a', feature 'f_a': id 60 is outside [0, 60)")

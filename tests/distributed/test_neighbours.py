@@ -1,30 +1,311 @@
 """What stands beside the collections in TorchRec works, or is refused by name: see `docs/compatibility.md`."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded_model import NUM_IDS, table
+from sharded_model import (
+    NUM_IDS,
+    SGD,
+    Model,
+    batch_of,
+    placement,
+    shard,
+    table,
+    tables,
+    train,
+    unsharded,
+    weights_of,
+)
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
+from torchrec.modules.mc_modules import LFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, QuotientRemainder
-from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
+    QuotientRemainder,
+)
+from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, get_default_sharders
+
+CPU = torch.device("cpu")
+LR = 0.05
+TABLES = [table(name, QuotientRemainder(NUM_IDS, 7), "mult") for name in ("a", "b")]
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
 
 
 def with_dtensor(rank: int, world_size: int) -> None:
-    collection = CompositionalEmbeddingBagCollection(
-        tables=[table("a", QuotientRemainder(NUM_IDS, 7), "mult")], device=torch.device("meta")
-    )
+    collection = CompositionalEmbeddingBagCollection(tables=TABLES[:1], device=torch.device("meta"))
     sharder = CompositionalEmbeddingBagCollectionSharder()
     plan = construct_module_sharding_plan(collection, {"a": table_wise(rank=0)}, sharder, 1, 1, "cpu")
     assert dist.group.WORLD is not None
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     env.output_dtensor = True
     with pytest.raises(NotImplementedError, match=r"tables \['a'\]: output_dtensor=True .*DMPCollection"):
-        sharder.shard(collection, dict(plan), env, torch.device("cpu"))
+        sharder.shard(collection, dict(plan), env, CPU)
 
 
 def test_dtensor_output_is_refused() -> None:
-    """Also what refuses `DMPCollection`, whose environment always asks for it."""
+    """Also what refuses `DMPCollection` on a GPU: its environment always asks for it."""
     run_ranks(with_dtensor, 1)
+
+
+def two_dimensional(rank: int, world_size: int) -> None:
+    model = Model(CompositionalEmbeddingBagCollection(tables=list(TABLES), device=torch.device("meta")))
+    assert dist.group.WORLD is not None
+    with pytest.raises(AssertionError, match="DMPCollection only supports CUDA or MTIA"):
+        DMPCollection(model, CPU, ShardingPlan({}), world_size, 1, dist.group.WORLD, sharders=get_default_sharders())
+
+
+def test_two_dimensional_parallelism_is_torchrecs_own_on_accelerators_alone() -> None:
+    run_ranks(two_dimensional, 2)
+
+
+# --- managed collisions (ZCH) --------------------------------------------------------------------------------------
+
+
+def remapping(collection: Any, configs: list[Any]) -> ManagedCollisionCollection:
+    """Ids of a wide space into the tables' own, for each table."""
+    modules: dict[str, Any] = {
+        c.name: MCHManagedCollisionModule(
+            zch_size=c.num_embeddings,
+            device=CPU,
+            eviction_policy=LFU_EvictionPolicy(),
+            eviction_interval=1,
+            input_hash_size=10**6,
+        )
+        for c in configs
+    }
+    return ManagedCollisionCollection(modules, collection.embedding_configs())
+
+
+def sequence_tables() -> list[CompositionalEmbeddingConfig]:
+    return [
+        CompositionalEmbeddingConfig(
+            name=c.name,
+            feature_names=c.feature_names,
+            num_embeddings=NUM_IDS,
+            embedding_dim=8,
+            partitions=QuotientRemainder(NUM_IDS, 7),
+        )
+        for c in TABLES
+    ]
+
+
+def managed(pooled: bool) -> ManagedCollisionEmbeddingBagCollection | ManagedCollisionEmbeddingCollection:
+    inside: Any
+    if pooled:
+        inside = CompositionalEmbeddingBagCollection(tables=list(TABLES))
+        return ManagedCollisionEmbeddingBagCollection(inside, remapping(inside, list(TABLES)), True)
+    inside = CompositionalEmbeddingCollection(tables=sequence_tables())
+    return ManagedCollisionEmbeddingCollection(inside, remapping(inside, sequence_tables()), True)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_managed_collisions_of_an_unsharded_collection(pooled: bool) -> None:
+    """The collection sees the ids that its slots were given: those of the remapped features."""
+    module = managed(pooled)
+    wide = torch.tensor([987_654, 3, 987_654, 500_000, 3, 42])
+    batch = KeyedJaggedTensor(["f_a", "f_b"], wide, lengths=torch.tensor([2, 1, 2, 1]))
+    for _ in range(3):
+        out, remapped = module(batch)
+    assert isinstance(remapped, KeyedJaggedTensor)
+    ids = remapped.values().tolist()
+    assert ids != wide.tolist()
+    assert max(ids) < NUM_IDS
+    # One slot an id and table.
+    assert (ids[0] == ids[2], ids[0] == ids[1], len({ids[3], ids[4], ids[5]})) == (True, False, 3)
+    expected = module._embedding_module(remapped)
+    for name in ("f_a", "f_b"):
+        actual, own = (o[name] if pooled else o[name].values() for o in (out, expected))
+        assert actual.numel()
+        assert torch.equal(actual, own)
+
+
+def sharded_managed(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for pooled in (True, False):
+        with pytest.raises(NotImplementedError) as error:
+            DistributedModelParallel(managed(pooled), device=CPU, sharders=get_default_sharders())
+        messages.append(str(error.value))
+    # Around TorchRec's own collection they are as ever.
+    plain = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="p", feature_names=["f"], num_embeddings=NUM_IDS, embedding_dim=8)]
+    )
+    plain.embedding_configs = plain.embedding_bag_configs
+    stock = ManagedCollisionEmbeddingBagCollection(plain, remapping(plain, plain.embedding_bag_configs()))
+    (sharder,) = (s for s in get_default_sharders() if s.module_type is type(stock))
+    assert list(sharder.shardable_parameters(stock)) == ["p"]
+    return messages
+
+
+def test_managed_collisions_in_front_of_a_sharded_collection_are_refused() -> None:
+    pooled, sequence = run_ranks(sharded_managed, 1)[0]
+    assert pooled.startswith(
+        "ManagedCollisionEmbeddingBagCollection of CompositionalEmbeddingBagCollection, tables ['a', 'b']: managed "
+        "collision is not supported by sharded compositional collections"
+    )
+    assert sequence.startswith("ManagedCollisionEmbeddingCollection of CompositionalEmbeddingCollection, tables")
+    for message in (pooled, sequence):
+        assert message.endswith("allowed: plain tables in a collection of TorchRec's, or the module unsharded")
+
+
+# --- feature processors --------------------------------------------------------------------------------------------
+
+
+class Processed(nn.Module):
+    """Position-weighted features in front of a collection, its outputs in the order of the tables."""
+
+    def __init__(self, collection: Any, device: torch.device, as_collection: bool = True) -> None:
+        super().__init__()
+        self.features = [f for t in collection.embedding_bag_configs() for f in t.feature_names]
+        processors: Any
+        if as_collection:
+            processors = PositionWeightedModuleCollection(dict.fromkeys(self.features, 5), device=device)
+        else:
+            processors = {f: PositionWeightedModule(5, device=device) for f in self.features}
+        self.fp = FeatureProcessedEmbeddingBagCollection(collection, processors)
+
+    def forward(self, batch: KeyedJaggedTensor) -> Tensor:
+        return KeyedTensor.regroup([self.fp(batch)], [self.features])[0]
+
+
+def processed(configs: list[Any], device: str, as_collection: bool = True) -> Processed:
+    collection = CompositionalEmbeddingBagCollection(tables=configs, device=torch.device(device), is_weighted=True)
+    return Processed(collection, torch.device(device), as_collection)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (out * (out - 1)).mean()
+
+
+def train_processed(rank: int, world_size: int, shardings: tuple[str, ...], as_collection: bool) -> None:
+    """Three steps of SGD of tables, fused, and of position weights, dense, beside those of the unsharded module."""
+    configs = tables()
+    for sharding in shardings:
+        alone = processed(configs, "cpu", as_collection)
+        values = unsharded(configs).state_dict()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, p in alone.named_parameters():
+                inside = name.replace("fp._embedding_bag_collection", "ebc")
+                p.copy_(values[inside] if inside in values else torch.rand(p.shape, generator=generator) + 0.5)
+        sharder = CompositionalEmbeddingBagCollectionSharder(fused_params={"optimizer": SGD, "learning_rate": LR})
+        model = processed(configs, "meta", as_collection)
+        places = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
+        local_size = min(2, world_size)
+        plan = construct_module_sharding_plan(
+            model.fp._embedding_bag_collection, places, sharder, local_size, world_size, "cpu"
+        )
+        sharded = DistributedModelParallel(
+            model,
+            device=CPU,
+            plan=ShardingPlan({"fp": plan}),
+            sharders=[FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=sharder)],
+        )
+        sharded.load_state_dict({name: value.clone() for name, value in alone.state_dict().items()})
+        rest = dict(in_backward_optimizer_filter(sharded.named_parameters()))  # position weights, and the plain table
+        dense = torch.optim.SGD(rest.values(), lr=LR)
+        everything = torch.optim.SGD(alone.parameters(), lr=LR)
+        for step in range(3):
+            batches = [batch_of(configs, step, r, world_size, weighted=True) for r in range(world_size)]
+            everything.zero_grad()
+            dense.zero_grad()
+            # Copies: TorchRec's processors write positions into the batch where rows are split.
+            expected = [alone(copy.deepcopy(batch)) for batch in batches]
+            out = sharded(copy.deepcopy(batches[rank]))
+            torch.testing.assert_close(out, expected[rank], rtol=1e-4, atol=1e-4, msg=lambda m, s=sharding: f"{s}: {m}")
+            loss_of(out).backward()
+            torch.stack([loss_of(e) for e in expected]).mean().backward()
+            everything.step()
+            dense.step()
+        for name, value in weights_of(sharded).items():
+            tolerance = 5e-3 if "half" in name else 1e-4
+            torch.testing.assert_close(
+                value,
+                alone.state_dict()[name],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, what=f"{sharding}: {name}": f"{what}: {m}",
+            )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "as_collection", "shardings"),
+    [
+        (2, True, ("table_wise", "column_wise", "row_wise", "data_parallel")),
+        (2, False, ("table_wise", "row_wise")),
+        (4, True, ("table_row_wise", "grid_shard")),
+    ],
+)
+def test_feature_processors_train_as_unsharded(
+    world_size: int, as_collection: bool, shardings: tuple[str, ...]
+) -> None:
+    run_ranks(train_processed, world_size, shardings, as_collection, local_world_size=2)
+
+
+def default_processed(rank: int, world_size: int) -> tuple[list[str], list[float]]:
+    """Tables that the planner places, behind a processor; and TorchRec's own collection in the same place."""
+    torch.manual_seed(0)  # the same values on all ranks
+    alone = processed(list(TABLES), "cpu")
+    model = DistributedModelParallel(processed(list(TABLES), "meta"), device=CPU, sharders=get_default_sharders())
+    model.load_state_dict({name: value.clone() for name, value in alone.state_dict().items()})
+    batch = batch_of(list(TABLES), 0, rank, world_size, weighted=True)
+    torch.testing.assert_close(model(copy.deepcopy(batch)), alone(batch), rtol=1e-5, atol=1e-6)
+    torch.manual_seed(0)
+    stock = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="p", feature_names=["f_a"], num_embeddings=NUM_IDS, embedding_dim=8)],
+        is_weighted=True,
+    )
+    plain = Processed(stock, CPU)
+    expected = plain(copy.deepcopy(batch))
+    values = {name: value.clone() for name, value in plain.state_dict().items()}
+    sharded = DistributedModelParallel(plain, device=CPU, sharders=get_default_sharders())
+    sharded.load_state_dict(values)
+    torch.testing.assert_close(sharded(batch), expected, rtol=1e-5, atol=1e-6)
+    return sorted(model.plan.plan["fp"]), [float(expected.detach().abs().sum())]
+
+
+def test_the_default_sharders_take_feature_processors_of_either_collection() -> None:
+    for names, (total,) in run_ranks(default_processed, 2):
+        assert names == ["a", "b"]
+        assert total > 0
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------
+
+
+def compiled(rank: int, world_size: int) -> None:
+    configs = tables()[:1]
+    values = unsharded(configs)
+    eager, traced = (shard(configs, "row_wise", values=values) for _ in range(2))
+    expected = train(eager, configs, range(2))
+    out = train(torch.compile(traced, backend="aot_eager"), configs, range(2))
+    assert not torch.equal(expected[0], expected[1])
+    for step, (a, e) in enumerate(zip(out, expected, strict=True)):
+        assert torch.equal(a, e), step
+    weights = weights_of(eager)
+    for name, value in weights_of(traced).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_compiled_model_trains_as_the_eager_one() -> None:
+    """With replicated partitions, their hook and codes of rows; compiling is slow, of TorchRec's own tables too."""
+    run_ranks(compiled, 2, timeout=280)

@@ -147,7 +147,12 @@ def test_other_optimizers_raise(kind: EmbOptimType) -> None:
 def refused(rank: int, world_size: int) -> list[str]:
     messages = []
     for sharding in PLANS:
-        for params in ({"optimizer": EmbOptimType.ADAM}, {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1}):
+        # The last: said of a table whose kernel is dense, it must not be dropped either.
+        for params in (
+            {"optimizer": EmbOptimType.ADAM},
+            {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1},
+            {"output_dtype": SparseType.FP16},
+        ):
             with pytest.raises(NotImplementedError) as error:
                 sharded(ALL_AS[sharding], params)
             messages.append(str(error.value))
@@ -163,7 +168,7 @@ def refused(rank: int, world_size: int) -> list[str]:
 
 def test_refused_under_every_plan() -> None:
     (messages,) = run_ranks(refused, 1)
-    names = ["adam", "weight_decay=0.1"] * len(PLANS)
+    names = ["adam", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(PLANS)
     names += ["adam", "adam", "lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
     for message, name in zip(messages, names, strict=True):
         assert message.startswith("table 'a': ")
@@ -289,35 +294,3 @@ def test_dense_kernel_table_wise() -> None:
     weights = assembled(run_ranks(by_hand_dense, 2))
     for key, value in expected_after_sgd(ALL_AS["table_wise"]).items():
         torch.testing.assert_close(weights[key].float(), value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: key + m)
-
-
-MICRO = Run((*RUN.tables, TableCase("plain", "plain", "table_wise")))
-
-
-def accumulated(rank: int, world_size: int) -> tuple[dict[str, Pieces], dict[str, Pieces]]:
-    """Weights after two micro-batches, and after the first of them alone."""
-    params = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": LR, "eps": EPS}
-    dmp = sharded(MICRO, params)
-    for step in (0, 3):
-        backward(dmp, MICRO, step, scale=0.5)
-        for p in dmp.parameters():
-            assert p.grad is None, "a fused optimizer steps in every backward, and keeps nothing for the next"
-    twice = weights_of(dmp)
-    once = sharded(MICRO, params)
-    backward(once, MICRO, 0, scale=0.5)
-    first = weights_of(once)
-    return twice, first
-
-
-def test_accumulation_steps_in_every_backward() -> None:
-    """As TorchRec's fused optimizers do: micro-batches are steps of their own, of plain tables and of ours."""
-    ranks = run_ranks(accumulated, 2)
-    twice, first = (assembled([rank[i] for rank in ranks]) for i in (0, 1))
-    initial = MICRO.initial().state_dict()
-    for key, value in first.items():
-        moved = (value - initial[key.removeprefix("collection.")].double()).abs()
-        assert moved.max() > 0, key
-        # The first step of Adagrad is lr · sign(g), of half a gradient as of a whole one.
-        torch.testing.assert_close(moved[moved > 0.9 * LR].mean().item(), LR, rtol=1e-3, atol=0)
-        if not key.endswith("plain.weight"):
-            assert (twice[key] - value).abs().max() > 0, key

@@ -1,6 +1,7 @@
 """Sharded pooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -165,6 +166,14 @@ def test_world_sizes_agree() -> None:
         assert weights[w].keys() == weights[1].keys()
         for key, value in weights[w].items():
             torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+
+
+def test_weighted_mean_under_every_sharding_type() -> None:
+    """Divided by the number of ids of a bag, not by the sum of its weights, beside tables that are not divided."""
+    tables = (*one_of_each(pooling="mean"), *(replace(t, name=f"{t.name}_sum") for t in one_of_each()))
+    run = Run(tables, optimizer="adagrad", weighted=True)
+    for world_size in (2, 4):
+        assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=2))
 
 
 def test_more_ranks_than_base_rows() -> None:

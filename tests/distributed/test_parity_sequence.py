@@ -18,8 +18,11 @@ from parity_model import (
 from parity_reference import assert_trained_as_reference
 from ranks import run_ranks
 from test_parity_pooled import FACTORS, feasible_pairs, pairs_of, pairwise, runs_of
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
+
+from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
 SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 SEQUENCE_FACTORS = {
@@ -104,6 +107,54 @@ def test_column_shards_of_different_widths_are_refused() -> None:
     run = Run((TableCase("a", "strided", "column_wise"), TableCase("b", "plain", "column_wise")), pooled=False)
     (message,) = run_ranks(refused, 1, run)
     assert "shards of {'a': [4, 4, 4, 4], 'b': [8, 8]} columns; allowed: one width" in message
+
+
+def refused_types(rank: int, world_size: int) -> dict[str, str]:
+    messages = {}
+    for sharding in ("table_column_wise", "table_row_wise", "grid_shard"):
+        run = Run((TableCase("t", "strided", sharding, plan="hand"),), pooled=False)
+        sharders = sharders_of(run)
+        model = Model(run.collection("meta"), [], pooled=False)
+        plan = ShardingPlan({"collection": hand_plan(model.collection, list(run.tables), sharders[1])})
+        with pytest.raises(ValueError, match=sharding) as error:
+            DistributedModelParallel(model, plan=plan, sharders=sharders, device=torch.device("cpu"))
+        messages[sharding] = str(error.value)
+        assert sharding not in sharders[1].sharding_types("cpu")
+    return messages
+
+
+def test_other_sharding_types_are_refused_by_name() -> None:
+    for sharding, message in run_ranks(refused_types, 1)[0].items():
+        assert message == (
+            f"tables ['t']: sharding type {sharding!r} is not supported for sequences; "
+            "allowed: table_wise, column_wise, row_wise, data_parallel"
+        )
+
+
+def quantised(rank: int, world_size: int, run: Run) -> dict[str, bool]:
+    """Whether each output is the one of exact communication rounded to bf16, of two models."""
+    config = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
+    # Not of TorchRec's registry, which replaces bf16 by fp16 on a CPU.
+    codecs = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)}
+    sharders = sharders_of(run)
+    sharders[1] = CompositionalEmbeddingCollectionSharder(sharders[1].fused_params, qcomm_codecs_registry=codecs)
+    kjt = global_batch(run, 0).part(rank, world_size).kjt(weighted=False)
+    exact, rounded = shard(run).module.collection(kjt), shard(run, sharders).module.collection(kjt)
+    found = {}
+    for name, _, _ in run.outputs():
+        value = exact[name].values()
+        assert value.numel()
+        assert not torch.equal(value, value.bfloat16().float())
+        torch.testing.assert_close(rounded[name].values(), value, rtol=1e-2, atol=0)
+        found[name] = torch.equal(rounded[name].values(), value.bfloat16().float())
+    return found
+
+
+def test_quantised_communication() -> None:
+    """Data-parallel tables exchange no embeddings, and so round none."""
+    run = Run(one_of_each(), pooled=False)
+    for found in run_ranks(quantised, 2, run):
+        assert found == {f"f_{s}": s != "data_parallel" for s in SHARDINGS}
 
 
 def raised(rank: int, world_size: int, run: Run) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from sharded_model import (
+    DIM,
     NUM_IDS,
     SAMPLES,
     batch_of,
@@ -21,9 +22,16 @@ from sharded_model import (
 )
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.fbgemm_qcomm_codec import (
+    CommType,
+    QCommsConfig,
+    get_qcomm_codecs,
+    get_qcomm_codecs_registry,
+)
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import CommOp
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.streamable import Pipelineable
@@ -121,6 +129,23 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
     outputs += [step(detached, optimizer, batch) for batch in data[STEPS // 2 :]]
     assert_all_equal(outputs, expected, "detach")
 
+    # Detached, evaluated while two batches wait in the pipeline, and attached again.
+    model, optimizer = mixed_model(weighted)
+    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+    it = iter(data)
+    outputs = [pipeline.progress(it).detach() for _ in range(2)]
+    detached = pipeline.detach().eval()
+    plain, optimizer = mixed_model(weighted)
+    for batch in data[:2]:
+        step(plain, optimizer, batch)
+    assert_all_equal([detached(data[-1])[1]], [plain.eval()(data[-1])[1]], "evaluated while detached")
+    pipeline.attach(detached.train())
+    outputs += [pipeline.progress(it).detach() for _ in range(STEPS - 2)]
+    assert_all_equal(outputs, expected, "detach, evaluate, attach")
+    for name, value in weights_of(model).items():
+        assert torch.equal(value, weights[name]), ("detach, evaluate, attach", name)
+    pipeline.detach()
+
     with torch.no_grad():
         model.eval()
         expected = [model(batch)[1] for batch in data]
@@ -156,30 +181,40 @@ def test_weighted_features_agree_with_the_unsharded_module() -> None:
     run_ranks(weighted_outputs, 2, tuple(NAMES.values()))
 
 
-QUANTISED = {
-    "fp16": (QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16), 2e-3),
-    "bf16": (QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16), 2e-2),
-}
+# What TorchRec's codecs of half precision do to a value, and how far three steps with them may lead.
+QUANTISED = {"fp16": (torch.float16, CommType.FP16, 2e-3), "bf16": (torch.bfloat16, CommType.BF16, 2e-2)}
+
+
+def codecs_of(precision: CommType) -> dict[str, Any]:
+    """By operation. TorchRec's registry replaces bf16 by fp16 on a CPU; the codecs themselves work there."""
+    config = QCommsConfig(forward_precision=precision, backward_precision=precision)
+    operations = (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER)
+    return {operation.name: get_qcomm_codecs(config) for operation in operations}
 
 
 def quantised_communication(rank: int, world_size: int, shardings: tuple[str, ...], codec: str) -> None:
-    config, tolerance = QUANTISED[codec]
+    dtype, precision, tolerance = QUANTISED[codec]
+    configs = tables()
     for sharding in shardings:
-        exact = shard(tables(), sharding, values=unsharded(tables()))
-        quantised = shard(
-            tables(),
-            sharding,
-            values=unsharded(tables()),
-            qcomm_codecs_registry=get_qcomm_codecs_registry(config, device=CPU),
+        exact = shard(configs, sharding, values=unsharded(configs))
+        rounded = shard(configs, sharding, values=unsharded(configs), qcomm_codecs_registry=codecs_of(precision))
+        expected, actual = train(exact, configs, range(3)), train(rounded, configs, range(3))
+        first, of_first = (
+            dict(zip((c.name for c in configs), out[0].split(DIM, dim=1), strict=True)) for out in (expected, actual)
         )
-        expected, actual = train(exact, tables(), range(3)), train(quantised, tables(), range(3))
-        assert not torch.equal(actual[0], expected[0]), f"{sharding}: nothing was quantised"
+        for config in configs:
+            # `placement` has path split by rows where others are by columns; MEAN divides after the communication.
+            whole_bags = sharding == "table_wise" or (sharding == "column_wise" and config.name != "explicit_path")
+            if whole_bags and config.pooling == PoolingType.SUM:
+                value = first[config.name]
+                assert torch.equal(of_first[config.name], value.to(dtype).float()), f"{sharding}, {config.name}"
+                assert not torch.equal(of_first[config.name], value), f"{sharding}, {config.name}: not quantised"
         for a, e in zip(actual, expected, strict=True):
             scale = float(e.abs().max())
             torch.testing.assert_close(
                 a, e, rtol=tolerance, atol=tolerance * scale, msg=lambda m, s=sharding: f"{s}, {codec}: {m}"
             )
-        moved = weights_of(quantised)
+        moved = weights_of(rounded)
         for name, value in weights_of(exact).items():
             torch.testing.assert_close(
                 moved[name], value, rtol=5 * tolerance, atol=5 * tolerance, msg=lambda m, n=name: f"{n}: {m}"
@@ -189,8 +224,23 @@ def quantised_communication(rank: int, world_size: int, shardings: tuple[str, ..
 @pytest.mark.parametrize("codec", QUANTISED)
 def test_quantised_communication(codec: str) -> None:
     run_ranks(quantised_communication, 2, ("table_wise", "column_wise", "row_wise"), codec)
-    if codec == "bf16":
-        run_ranks(quantised_communication, 4, ("table_row_wise", "grid_shard"), codec, local_world_size=2)
+    run_ranks(quantised_communication, 4, ("table_row_wise", "grid_shard"), codec, local_world_size=2)
+
+
+def by_the_registry(rank: int, world_size: int) -> None:
+    """As users pass codecs: by operation, of the registry that TorchRec makes for the device."""
+    config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16)
+    codecs = get_qcomm_codecs_registry(config, device=CPU)
+    models = [
+        shard(tables(), "table_wise", values=unsharded(tables()), qcomm_codecs_registry=registry)
+        for registry in (codecs, codecs_of(CommType.FP16))
+    ]
+    outputs = [train(model, tables(), range(2)) for model in models]
+    assert_all_equal(outputs[0], outputs[1], "registry")
+
+
+def test_codecs_of_torchrecs_registry() -> None:
+    run_ranks(by_the_registry, 2)
 
 
 def variable_batch(rank: int, world_size: int) -> None:

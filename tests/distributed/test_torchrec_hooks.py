@@ -8,11 +8,17 @@ from torchrec.distributed import embedding, embedding_lookup, embedding_sharding
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+from torchrec.distributed.fp_embeddingbag import (
+    FeatureProcessedEmbeddingBagCollectionSharder,
+    ShardedFeatureProcessedEmbeddingBagCollection,
+)
+from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.sharding.dp_sharding import BaseDpEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import BaseTwEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import BaseTwRwEmbeddingSharding
 from torchrec.distributed.types import Awaitable
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
@@ -47,6 +53,11 @@ METHODS: list[tuple[type, str, set[str]]] = [
     (GroupedEmbeddingsLookup, "named_parameters_by_table", set()),
     (BaseEmbedding, "forward", {"features"}),
     (BaseEmbedding, "config", set()),
+    (FeatureProcessedEmbeddingBagCollectionSharder, "__init__", {"ebc_sharder"}),
+    (FeatureProcessedEmbeddingBagCollectionSharder, "shard", {"module", "params", "env", "device", "module_fqn"}),
+    (FeatureProcessedEmbeddingBagCollectionSharder, "shardable_parameters", {"module"}),
+    (BaseManagedCollisionEmbeddingCollectionSharder, "shard", {"module"}),
+    (BaseManagedCollisionEmbeddingCollectionSharder, "shardable_parameters", {"module"}),
     (FusedOptimizer, "__init__", {"params", "state", "param_groups"}),
     *[
         (sharding.__mro__[2], name, parameters)
@@ -88,6 +99,10 @@ USES: list[tuple[Any, str]] = [
     (SEQUENCE._initialize_torch_state, "self._embedding_configs"),
     (SEQUENCE._initialize_torch_state, "lookup.named_parameters_by_table()"),
     (SEQUENCE._initialize_torch_state, "_pre_load_state_dict_hook"),
+    (ShardedFeatureProcessedEmbeddingBagCollection.__init__, "ebc_sharder.shard("),
+    (FeatureProcessedEmbeddingBagCollectionSharder.shardable_parameters, "module._embedding_bag_collection"),
+    (BaseManagedCollisionEmbeddingCollectionSharder.shardable_parameters, "module._embedding_module"),
+    (BaseManagedCollisionEmbeddingCollection.__init__, "self._embedding_module.embedding_configs()"),
     (embedding_lookup.GroupedPooledEmbeddingsLookup, "self._create_embedding_kernel("),
     (embedding_lookup.GroupedPooledEmbeddingsLookup, "self._emb_modules"),
     (embedding_lookup.GroupedEmbeddingsLookup, "self._create_embedding_kernel("),

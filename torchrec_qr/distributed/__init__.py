@@ -7,6 +7,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.neighbours import with_compositional_inside
 from torchrec_qr.distributed.stepped_by import optimizer_of_each_parameter
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
 def get_default_sharders() -> list[ModuleSharder[Any]]:
     """Returns TorchRec's default sharders and ours, for ``DistributedModelParallel(model, sharders=…)``.
 
+    Of ``FeatureProcessedEmbeddingBagCollection`` too with a compositional collection inside; managed collisions in
+    front of one are refused by name.
+
     Example:
         >>> from torchrec_qr.distributed import get_default_sharders
         >>> {"CompositionalEmbeddingBagCollectionSharder", "EmbeddingBagCollectionSharder"} <= {
@@ -27,7 +31,7 @@ def get_default_sharders() -> list[ModuleSharder[Any]]:
         True
     """
     return [
-        *_torchrec_sharders(),
+        *with_compositional_inside(_torchrec_sharders()),
         CompositionalEmbeddingBagCollectionSharder(),
         CompositionalEmbeddingCollectionSharder(),
     ]

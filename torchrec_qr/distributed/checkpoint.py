@@ -96,7 +96,8 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
         h_B = Σ_A |A ∩ B| / |B| · h_A
 
     which is exact where B is made of whole shards A, and copies h_A to the parts of a shard A that is split.
-    Each rank reads the whole saved state of the tables that need it, a D-th of their parameters or less.
+    Each rank reads the whole saved state of the tables that need it, a D-th of their parameters or less, into host
+    memory, whatever the device of the state.
 
     Example:
         >>> from torchrec_qr.distributed.checkpoint import ColumnSplitLoadPlanner
@@ -122,7 +123,7 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
             source = _columns([(c.offsets[1], c.sizes[1]) for c in saved_weight.chunks])
             target = _columns_of(self.state_dict[weight])
             if source != target:
-                buffer = torch.empty(saved.size, dtype=saved.properties.dtype)
+                buffer = torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
                 self._conversions[key] = _Conversion(value, buffer, source, target)
                 self.state_dict[key] = buffer
 
@@ -165,7 +166,7 @@ class _Conversion:
             start, stop = self.target[offset // rows]
             own = by_shard[:, offset % rows : offset % rows + piece.shape[0]]
             overlap = [max(0, min(b, stop) - max(a, start)) / (stop - start) for a, b in self.source]
-            piece.detach().copy_(torch.tensor(overlap, dtype=own.dtype) @ own)
+            piece.detach().copy_(torch.tensor(overlap, dtype=own.dtype, device=own.device) @ own)
 
 
 class _FingerprintPlanner(DefaultLoadPlanner):
@@ -180,7 +181,7 @@ class _FingerprintPlanner(DefaultLoadPlanner):
         saved = {k: metadata.state_dict_metadata.get(k) for k in own}
         self._own = {k: own[k] for k, v in saved.items() if isinstance(v, TensorStorageMetadata)}
         self.state_dict = {
-            k: torch.empty(v.size, dtype=v.properties.dtype)
+            k: torch.empty(v.size, dtype=v.properties.dtype, device="cpu")
             for k, v in saved.items()
             if isinstance(v, TensorStorageMetadata)
         }

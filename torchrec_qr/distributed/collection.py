@@ -16,8 +16,8 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
-from torchrec_qr.distributed.shards import COLUMN_SPLIT, DATA_PARALLEL, stored_shards
-from torchrec_qr.fingerprint import check_fingerprint, fingerprint
+from torchrec_qr.distributed.shards import DATA_PARALLEL, stored_shards
+from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.table import CompositionalTable
 
@@ -191,20 +191,16 @@ class CompositionalState:
     def _pre_load_state_dict_hook(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Brings values of partitions into the shape that this rank stores, and refuses tables of another meaning."""
         prefix = f"{prefix}{self._tables_attribute}."
+        tables, configs = getattr(self, self._tables_attribute), self._compositional_configs()
+        check_saved_tables(state_dict, prefix, ((c, tables[c.name].fingerprint) for c in configs))
         partitions: set[str] = set()
-        for config in self._compositional_configs():
-            saved = state_dict.get(f"{prefix}{config.name}.fingerprint")
-            if saved is not None:
-                saved = saved.clone()
-                # DCP loads in place, so that ``saved`` may be this very buffer: a later checkpoint must tell the truth.
-                getattr(self, self._tables_attribute)[config.name].fingerprint.copy_(fingerprint(config))
-                check_fingerprint(config.name, saved, fingerprint(config))
+        for config in configs:
             for j in range(config.num_partitions):
                 name = f"{config.name}.partition_{j}"
                 partitions.add(name)
                 value = state_dict.get(f"{prefix}{name}.weight")
                 if value is not None:
-                    parameter = getattr(self, self._tables_attribute)[name].weight
+                    parameter = tables[name].weight
                     shards = self._model_parallel_name_to_local_shards.get(name)
                     state_dict[f"{prefix}{name}.weight"] = _as_stored(value, parameter, shards)
         # TorchRec's own hook takes shards of one width for granted: it is shown the plain tables only.
@@ -247,7 +243,7 @@ def _as_stored(value: Any, parameter: Tensor, shards: list[Any] | None) -> Tenso
             (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
             pieces.append(value[row : row + rows, column : column + columns])
     if not pieces:
-        return torch.empty(0)
+        return parameter.new_empty(0)
     return torch.cat([p.reshape(-1) for p in pieces]).view(parameter.shape)
 
 
@@ -256,7 +252,7 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
 
     Raises:
         NotImplementedError: a compute kernel that is neither fused nor dense.
-        ValueError: ``path`` under a sharding type that splits columns.
+        ValueError: ``path`` where the plan splits columns.
     """
     for name, config in configs.items():
         sharding = plan[name]
@@ -266,12 +262,18 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
                 f"table {name!r}: compute kernel {sharding.compute_kernel!r} is not supported by compositional tables; "
                 f"allowed: {', '.join(allowed)}"
             )
-        if config.operation == "path" and sharding.sharding_type in COLUMN_SPLIT:
+        if config.operation == "path" and num_column_blocks(sharding) > 1:
             raise ValueError(
                 f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all "
                 f"{config.embedding_dim} columns of the base row; allowed: table_wise, row_wise, table_row_wise, "
-                "data_parallel"
+                "data_parallel (a planner is told by sharding_types of ParameterConstraints)"
             )
+
+
+def num_column_blocks(sharding: ParameterSharding) -> int:
+    """Into how many blocks of columns a plan cuts a table."""
+    spec = sharding.sharding_spec
+    return len({s.shard_offsets[1] for s in spec.shards}) if isinstance(spec, EnumerableShardingSpec) else 1
 
 
 def attach(infos: Mapping[str, list[Any]], configs: list[Any]) -> None:

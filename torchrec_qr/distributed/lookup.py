@@ -27,7 +27,7 @@ from torchrec_qr.distributed.shards import (
     stored_shard,
     stored_shards,
 )
-from torchrec_qr.distributed.update_rules import update_rule
+from torchrec_qr.distributed.update_rules import says_something, update_rule
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 
 
@@ -50,12 +50,12 @@ def place(table: ShardedEmbeddingTable, config: CompositionalConfig, sharding_ty
 
 
 def is_fused(table: ShardedEmbeddingTable) -> bool:
-    """Whether rows are stepped in backward: by the fused kernel, or because an optimizer is attached to the table.
+    """Whether rows are stepped in backward: by the fused kernel, or because anything is said of the table's optimizer.
 
-    TorchRec's dense kernel, which is the one it has for data-parallel, would leave an attached optimizer unused.
+    TorchRec's dense kernel, which is the one it has for data-parallel, would drop an attached optimizer in silence.
     """
-    attached = {"optimizer", "learning_rate"} & set(table.fused_params or {})
-    return table.compute_kernel == EmbeddingComputeKernel.FUSED or bool(attached)
+    attached = any(says_something(key, value) for key, value in (table.fused_params or {}).items())
+    return table.compute_kernel == EmbeddingComputeKernel.FUSED or attached
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):
@@ -88,11 +88,10 @@ class Replicas(nn.Module):
         for table in tables:
             config, sharding_type = _placed(table).config, _placed(table).sharding_type
             assert config.partitions is not None
-            stored, own = [], []
+            stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
                     continue
-                own.append((config.name, j))
                 size = (rows, config.partition_columns[j])
                 p = nn.Parameter(torch.zeros(size, dtype=DTYPES[config.partition_data_types[j]], device=device))
                 self.parameters_of[config.name, j] = p
@@ -101,7 +100,7 @@ class Replicas(nn.Module):
             if is_fused(table) and stored:
                 optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
                 holders.append(FusedOptimizerHolder(optimizer))
-                self.optimizer_of.update((self.parameters_of[key], optimizer) for key in own)
+                self.optimizer_of.update((p, optimizer) for partition in stored for p in partition.tensors)
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 

@@ -32,9 +32,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.codes import RowCode
-from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas, place, placed
+from torchrec_qr.distributed.lookup import CompositionalKernel, Placed, Replicas, place, placed
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
-from torchrec_qr.ids import IdSpace, bounded_ids
+from torchrec_qr.ids import IdSpace, bounded_ids, raise_pending
 
 
 class _CompositionalLookup:
@@ -194,12 +194,20 @@ class _PrepareIds:
     def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         if not any(self._places):
             return features
+        raise_pending(wait=False)
         given = features.values().split(features.length_per_key())
-        # One type for all: codes of one feature may need int64 where the ids of all came as int32.
-        ids = [
-            self._prepare(values, feature, at).to(torch.int64)
-            for values, feature, at in zip(given, features.keys(), self._places, strict=True)
-        ]
+        ids = []
+        # A feature comes once per column shard of its table, with the same ids.
+        prepared: dict[tuple[str, str], Tensor] = {}
+        for values, feature, at in zip(given, features.keys(), self._places, strict=True):
+            if at is None:
+                # One type for all: codes of one feature may need int64 where the ids of all came as int32.
+                ids.append(values.to(torch.int64))
+                continue
+            key = (at.config.name, feature)
+            if key not in prepared:
+                prepared[key] = self._prepare(values, feature, at)
+            ids.append(prepared[key])
         return KeyedJaggedTensor(
             keys=features.keys(),
             values=torch.cat(ids),
@@ -210,9 +218,7 @@ class _PrepareIds:
             length_per_key=features.length_per_key(),
         )
 
-    def _prepare(self, ids: Tensor, feature: str, at: Any) -> Tensor:
-        if at is None:
-            return ids
+    def _prepare(self, ids: Tensor, feature: str, at: Placed) -> Tensor:
         config = at.config
         ids = bounded_ids(ids, IdSpace(config.name, feature, config.num_embeddings, config.out_of_range))
         if not self._encode or at.sharding_type not in ROW_SPLIT:

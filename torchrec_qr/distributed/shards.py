@@ -14,9 +14,6 @@ from torchrec_qr.configs import CompositionalConfig
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 ROW_SPLIT = frozenset(t.value for t in (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD))
-COLUMN_SPLIT = frozenset(
-    t.value for t in (ShardingType.COLUMN_WISE, ShardingType.TABLE_COLUMN_WISE, ShardingType.GRID_SHARD)
-)
 
 
 def is_replicated(config: CompositionalConfig, j: int, sharding_type: str) -> bool:

@@ -88,6 +88,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+def says_something(key: str, value: object) -> bool:
+    """Whether a key of ``fused_params`` asks for anything: neither TorchRec's own note nor at its neutral value."""
+    return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
+
+
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
 
@@ -102,7 +107,7 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
         >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
         Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
     """
-    given = {k: v for k, v in fused_params.items() if not k.startswith("_")}
+    given = {k: v for k, v in fused_params.items() if says_something(k, v)}
     optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
     if optimizer not in RULES:
         raise NotImplementedError(
@@ -113,9 +118,8 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     max_gradient = given.pop("max_gradient", 1.0)
     if given.pop("gradient_clipping", False):
         chosen["max_gradient"] = max_gradient
-    for key, value in given.items():
-        if value is None or value is False or value in _NEUTRAL.get(key, ()):
-            continue
+    if given:
+        key, value = next(iter(given.items()))
         raise NotImplementedError(
             f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
             "learning_rate, eps, gradient_clipping, max_gradient"

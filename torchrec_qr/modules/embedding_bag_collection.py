@@ -107,6 +107,10 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         """Returns the logical configs: S rows and D columns per table, as the model sees it."""
         return self._tables
 
+    def embedding_configs(self) -> list[EmbeddingBagConfig]:
+        """As `embedding_bag_configs`: by this name TorchRec's managed collision asks collections not of its own."""
+        return self.embedding_bag_configs()
+
     def is_weighted(self) -> bool:
         """Returns whether the batch's weights are used."""
         return self._is_weighted

@@ -15,7 +15,7 @@ from torchrec_qr.configs import (
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
 )
-from torchrec_qr.fingerprint import check_fingerprint, fingerprint
+from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
@@ -24,8 +24,8 @@ from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, co
 class CompositionalTable(nn.Module):
     """The K partitions of one table, each a real parameter ``partition_<j>.weight`` (|P_j|, columns of partition j).
 
-    Its ``state_dict`` also holds ``fingerprint`` (see `torchrec_qr.fingerprint`); loading a table of another meaning
-    raises. An explicit map is a buffer outside of the ``state_dict``.
+    Its ``state_dict`` also holds ``fingerprint`` (see `torchrec_qr.fingerprint`); `build_tables` refuses to load that
+    of another meaning. An explicit map is a buffer outside of the ``state_dict``.
     """
 
     fingerprint: Tensor
@@ -34,7 +34,7 @@ class CompositionalTable(nn.Module):
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
         assert config.partitions is not None
-        self._config = config
+        self.config = config
         self._partitions = config.partitions
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
@@ -53,7 +53,7 @@ class CompositionalTable(nn.Module):
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
     def init_weights(self) -> None:
-        for config, weight in zip(partition_configs(self._config), self.weights(), strict=True):
+        for config, weight in zip(partition_configs(self.config), self.weights(), strict=True):
             assert config.init_fn is not None
             config.init_fn(weight)
 
@@ -69,7 +69,7 @@ class CompositionalTable(nn.Module):
         return self._partitions.class_rows(ids, self.class_map)
 
     def set_constants(self, device: torch.device) -> None:
-        self.fingerprint = fingerprint(self._config).to(device)
+        self.fingerprint = fingerprint(self.config).to(device)
         class_map = self._partitions.class_map
         self.class_map = None if class_map is None else class_map.to(device)
 
@@ -79,15 +79,6 @@ class CompositionalTable(nn.Module):
         self.set_constants(device_of(self))
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(f"{prefix}fingerprint")
-        if saved is not None:
-            saved = saved.clone()
-            # DCP loads in place, so that ``saved`` may be this very buffer: a later checkpoint must tell the truth.
-            self.set_constants(self.fingerprint.device)
-            check_fingerprint(self._config.name, saved, fingerprint(self._config))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 def build_tables(
     tables: Sequence[BaseEmbeddingConfig],
@@ -96,7 +87,8 @@ def build_tables(
 ) -> nn.ModuleDict:
     """Returns a module per table, in order: a `CompositionalTable`, or ``plain`` for TorchRec's own configs.
 
-    As TorchRec, names a table's only feature after the table where ``feature_names`` is empty.
+    As TorchRec, names a table's only feature after the table where ``feature_names`` is empty. Loading a state dict
+    with a table of another meaning raises before any table is loaded.
 
     Raises:
         ValueError: a table name that occurs twice; a data type that is none of FP32, FP16 and BF16; a pooling that is
@@ -104,6 +96,7 @@ def build_tables(
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
+    modules.register_load_state_dict_pre_hook(_refuse_other_meanings)
     for config in tables:
         if config.name in modules:
             raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
@@ -177,6 +170,11 @@ def device_of(module: nn.Module) -> torch.device:
 def _weight(module: nn.Module) -> nn.Parameter:
     # Not `get_parameter`, which looks at the type: `torch.fx` traces attributes, and its proxies are no parameters.
     return cast(nn.Parameter, module.weight)
+
+
+def _refuse_other_meanings(tables: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    compositional = (t for t in tables.children() if isinstance(t, CompositionalTable))
+    check_saved_tables(state_dict, prefix, ((t.config, t.fingerprint) for t in compositional))
 
 
 def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:

@@ -1,0 +1,190 @@
+"""Sequences in a whole job: checkpoints under other plans and world sizes, and TorchRec's pipelines."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from parity_model import (
+    Model,
+    Pieces,
+    Run,
+    TableCase,
+    assembled,
+    global_batch,
+    loss_of,
+    optimizer_state_of,
+    plan_of,
+    shard,
+    sharders_of,
+    weights_of,
+)
+from ranks import run_ranks
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
+
+from torchrec_qr.distributed.checkpoint import load
+
+CPU = torch.device("cpu")
+SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+TABLES = (
+    TableCase("mult", "strided", "table_wise"),
+    TableCase("concat", "chinese_remainder", "column_wise", k=3, operation="concat"),
+    TableCase("add", "explicit", "row_wise", operation="add", features=("f_add", "f_mult")),
+    TableCase("dp", "adjacent", "data_parallel"),
+    TableCase("plain", "plain", "table_wise"),
+)
+RUN = Run(TABLES, optimizer="adagrad", pooled=False)
+
+
+def rotated(by: int, run: Run) -> Run:
+    """The run, each compositional table under another sharding type."""
+
+    def turned(table: TableCase) -> TableCase:
+        if table.kind == "plain":
+            return table
+        return replace(table, sharding=SHARDINGS[(SHARDINGS.index(table.sharding) + by) % len(SHARDINGS)])
+
+    return replace(run, tables=tuple(map(turned, run.tables)))
+
+
+def train(dmp: DistributedModelParallel, run: Run, rank: int, world_size: int, steps: range) -> None:
+    for step in steps:
+        loss_of(dmp(global_batch(run, step).part(rank, world_size).kjt(weighted=False)), world_size).backward()
+
+
+States = tuple[dict[str, Pieces], dict[str, Pieces]]
+
+
+def states_of(dmp: DistributedModelParallel) -> States:
+    return weights_of(dmp), optimizer_state_of(dmp)
+
+
+def contents(dmp: DistributedModelParallel) -> dict[str, Any]:
+    return {"model": dmp, "optimizer": dmp.fused_optimizer}
+
+
+def save(rank: int, world_size: int, run: Run, folder: Path) -> tuple[States, States]:
+    dmp = shard(run)
+    train(dmp, run, rank, world_size, range(2))
+    dcp.save(contents(dmp), checkpoint_id=folder)
+    saved = states_of(dmp)
+    train(dmp, run, rank, world_size, range(2, 5))
+    return saved, states_of(dmp)
+
+
+def resume(rank: int, world_size: int, run: Run, folder: Path) -> tuple[States, States]:
+    dmp = shard(run)
+    train(dmp, run, rank, world_size, range(90, 91))
+    load(contents(dmp), checkpoint_id=folder)
+    loaded = states_of(dmp)
+    train(dmp, run, rank, world_size, range(2, 5))
+    return loaded, states_of(dmp)
+
+
+def test_a_checkpoint_continues_under_other_plans_and_world_sizes(tmp_path: Path) -> None:
+    expected = run_ranks(save, 2, RUN, tmp_path)
+    for by, world_size in ((0, 2), (1, 4), (2, 1), (3, 2)):
+        ranks = run_ranks(resume, world_size, rotated(by, RUN), tmp_path, local_world_size=min(2, world_size))
+        for when in (0, 1):  # as loaded, and after three more steps
+            for what in (0, 1):  # weights, optimizer state
+                actual = assembled([rank[when][what] for rank in ranks])
+                before = assembled([rank[when][what] for rank in expected])
+                assert actual.keys() == before.keys()
+                assert actual
+                tolerance = 0.0 if when == 0 or by == 0 else 1e-5
+                for key, value in before.items():
+                    torch.testing.assert_close(
+                        actual[key],
+                        value,
+                        rtol=tolerance,
+                        atol=tolerance,
+                        msg=lambda m, k=key, b=by: f"rotated by {b}: {k}: {m}",
+                    )
+
+
+def from_unsharded(rank: int, world_size: int, folder: Path) -> dict[str, Pieces]:
+    dmp = shard(RUN)
+    train(dmp, RUN, rank, world_size, range(1))
+    load({"model": dmp.module.collection}, checkpoint_id=folder / "unsharded")
+    loaded = weights_of(dmp)
+    train(dmp, RUN, rank, world_size, range(1))
+    dcp.save({"model": dmp.module.collection}, checkpoint_id=folder / "sharded")
+    return loaded
+
+
+def test_sequences_move_between_sharded_and_unsharded_modules(tmp_path: Path) -> None:
+    alone = RUN.initial()
+    dcp.save({"model": alone}, checkpoint_id=tmp_path / "unsharded", no_dist=True)
+    loaded = assembled(run_ranks(from_unsharded, 2, tmp_path))
+    values = {f"collection.{name}": p.detach().double() for name, p in alone.named_parameters()}
+    assert loaded.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(loaded[name], value), name
+    back = RUN.collection()
+    load({"model": back}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    moved = dict(back.named_parameters())
+    for name, p in alone.named_parameters():
+        assert not torch.equal(moved[name], p), name
+
+
+class WithLoss(Model):
+    """As pipelines call a model: (loss, what to return)."""
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out = super().forward(features)
+        return loss_of(out, 1), out.detach()
+
+
+def with_loss() -> DistributedModelParallel:
+    model = WithLoss(RUN.collection("meta"), [name for name, _, _ in RUN.outputs()], pooled=False)
+    sharders = sharders_of(RUN)
+    dmp = DistributedModelParallel(model, device=CPU, plan=plan_of(RUN, model, sharders), sharders=sharders)
+    dmp.load_state_dict({f"collection.{k}": v for k, v in RUN.initial().state_dict().items()})
+    return dmp
+
+
+def batches(rank: int, world_size: int) -> Iterator[KeyedJaggedTensor]:
+    return (global_batch(RUN, step).part(rank, world_size).kjt(weighted=False) for step in range(6))
+
+
+def drained(pipeline: Any, data: Iterator[KeyedJaggedTensor]) -> list[Tensor]:
+    outputs = []
+    while True:
+        try:
+            outputs.append(pipeline.progress(data))
+        except StopIteration:
+            return outputs
+
+
+def pipelines(rank: int, world_size: int) -> None:
+    plain, expected = with_loss(), []
+    for batch in batches(rank, world_size):
+        loss, out = plain(batch)
+        loss.backward()
+        expected.append(out)
+    for kind in (TrainPipelineBase, TrainPipelineSparseDist):
+        dmp = with_loss()
+        pipeline: Any = kind(dmp, dmp.fused_optimizer, CPU)
+        outputs = drained(pipeline, batches(rank, world_size))
+        assert [torch.equal(a, e) for a, e in zip(outputs, expected, strict=True)] == [True] * 6, kind.__name__
+        weights = weights_of(dmp)
+        for name, pieces in weights_of(plain).items():
+            for (_, _, value), (_, _, own) in zip(weights[name], pieces, strict=True):
+                assert value.tolist() == own.tolist(), (kind.__name__, name)
+    assert len(pipeline._pipelined_modules) == 1
+    pipeline.detach()
+    dmp.eval()
+    with torch.no_grad():
+        expected = [dmp(batch)[1] for batch in batches(rank, world_size)]
+        evaluation = EvalPipelineSparseDist(dmp, dmp.fused_optimizer, CPU)
+        outputs = drained(evaluation, batches(rank, world_size))
+    assert [torch.equal(a, e) for a, e in zip(outputs, expected, strict=True)] == [True] * 6
+
+
+def test_pipelines_give_the_outputs_of_a_plain_loop() -> None:
+    run_ranks(pipelines, 2)
