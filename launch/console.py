@@ -106,7 +106,7 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Ta
             stored_here, size = t.physical_rows, t.num_parameters
         full_parameters, parameters = full_parameters + full, parameters + size
         rows, stored_rows = rows + stored, stored_rows + stored_here
-        placement, ranks = _placement(shardings[t.name])
+        placement, ranks = _placement(shardings.get(t.name))
         out.add_row(t.name, f"{stored:,}", f"{stored_here:,}", _mib(size), f"{full / size:.1f}×", placement, ranks)
     out.add_section()
     smaller = f"{full_parameters / parameters:.1f}×"
@@ -114,26 +114,21 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Ta
     return out
 
 
-def _shardings(plan: ShardingPlan) -> dict[str, list[ParameterSharding]]:
-    """The shardings of each table: one, or one per partition where each is a feature of its own."""
-    found: dict[str, list[ParameterSharding]] = {}
+def _shardings(plan: ShardingPlan) -> dict[str, ParameterSharding]:
+    found: dict[str, ParameterSharding] = {}
     for module in plan.plan.values():
         assert isinstance(module, EmbeddingModuleShardingPlan)
-        for name, sharding in module.items():
-            found.setdefault(name, []).append(sharding)
-            table, _, partition = name.rpartition(".")
-            if partition.startswith("partition_"):
-                found.setdefault(table, []).append(sharding)
+        found.update(module)
     return found
 
 
-def _placement(shardings: Sequence[ParameterSharding]) -> tuple[str, str]:
-    types = sorted({s.sharding_type for s in shardings})
-    if types == ["data_parallel"]:
-        return types[0], "all"
-    ranks = sorted({rank for s in shardings for rank in s.ranks or ()})
+def _placement(sharding: ParameterSharding | None) -> tuple[str, str]:
+    """What no plan places is replicated, as all that is no embedding."""
+    if sharding is None or sharding.sharding_type == "data_parallel":
+        return "data_parallel", "all"
+    ranks = sorted(set(sharding.ranks or ()))
     contiguous = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
-    return ", ".join(types), f"{ranks[0]}-{ranks[-1]}" if contiguous else ",".join(map(str, ranks))
+    return sharding.sharding_type, f"{ranks[0]}-{ranks[-1]}" if contiguous else ",".join(map(str, ranks))
 
 
 def _mib(parameters: int) -> str:

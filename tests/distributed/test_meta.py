@@ -10,9 +10,10 @@ import torch
 from ranks import run_ranks
 from sharded_model import ROWWISE, SGD, shard, train, weights_of
 from torch import Tensor
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, row_wise
+from torchrec.distributed.types import ShardingPlan
 
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
@@ -153,3 +154,39 @@ def test_no_rank_pays_for_more_than_its_share(sharding: str, optimizer: Any) -> 
         if readings[-1] < 1.15:
             return
     raise AssertionError(f"peaks of {readings} times a rank's share")
+
+
+def kept_whole(rank: int, world_size: int) -> dict[str, list[float]]:
+    """Tables that no plan places, in a model that is sharded: torch calls them data-parallel."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ebc = CompositionalEmbeddingBagCollection(
+                device=torch.device("meta"),
+                tables=[
+                    CompositionalEmbeddingBagConfig(
+                        name="t",
+                        feature_names=["t"],
+                        num_embeddings=10_000,
+                        embedding_dim=8,
+                        partitions=QuotientRemainder(10_000, 10),
+                    ),
+                    EmbeddingBagConfig(name="plain", feature_names=["plain"], num_embeddings=100, embedding_dim=8),
+                ],
+            )
+
+        def forward(self, features: KeyedJaggedTensor) -> Tensor:
+            return self.ebc(features).values()
+
+    model = DistributedModelParallel(Model(), device=torch.device("cpu"), plan=ShardingPlan({}), sharders=[])
+    weights = {name.split("embedding_bags.")[1]: p.detach() for name, p in model.named_parameters()}
+    return {name: [p.min().item(), p.max().item(), p.sum().item()] for name, p in weights.items()}
+
+
+def test_tables_that_are_not_sharded_start_as_their_config_says() -> None:
+    first, second = run_ranks(kept_whole, 2)
+    assert first == second
+    assert first["t.partition_0.weight"][:2] == pytest.approx([-0.01, 0.01], rel=0.01)
+    assert first["t.partition_1.weight"][:2] == pytest.approx([1, 1], abs=0.05)
+    assert first["plain.weight"][:2] == pytest.approx([-0.1, 0.1], rel=0.05)

@@ -1,7 +1,6 @@
 """The pooled collection: TorchRec's ``EmbeddingBagCollection``, whose tables may be compositional."""
 
 import torch
-from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
@@ -13,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.ids import bags_of
-from torchrec_qr.modules.table import build_tables, device_of, id_spaces, init_tables, sum_bags_of
+from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, id_spaces, init_tables, sum_bags_of
 
 
 class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -72,7 +71,7 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super().__init__()
         self._is_weighted = is_weighted
         self._tables = tables
-        self.embedding_bags = build_tables(tables, nn.EmbeddingBag, device)
+        self.embedding_bags = build_tables(tables, PlainEmbeddingBag, device)
         self._id_spaces = id_spaces(tables)
         self._pooling = {t.name: t.pooling for t in tables}
         self._embedding_names = [name for names in get_embedding_names_by_table(tables) for name in names]

@@ -1,14 +1,13 @@
 """The unpooled collection: TorchRec's ``EmbeddingCollection``, whose tables may be compositional."""
 
 import torch
-from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.ids import bags_of
-from torchrec_qr.modules.table import build_tables, device_of, embed, id_spaces, init_tables
+from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, embed, id_spaces, init_tables
 
 
 class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
@@ -57,7 +56,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         super().__init__()
         self._embedding_configs = tables
         self._need_indices = need_indices
-        self.embeddings = build_tables(tables, nn.Embedding, device)
+        self.embeddings = build_tables(tables, PlainEmbedding, device)
         self._id_spaces = id_spaces(tables)
         self._embedding_names_by_table = get_embedding_names_by_table(tables)
         self.reset_parameters()

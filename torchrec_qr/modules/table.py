@@ -14,11 +14,41 @@ from torchrec_qr.configs import (
     CompositionalConfig,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
+    InitFn,
 )
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
+
+
+class _Table:
+    """What ``DistributedModelParallel`` asks a module for that holds parameters, has left the meta device and is not
+    sharded: `reset_parameters`, here by the config. Without it they are whatever lay in memory; torch's own draws
+    N(0, 1) for a plain table.
+    """
+
+    init_fn: InitFn | None = None
+
+    def reset_parameters(self) -> None:
+        if self.init_fn is not None:  # which torch's constructors do not know of
+            self.init_fn(_weight(cast(nn.Module, self)))
+
+
+class PlainEmbeddingBag(_Table, nn.EmbeddingBag):
+    """A plain table of a bag collection."""
+
+
+class PlainEmbedding(_Table, nn.Embedding):
+    """A plain table of a collection of sequences."""
+
+
+class _Partition(_Table, nn.Module):
+    def __init__(self, config: BaseEmbeddingConfig, device: torch.device) -> None:
+        super().__init__()
+        shape = (config.num_embeddings, config.embedding_dim)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=DTYPES[config.data_type], device=device))
+        self.init_fn = config.init_fn
 
 
 class CompositionalTable(nn.Module):
@@ -38,10 +68,7 @@ class CompositionalTable(nn.Module):
         self._partitions = config.partitions
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
-            holder = nn.Module()
-            shape = (partition.num_embeddings, partition.embedding_dim)
-            holder.weight = nn.Parameter(torch.empty(shape, dtype=DTYPES[partition.data_type], device=device))
-            self.add_module(f"partition_{j}", holder)
+            self.add_module(f"partition_{j}", _Partition(partition, device))
         self.register_buffer("fingerprint", None)
         self.register_buffer("class_map", None, persistent=False)
         self.set_constants(device)
@@ -53,9 +80,9 @@ class CompositionalTable(nn.Module):
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
     def init_weights(self) -> None:
-        for config, weight in zip(partition_configs(self.config), self.weights(), strict=True):
-            assert config.init_fn is not None
-            config.init_fn(weight)
+        for partition in self.children():
+            assert isinstance(partition, _Partition)
+            partition.reset_parameters()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
@@ -82,7 +109,7 @@ class CompositionalTable(nn.Module):
 
 def build_tables(
     tables: Sequence[BaseEmbeddingConfig],
-    plain: type[nn.Embedding] | type[nn.EmbeddingBag],
+    plain: type[PlainEmbedding] | type[PlainEmbeddingBag],
     device: torch.device | None,
 ) -> nn.ModuleDict:
     """Returns a module per table, in order: a `CompositionalTable`, or ``plain`` for TorchRec's own configs.
@@ -110,7 +137,7 @@ def build_tables(
             _check_allowed(config, "pooling", (PoolingType.SUM, PoolingType.MEAN))
             as_torchrec = {"mode": config.pooling.value.lower(), "include_last_offset": True}
         # torch's own initial values are not drawn, so that a seed gives the same ones on the meta device and off it.
-        modules[config.name] = skip_init(
+        table = skip_init(
             plain,
             config.num_embeddings,
             config.embedding_dim,
@@ -118,6 +145,8 @@ def build_tables(
             dtype=DTYPES[config.data_type],
             **as_torchrec,
         )
+        table.init_fn = config.init_fn
+        modules[config.name] = table
     return modules
 
 
@@ -144,8 +173,8 @@ def init_tables(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -
         if isinstance(module, CompositionalTable):
             module.init_weights()
         else:
-            assert config.init_fn is not None
-            config.init_fn(_weight(module))
+            assert isinstance(module, _Table)
+            module.reset_parameters()
 
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
