@@ -174,10 +174,10 @@ def _role(
     # The schedulers name the first node by a variable of their own, which the job's shell expands. On one node any free
     # port does.
     endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}" if nodes > 1 else "localhost:0"
-    options = [f"--rdzv-id={specs.macros.app_id}", f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--tee=3"]
-    arguments = shlex.join([*options, "--role=", "-m", *module])
+    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={endpoint} --rdzv-id={specs.macros.app_id}"
+    arguments = shlex.join([f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--tee=3", "--role=", "-m", *module])
     # All to stderr: from Slurm TorchX shows nothing else, and of one stream the lines keep their order.
-    shell = f"exec {launcher} --rdzv-backend=c10d --rdzv-endpoint={endpoint} {arguments} >&2"
+    shell = f"exec {launcher} {rendezvous} {arguments} >&2"
     if max_retries:
         shell = _restarts_in_place(max_retries) + shell
     defaults = {
@@ -327,7 +327,7 @@ def _visible_gpus(env: Dict[str, str]) -> List[str]:
 def _check_workspace(folder: str, config: Optional[str], temporary: bool) -> None:
     """Checks the copy of the workspace that TorchX has made for the scheduler, and drops it if it will not do."""
     sizes = dict(_sizes(folder))
-    limit = float(os.environ.get("TORCHX_MAX_WORKSPACE_MIB", _MAX_WORKSPACE_MIB))
+    limit = _workspace_limit()
     problem = None
     if sum(sizes.values()) > limit * 2**20:
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
@@ -349,6 +349,14 @@ def _check_workspace(folder: str, config: Optional[str], temporary: bool) -> Non
     elif not temporary:
         problem += f". Remove {folder} before the next try: TorchX wants to make it"
     raise ComponentValidationException(problem)
+
+
+def _workspace_limit() -> float:
+    given = os.environ.get("TORCHX_MAX_WORKSPACE_MIB", str(_MAX_WORKSPACE_MIB))
+    try:
+        return float(given)
+    except ValueError:
+        raise ComponentValidationException(f"TORCHX_MAX_WORKSPACE_MIB={given}: allowed: a number of MiB") from None
 
 
 def _sizes(folder: str) -> Iterator[Tuple[str, int]]:
