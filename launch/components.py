@@ -122,12 +122,13 @@ class _CheckedRole(specs.Role):
     """A role that checks what only the scheduler's request shows, before it is submitted."""
 
     ranks: int = 1
+    sets_threads: bool = True
     config: Optional[str] = None
     overrides: List[str] = field(default_factory=list)
     runs: Optional[str] = None
 
     def pre_proc(self, scheduler: str, dryrun_info: Any) -> Any:
-        """Called by TorchX once the scheduler is known.
+        """Called by TorchX once the scheduler is known. On this host, the ranks of all nodes share its cores.
 
         Raises:
             ComponentValidationException: ranks that would share GPUs; a config that the job would refuse; a copy of the
@@ -136,6 +137,7 @@ class _CheckedRole(specs.Role):
         request = dryrun_info.request
         if scheduler.startswith("local"):
             _check_shared_gpus(self, request)
+            _share_cores(self, request)
             return dryrun_info
         if scheduler in ("ray", "slurm"):
             copied = request.working_dir if scheduler == "ray" else request.job_dir
@@ -198,13 +200,18 @@ def _role(
         port_map={"c10d": rdzv_port},
         mounts=_mounts(mounts),
         ranks=ranks,
+        sets_threads="OMP_NUM_THREADS" not in (env or {}),
     )
 
 
 def _restarts_in_place(max_retries: int) -> str:
-    """Has torchrun start the ranks again where the scheduler has no retries; with both, N would mean (N + 1)² - 1."""
+    """Has torchrun start the ranks again where the scheduler has no retries; with both, N would mean (N + 1)² - 1.
+
+    The ranks then need a store of their own: in that of torchrun they find the addresses of those that have died.
+    """
     return (
-        f"case $$TORCHX_JOB_ID in local*|ray*) export PET_MAX_RESTARTS=$${{PET_MAX_RESTARTS:-{max_retries}}};; esac; "
+        "case $$TORCHX_JOB_ID in local*|ray*) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+        f"PET_MAX_RESTARTS=$${{PET_MAX_RESTARTS:-{max_retries}}};; esac; "
     )
 
 
@@ -309,6 +316,15 @@ def _check_shared_gpus(role: _CheckedRole, request: Any) -> None:
             "-j 1xM; GPUs of its own for each node, by --gpu G and -cfg auto_set_cuda_visible_devices=True; none, by "
             "--env CUDA_VISIBLE_DEVICES=-1"
         )
+
+
+def _share_cores(role: _CheckedRole, request: Any) -> None:
+    """Threads wait for one another in busy loops: where they are more than cores, a job takes several times longer."""
+    if not role.sets_threads:
+        return
+    share = max(1, len(os.sched_getaffinity(0)) // (role.num_replicas * role.ranks))
+    for replica in request.role_params[role.name]:
+        replica.env["OMP_NUM_THREADS"] = str(min(share, int(replica.env["OMP_NUM_THREADS"])))
 
 
 def _visible_gpus(env: Dict[str, str]) -> List[str]:

@@ -3,23 +3,26 @@
 import json
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 from torchx.runner import get_runner
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = ROOT / "launch" / "components.py"
-# 20 steps of two ranks, in seconds.
+# 67 steps of two ranks, in seconds.
 SMALL = (
-    "--set=data.generator.rows=6000",
+    "--set=data.generator.rows=20000",
     "--set=train.batch_size=128",
-    "--set=train.log_every=2",
-    "--set=train.checkpoint_every=5",
-    "--set=train.eval_every=10",
+    "--set=train.log_every=5",
+    "--set=train.checkpoint_every=10",
+    "--set=train.eval_every=40",
 )
+SMALL_STEPS = 67
 
 
 def dryrun(
@@ -36,18 +39,53 @@ def dryrun(
         )
 
 
-def torchx(*args: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``torchx ARGS`` in the checkout; stdout and stderr together."""
-    return subprocess.run(
-        [sys.executable, "-m", "torchx.cli.main", *args],
+@contextmanager
+def started(*command: str, **environment: str) -> Iterator[Popen[str]]:
+    """Runs ``python -m COMMAND`` in the checkout, stdout and stderr in one pipe; ends it if that has not ended."""
+    process = Popen(
+        [sys.executable, "-m", *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=PIPE,
+        stderr=STDOUT,
         text=True,
-        timeout=timeout,
-        check=False,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def output_of(*command: str, **environment: str) -> tuple[int, str]:
+    """Returns exit code and output of ``python -m COMMAND``."""
+    with started(*command, **environment) as process:
+        output, _ = process.communicate()
+        return process.returncode, output
+
+
+def torchx(*args: str, **environment: str) -> tuple[int, str]:
+    """Returns exit code and output of ``torchx ARGS``."""
+    return output_of("torchx.cli.main", *args, **environment)
+
+
+def dlrm(scheduler: str, runs: Path, *args: str) -> tuple[str, ...]:
+    """Returns the command of the small demo job, for `started` and `output_of`; ``args`` are options of ``dlrm``."""
+    job = ("--config", "configs/demo.yaml", "--runs", str(runs), *args, "--", *SMALL)
+    return ("torchx.cli.main", "run", *scheduler.split(), f"{COMPONENTS}:dlrm", *job)
+
+
+def pid_of_rank(rank: int, runs: Path) -> int:
+    """Returns the process that is this rank of the job whose runs lie there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if str(runs).encode() in command and f"RANK={rank}".encode() in variables:
+            return int(process.name)
+    raise LookupError(f"no rank {rank} of a job in {runs}")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -55,13 +55,28 @@ def test_local_nodes_meet_at_the_port_that_was_given() -> None:
     assert "exec /env/bin/python -m torch.distributed.run" in first.args[2]
     assert "--rdzv-endpoint=${TORCHX_RANK0_HOST:=localhost}:31234" in first.args[2]
     assert "--nnodes=2 --nproc-per-node=3" in first.args[2]
-    assert (first.env["TORCHX_RANK0_HOST"], first.env["OMP_NUM_THREADS"]) == ("localhost", "2")
+    assert first.env["TORCHX_RANK0_HOST"] == "localhost"
+
+
+def test_all_ranks_on_this_host_share_its_cores() -> None:
+    def threads(*args: str) -> list[str]:
+        request = dryrun("local_cwd", "dlrm", *DEMO, *args).request
+        return [replica.env["OMP_NUM_THREADS"] for replica in request.role_params["dlrm"]]
+
+    cores = len(os.sched_getaffinity(0))
+    assert threads("-j", "1x1", "--cpu", "1000") == [str(cores)]
+    assert threads("-j", f"{cores}x1", "--cpu", "1000") == ["1"] * cores
+    assert threads("-j", "2x1", "--cpu", "1") == ["1", "1"]
+    assert threads("-j", "2x1", "--cpu", "4", "--env", "OMP_NUM_THREADS=7") == ["7", "7"]
 
 
 def test_retries_are_torchruns_where_the_scheduler_has_none() -> None:
     local = dryrun("local_cwd", "dlrm", "--max_retries", "3", *DEMO).request
     (replica,) = local.role_params["dlrm"]
-    in_place = "case $TORCHX_JOB_ID in local*|ray*) export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3};; esac; "
+    in_place = (
+        "case $TORCHX_JOB_ID in local*|ray*) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+        "PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3};; esac; "
+    )
     assert replica.args[2].startswith(in_place)
     assert replica.env["TORCHX_JOB_ID"].startswith("local_cwd://")
 
@@ -80,6 +95,7 @@ def test_a_slurm_job_of_two_nodes_with_slurms_own_retries() -> None:
         assert wanted in script
     assert script.count("--rdzv-endpoint=${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500") == 2
     assert script.count("--nnodes=2 --nproc-per-node=4") == 2
+    assert script.count("OMP_NUM_THREADS=4") == 2
 
 
 def test_the_volcano_job_of_two_nodes_is_the_stored_one() -> None:
@@ -143,10 +159,10 @@ def test_configs_that_are_none(text: bytes | None, message: str, tmp_path: Path)
 
 
 def test_a_refused_job_is_told_and_gives_exit_code_1() -> None:
-    ended = torchx("run", "-s", "local_cwd", "launch/components.py:dlrm", *DEMO, "-j", "0x1")
-    assert ended.returncode == 1
-    assert "-j 0x1: allowed: NxM, N nodes of M ranks each" in ended.stdout
-    assert "Traceback" not in ended.stdout
+    code, output = torchx("run", "-s", "local_cwd", "launch/components.py:dlrm", *DEMO, "-j", "0x1")
+    assert code == 1
+    assert "-j 0x1: allowed: NxM, N nodes of M ranks each" in output
+    assert "Traceback" not in output
 
 
 def test_a_config_is_read_to_its_keys_before_it_waits_in_a_queue() -> None:
