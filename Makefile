@@ -14,6 +14,10 @@ endif
 PYTHON ?=
 # `make test PYTEST_ARGS="tests/test_doctor.py -x"`
 PYTEST_ARGS ?=
+# Of `make train`. Two ranks, or one for the only GPU; the CPU set is not held to the number of GPUs.
+CONFIG ?= configs/demo.yaml
+RANKS ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -n 2 | wc -l),2)
+HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
@@ -21,15 +25,16 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 .PHONY: help install test train lint format typecheck ci clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## Create .venv: the locked versions and this package
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-train: $(INSTALLED)  ## Train the demo
-	$(BIN)/python examples/demo.py
+# TorchX's own notes at each start are left out; what fails is shown.
+train: $(INSTALLED)  ## Train a job on this machine: CONFIG=configs/demo.yaml RANKS=2
+	$(HIDE_GPUS) $(BIN)/torchx --log_level WARNING run -s local_cwd launch/components.py:dlrm -j 1x$(RANKS) --config $(CONFIG)
 
 lint: $(INSTALLED)  ## Check style
 	$(BIN)/ruff check .

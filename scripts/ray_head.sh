@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# A real Ray head on this host, to which TorchX's Ray scheduler submits.
+#
+#   scripts/ray_head.sh install  makes .venv-ray: requirements/ray.txt, and the packages of .venv seen through it
+#   scripts/ray_head.sh up       installs if need be, and starts the head
+#   scripts/ray_head.sh run COMMAND...  runs a command where it reaches the head, whose job server is 127.0.0.1:8265
+#   scripts/ray_head.sh status   prints the head's resources; exit code 1 if it is not up
+#   scripts/ray_head.sh down     stops the head
+#
+# Whoever reaches a Ray head can run code on it, and Ray listens on every interface: told 127.0.0.1, it takes the host's
+# routable address instead. So the head gets a network namespace with no interface but loopback. Needs root.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+BASE=${VENV:-.venv}
+VENV_RAY=${VENV_RAY:-.venv-ray}
+NAMESPACE=${RAY_NAMESPACE:-torchrec-qr-ray}
+PORT=8265
+GCS_PORT=6379
+PID=/var/tmp/$NAMESPACE.pid
+export RAY_USAGE_STATS_ENABLED=0
+
+fail() { echo "ray_head.sh: $*" >&2; exit 1; }
+
+install() {
+    local stamp=$VENV_RAY/.locked
+    [ "$stamp" -nt requirements/ray.txt ] && return
+    [ -x "$BASE/bin/python" ] || fail "$BASE is not there: make install"
+    rm -rf "$VENV_RAY"
+    "$BASE/bin/python" -m venv "$VENV_RAY"
+    # Packages of its own come first, those of the base after: torch is not installed a second time.
+    "$BASE/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$("$VENV_RAY/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    "$VENV_RAY/bin/python" -m pip install --disable-pip-version-check -qq --no-deps -r requirements/ray.txt
+    touch "$stamp"
+}
+
+inside() { ip netns exec "$NAMESPACE" "$@"; }
+
+answers() { inside "$VENV_RAY/bin/python" -c "
+import sys, urllib.request
+urllib.request.urlopen('http://127.0.0.1:$PORT/api/version', timeout=5)" >/dev/null 2>&1; }
+
+is_running() { kill -0 "$(cat "$PID" 2>/dev/null)" 2>/dev/null; }
+
+up() {
+    [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 up)"
+    command -v ip >/dev/null || fail "ip is not there: install iproute2"
+    install
+    is_running && answers && return
+    ip netns list | grep -qw "$NAMESPACE" || ip netns add "$NAMESPACE"
+    ip -n "$NAMESPACE" link set lo up
+    # Its bin comes first: the server starts a job's driver by the name python3.
+    PATH=$PWD/$VENV_RAY/bin:$PATH setsid ip netns exec "$NAMESPACE" "$VENV_RAY/bin/python" -m ray.scripts.scripts \
+        start --head --block --port="$GCS_PORT" --num-cpus=4 --dashboard-host=127.0.0.1 --dashboard-port="$PORT" \
+        --disable-usage-stats </dev/null >"${PID%.pid}.log" 2>&1 &
+    echo $! >"$PID"
+    local deadline=$((SECONDS + 120))
+    until answers; do
+        is_running && [ $SECONDS -lt $deadline ] || { cat "${PID%.pid}.log" >&2; fail "the head did not come up"; }
+        sleep 0.5
+    done
+}
+
+status() {
+    is_running && answers || fail "not up"
+    RAY_ADDRESS=127.0.0.1:$GCS_PORT inside "$VENV_RAY/bin/python" -m ray.scripts.scripts status
+}
+
+down() {
+    local pid
+    pid=$(cat "$PID" 2>/dev/null) || { ip netns delete "$NAMESPACE" 2>/dev/null || true; return 0; }
+    # --block ends all processes of the head when it is told to end.
+    kill "$pid" 2>/dev/null || true
+    for _ in $(seq 150); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    kill -KILL -- "-$pid" 2>/dev/null || true
+    rm -f "$PID"
+    ip netns delete "$NAMESPACE" 2>/dev/null || true
+}
+
+case ${1:-} in
+    install | up | status | down) "$1" ;;
+    run) inside "${@:2}" ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,100 @@
+"""Runs TorchX on this project's components: its dry runs in this process, its jobs by its command."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
+from typing import Any
+
+from torchx.runner import get_runner
+
+ROOT = Path(__file__).parents[1]
+COMPONENTS = ROOT / "launch" / "components.py"
+# 67 steps of two ranks, in seconds.
+SMALL = (
+    "--set=data.generator.rows=20000",
+    "--set=train.batch_size=128",
+    "--set=train.log_every=5",
+    "--set=train.checkpoint_every=10",
+    "--set=train.eval_every=40",
+)
+SMALL_STEPS = 67
+
+
+def dryrun(
+    scheduler: str, component: str, *args: str, cfg: dict[str, Any] | None = None, workspace: Path | None = None
+) -> Any:
+    """Returns what TorchX would submit."""
+    with get_runner() as runner:
+        return runner.dryrun_component(
+            f"{COMPONENTS}:{component}",
+            list(args),
+            scheduler,
+            cfg=cfg,
+            workspace=f"file://{workspace}" if workspace else None,
+        )
+
+
+@contextmanager
+def started(*command: str, **environment: str) -> Iterator[Popen[str]]:
+    """Runs ``python -m COMMAND`` in the checkout, stdout and stderr in one pipe; ends it if that has not ended."""
+    process = Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def output_of(*command: str, **environment: str) -> tuple[int, str]:
+    """Returns exit code and output of ``python -m COMMAND``."""
+    with started(*command, **environment) as process:
+        output, _ = process.communicate()
+        return process.returncode, output
+
+
+def torchx(*args: str, **environment: str) -> tuple[int, str]:
+    """Returns exit code and output of ``torchx ARGS``."""
+    return output_of("torchx.cli.main", *args, **environment)
+
+
+def dlrm(scheduler: str, runs: Path, *args: str) -> tuple[str, ...]:
+    """Returns the command of the small demo job, for `started` and `output_of`; ``args`` are options of ``dlrm``."""
+    job = ("--config", "configs/demo.yaml", "--runs", str(runs), *args, "--", *SMALL)
+    return ("torchx.cli.main", "run", *scheduler.split(), f"{COMPONENTS}:dlrm", *job)
+
+
+def pid_of_rank(rank: int, runs: Path) -> int:
+    """Returns the process that is this rank of the job whose runs lie there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if str(runs).encode() in command and f"RANK={rank}".encode() in variables:
+            return int(process.name)
+    raise LookupError(f"no rank {rank} of a job in {runs}")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's ``metrics.jsonl`` without what differs from run to run: the speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("samples_per_s", 1) > 0 for line in lines)
+    return lines
+
+
+def without_id(text: str) -> str:
+    """Replaces the part of a job's name that TorchX makes up."""
+    return re.sub(r"\b(dlrm|bench)-[0-9a-z]{10,}", r"\1-ID", text)
