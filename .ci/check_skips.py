@@ -1,7 +1,8 @@
 """Compares the skipped tests of a pytest JUnit report with the committed list: no test stops running unnoticed.
 
 Usage: ``check_skips.py REPORT.xml LIST.txt``. A line of the list is ``node id or its beginning | reason``; lines that
-start with ``#`` are comments. Exit code 1, saying why, if a test skipped that no line names, if a line names no test
+start with ``#`` are comments, and ``?`` before a line says that its tests run on some machines: they need files that
+only those have. Exit code 1, saying why, if a test skipped that no line names, if a line names no test
 that skipped, or if no test ran.
 """
 
@@ -24,17 +25,20 @@ def node_id(case: ElementTree.Element, root: Path) -> str:
     return "::".join(parts)
 
 
-def read_list(path: Path) -> dict[str, str]:
-    """Returns the reason of each node id in the list."""
-    expected = {}
+def read_list(path: Path) -> tuple[dict[str, str], set[str]]:
+    """Returns the reason of each node id in the list, and which of them run on some machines."""
+    expected, on_some = {}, set()
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         prefix, _, reason = (part.strip() for part in line.partition("|"))
         if not prefix or not reason:
             sys.exit(f"{path}:{number}: expected 'node id | reason', got {line!r}")
+        if prefix.startswith("?"):
+            prefix = prefix.removeprefix("?")
+            on_some.add(prefix)
         expected[prefix] = reason
-    return expected
+    return expected, on_some
 
 
 def main(report: str, list_path: str) -> int:
@@ -47,7 +51,7 @@ def main(report: str, list_path: str) -> int:
         # An expected failure is reported as a skip too, but it ran.
         if skipped is not None and skipped.get("type") != "pytest.xfail":
             skips[node_id(case, root)] = skipped.get("message", "")
-    expected = read_list(Path(list_path))
+    expected, on_some = read_list(Path(list_path))
 
     problems = [
         f"skipped, and not in {list_path}: {test} ({reason})"
@@ -57,7 +61,7 @@ def main(report: str, list_path: str) -> int:
     problems += [
         f"in {list_path}, but no such test skipped: {prefix}"
         for prefix in expected
-        if not any(test.startswith(prefix) for test in skips)
+        if prefix not in on_some and not any(test.startswith(prefix) for test in skips)
     ]
     if len(cases) == len(skips):
         problems.append(f"no test ran: {len(cases)} collected, {len(skips)} skipped")

@@ -49,6 +49,7 @@ def check(directory: Path, tests: str, listed: str) -> tuple[int, list[str]]:
             1,
             ["skipped, and not in list.txt: tests/test_a.py::TestClass::test_skips[2] (no cluster)"],
         ),
+        (TESTS, ALL + "?tests/test_a.py::test_runs | needs a file\n", 0, ["skips as expected: 3 of 5 tests"]),
         (
             TESTS,
             ALL + "tests/test_b.py | gone\n",
@@ -72,7 +73,7 @@ def check(directory: Path, tests: str, listed: str) -> tuple[int, list[str]]:
             ["list.txt:1: expected 'node id | reason', got 'tests/test_a.py::test_skips'"],
         ),
     ],
-    ids=["as-expected", "unlisted", "listed-in-vain", "whole-module", "no-tests", "no-reason"],
+    ids=["as-expected", "unlisted", "on-some-machines", "listed-in-vain", "whole-module", "no-tests", "no-reason"],
 )
 def test_check_skips(tmp_path: Path, tests: str, listed: str, code: int, lines: list[str]) -> None:
     assert check(tmp_path, tests, listed) == (code, lines)
