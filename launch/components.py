@@ -174,9 +174,11 @@ def _role(
     # Not torchrun: it is found only where the environment's bin is on PATH.
     launcher = shlex.join([python or ("python" if image else sys.executable), "-m", "torch.distributed.run"])
     # The schedulers name the first node by a variable of their own, which the job's shell expands. On one node any free
-    # port does.
-    endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}" if nodes > 1 else "localhost:0"
-    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={endpoint} --rdzv-id={specs.macros.app_id}"
+    # port does, and its name need not be one that it can resolve.
+    endpoint = "localhost:0 --local-addr=localhost"
+    if nodes > 1:
+        endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"
+    rendezvous = f"--rdzv-backend=c10d --rdzv-id={specs.macros.app_id} --rdzv-endpoint={endpoint}"
     arguments = shlex.join([f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--tee=3", "--role=", "-m", *module])
     # All to stderr: from Slurm TorchX shows nothing else, and of one stream the lines keep their order.
     shell = f"exec {launcher} {rendezvous} {arguments} >&2"
@@ -197,7 +199,7 @@ def _role(
         min_replicas=nodes,
         max_retries=max_retries,
         resource=node,
-        port_map={"c10d": rdzv_port},
+        port_map={"c10d": rdzv_port} if nodes > 1 else {},
         mounts=_mounts(mounts),
         ranks=ranks,
         sets_threads="OMP_NUM_THREADS" not in (env or {}),

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BASE=${VENV:-.venv}
-VENV_RAY=${VENV_RAY:-.venv-ray}
+VENV_RAY=$(realpath -m "${VENV_RAY:-.venv-ray}")
 NAMESPACE=${RAY_NAMESPACE:-torchrec-qr-ray}
 PORT=8265
 GCS_PORT=6379
@@ -48,10 +48,13 @@ up() {
     command -v ip >/dev/null || fail "ip is not there: install iproute2"
     install
     is_running && answers && return
+    # In there the host's name must not mean an address of the host's: this file takes the place of /etc/hosts.
+    mkdir -p "/etc/netns/$NAMESPACE"
+    echo "127.0.0.1 localhost $(hostname)" >"/etc/netns/$NAMESPACE/hosts"
     ip netns list | grep -qw "$NAMESPACE" || ip netns add "$NAMESPACE"
     ip -n "$NAMESPACE" link set lo up
     # Its bin comes first: the server starts a job's driver by the name python3.
-    PATH=$PWD/$VENV_RAY/bin:$PATH setsid ip netns exec "$NAMESPACE" "$VENV_RAY/bin/python" -m ray.scripts.scripts \
+    PATH=$VENV_RAY/bin:$PATH setsid ip netns exec "$NAMESPACE" "$VENV_RAY/bin/python" -m ray.scripts.scripts \
         start --head --block --port="$GCS_PORT" --num-cpus=4 --dashboard-host=127.0.0.1 --dashboard-port="$PORT" \
         --disable-usage-stats </dev/null >"${PID%.pid}.log" 2>&1 &
     echo $! >"$PID"
@@ -69,13 +72,15 @@ status() {
 
 down() {
     local pid
-    pid=$(cat "$PID" 2>/dev/null) || { ip netns delete "$NAMESPACE" 2>/dev/null || true; return 0; }
-    # --block ends all processes of the head when it is told to end.
-    kill "$pid" 2>/dev/null || true
-    for _ in $(seq 150); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-    kill -KILL -- "-$pid" 2>/dev/null || true
-    rm -f "$PID"
+    if pid=$(cat "$PID" 2>/dev/null); then
+        # --block ends all processes of the head when it is told to end.
+        kill "$pid" 2>/dev/null || true
+        for _ in $(seq 150); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+        kill -KILL -- "-$pid" 2>/dev/null || true
+        rm -f "$PID"
+    fi
     ip netns delete "$NAMESPACE" 2>/dev/null || true
+    rm -rf "/etc/netns/$NAMESPACE"
 }
 
 case ${1:-} in

@@ -108,7 +108,8 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=1
+# TorchX makes a job of several nodes a heterogeneous one, which only the backfill scheduler starts: every 30 s by default.
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 MpiDefault=none
 # By default every daemon listens on all of the host's interfaces.
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny

@@ -40,8 +40,8 @@ def test_the_command_of_a_rank_on_this_host() -> None:
     (replica,) = request.role_params["dlrm"]
     assert replica.args[:2] == ["bash", "-c"]
     assert without_id(replica.args[2]) == (
-        f"exec {shlex.quote(sys.executable)} -m torch.distributed.run --rdzv-backend=c10d --rdzv-endpoint=localhost:0 "
-        "--rdzv-id=dlrm-ID --nnodes=1 --nproc-per-node=2 --tee=3 --role= "
+        f"exec {shlex.quote(sys.executable)} -m torch.distributed.run --rdzv-backend=c10d --rdzv-id=dlrm-ID "
+        "--rdzv-endpoint=localhost:0 --local-addr=localhost --nnodes=1 --nproc-per-node=2 --tee=3 --role= "
         "-m launch.train --config configs/demo.yaml --runs runs '--set=a.b=c d' >&2"
     )
     expected = {"A": "1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${rank}] "}

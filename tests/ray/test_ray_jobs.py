@@ -1,0 +1,39 @@
+"""Jobs on a real Ray head: what they come to, what TorchX shows, and what it refuses to send there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from torchx.specs.finder import ComponentValidationException
+from torchx_job import ROOT, SMALL_STEPS, dlrm, dryrun, metrics, output_of
+
+pytestmark = pytest.mark.timeout(300)
+
+RAY = "-s ray -cfg dashboard_address=127.0.0.1:8265 --wait --log"
+
+
+def test_one_node_of_two_ranks(tmp_path: Path) -> None:
+    code, output = output_of(*dlrm(RAY, tmp_path, "-j", "1x2"))
+    assert code == 0, output
+    assert re.search(r"^ray://torchx/127\.0\.0\.1:8265-dlrm-\w+$", output, re.MULTILINE)
+    assert "Job finished: SUCCEEDED" in output
+    last = metrics(tmp_path / "demo")[-1]
+    assert (last["split"], last["step"]) == ("test", SMALL_STEPS)
+    assert last["dense_only_auc"] + 0.1 < last["auc"] < last["best_possible_auc"]
+
+
+def test_a_job_that_fails_is_told(tmp_path: Path) -> None:
+    code, output = output_of(*dlrm(RAY, tmp_path, "-j", "1x2"), "--set=optimizer.sparse.lr=1e30")
+    assert code == 1
+    assert "Job finished: FAILED" in output
+
+
+def test_what_is_sent_is_small_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    request = dryrun("ray", "dlrm", "--config", "configs/demo.yaml", "--runs", "/runs", workspace=ROOT).request
+    sent = Path(request.working_dir)
+    assert sum(file.stat().st_size for file in sent.rglob("*") if file.is_file()) < 5 * 2**20
+    assert {"launch", "torchrec_qr", "configs"} <= {entry.name for entry in sent.iterdir()}
+    with pytest.raises(ComponentValidationException) as caught:
+        dryrun("ray", "dlrm", "--config", "configs/demo.yaml", workspace=ROOT)
+    assert str(caught.value).startswith("--runs runs: under ray it would go with the job. Allowed: an absolute path")

@@ -1,0 +1,73 @@
+"""Jobs on a real Slurm cluster of two nodes: what they come to, what TorchX shows, and how they fail and go on."""
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from torchx_job import ROOT, SMALL_STEPS, dlrm, metrics, output_of, pid_of_rank, started, torchx
+
+pytestmark = pytest.mark.timeout(300)
+
+SLURM = "-s slurm -cfg partition=debug,time=10 --wait --log"
+# The nodes are one host: a core for each rank, not the cores that they claim to have.
+SIZE = ("--cpu", "1", "--memMB", "1500")
+
+
+@pytest.fixture(autouse=True)
+def logs() -> None:
+    """Removes what Slurm writes to where a job was submitted."""
+    yield
+    for file in ROOT.glob("slurm-*"):
+        file.unlink()
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+def test_one_node_of_two_ranks(tmp_path: Path) -> None:
+    code, output = output_of(*dlrm(SLURM, tmp_path, "-j", "1x2", *SIZE))
+    assert code == 0, output
+    assert re.search(r"^dlrm/0 \[0\] test AUC +0\.\d{4}", output, re.MULTILINE)
+    last = metrics(tmp_path / "demo")[-1]
+    assert (last["split"], last["step"]) == ("test", SMALL_STEPS)
+    assert last["dense_only_auc"] + 0.1 < last["auc"] < last["best_possible_auc"]
+
+
+def test_two_nodes_of_one_rank(tmp_path: Path) -> None:
+    code, output = output_of(*dlrm(SLURM, tmp_path, "-j", "2x1", "--rdzv_port", free_port(), *SIZE))
+    assert code == 0, output
+    (handle,) = set(re.findall(r"^slurm://torchx/(\d+)$", output, re.MULTILINE))
+    last = metrics(tmp_path / "demo")[-1]
+    assert last["dense_only_auc"] + 0.1 < last["auc"] < last["best_possible_auc"]
+    code, status = torchx("status", f"slurm://torchx/{handle}")
+    assert code == 0
+    assert "SUCCEEDED" in status
+
+
+def test_a_job_that_fails_is_told(tmp_path: Path) -> None:
+    # Larger than what a float holds after the first step.
+    code, output = output_of(*dlrm(SLURM, tmp_path, "-j", "1x2", *SIZE), "--set=optimizer.sparse.lr=1e30")
+    assert code == 1
+    assert "Job finished: FAILED" in output
+    assert "launch.task.NonFiniteLossError: step " in output
+
+
+def test_a_job_that_dies_is_queued_again_and_goes_on(tmp_path: Path) -> None:
+    lines, killed = [], 0
+    with started(*dlrm(SLURM, tmp_path, "-j", "1x2", "--max_retries", "1", *SIZE)) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            lines.append(line)
+            if not killed and re.search(rf" 35/{SMALL_STEPS}  logloss", line):
+                killed = pid_of_rank(1, tmp_path)
+                os.kill(killed, signal.SIGKILL)
+        output = "".join(lines)
+        assert job.wait() == 0, output
+    assert killed
+    last = metrics(tmp_path / "demo")[-1]
+    assert (last["split"], last["step"]) == ("test", SMALL_STEPS)
