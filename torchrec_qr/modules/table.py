@@ -18,7 +18,10 @@ from torchrec_qr.configs import (
 from torchrec_qr.fingerprint import check_fingerprint, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
+from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
+from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
+from torchrec_qr.ops.lookup import Lookup, look_up
 
 
 class CompositionalTable(nn.Module):
@@ -42,6 +45,7 @@ class CompositionalTable(nn.Module):
             shape = (partition.num_embeddings, partition.embedding_dim)
             holder.weight = nn.Parameter(torch.empty(shape, dtype=DTYPES[partition.data_type], device=device))
             self.add_module(f"partition_{j}", holder)
+        self._layout = _layout(config)
         self.register_buffer("fingerprint", None)
         self.register_buffer("class_map", None, persistent=False)
         self.set_constants(device)
@@ -59,11 +63,24 @@ class CompositionalTable(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
+        if self._has_kernels():
+            offsets = torch.tensor([0, ids.shape[0]])
+            out = look_up(self._lookup(), list(self.weights()), ids, offsets, None, False)
+            return out.view(-1, self._config.embedding_dim)
         return compositional_embedding(self.composition, list(self.weights()), self._rows(ids))
 
     def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Returns (B, D): per bag, the sum of its ids' embeddings times their weights (N,)."""
+        if self._has_kernels():
+            return look_up(self._lookup(), list(self.weights()), ids, offsets, weights, True)
         return compositional_bag(self.composition, list(self.weights()), self._rows(ids), offsets, weights)
+
+    def _has_kernels(self) -> bool:
+        return self._layout is not None and cpu.available()
+
+    def _lookup(self) -> Lookup:
+        assert self._layout is not None
+        return Lookup(self._layout, [self._config.name], [] if self.class_map is None else [self.class_map])
 
     def _rows(self, ids: Tensor) -> list[Tensor]:
         return self._partitions.class_rows(ids, self.class_map)
@@ -87,6 +104,17 @@ class CompositionalTable(nn.Module):
             self.set_constants(self.fingerprint.device)
             check_fingerprint(self._config.name, saved, fingerprint(self._config))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _layout(config: CompositionalConfig) -> list[int] | None:
+    """How the kernels see the table; None: they do not have it."""
+    assert config.partitions is not None
+    widths = config.partition_columns
+    if not cpu.supports(config.operation, widths):
+        return None
+    any_id = config.out_of_range == "unchecked" and config.partitions.class_map is None
+    partitions = partition_layouts(config.partitions, dict(enumerate(widths)))
+    return encode([TableLayout(config.operation, partitions, num_ids=-1 if any_id else config.num_embeddings)])
 
 
 def build_tables(

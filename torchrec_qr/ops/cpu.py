@@ -16,13 +16,14 @@ from torchrec_qr.ops.cpu_structs import (
     MAX_PARTITIONS,
     MAX_STATES,
     MAX_WIDTH,
+    PARTITION,
     STRUCTS,
     TYPES,
     Plan,
     partitions_with,
     plan_of,
 )
-from torchrec_qr.ops.layout import TableLayout
+from torchrec_qr.ops.layout import OPERATIONS
 
 # By their numbers in csrc/lookup.h. GRADIENT: the row's gradient is returned; NOTHING: it is not needed.
 RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4, "amsgrad": 5}
@@ -42,16 +43,12 @@ class Batch(NamedTuple):
     pooled: bool
 
 
-def supports(table: TableLayout, dtypes: Sequence[torch.dtype]) -> bool:
-    """Returns whether the kernels have such a table."""
-    widths = [p.width for p in table.partitions]
-    return (
-        len(widths) <= MAX_PARTITIONS
-        and max(widths) <= MAX_WIDTH
-        and all(dtype in TYPES and dtype.is_floating_point for dtype in dtypes)
-    )
+def supports(operation: str, widths: Sequence[int]) -> bool:
+    """Returns whether the kernels have tables with such partitions."""
+    return operation in OPERATIONS and 0 < len(widths) <= MAX_PARTITIONS and max(widths) <= MAX_WIDTH
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Returns whether the kernels look tables up on the CPU; see `torchrec_qr.ops.cpu_library`."""
     return _library() is not None
@@ -119,6 +116,33 @@ def propagate(
     call.group["id_weights_gradient"] = of_weights.data_ptr() if weights_need_gradient else 0
     call.run("qr_backward")
     return [*(d.to(w.dtype) for d, w in zip(dense, weights, strict=True)), of_weights]
+
+
+def step_rows(
+    weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
+) -> None:
+    """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j)."""
+    rows, gradients = rows.contiguous(), gradients.to(torch.float32).contiguous()
+    if rows.dtype != torch.int64 or gradients.shape != (rows.numel(), weight.shape[1]) or weight.stride(1) != 1:
+        raise ValueError(
+            f"rows {rows.dtype} {tuple(rows.shape)} with gradients {tuple(gradients.shape)} of a weight of shape "
+            f"{tuple(weight.shape)}, strides {weight.stride()}; allowed: (n,) torch.int64, (n, {weight.shape[1]}), rows"
+        )
+    p = np.zeros(1, PARTITION)
+    p["weight"], p["rows"], p["width"] = weight.data_ptr(), weight.shape[0], weight.shape[1]
+    p["row_stride"], p["weight_type"] = max(weight.stride(0), weight.shape[1]), TYPES[weight.dtype]
+    p["rule"] = RULES[rule]
+    for i, state in enumerate(states):
+        p["state"][0, i] = _state_address(state, weight, RULES[rule])
+    for name, value in zip(HYPER, hyper, strict=True):
+        p[name] = value
+    failure = np.zeros(1, FAILURE)
+    library = _library()
+    assert library is not None
+    if library.qr_step_rows(
+        p.ctypes.data, rows.data_ptr(), gradients.data_ptr(), rows.numel(), cpu_library.isa(), failure.ctypes.data
+    ):
+        raise IndexError(f"row {int(failure[0]['value'])} is out of range [0, {weight.shape[0]})")
 
 
 def num_states(rule: int) -> int:

@@ -32,6 +32,9 @@ def _loaded(path: Path) -> ctypes.CDLL | str:
         function = getattr(library, name)
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         function.restype = ctypes.c_int32
+    pointer = ctypes.c_void_p
+    library.qr_step_rows.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
+    library.qr_step_rows.restype = ctypes.c_int32
     return library
 
 

@@ -1,6 +1,12 @@
 """What a lookup must know of its tables besides their weights: plain numbers, in which every backend is told."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_qr.partitions import ClosedForm, Partitions
 
 OPERATIONS = ("mult", "add", "concat")
 
@@ -59,6 +65,30 @@ class TableLayout(NamedTuple):
         return self.partitions[0].divisor == 0
 
 
+def partition_layouts(
+    partitions: Partitions, widths: Mapping[int, int], first_rows: Mapping[int, int] | None = None
+) -> tuple[PartitionLayout, ...]:
+    """Returns the layouts of those partitions that ``widths`` names, by their widths; in its order.
+
+    Args:
+        partitions: which row of each partition an id selects.
+        widths: columns per partition.
+        first_rows: the first row that is stored, where that is not 0.
+
+    Example:
+        >>> from torchrec_qr import QuotientRemainder
+        >>> partition_layouts(QuotientRemainder(100, num_collisions=4), {0: 8, 1: 8})[1]
+        PartitionLayout(width=8, divisor=25, modulus=4, first_row=0, map_row=0)
+    """
+    first_rows = first_rows or {}
+    if isinstance(partitions, ClosedForm):
+        return tuple(
+            PartitionLayout(width, partitions.strides[j], partitions.sizes[j], first_rows.get(j, 0))
+            for j, width in widths.items()
+        )
+    return tuple(PartitionLayout(w, first_row=first_rows.get(j, 0), map_row=j) for j, w in widths.items())
+
+
 def encode(tables: list[TableLayout]) -> list[int]:
     """Returns the layouts as one list of integers, as an operator of ``torch.library`` takes them.
 
@@ -100,3 +130,16 @@ def decode(layout: list[int] | tuple[int, ...]) -> list[TableLayout]:
             )
         )
     return tables
+
+
+def rows_of(table: TableLayout, ids: Tensor, class_map: Tensor | None) -> list[Tensor]:
+    """Returns K tensors (N,) int64: the rows that ids, or codes, select, in PyTorch."""
+    ids = ids.to(torch.int64)
+    if table.code is not None:
+        per_row, stride, size, first_row = table.code
+        row, ids = ids // per_row + first_row, ids % per_row
+        if stride:
+            ids = ids % stride + stride * (row + size * (ids // stride))
+    if class_map is not None:
+        return [class_map[p.map_row].index_select(0, ids).to(torch.int64) - p.first_row for p in table.partitions]
+    return [ids // p.divisor % p.modulus - p.first_row for p in table.partitions]

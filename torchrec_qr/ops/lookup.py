@@ -18,8 +18,13 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.ops import cpu
+from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.cpu import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.cpu_structs import plan_of
+from torchrec_qr.ops.layout import decode, rows_of
+
+# Of weights, in the kernels; others are PyTorch's.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Lookup(NamedTuple):
@@ -184,6 +189,33 @@ def _as_given(of_ids: Tensor, id_weights: Tensor | None) -> Tensor | None:
 lookup_op.register_autograd(_backward, setup_context=_save)
 
 
+def _in_pytorch(
+    tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
+) -> Tensor:
+    """`look_up` where the operators have no implementation: on other devices, and in other types."""
+    outputs, layouts = [], decode(tables.layout)
+    remaining, class_maps = list(weights), iter(tables.class_maps)
+    num_bags = (offsets.numel() - 1) // sum(t.num_features for t in layouts) if pooled else 1
+    feature = 0
+    for table in layouts:
+        own, remaining = remaining[: len(table.partitions)], remaining[len(table.partitions) :]
+        class_map = next(class_maps) if table.has_map else None
+        for _ in range(table.num_features):
+            bags = offsets[feature * num_bags : (feature + 1) * num_bags + 1]
+            span = slice(*bags[[0, -1]].tolist())
+            rows = rows_of(table, ids[span], class_map)
+            if pooled:
+                weights_of = None if id_weights is None else id_weights[span]
+                out = compositional_bag(Composition(table.operation), own, rows, bags - bags[0], weights_of)
+                if table.mean:
+                    out = out / bags.diff().clamp(min=1).unsqueeze(1)
+                outputs.append(out)
+            else:
+                outputs.append(compositional_embedding(Composition(table.operation), own, rows).reshape(-1))
+            feature += 1
+    return torch.cat(outputs, dim=1 if pooled else 0)
+
+
 def look_up(
     tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
 ) -> Tensor:
@@ -213,6 +245,8 @@ def look_up(
         ...     [90.0, 10.0]
         [90.0, 10.0]
     """
+    if not available(weights[0].device) or any(w.dtype not in DTYPES for w in weights):
+        return _in_pytorch(tables, weights, ids, offsets, id_weights, pooled)
     out: Tensor = lookup_op(
         weights, tables.class_maps, ids, offsets, id_weights, tables.layout, "\n".join(tables.names), pooled
     )
@@ -286,3 +320,7 @@ def stepped_lookup(
     """
     out: Tensor = _SteppedLookup.apply(tables, steps, pooled, ids, offsets, id_weights, *weights)
     return out
+
+
+# `torch.fx` records it as a call: which implementation runs follows from the device, at run time.
+torch.fx.wrap("look_up")
