@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.ops.layout import CodeLayout
 from torchrec_qr.partitions import ClosedForm
 
 
@@ -53,6 +54,15 @@ class RowCode:
         stride = p.strides[self.config.base_partition]
         rest = ids % stride + stride * (ids // (stride * p.sizes[self.config.base_partition]))
         return row * self.codes_per_row + rest
+
+    def layout(self, first_row: int) -> CodeLayout:
+        """How the kernels decode; see `decode`."""
+        p = self.config.partitions
+        assert p is not None
+        if not isinstance(p, ClosedForm):
+            return CodeLayout(self.codes_per_row, 0, 0, first_row)
+        base = self.config.base_partition
+        return CodeLayout(self.codes_per_row, p.strides[base], p.sizes[base], first_row)
 
     def decode(self, codes: Tensor, first_row: int) -> Tensor:
         """(N,) codes, counted from ``first_row`` · C as TorchRec's bucketizing leaves them → (N,) ids."""

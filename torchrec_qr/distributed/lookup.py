@@ -1,7 +1,6 @@
 """The lookup of compositional tables on the ranks that own them, and the parameters behind it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
@@ -9,53 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_kernel import BaseEmbedding
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_qr.configs import DTYPES, CompositionalConfig
-from torchrec_qr.distributed.codes import RowCode
+from torchrec_qr.configs import DTYPES
+from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
 from torchrec_qr.distributed.optimizer import RowOptimizer, StoredPartition, step_in_backward
-from torchrec_qr.distributed.shards import (
-    ROW_SPLIT,
-    block_rows,
-    is_replicated,
-    num_row_blocks,
-    stored_columns,
-    stored_shard,
-    stored_shards,
-)
-from torchrec_qr.distributed.update_rules import says_something, update_rule
-from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A compositional table and its sharding type: what TorchRec's own description of a shard has no field for."""
-
-    config: CompositionalConfig
-    sharding_type: str
-
-
-def placed(table: ShardedEmbeddingTable) -> Placed | None:
-    """What `place` attached; None for a plain table."""
-    return getattr(table, "compositional", None)
-
-
-def place(table: ShardedEmbeddingTable, config: CompositionalConfig, sharding_type: str) -> None:
-    """Attaches a `Placed`. TorchRec copies configs field by field, so it cannot travel in one of them."""
-    table.compositional = Placed(config, sharding_type)  # type: ignore[attr-defined]
-
-
-def is_fused(table: ShardedEmbeddingTable) -> bool:
-    """Whether rows are stepped in backward: by the fused kernel, or because anything is said of the table's optimizer.
-
-    TorchRec's dense kernel, which is the one it has for data-parallel, would drop an attached optimizer in silence.
-    """
-    attached = any(says_something(key, value) for key, value in (table.fused_params or {}).items())
-    return table.compute_kernel == EmbeddingComputeKernel.FUSED or attached
+from torchrec_qr.distributed.placement import compositional, is_fused, stored_shard_of
+from torchrec_qr.distributed.shard_run import FeatureRange, runs_of
+from torchrec_qr.distributed.shards import is_replicated, stored_shards
+from torchrec_qr.distributed.update_rules import update_rule
+from torchrec_qr.ops.lookup import available
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):
@@ -81,12 +46,14 @@ class Replicas(nn.Module):
         super().__init__()
         self.parameters_of: dict[tuple[str, int], nn.Parameter] = {}
         self.optimizer_of: dict[Tensor, RowOptimizer] = {}
+        # Where rows without a gradient may move, too: (rows,) uint8, 1 for those that this rank looked up in a step.
+        self.touched_of: dict[tuple[str, int], Tensor] = {}
         self._names: dict[nn.Parameter, str] = {}
         # Of the gradients of parameters that nothing steps in backward; set by `replication.replicate`.
         self.gradient_scale = 1.0
         holders = []
         for table in tables:
-            config, sharding_type = _placed(table).config, _placed(table).sharding_type
+            config, sharding_type = compositional(table).config, compositional(table).sharding_type
             assert config.partitions is not None
             stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
@@ -100,7 +67,11 @@ class Replicas(nn.Module):
             if is_fused(table) and stored:
                 optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
                 holders.append(FusedOptimizerHolder(optimizer))
-                self.optimizer_of.update((p, optimizer) for partition in stored for p in partition.tensors)
+                own = {key: p for key, p in self.parameters_of.items() if key[0] == config.name}
+                self.optimizer_of.update((p, optimizer) for p in own.values())
+                if optimizer.rule.counts_steps:
+                    for key, p in own.items():
+                        self.touched_of[key] = torch.zeros(p.shape[0], dtype=torch.uint8, device=p.device)
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 
@@ -140,14 +111,15 @@ class CompositionalKernel(BaseEmbedding):
         self._config = config
         self._sequence = sequence
         self._pg = pg
-        # Set by the lookup for every forward: the replicated partitions, as tensors of the step's graph.
-        self.replicas: dict[tuple[str, int], Tensor] = {}
+        # Set by the lookup for every forward.
+        self.replicas = ReplicatedPartitions({}, {})
         self._stored: list[StoredPartition] = []
         self._exposed: list[tuple[str, nn.Parameter]] = []
         holders = []
         # All shards of a table follow each other nowhere in particular; TorchRec wants one parameter for them.
         by_name = sorted(config.embedding_tables, key=lambda t: t.name)
         leaves: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        optimizers: dict[str, RowOptimizer] = {}
         for _, group in groupby(by_name, key=lambda t: t.name):
             tables = list(group)
             stored = self._store(tables, leaves, device)
@@ -155,6 +127,7 @@ class CompositionalKernel(BaseEmbedding):
                 continue
             optimizer = RowOptimizer(stored, update_rule(tables[0].name, tables[0].fused_params or {}), pg)
             holders.append(FusedOptimizerHolder(optimizer))
+            optimizers[tables[0].name] = optimizer
             for partition in stored:
                 for leaf in partition.tensors:
                     step_in_backward(leaf, optimizer)
@@ -163,9 +136,12 @@ class CompositionalKernel(BaseEmbedding):
                 for name, p in self._exposed
             ]
         self._shards = nn.ModuleList(
-            LocalShard(t, {j: leaf for (table, j), leaf in leaves.items() if table == id(t)}, device)
+            LocalShard(
+                t, {j: leaf for (table, j), leaf in leaves.items() if table == id(t)}, optimizers.get(t.name), device
+            )
             for t in config.embedding_tables
         )
+        self._runs = runs_of(list(self._local_shards()), sequence)
         self.optimizers = nn.ModuleList(holders)
         self.dense = nn.ParameterList(p for _, p in self._exposed if not hasattr(p, "_in_backward_optimizers"))
 
@@ -176,14 +152,14 @@ class CompositionalKernel(BaseEmbedding):
         device: torch.device | None,
     ) -> list[StoredPartition]:
         """Allocates this rank's shards of a table; those of one partition share a storage, which TorchRec is shown."""
-        at = _placed(tables[0])
+        at = compositional(tables[0])
         config = at.config
         assert config.partitions is not None
         stored = []
         for j, rows in enumerate(config.partitions.sizes):
             if is_replicated(config, j, at.sharding_type):
                 continue
-            here = [(t, shard) for t in tables if (shard := _stored_shard(t, j)) is not None]
+            here = [(t, shard) for t in tables if (shard := stored_shard_of(t, j)) is not None]
             if not here:
                 continue
             sizes = [tuple(shard.shard_sizes) for _, shard in here]
@@ -219,21 +195,17 @@ class CompositionalKernel(BaseEmbedding):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Returns (B, ΣD) of the group's features in order; for sequences their (N, D) end to end, flat."""
-        replicas = self.replicas
-        stride, lengths = features.stride(), features.length_per_key()
-        ids = features.values().split(lengths)
-        weights = features.weights().split(lengths) if self._config.is_weighted else [None] * len(ids)
-        offsets = features.offsets()
+        kernels = available(features.device())
         outputs: list[Tensor] = []
-        for shard in self._local_shards():
-            for _ in range(shard.num_features):
-                f = len(outputs)
-                if self._sequence:
-                    outputs.append(shard.embed(ids[f], replicas).reshape(-1))
-                else:
-                    bags = offsets[f * stride : (f + 1) * stride + 1]
-                    outputs.append(shard.sum(ids[f], bags - bags[0], weights[f], replicas))
-        return torch.cat(outputs, dim=0 if self._sequence else 1)
+        first = 0
+        for run in self._runs:
+            part = FeatureRange(features, first, first + run.num_features, self._config.is_weighted)
+            first += run.num_features
+            if kernels and run.has_kernels:
+                outputs.append(run.in_kernels(part, self.replicas))
+            else:
+                outputs += run.in_pytorch(part, self.replicas)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
 
     def uses(self) -> set[tuple[str, int]]:
         """The partitions, by table and number, that the output depends on."""
@@ -258,69 +230,6 @@ class CompositionalKernel(BaseEmbedding):
         """TorchRec calls this before loading; there is no cache to drop."""
 
 
-class LocalShard(nn.Module):
-    """One shard of one logical table: ids, or their row codes, to embeddings of the shard's columns."""
-
-    class_map: Tensor | None
-
-    def __init__(
-        self, table: ShardedEmbeddingTable, stored: dict[int, Callable[[], Tensor]], device: torch.device | None
-    ) -> None:
-        super().__init__()
-        config, sharding_type = _placed(table).config, _placed(table).sharding_type
-        assert config.partitions is not None
-        self._config = config
-        self._partitions = config.partitions
-        self.num_features = len(table.feature_names)
-        self._composition = Composition(config.operation, config.path_hidden, config.path_activation)
-        self._stored = stored
-        self._sparse = is_fused(table)
-        start = table.local_metadata.shard_offsets[1] if table.local_metadata is not None else 0
-        columns = {j: stored_columns(config, j, start, start + table.local_cols) for j in range(config.num_partitions)}
-        self._columns = {j: (a, b) for j, (a, b) in columns.items() if a < b}
-        self._code = RowCode(config) if sharding_type in ROW_SPLIT else None
-        self._first_row = 0
-        if self._code is not None:
-            blocks = num_row_blocks(_logical(table))
-            self._first_row = _position(table) % blocks * block_rows(config, blocks)
-        class_map = config.partitions.class_map
-        self.register_buffer("class_map", None if class_map is None else class_map.to(device), persistent=False)
-
-    def embed(self, ids: Tensor, replicas: dict[tuple[str, int], Tensor]) -> Tensor:
-        """(N,) → (N, D of this shard)."""
-        return compositional_embedding(
-            self._composition, self._weights(replicas), self._rows(ids), sparse_gradients=self._sparse_gradients()
-        )
-
-    def sum(
-        self, ids: Tensor, offsets: Tensor, weights: Tensor | None, replicas: dict[tuple[str, int], Tensor]
-    ) -> Tensor:
-        """(N,) → (B, D of this shard)."""
-        return compositional_bag(
-            self._composition, self._weights(replicas), self._rows(ids), offsets, weights, self._sparse_gradients()
-        )
-
-    def uses(self) -> set[tuple[str, int]]:
-        """The partitions that this shard's output depends on."""
-        return {(self._config.name, j) for j in self._columns}
-
-    def _rows(self, ids: Tensor) -> list[Tensor]:
-        if self._code is not None:
-            ids = self._code.decode(ids, self._first_row)
-        rows = self._partitions.class_rows(ids, self.class_map)
-        base = self._config.base_partition
-        return [rows[j] - self._first_row if j == base else rows[j] for j in self._columns]
-
-    def _weights(self, replicas: dict[tuple[str, int], Tensor]) -> list[Tensor]:
-        return [
-            self._stored[j]() if j in self._stored else replicas[self._config.name, j][:, a:b]
-            for j, (a, b) in self._columns.items()
-        ]
-
-    def _sparse_gradients(self) -> list[bool]:
-        return [self._sparse and j in self._stored for j in self._columns]
-
-
 def _leaf(piece: Tensor) -> Tensor:
     return piece
 
@@ -328,28 +237,6 @@ def _leaf(piece: Tensor) -> Tensor:
 def _view(parameter: Tensor, start: int, size: torch.Size) -> Tensor:
     """A part of a parameter, made anew in every forward: optimizers and checkpoints change parameters in place."""
     return parameter.view(-1)[start : start + size.numel()].view(size)
-
-
-def _placed(table: ShardedEmbeddingTable) -> Placed:
-    at = placed(table)
-    assert at is not None
-    return at
-
-
-def _logical(table: ShardedEmbeddingTable) -> list[ShardMetadata]:
-    assert table.global_metadata is not None
-    return table.global_metadata.shards_metadata
-
-
-def _stored_shard(table: ShardedEmbeddingTable, j: int) -> ShardMetadata | None:
-    at = _placed(table)
-    return stored_shard(at.config, j, at.sharding_type, _logical(table), _position(table))
-
-
-def _position(table: ShardedEmbeddingTable) -> int:
-    """The place of this rank's logical shard among all of the table's."""
-    assert table.local_metadata is not None
-    return _logical(table).index(table.local_metadata)
 
 
 def _in_backward(data: Tensor, optimizer: RowOptimizer) -> nn.Parameter:

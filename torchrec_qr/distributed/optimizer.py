@@ -12,6 +12,8 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
+from torchrec_qr.ops import cpu
+from torchrec_qr.ops.lookup import available
 
 
 @dataclass
@@ -57,8 +59,9 @@ class RowOptimizer(FusedOptimizer):
     """
 
     def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
-        self._rule = rule
+        self.rule = rule
         self._state_of: dict[Tensor, dict[str, Tensor]] = {}
+        self._count_of: dict[Tensor, tuple[_StepCount, int]] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
         for p in partitions:
@@ -68,34 +71,53 @@ class RowOptimizer(FusedOptimizer):
         super().__init__(params, state, [{"params": list(params.values()), "lr": rule.learning_rate}])
 
     def _init_state(self, p: StoredPartition, pg: dist.ProcessGroup | None) -> dict[str, Tensor | ShardedTensor]:
-        local: dict[str, list[Tensor]] = {name: [] for name in self._rule.state_shapes(0, 0)}
+        local: dict[str, list[Tensor]] = {name: [] for name in self.rule.state_shapes(0, 0)}
         for tensor in p.tensors:
-            shapes = self._rule.state_shapes(tensor.shape[0], tensor.shape[1])
+            shapes = self.rule.state_shapes(tensor.shape[0], tensor.shape[1])
             own = {name: torch.zeros(shape, device=tensor.device) for name, shape in shapes.items()}
             self._state_of[tensor] = own
             for name, value in own.items():
                 local[name].append(value)
-        rowwise = {name for name, shape in self._rule.state_shapes(1, 1).items() if len(shape) == 1}
+        counts: dict[str, Tensor | ShardedTensor] = {}
+        if self.rule.counts_steps:
+            count = _StepCount(len(p.tensors))
+            self._count_of.update((tensor, (count, i)) for i, tensor in enumerate(p.tensors))
+            counts[f"{p.name}.step"] = count.steps
+        rowwise = {name for name, shape in self.rule.state_shapes(1, 1).items() if len(shape) == 1}
         return {
             f"{p.name}.{name}": p.rows_as_global(v, pg) if name in rowwise else p.as_global(v, pg)
             for name, v in local.items()
-        }
+        } | counts
 
     @torch.no_grad()
     def update(self, tensor: Tensor, rows: Tensor, grad: Tensor) -> None:
         """Steps ``rows`` (n,), each once, of a stored tensor by their gradients (n, columns)."""
-        full_state = self._state_of[tensor]
-        state = {name: value.index_select(0, rows) for name, value in full_state.items()}
         # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
-        weight = tensor.data
-        new = self._rule.step(weight.index_select(0, rows).float(), grad.float(), state, self._lr)
+        weight, t = tensor.data, self._advance(tensor)
+        full_state = self._state_of[tensor]
+        if available(weight.device):
+            cpu.step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
+            return
+        state = {name: value.index_select(0, rows) for name, value in full_state.items()}
+        new = self.rule.step(weight.index_select(0, rows).float(), grad.float(), state, self._lr, t)
         weight.index_copy_(0, rows, new.to(weight.dtype))
         for name, value in state.items():
             full_state[name].index_copy_(0, rows, value)
 
+    def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
+        """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
+        t = self._advance(tensor)
+        return cpu.RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
+
+    def _advance(self, tensor: Tensor) -> int:
+        if tensor not in self._count_of:
+            return 1
+        count, piece = self._count_of[tensor]
+        return count.advance(piece)
+
     @property
     def rule_name(self) -> str:
-        return type(self._rule).__name__
+        return type(self.rule).__name__
 
     @property
     def _lr(self) -> float:
@@ -109,18 +131,35 @@ class RowOptimizer(FusedOptimizer):
         pass
 
 
+class _StepCount:
+    """Steps of a partition so far, a part of its state. Its pieces on this rank are stepped one after the other."""
+
+    def __init__(self, pieces: int) -> None:
+        self.steps = torch.zeros((), dtype=torch.float32)
+        self._ahead = [0] * pieces
+
+    def advance(self, piece: int) -> int:
+        """Returns the number of the step that a piece now takes, from 1."""
+        self._ahead[piece] += 1
+        t = int(self.steps) + self._ahead[piece]
+        if done := min(self._ahead):
+            self.steps += done
+            self._ahead = [n - done for n in self._ahead]
+        return t
+
+
 def step_in_backward(tensor: Tensor, optimizer: RowOptimizer) -> None:
-    """Has a leaf stepped as soon as a backward has its whole gradient, sparse or dense, which is then dropped."""
+    """Has a leaf stepped as soon as a backward has its whole gradient, a sparse one, which is then dropped."""
 
     def hook(leaf: Tensor) -> None:
         grad = leaf.grad
-        assert grad is not None
+        if grad is None:
+            return  # stepped by the kernels, which give no gradient
+        # A dense one would not tell the rows that were looked up from the others.
+        assert grad.is_sparse
         leaf.grad = None
-        if grad.is_sparse:
-            grad = grad.coalesce()
-            optimizer.update(tensor, grad.indices()[0], grad.values())
-        else:
-            optimizer.update(tensor, torch.arange(grad.shape[0], device=grad.device), grad)
+        grad = grad.coalesce()
+        optimizer.update(tensor, grad.indices()[0], grad.values())
 
     tensor.register_post_accumulate_grad_hook(hook)
 

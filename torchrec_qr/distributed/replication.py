@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.futures import Future
+from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_qr.distributed.lookup import Replicas
@@ -18,6 +19,7 @@ class _Reduction:
     pg: dist.ProcessGroup
     average: bool
     optimizer_of: dict[Tensor, RowOptimizer]
+    touched_of: dict[Tensor, Tensor]
 
 
 def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> DistributedDataParallel:
@@ -30,13 +32,15 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     if not isinstance(module, DistributedDataParallel):
         module = DistributedDataParallel(module, process_group=pg, gradient_as_bucket_view=True)
     optimizer_of: dict[Tensor, RowOptimizer] = {}
+    touched_of: dict[Tensor, Tensor] = {}
     for child in module.modules():
         if isinstance(child, Replicas):
             optimizer_of.update(child.optimizer_of)
+            touched_of.update((child.parameters_of[key], touched) for key, touched in child.touched_of.items())
             # What is left to a dense optimizer may hold the gradient of an earlier backward, the same on all ranks: so
             # it must be averaged in any case, and a sum is the average of larger gradients.
             child.gradient_scale = 1.0 if average else float(pg.size())
-    module.register_comm_hook(_Reduction(pg, average, optimizer_of), _reduce_and_step)
+    module.register_comm_hook(_Reduction(pg, average, optimizer_of, touched_of), _reduce_and_step)
     return module
 
 
@@ -52,18 +56,30 @@ def replicate_lookups(lookups: list[nn.Module], pg: dist.ProcessGroup | None) ->
 
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:
     parameters, gradients = bucket.parameters(), bucket.gradients()
+    masks = [reduction.touched_of[p] for p in parameters if p in reduction.touched_of]
+    touched = torch.cat(masks) if masks else None
 
-    def step(reduced: Future[list[Tensor]]) -> Tensor:
+    def step(_: Future[list[Future[list[Tensor]]]]) -> Tensor:
         world_size = reduction.pg.size()
+        if touched is not None:
+            for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
+                mask.copy_(reduced)
         for p, grad in zip(parameters, gradients, strict=True):
             optimizer = reduction.optimizer_of.get(p)
             if optimizer is None or reduction.average:
                 grad.div_(world_size)
-            if optimizer is not None:
-                # The other rows are untouched, or as good as that under every rule that there is.
+            if optimizer is None:
+                continue
+            if p in reduction.touched_of:
+                rows = reduction.touched_of[p].nonzero().squeeze(1)
+                reduction.touched_of[p].zero_()
+            else:
+                # The other rows are untouched, or as good as that under the rules that do not count steps.
                 rows = grad.ne(0).any(dim=1).nonzero().squeeze(1)
-                optimizer.update(p, rows, grad.index_select(0, rows))
-        return reduced.value()[0]
+            optimizer.update(p, rows, grad.index_select(0, rows))
+        return bucket.buffer()
 
-    work = dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True)
-    return work.get_future().then(step)
+    work = [dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True).get_future()]
+    if touched is not None:
+        work.append(dist.all_reduce(touched, dist.ReduceOp.MAX, group=reduction.pg, async_op=True).get_future())
+    return collect_all(work).then(step)

@@ -32,7 +32,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.codes import RowCode
-from torchrec_qr.distributed.lookup import CompositionalKernel, Placed, Replicas, place, placed
+from torchrec_qr.distributed.local_shard import ReplicatedPartitions
+from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas
+from torchrec_qr.distributed.placement import Placed, place, placed
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
 from torchrec_qr.ids import IdSpace, bounded_ids, raise_pending
 
@@ -62,7 +64,7 @@ class _CompositionalLookup:
         weights: list[Tensor] = self._replicated() if self._replicas().parameters_of else []
         by_partition = dict(zip(self._replicas().parameters_of, weights, strict=True))
         for kernel in self.kernels():
-            kernel.replicas = by_partition
+            kernel.replicas = ReplicatedPartitions(by_partition, self._replicas().touched_of)
         out: Tensor = super().forward(sparse_features)  # type: ignore[misc]
         for i in self._unused:
             # Ranks that own none of a table reduce its replicas with the others: DDP waits for every gradient.

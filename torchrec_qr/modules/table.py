@@ -19,7 +19,10 @@ from torchrec_qr.configs import (
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
+from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
+from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
+from torchrec_qr.ops.lookup import Lookup, available, look_up
 
 
 class _Table:
@@ -69,6 +72,7 @@ class CompositionalTable(nn.Module):
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
             self.add_module(f"partition_{j}", _Partition(partition, device))
+        self._layout = _layout(config)
         self.register_buffer("fingerprint", None)
         self.register_buffer("class_map", None, persistent=False)
         self.set_constants(device)
@@ -86,11 +90,24 @@ class CompositionalTable(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
+        if self._has_kernels():
+            offsets = torch.tensor([0, ids.shape[0]])
+            out = look_up(self._lookup(), list(self.weights()), ids, offsets, None, False)
+            return out.view(-1, self.config.embedding_dim)
         return compositional_embedding(self.composition, list(self.weights()), self._rows(ids))
 
     def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Returns (B, D): per bag, the sum of its ids' embeddings times their weights (N,)."""
+        if self._has_kernels():
+            return look_up(self._lookup(), list(self.weights()), ids, offsets, weights, True)
         return compositional_bag(self.composition, list(self.weights()), self._rows(ids), offsets, weights)
+
+    def _has_kernels(self) -> bool:
+        return self._layout is not None and available(device_of(self))
+
+    def _lookup(self) -> Lookup:
+        assert self._layout is not None
+        return Lookup(self._layout, [self.config.name], [] if self.class_map is None else [self.class_map])
 
     def _rows(self, ids: Tensor) -> list[Tensor]:
         return self._partitions.class_rows(ids, self.class_map)
@@ -105,6 +122,17 @@ class CompositionalTable(nn.Module):
         # Constants follow from the config: `to_empty`, with which meta modules are materialised, would lose them.
         self.set_constants(device_of(self))
         return self
+
+
+def _layout(config: CompositionalConfig) -> list[int] | None:
+    """How the kernels see the table; None: they do not have it."""
+    assert config.partitions is not None
+    widths = config.partition_columns
+    if not cpu.supports(config.operation, widths):
+        return None
+    any_id = config.out_of_range == "unchecked" and config.partitions.class_map is None
+    partitions = partition_layouts(config.partitions, dict(enumerate(widths)))
+    return encode([TableLayout(config.operation, partitions, num_ids=-1 if any_id else config.num_embeddings)])
 
 
 def build_tables(

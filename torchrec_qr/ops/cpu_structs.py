@@ -1,0 +1,98 @@
+"""The structs of ``csrc/lookup.h`` as numpy arrays, and how tensors and layouts are written into them."""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrec_qr.ops.layout import OPERATIONS, TableLayout, decode
+
+_POINTER, _INT64, _INT32, _FLOAT = np.uintp, np.int64, np.int32, np.float32
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
+MAX_PARTITIONS, MAX_WIDTH, MAX_STATES = 4, 1024, 3
+
+
+def _struct(*fields: tuple[Any, ...]) -> np.dtype[np.void]:
+    return np.dtype(list(fields), align=True)
+
+
+HYPER = ("learning_rate", "eps", "beta1", "beta2", "correction1", "correction2", "max_gradient")
+PARTITION = _struct(
+    ("weight", _POINTER),
+    *((name, _INT64) for name in ("rows", "width", "row_stride", "divisor", "modulus")),
+    ("class_map", _POINTER),
+    ("first_row", _INT64),
+    ("weight_type", _INT32),
+    ("class_map_type", _INT32),
+    ("gradient", _POINTER),
+    ("touched", _POINTER),
+    ("state", _POINTER, (MAX_STATES,)),
+    ("rule", _INT32),
+    *((name, _FLOAT) for name in HYPER),
+)
+TABLE = _struct(
+    *((name, _INT32) for name in ("operation", "mean", "first_partition", "num_partitions")),
+    *((name, _INT32) for name in ("first_feature", "num_features")),
+    *((name, _INT64) for name in ("dim", "column", "num_ids")),
+    *((name, _INT64) for name in ("codes_per_row", "code_stride", "code_size", "code_first_row")),
+)
+GROUP = _struct(
+    *((name, _POINTER) for name in ("tables", "partitions", "ids", "offsets", "id_weights", "out", "out_gradient")),
+    ("id_weights_gradient", _POINTER),
+    *((name, _INT64) for name in ("num_tables", "num_features", "num_ids", "num_bags", "out_stride")),
+    *((name, _INT32) for name in ("id_type", "offset_type", "pooled", "threads", "isa")),
+)
+FAILURE = _struct(
+    *((name, _INT32) for name in ("code", "table", "partition", "reserved")), ("position", _INT64), ("value", _INT64)
+)
+STRUCTS = (PARTITION, TABLE, GROUP, FAILURE)
+
+
+class Plan:
+    """What follows from a layout alone; made once per layout."""
+
+    def __init__(self, tables: list[TableLayout]) -> None:
+        self.layouts = tables
+        self.tables = np.zeros(len(tables), TABLE)
+        self.partitions = np.zeros(sum(len(t.partitions) for t in tables), PARTITION)
+        # Where the class map of each partition with one begins: (partition, number of the map, row of the map).
+        self.maps: list[tuple[int, int, int]] = []
+        partition = feature = column = num_maps = 0
+        for i, t in enumerate(tables):
+            code = t.code or (0, 0, 0, 0)
+            self.tables[i] = (
+                *(OPERATIONS.index(t.operation), t.mean, partition, len(t.partitions), feature, t.num_features),
+                *(t.dim, column, t.num_ids, *code),
+            )
+            for p in t.partitions:
+                row = self.partitions[partition]
+                row["width"], row["divisor"], row["modulus"], row["first_row"] = p[:4]
+                if t.has_map:
+                    self.maps.append((partition, num_maps, p.map_row))
+                partition += 1
+            num_maps += t.has_map
+            feature += t.num_features
+            column += t.num_features * t.dim
+        self.num_features, self.columns = feature, column
+
+
+@lru_cache(maxsize=1024)
+def plan_of(layout: tuple[int, ...]) -> Plan:
+    return Plan(decode(layout))
+
+
+def partitions_with(plan: Plan, weights: list[Tensor], class_maps: list[Tensor]) -> np.ndarray[Any, Any]:
+    """Returns the plan's partitions with the addresses of weights and class maps."""
+    out = plan.partitions.copy()
+    out["weight"] = [w.data_ptr() for w in weights]
+    out["rows"] = [w.shape[0] for w in weights]
+    # A row apart, also where there is one row, or none, and its stride means nothing.
+    out["row_stride"] = [max(w.stride(0), w.shape[1]) for w in weights]
+    out["weight_type"] = [TYPES[w.dtype] for w in weights]
+    for partition, number, row in plan.maps:
+        class_map = class_maps[number]
+        out["class_map"][partition] = class_map.data_ptr() + row * class_map.stride(0) * class_map.element_size()
+        out["class_map_type"][partition] = TYPES[class_map.dtype]
+    return out

@@ -1,0 +1,237 @@
+// The forward: rows are read once, composed, weighted and added up in registers, and written to their place in `out`.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "check.h"
+
+namespace qr {
+namespace {
+
+// How many ids ahead rows are fetched into the cache, and the ring that holds where they lie.
+constexpr int kAhead = 16;
+constexpr int kRing = 32;
+
+struct Task {
+    const Group* group;
+    const TableRows* rows;
+    const Table* table;
+    int64_t first_bag, last_bag;  // offsets[first_bag] … offsets[last_bag]; not pooled: positions of ids
+    float* out;                   // of first_bag
+    int64_t out_stride;
+    Failure* failure;
+};
+
+// The rows of the ids from `begin` to `end`, found and fetched in order, some ids before they are needed.
+template <int K>
+struct RowsAhead {
+    const void* row[kRing][kMaxPartitions];
+    int64_t next, end;
+
+    QR_INLINE bool reach(const Task& task, int64_t position) {
+        const Group& g = *task.group;
+        const TableRows& t = *task.rows;
+        const int k = K > 0 ? K : t.num_partitions;
+        const int64_t until = position + kAhead < end ? position + kAhead : end;
+        for (; next < until; ++next) {
+            int64_t rows[kMaxPartitions];
+            if (__builtin_expect(!t.find<K>(integer_at(g.ids, g.id_type, next), rows, *task.failure), 0)) {
+                task.failure->position = next;
+                return false;
+            }
+            for (int j = 0; j < k; ++j) {
+                const PartitionRows& p = t.partition[j];
+                const char* address = p.weight + rows[j] * p.row_bytes;
+                if (p.prefetched) prefetch(address, p.row_bytes);
+                row[next % kRing][j] = address;
+            }
+        }
+        return true;
+    }
+};
+
+template <typename V, int NV, int OP, int K>
+QR_INLINE void compose_in_registers(const void* const* row, V* e) {
+    for (int v = 0; v < NV; ++v) e[v] = load<V>(static_cast<const float*>(row[0]) + v * kLanes<V>);
+    for (int j = 1; j < K; ++j) {
+        for (int v = 0; v < NV; ++v) {
+            const V x = load<V>(static_cast<const float*>(row[j]) + v * kLanes<V>);
+            e[v] = OP == kMult ? e[v] * x : e[v] + x;
+        }
+    }
+}
+
+// `out` += s · e, or `out` = e; rows in less than fp32 are widened into `buffer`.
+QR_INLINE void compose_in_memory(const Table& t, const Partition* p, const void* const* row, float s, bool set,
+                                 float buffer[][kMaxWidth], float* out) {
+    const int k = t.num_partitions;
+    const float* w[kMaxPartitions] = {};
+    for (int j = 0; j < k; ++j) w[j] = as_floats(row[j], p[j].weight_type, p[j].width, buffer[j]);
+    if (t.operation == kConcat) {
+        for (int j = 0; j < k; ++j) {
+            const float* row = w[j];
+            const int64_t width = p[j].width;
+            if (set) {
+                for (int64_t d = 0; d < width; ++d) out[d] = row[d];
+            } else {
+                for (int64_t d = 0; d < width; ++d) out[d] += s * row[d];
+            }
+            out += width;
+        }
+        return;
+    }
+    float e[kMaxWidth];
+    const float* first = w[0];
+    for (int64_t d = 0; d < t.dim; ++d) e[d] = first[d];
+    for (int j = 1; j < k; ++j) {
+        const float* row = w[j];
+        if (t.operation == kMult) {
+            for (int64_t d = 0; d < t.dim; ++d) e[d] *= row[d];
+        } else {
+            for (int64_t d = 0; d < t.dim; ++d) e[d] += row[d];
+        }
+    }
+    if (set) {
+        for (int64_t d = 0; d < t.dim; ++d) out[d] = e[d];
+    } else {
+        for (int64_t d = 0; d < t.dim; ++d) out[d] += s * e[d];
+    }
+}
+
+template <typename V, int W, int OP, int K>
+QR_INLINE void look_up_as(const Task& task) {
+    constexpr int NV = W / kLanes<V>;
+    const Group& g = *task.group;
+    const Table& t = *task.table;
+    const Partition* partitions = g.partitions + t.first_partition;
+    RowsAhead<K> ahead;
+    float buffer[NV > 0 ? 1 : kMaxPartitions][kMaxWidth];
+    float* out = task.out;
+    if (!g.pooled) {
+        ahead.next = task.first_bag;
+        ahead.end = task.last_bag;
+        for (int64_t n = task.first_bag; n < task.last_bag; ++n, out += task.out_stride) {
+            if (!ahead.reach(task, n)) return;
+            const void* const* row = ahead.row[n % kRing];
+            if constexpr (NV > 0) {
+                V e[NV];
+                compose_in_registers<V, NV, OP, K>(row, e);
+                for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, e[v]);
+            } else {
+                compose_in_memory(t, partitions, row, 1.0f, true, buffer, out);
+            }
+        }
+        return;
+    }
+    int64_t n = integer_at(g.offsets, g.offset_type, task.first_bag);
+    ahead.next = n;
+    ahead.end = integer_at(g.offsets, g.offset_type, task.last_bag);
+    for (int64_t b = task.first_bag; b < task.last_bag; ++b, out += task.out_stride) {
+        const int64_t end = integer_at(g.offsets, g.offset_type, b + 1);
+        const float scale = t.mean && end > n ? 1.0f / static_cast<float>(end - n) : 1.0f;
+        if constexpr (NV > 0) {
+            V sum[NV];
+            for (int v = 0; v < NV; ++v) sum[v] = V{};
+            for (; n < end; ++n) {
+                if (!ahead.reach(task, n)) return;
+                const float s = g.id_weights ? g.id_weights[n] : 1.0f;
+                V e[NV];
+                compose_in_registers<V, NV, OP, K>(ahead.row[n % kRing], e);
+                for (int v = 0; v < NV; ++v) sum[v] += e[v] * s;
+            }
+            for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, sum[v] * scale);
+        } else {
+            for (int64_t d = 0; d < t.dim; ++d) out[d] = 0.0f;
+            for (; n < end; ++n) {
+                if (!ahead.reach(task, n)) return;
+                const float s = g.id_weights ? g.id_weights[n] : 1.0f;
+                compose_in_memory(t, partitions, ahead.row[n % kRing], s, false, buffer, out);
+            }
+            if (scale != 1.0f) {
+                for (int64_t d = 0; d < t.dim; ++d) out[d] *= scale;
+            }
+        }
+    }
+}
+
+template <typename V, int W>
+QR_INLINE void look_up_width(const Task& task) {
+    if (task.table->num_partitions == 1) {
+        look_up_as<V, W, kAdd, 1>(task);
+    } else if (task.table->operation == kMult) {
+        look_up_as<V, W, kMult, 2>(task);
+    } else {
+        look_up_as<V, W, kAdd, 2>(task);
+    }
+}
+
+template <typename V>
+QR_INLINE void look_up_body(const Task& task) {
+    switch (register_width(*task.group, *task.table)) {
+        case 16: return look_up_width<V, 16>(task);
+        case 32: return look_up_width<V, 32>(task);
+        case 64: return look_up_width<V, 64>(task);
+        case 128: return look_up_width<V, 128>(task);
+        default: return look_up_as<V, 0, kAdd, 0>(task);
+    }
+}
+
+QR_VERSIONS(look_up, (const Task& task), (task))
+
+// Bags, or ids, of a task: few enough that threads end together, many enough that tasks cost nothing.
+constexpr int64_t kBagsPerTask = 512;
+
+}  // namespace
+}  // namespace qr
+
+int32_t qr_forward(const qr::Group* group, qr::Failure* failure) try {
+    using namespace qr;
+    if (check(*group, failure) != kOk) return failure->code;
+    const Group& g = *group;
+    std::vector<TableRows> rows(g.num_tables);
+    std::vector<Task> tasks;
+    for (int32_t t = 0; t < g.num_tables; ++t) {
+        const Table& table = g.tables[t];
+        rows[t].set(g, t);
+        const Spans span = span_of(g, t);
+        const int64_t features = g.pooled ? table.num_features : 1;
+        for (int64_t f = 0; f < features; ++f) {
+            const int64_t first = g.pooled ? (table.first_feature + f) * g.num_bags : span.first_id;
+            const int64_t last = g.pooled ? first + g.num_bags : span.last_id;
+            float* out = g.pooled ? g.out + table.column + f * table.dim : g.out + span.first_float;
+            const int64_t stride = g.pooled ? g.out_stride : table.dim;
+            const int64_t step = g.threads > 1 ? kBagsPerTask : std::max<int64_t>(last - first, 1);
+            for (int64_t b = first; b < last; b += step) {
+                tasks.push_back({&g, &rows[t], &table, b, std::min(b + step, last), out + (b - first) * stride, stride,
+                                 nullptr});
+            }
+        }
+    }
+    std::vector<Failure> failures(tasks.size());
+    const int32_t isa = usable_isa(g.isa);
+    const int64_t count = static_cast<int64_t>(tasks.size());
+#pragma omp parallel for schedule(dynamic, 1) num_threads(g.threads) if (g.threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; ++i) {
+        tasks[i].failure = &failures[i];
+        look_up(isa, tasks[i]);
+    }
+    // The first in the order of positions, whatever the threads did.
+    for (const Failure& f : failures) {
+        if (f.code != kOk) {
+            *failure = f;
+            return f.code;
+        }
+    }
+    return kOk;
+} catch (const std::bad_alloc&) {
+    return qr::failed(failure, qr::kNoMemory, -1, 0, 0);
+}
+
+int32_t qr_best_isa() { return qr::best_isa(); }
+
+void qr_struct_sizes(int64_t* sizes) {
+    sizes[0] = sizeof(qr::Partition);
+    sizes[1] = sizeof(qr::Table);
+    sizes[2] = sizeof(qr::Group);
+    sizes[3] = sizeof(qr::Failure);
+}
