@@ -44,11 +44,15 @@ LR, EPS = 0.05, 1e-8
 # Columns of a shard where the planner splits columns.
 PLANNED_WIDTH = 8
 ROW_SPLIT = ("row_wise", "table_row_wise", "grid_shard")
-OPTIMIZERS = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
+    "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
+    "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
+    "adam": {"optimizer": EmbOptimType.ADAM, "beta1": 0.8, "beta2": 0.95},
+    "amsgrad": {"optimizer": EmbOptimType.ADAM, "beta1": 0.8, "beta2": 0.95, "amsgrad": True},
 }
+# Those that FBGEMM lacks on a CPU: no plain tables beside.
+NOT_PLAIN = ("adam", "amsgrad")
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ def _grid(p: Tensor, local_size: int, world_size: int, *_: Any) -> ParameterShar
 def sharders_of(run: Run, fused_params: dict[str, Any] | None = None) -> list[Any]:
     """TorchRec's default sharders and ours, ours with the run's fused optimizer."""
     if fused_params is None:
-        fused_params = {"optimizer": OPTIMIZERS[run.optimizer], "learning_rate": LR, "eps": EPS}
+        fused_params = {**OPTIMIZERS[run.optimizer], "learning_rate": LR, "eps": EPS}
     return [
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
         CompositionalEmbeddingCollectionSharder(fused_params=fused_params, use_index_dedup=run.index_dedup),

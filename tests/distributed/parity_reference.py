@@ -5,7 +5,19 @@ from collections.abc import Iterator
 import oracle
 import torch
 from cases import oracle_of
-from parity_model import EPS, LR, ROW_SPLIT, Batch, Run, TableCase, Trained, assembled, global_batch
+from parity_model import (
+    EPS,
+    LR,
+    NOT_PLAIN,
+    OPTIMIZERS,
+    ROW_SPLIT,
+    Batch,
+    Run,
+    TableCase,
+    Trained,
+    assembled,
+    global_batch,
+)
 from torch import Tensor
 
 
@@ -31,6 +43,8 @@ class Reference:
             else:
                 self.tables[case.name] = oracle_of(config, case.of_kind(), modules[case.name])
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
+        self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._steps = 0
         self.lr, self.max_gradient = LR, float("inf")
 
     def forward(self, batch: Batch) -> Tensor:
@@ -51,13 +65,22 @@ class Reference:
     def step(self, batch: Batch, world_size: int = 1) -> list[Tensor]:
         """One step on the global batch; returns the outputs of each rank."""
         outs = [self.forward(batch.part(rank, world_size)) for rank in range(world_size)]
-        sum(loss_of_exactly(out) for out in outs).backward()
+        loss = sum(loss_of_exactly(out) for out in outs)
+        if isinstance(loss, Tensor) and loss.requires_grad:  # not where no rank has ids
+            loss.backward()
+        self._steps += 1
         with torch.no_grad():
             for case in self.run.tables:
+                ids = {_bounded(x, case) for f in case.feature_names for bag in batch.ids[f] for x in bag}
                 for j, weight in enumerate(self.tables[case.name].weights):
-                    if weight.grad is not None:
-                        self._update(case, j, weight, weight.grad.clamp(-self.max_gradient, self.max_gradient))
-                        weight.grad = None
+                    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    grad = grad.clamp(-self.max_gradient, self.max_gradient)
+                    if self.run.optimizer in NOT_PLAIN:
+                        rows = sorted({self.tables[case.name].rows_of(x)[j] for x in ids})
+                        self._update_adam((case.name, j), weight, grad, rows)
+                    else:
+                        self._update(case, j, weight, grad)
+                    weight.grad = None
         return [out.detach() for out in outs]
 
     def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor) -> None:
@@ -73,6 +96,21 @@ class Reference:
             for (a, b), sums in zip(blocks, sums_of, strict=True):
                 sums += (grad[:, a:b] ** 2).mean(dim=1)
                 weight[:, a:b] -= self.lr * grad[:, a:b] / (sums.sqrt() + EPS).unsqueeze(1)
+
+    def _update_adam(self, key: tuple[str, int], weight: Tensor, grad: Tensor, rows: list[int]) -> None:
+        """Of the rows that were looked up alone; bias correction by the number of steps."""
+        params = OPTIMIZERS[self.run.optimizer]
+        b1, b2 = params["beta1"], params["beta2"]
+        names = ("momentum1", "exp_avg_sq", "max_exp_avg_sq")
+        of = self._moments.setdefault(key, {name: torch.zeros_like(weight) for name in names})
+        for r in rows:
+            m, v, largest = (of[name][r] for name in names)
+            m.copy_(b1 * m + (1 - b1) * grad[r])
+            v.copy_(b2 * v + (1 - b2) * grad[r] ** 2)
+            largest.copy_(torch.maximum(largest, v))
+            bound = largest if params.get("amsgrad") else v
+            root = (bound / (1 - b2**self._steps)).sqrt()
+            weight[r] -= self.lr * (m / (1 - b1**self._steps)) / (root + EPS)
 
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""
@@ -93,9 +131,15 @@ class Reference:
                 yield f"{self._key(case, j)}.weight", case, weight.detach()
 
     def optimizer_state(self) -> Iterator[tuple[str, TableCase, Tensor]]:
-        """Accumulators by key and name; those of column shards end to end, as TorchRec shows them."""
+        """State by key and name; accumulators of column shards end to end, as TorchRec shows them."""
         for case in self.run.tables:
             for j in range(len(self.tables[case.name].weights)):
+                for name, value in self._moments.get((case.name, j), {}).items():
+                    if name != "max_exp_avg_sq" or self.run.optimizer == "amsgrad":
+                        yield f"{self._key(case, j)}.weight {case.name}.partition_{j}.{name}", case, value
+                if (case.name, j) in self._moments:
+                    steps = torch.tensor(float(self._steps), dtype=torch.float64)
+                    yield f"{self._key(case, j)}.weight {case.name}.partition_{j}.step", case, steps
                 if (case.name, j) in self._sums:
                     own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
                     yield (

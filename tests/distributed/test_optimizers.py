@@ -78,12 +78,16 @@ States = tuple[dict[str, Pieces], dict[str, Pieces]]
 
 def attached_or_by_params(rank: int, world_size: int) -> dict[str, tuple[States, States]]:
     out = {}
+    amsgrad = {"betas": (0.7, 0.9), "amsgrad": True}
     given: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], EmbOptimType]] = {
         "sgd": (torch.optim.SGD, {"lr": LR}, EmbOptimType.EXACT_SGD),
         "torchrec sgd": (SGD, {"lr": LR}, EmbOptimType.EXACT_SGD),
         "adagrad": (torch.optim.Adagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ADAGRAD),
         "torchrec adagrad": (Adagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ADAGRAD),
         "rowwise": (RowWiseAdagrad, {"lr": LR, "eps": EPS}, EmbOptimType.EXACT_ROWWISE_ADAGRAD),
+        "adam": (torch.optim.Adam, {"lr": LR, "eps": EPS}, EmbOptimType.ADAM),
+        "torchrec adam": (Adam, {"lr": LR, "eps": EPS}, EmbOptimType.ADAM),
+        "amsgrad": (torch.optim.Adam, {"lr": LR, "eps": EPS, **amsgrad}, EmbOptimType.ADAM),
     }
     for name, (optimizer, kwargs, kind) in given.items():
 
@@ -92,6 +96,8 @@ def attached_or_by_params(rank: int, world_size: int) -> dict[str, tuple[States,
 
         of_both = []
         by_params = {"optimizer": kind, "learning_rate": LR, "eps": EPS}
+        if name == "amsgrad":
+            by_params |= {"beta1": 0.7, "beta2": 0.9, "amsgrad": True}
         for dmp in (sharded(RUN, attach=attach), sharded(RUN, by_params)):
             for step in range(2):
                 backward(dmp, RUN, step)
@@ -111,12 +117,15 @@ def test_attached_and_by_params_are_one() -> None:
                 assert torch.equal(value, by_params[key]), (name, key)
                 if i == 0:
                     assert not torch.equal(value, initial[key.removeprefix("collection.")].double()), (name, key)
-        keys = {
-            f"collection.embedding_bags.{s}.partition_{j}.weight {s}.partition_{j}.momentum1"
+        states = [] if "sgd" in name else ["momentum1"]
+        states += ["exp_avg_sq", "step"] if "adam" in name or name == "amsgrad" else []
+        states += ["max_exp_avg_sq"] if name == "amsgrad" else []
+        assert set(attached) == {
+            f"collection.embedding_bags.{s}.partition_{j}.weight {s}.partition_{j}.{state}"
             for s in PLANS
             for j in (0, 1)
-        }
-        assert set(attached) == (set() if "sgd" in name else keys), name
+            for state in states
+        }, name
 
 
 # The values by which each key says something: another type of value would be refused for the type.
@@ -149,14 +158,14 @@ def refused(rank: int, world_size: int) -> list[str]:
     for sharding in PLANS:
         # The last: said of a table whose kernel is dense, it must not be dropped either.
         for params in (
-            {"optimizer": EmbOptimType.ADAM},
+            {"optimizer": EmbOptimType.LAMB},
             {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1},
             {"output_dtype": SparseType.FP16},
         ):
             with pytest.raises(NotImplementedError) as error:
                 sharded(ALL_AS[sharding], params)
             messages.append(str(error.value))
-    for optimizer in (torch.optim.Adam, Adam, LAMB, LarsSGD, PartialRowWiseAdam, PartialRowWiseLAMB):
+    for optimizer in (LAMB, LarsSGD, PartialRowWiseAdam, PartialRowWiseLAMB):
         with pytest.raises(NotImplementedError) as error:
             sharded(
                 ALL_AS["table_wise"],
@@ -168,8 +177,8 @@ def refused(rank: int, world_size: int) -> list[str]:
 
 def test_refused_under_every_plan() -> None:
     (messages,) = run_ranks(refused, 1)
-    names = ["adam", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(PLANS)
-    names += ["adam", "adam", "lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
+    names = ["lamb", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(PLANS)
+    names += ["lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
     for message, name in zip(messages, names, strict=True):
         assert message.startswith("table 'a': ")
         assert f"{name} is not supported" in message

@@ -58,10 +58,7 @@ def look_up(weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layou
     """Returns (B, ΣD) if pooled, else the (N, D) of each table end to end, flat."""
     plan = plan_of(tuple(layout))
     call = _Call(plan, weights, class_maps, batch, names)
-    if batch.pooled:
-        out = torch.empty(call.num_bags, plan.columns)
-    else:
-        out = torch.empty(int(np.dot(_features_per_table(plan, batch), plan.tables["dim"])))
+    out = torch.empty(call.out_shape)
     call.group["out"] = out.data_ptr()
     call.run("qr_forward")
     return out
@@ -93,6 +90,8 @@ def propagate(
 ) -> list[Tensor]:
     """Steps rows in place, and returns a gradient per weight and that of the batch's weights; empty where not asked."""
     call = _Call(plan_of(tuple(layout)), weights, class_maps, batch, names)
+    if tuple(out_gradient.shape) != call.out_shape:
+        raise ValueError(f"a gradient of shape {tuple(out_gradient.shape)}; allowed: {call.out_shape}, the output's")
     out_gradient = out_gradient.to(torch.float32).contiguous()
     dense = [
         torch.zeros(w.shape) if rule == GRADIENT else torch.empty(0)
@@ -102,7 +101,7 @@ def propagate(
     p["gradient"] = [d.data_ptr() if rule == GRADIENT else 0 for d, rule in zip(dense, gradients.rules, strict=True)]
     p["rule"] = [max(rule, 0) for rule in gradients.rules]
     if gradients.touched:
-        p["touched"] = [t.data_ptr() if t.numel() else 0 for t in gradients.touched]
+        p["touched"] = [_mask_address(t, w) for t, w in zip(gradients.touched, weights, strict=True)]
     if gradients.hyper:
         hyper = np.asarray(gradients.hyper, np.float32).reshape(len(weights), len(HYPER))
         for i, name in enumerate(HYPER):
@@ -159,6 +158,17 @@ def _state_address(state: Tensor, weight: Tensor, rule: int) -> int:
     return state.data_ptr()
 
 
+def _mask_address(touched: Tensor, weight: Tensor) -> int:
+    if not touched.numel():
+        return 0
+    if touched.shape != weight.shape[:1] or touched.dtype != torch.uint8 or not touched.is_contiguous():
+        raise ValueError(
+            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, {tuple(weight.shape[:1])}, "
+            "torch.uint8"
+        )
+    return touched.data_ptr()
+
+
 class _Call:
     """One call of the library: the structs, and what they point to."""
 
@@ -169,8 +179,8 @@ class _Call:
         self._weights = None if batch.weights is None else batch.weights.to(torch.float32).contiguous()
         self._class_maps = class_maps
         self.partitions = partitions_with(plan, weights, class_maps)
-        num_offsets = batch.offsets.numel() - 1
-        self.num_bags = num_offsets // max(plan.num_features, 1) if batch.pooled else 0
+        num_bags = (batch.offsets.numel() - 1) // max(plan.num_features, 1) if batch.pooled else 0
+        self.out_shape = (num_bags, plan.columns) if batch.pooled else (_floats(plan, batch),)
         self.group = np.zeros(1, GROUP)
         group: dict[str, Any] = {
             "tables": plan.tables.ctypes.data,
@@ -181,7 +191,7 @@ class _Call:
             "num_tables": len(plan.tables),
             "num_features": plan.num_features,
             "num_ids": batch.ids.numel(),
-            "num_bags": self.num_bags,
+            "num_bags": num_bags,
             "out_stride": plan.columns if batch.pooled else 0,
             "id_type": TYPES[batch.ids.dtype],
             "offset_type": TYPES[batch.offsets.dtype],
@@ -265,11 +275,12 @@ def _check(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batch: B
             raise ValueError(f"a class map of {class_map.dtype}, strides {class_map.stride()}; allowed: contiguous ids")
 
 
-def _features_per_table(plan: Plan, batch: Batch) -> np.ndarray[Any, Any]:
-    """Ids of each table of a batch that is not pooled."""
-    offsets = batch.offsets.numpy()
-    first = plan.tables["first_feature"]
-    return np.asarray(offsets[first + plan.tables["num_features"]] - offsets[first], np.int64)
+def _floats(plan: Plan, batch: Batch) -> int:
+    """Floats in the output of a batch that is not pooled."""
+    offsets, first = batch.offsets.numpy(), plan.tables["first_feature"]
+    ids = offsets[first + plan.tables["num_features"]] - offsets[first]
+    # Offsets that are none are found by the library, which then writes nothing.
+    return max(int(np.dot(ids.astype(np.int64), plan.tables["dim"])), 0)
 
 
 def _library() -> ctypes.CDLL | None:

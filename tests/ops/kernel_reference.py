@@ -1,0 +1,212 @@
+"""What a stepped lookup does, in float64 and a few obvious lines: compose, weight, pool, and textbook optimizers."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracle
+import torch
+from cases import Kind, kind_of
+from torch import Tensor
+
+from torchrec_qr import MixedRadix
+from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode, partition_layouts
+from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup
+
+# Of partitions with more rows than a batch has ids: most stay untouched.
+WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
+LR, EPS, BETA1, BETA2 = 0.02, 1e-4, 0.8, 0.95
+STATES = {
+    "sgd": (),
+    "adagrad": ("sums",),
+    "rowwise_adagrad": ("sums",),
+    "adam": ("mean", "square"),
+    "amsgrad": ("mean", "square", "largest"),
+}
+RULES = {name: i + 1 for i, name in enumerate(STATES)}
+
+
+def widths_of(operation: str, dim: int, k: int) -> list[int]:
+    """Under ``concat`` uneven ones, of which the first has ``dim`` columns."""
+    return [dim, 4, 8, 12][:k] if operation == "concat" else [dim] * k
+
+
+def case_of(kind: str, k: int) -> Kind:
+    if kind != "wide":
+        return kind_of(kind, k)
+    return Kind(kind, MixedRadix(math.prod(WIDE[k]), WIDE[k]), oracle.mixed_radix(WIDE[k]))
+
+
+@dataclass
+class StepCase:
+    """A group of two tables of two features each, stepped by one optimizer."""
+
+    kind: str
+    k: int
+    operation: str = "mult"
+    dim: int = 8
+    rule: str = "sgd"
+    dtype: torch.dtype = torch.float32
+    weighted: bool = False
+    pooling: str = "sum"
+    id_dtype: torch.dtype = torch.int64
+    offset_dtype: torch.dtype = torch.int64
+    num_bags: int = 7
+    hot: bool = False
+    max_gradient: float = -1.0
+    stored: list[Tensor] = field(init=False)
+    exact: list[Tensor] = field(init=False)
+    states: list[dict[str, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.of_kind = case_of(self.kind, self.k)
+        partitions, self.widths = self.of_kind.partitions, widths_of(self.operation, self.dim, self.k)
+        self.stored = []
+        for _ in range(2):
+            for j, (rows, width) in enumerate(zip(partitions.sizes, self.widths, strict=True)):
+                w = torch.empty(rows, width).uniform_(0.5, 1.5, generator=generator)
+                w *= torch.empty(rows, width).bernoulli_(0.5, generator=generator).mul(2).sub(1)
+                # As the configs store: in less than fp32 only the first.
+                self.stored.append(w.to(self.dtype if j == 0 else torch.float32).requires_grad_())
+        self.exact = [w.detach().double().requires_grad_() for w in self.stored]
+        self.states = [
+            {n: torch.zeros(w.shape[: 1 if self.rule == "rowwise_adagrad" else 2]) for n in STATES[self.rule]}
+            for w in self.stored
+        ]
+        self.exact_states = [{name: s.double() for name, s in of.items()} for of in self.states]
+        layout = TableLayout(
+            self.operation,
+            partition_layouts(partitions, dict(enumerate(self.widths))),
+            num_features=2,
+            num_ids=partitions.num_ids,
+            mean=self.pooling == "mean",
+        )
+        class_map = partitions.class_map
+        self.lookup = Lookup(encode([layout, layout]), ["a", "b"], [] if class_map is None else [class_map] * 2)
+
+    def batch(self, step: int) -> list[list[list[int]]]:
+        """Bags of ids per feature: two tables of two features."""
+        rng = random.Random(step)
+        num_ids = self.of_kind.partitions.num_ids
+        bags = []
+        for f in range(4):
+            pool = [rng.randrange(num_ids) for _ in range(8)]
+            lengths = [40 if self.hot else rng.randrange(4) for _ in range(self.num_bags)]
+            if step == 2 and f == 1:
+                lengths = [0] * self.num_bags
+            bags.append(
+                [[pool[0] if self.hot and rng.random() < 0.9 else rng.choice(pool) for _ in range(n)] for n in lengths]
+            )
+        return bags
+
+    def run(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One step of both: outputs, and gradients of the batch's weights, of the kernels and of the reference."""
+        bags = self.batch(step)
+        lengths = torch.tensor([[len(bag) for bag in of] for of in bags])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+        ids = torch.tensor([x for of in bags for bag in of for x in bag], dtype=torch.int64)
+        generator = torch.Generator().manual_seed(step)
+        id_weights = torch.rand(len(ids), generator=generator).add(0.5).requires_grad_() if self.weighted else None
+        exact_weights = None if id_weights is None else id_weights.detach().double().requires_grad_()
+        out = stepped_lookup(
+            self.lookup,
+            self.stored,
+            lambda: self.steps(step),
+            ids.to(self.id_dtype),
+            offsets.to(self.offset_dtype),
+            id_weights,
+            True,
+        )
+        classes = torch.tensor([self.of_kind.rows_of(int(x)) for x in ids]).view(-1, self.k)
+        table = torch.repeat_interleave(torch.tensor([0, 0, 1, 1]), lengths.sum(dim=1))
+        expected = self._pool(classes, table, lengths, exact_weights)
+        upstream = torch.randn(out.shape, generator=generator)
+        out.backward(upstream)
+        expected.backward(upstream.double())
+        for i, (weight, state) in enumerate(zip(self.exact, self.exact_states, strict=True)):
+            t, j = divmod(i, self.k)
+            self._step_exactly(weight, self.stored[i].dtype, state, classes[table == t, j].unique(), step + 1)
+        gradients = (None, None)
+        if id_weights is not None and exact_weights is not None:
+            gradients = (id_weights.grad, exact_weights.grad)
+        return out.detach(), expected.detach(), *gradients
+
+    def _pool(self, classes: Tensor, table: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+        outputs = []
+        for t in range(2):
+            own = self.exact[t * self.k : (t + 1) * self.k]
+            rows = [w[c] for w, c in zip(own, classes[table == t].T, strict=True)]
+            composed = torch.cat(rows, dim=1) if self.operation == "concat" else rows[0]
+            for row in rows[1:] if self.operation != "concat" else []:
+                composed = composed * row if self.operation == "mult" else composed + row
+            if weights is not None:
+                composed = composed * weights[table == t].unsqueeze(1)
+            of_features = lengths[2 * t : 2 * t + 2]
+            for values, n in zip(composed.split(of_features.sum(dim=1).tolist()), of_features, strict=True):
+                bag = torch.repeat_interleave(torch.arange(self.num_bags), n)
+                out = torch.zeros(self.num_bags, composed.shape[1], dtype=torch.float64).index_add(0, bag, values)
+                outputs.append(out / n.clamp(min=1).unsqueeze(1) if self.pooling == "mean" else out)
+        return torch.cat(outputs, dim=1)
+
+    def steps(self, step: int) -> Steps:
+        numbers = [LR, EPS, BETA1, BETA2, 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1), self.max_gradient]
+        return Steps(
+            [RULES[self.rule]] * len(self.stored),
+            [s for of in self.states for s in of.values()],
+            numbers * len(self.stored),
+            [],
+        )
+
+    @torch.no_grad()
+    def _step_exactly(
+        self, weight: Tensor, stored: torch.dtype, state: dict[str, Tensor], rows: Tensor, t: int
+    ) -> None:
+        g = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad = None
+        g = g[rows]
+        if self.max_gradient >= 0:
+            g = g.clamp(-self.max_gradient, self.max_gradient)
+        of_rows = {name: s[rows] for name, s in state.items()}
+        new = weight[rows] - LR * DIRECTIONS[self.rule](g, of_rows, t)
+        weight[rows] = new if stored == torch.float32 else new.to(stored).double()
+        for name, s in of_rows.items():
+            state[name][rows] = s
+
+
+def _adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    state["sums"] += g**2
+    return g / (state["sums"].sqrt() + EPS)
+
+
+def _rowwise_adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    state["sums"] += (g**2).mean(dim=1)
+    return g / (state["sums"].sqrt() + EPS).unsqueeze(1)
+
+
+def _adam(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
+    mean, square = state["mean"], state["square"]
+    mean.copy_(BETA1 * mean + (1 - BETA1) * g)
+    square.copy_(BETA2 * square + (1 - BETA2) * g**2)
+    bound = square
+    if "largest" in state:
+        bound = state["largest"].copy_(torch.maximum(state["largest"], square))
+    return mean / (1 - BETA1**t) / ((bound / (1 - BETA2**t)).sqrt() + EPS)
+
+
+DIRECTIONS: dict[str, Callable[[Tensor, dict[str, Tensor], int], Tensor]] = {
+    "sgd": lambda g, state, t: g,
+    "adagrad": _adagrad,
+    "rowwise_adagrad": _rowwise_adagrad,
+    "adam": _adam,
+    "amsgrad": _adam,
+}
+
+
+def one_table(rows: int = 5, width: int = 4, **fields: Any) -> tuple[Lookup, list[Tensor]]:
+    """The smallest lookup: a table of one partition, ids being rows."""
+    layout = TableLayout("add", (PartitionLayout(width, 1, rows),), **{"num_ids": rows, **fields})
+    weight = torch.arange(float(rows * width)).view(rows, width)
+    return Lookup(encode([layout]), ["t"], []), [weight]

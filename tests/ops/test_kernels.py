@@ -1,0 +1,159 @@
+"""The CPU kernels against a float64 reference: forward, gradients and ten steps, in every instruction set there is."""
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_reference import StepCase
+from pairwise import pairwise
+from torch import Tensor
+
+from torchrec_qr.ops import cpu, cpu_library
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": (
+        ("hash", 1),
+        ("wide", 1),
+        ("strided", 2),
+        ("adjacent", 2),
+        ("explicit", 2),
+        ("wide", 2),
+        ("chinese_remainder", 3),
+        ("mixed_radix", 4),
+        ("wide", 3),
+        ("wide", 4),
+    ),
+    "operation": ("mult", "add", "concat"),
+    "dim": (4, 12, 16, 20, 32, 64, 68, 128, 256, 1024),
+    "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "weighted": (False, True),
+    "pooling": ("sum", "mean"),
+    "id_dtype": (torch.int64, torch.int32),
+    "offset_dtype": (torch.int64, torch.int32),
+    "isa": cpu_library.ISAS,
+    "threads": (1, 3),
+}
+CASES = pairwise(FACTORS)
+STEPS = 10
+
+
+def close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def train(case: StepCase, rtol: float) -> int:
+    """Steps and compares; returns the number of rows that never moved."""
+    initial = [w.detach().clone() for w in case.stored]
+    for step in range(STEPS):
+        out, expected, gradient, exact = case.run(step)
+        close(out, expected, rtol, f"step {step}: output")
+        if gradient is not None and exact is not None:
+            close(gradient, exact, rtol, f"step {step}: gradient of the weights")
+    exact_weights = [w.detach() for w in case.exact]
+    for i, (w, exact) in enumerate(zip(case.stored, exact_weights, strict=True)):
+        close(w.detach(), exact, rtol, f"weight {i}")
+        for name, state in case.states[i].items():
+            close(state, case.exact_states[i][name], rtol, f"state {name} of weight {i}")
+    untouched = [(exact == before.double()).all(dim=1) for exact, before in zip(exact_weights, initial, strict=True)]
+    for w, before, stay in zip(case.stored, initial, untouched, strict=True):
+        assert torch.equal(w.detach()[stay], before[stay])
+    return sum(int(stay.sum()) for stay in untouched)
+
+
+@pytest.mark.parametrize("given", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_ten_steps(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict(given)
+    isa, threads = given.pop("isa"), given.pop("threads")
+    monkeypatch.setenv(cpu_library.VARIABLE, isa)
+    (kind, k), dtype = given.pop("kind"), given["dtype"]
+    rtol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    case = StepCase(kind, k, **given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train(case, rtol)
+    finally:
+        torch.set_num_threads(before)
+
+
+def best_isa() -> int:
+    library = cpu_library.library()
+    assert library is not None
+    return int(library.qr_best_isa())
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
+def test_untouched_rows_do_not_move(rule: str) -> None:
+    assert train(StepCase("wide", 2, rule=rule), 2e-5) > 400
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("kind", [("hash", 1), ("strided", 2), ("chinese_remainder", 3)])
+def test_hot_rows(kind: tuple[str, int], threads: int) -> None:
+    """Nine tenths of the ids are one; enough of them that a table is accumulated in parts."""
+    case = StepCase(*kind, operation="mult", dim=64, rule="adagrad", num_bags=260, hot=True, pooling="mean")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for step in range(2):
+            out, expected, _, _ = case.run(step)
+            close(out, expected, 1e-4, "output")
+    finally:
+        torch.set_num_threads(before)
+    for w, exact in zip(case.stored, case.exact, strict=True):
+        close(w.detach(), exact.detach(), 1e-4, "weight")
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_gradients_are_clipped_entry_by_entry(rule: str) -> None:
+    train(StepCase("strided", 2, rule=rule, max_gradient=0.25), 2e-5)
+    train(StepCase("strided", 2, rule=rule, max_gradient=0.25, dim=64), 2e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bitwise_the_same_again(threads: int) -> None:
+    """The same whatever the threads did, for a fixed number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for _ in range(3):
+            case = StepCase("strided", 2, dim=64, rule="adam", weighted=True, hot=True, num_bags=300)
+            outputs = [case.run(step)[0] for step in range(2)]
+            results.append([*outputs, *case.stored, *(s for of in case.states for s in of.values())])
+    finally:
+        torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conversions_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value of 16 bits is widened exactly, and a step of nothing rounds it back to itself, bit for bit; values
+    between two of them go to the nearest, ties to even."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    stored = bits.view(dtype).view(-1, 64).clone()
+    rows = torch.arange(stored.shape[0])
+    for isa in cpu_library.ISAS[: best_isa() + 1]:
+        monkeypatch.setenv(cpu_library.VARIABLE, isa)
+        weight = stored.clone()
+        numbers = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
+        cpu.step_rows(weight, rows, torch.zeros(weight.shape), "sgd", [], numbers)
+        number = ~stored.isnan()
+        assert torch.equal(weight[number].view(torch.int16), stored[number].view(torch.int16))
+        assert weight[~number].isnan().all()
+        steps = torch.randn(stored.shape) * torch.logspace(-9, 5, stored.numel()).view(stored.shape)
+        weight = torch.zeros(stored.shape, dtype=dtype)
+        cpu.step_rows(weight, rows, steps, "sgd", [], numbers)
+        assert torch.equal(weight, (-steps).to(dtype))
+        halfway = (stored.float() + torch.nextafter(stored, torch.tensor(torch.inf, dtype=dtype)).float()) / 2
+        finite = halfway.isfinite().all(dim=1)
+        weight = torch.zeros(stored.shape, dtype=dtype)
+        cpu.step_rows(weight, rows, -halfway, "sgd", [], numbers)
+        assert torch.equal(weight[finite], halfway[finite].to(dtype))

@@ -1,0 +1,176 @@
+"""Bad input to the operators: errors that say what was given, in either direction, and never a read outside."""
+
+import pytest
+import torch
+from kernel_reference import one_table
+from torch import Tensor
+
+from torchrec_qr import ExplicitPartitions
+from torchrec_qr.ops import cpu
+from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode, partition_layouts
+from torchrec_qr.ops.lookup import Lookup, Steps, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
+def test_ids_out_of_range(bad: int, dtype: torch.dtype, pooled: bool) -> None:
+    tables, weights = one_table()
+    with pytest.raises(IndexError, match=rf"table 't': id {bad} \(number 2\) is out of range \[0, 5\)"):
+        look_up(tables, weights, ints(0, 4, bad, dtype=dtype), ints(0, 3), None, pooled)
+
+
+@pytest.mark.parametrize("bad", [2**62, -(2**63), 2**63 - 1])
+def test_ids_far_out_of_range(bad: int) -> None:
+    tables, weights = one_table()
+    with pytest.raises(IndexError, match=f"id {bad} "):
+        look_up(tables, weights, ints(bad), ints(0, 1), None, True)
+
+
+def test_any_id_of_a_closed_form_without_a_range() -> None:
+    """Rows are those of Python's // and %, which PyTorch's are too."""
+    layout = TableLayout("add", (PartitionLayout(4, 3, 5),), num_ids=-1)
+    weight = torch.arange(20.0).view(5, 4)
+    ids = ints(-1, -3, -4, 2**63 - 1, -(2**63), 14)
+    out = look_up(Lookup(encode([layout]), ["t"], []), [weight], ids, ints(0, 6), None, False)
+    assert torch.equal(out.view(-1, 4), weight[ids // 3 % 5])
+
+
+def test_rows_outside_of_what_is_stored() -> None:
+    """A block of rows: codes and rows of other blocks are refused, though their ids are within the table."""
+    layout = TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)
+    tables, weight = Lookup(encode([layout]), ["t"], []), torch.arange(20.0).view(5, 4)
+    assert torch.equal(look_up(tables, [weight], ints(5, 9), ints(0, 2), None, False).view(-1, 4), weight[[0, 4]])
+    with pytest.raises(IndexError, match="table 't': id number 1 has row -1 of partition 0"):
+        look_up(tables, [weight], ints(5, 4), ints(0, 2), None, True)
+    coded = TableLayout("add", (PartitionLayout(4, 1, 10, 5),), num_ids=10, code=CodeLayout(1, 1, 10, 5))
+    assert torch.equal(
+        look_up(Lookup(encode([coded]), ["t"], []), [weight], ints(3), ints(0, 1), None, False), weight[3]
+    )
+    for bad in (5, 2**62, 2**63 - 1, -1):
+        with pytest.raises(IndexError, match="out of range"):
+            look_up(Lookup(encode([coded]), ["t"], []), [weight], ints(bad), ints(0, 1), None, True)
+
+
+def test_class_maps_point_outside_of_no_weight() -> None:
+    partitions = ExplicitPartitions([[0, 1, 2]])
+    layout = TableLayout("add", partition_layouts(partitions, {0: 4}), num_ids=3)
+    tables = Lookup(encode([layout]), ["t"], [torch.tensor([[0, 1, 7]], dtype=torch.int32)])
+    with pytest.raises(IndexError, match="has row 7 of partition 0"):
+        look_up(tables, [torch.zeros(3, 4)], ints(2), ints(0, 1), None, True)
+    with pytest.raises(ValueError, match=r"class map of shape \(1, 2\); allowed: \(K, 3\)"):
+        look_up(
+            tables._replace(class_maps=[torch.zeros(1, 2, dtype=torch.int64)]),
+            [torch.zeros(3, 4)],
+            ints(0),
+            ints(0, 1),
+            None,
+            True,
+        )
+    with pytest.raises(ValueError, match="0 class maps"):
+        look_up(tables._replace(class_maps=[]), [torch.zeros(3, 4)], ints(0), ints(0, 1), None, True)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (ints(0, 2), r"offsets\[1\] = 2; allowed: offsets from 0 to the number of ids, 3"),
+        (ints(0, 4), r"offsets\[1\] = 4"),
+        (ints(1, 3), r"offsets\[0\] = 1"),
+        (ints(0, 2, 1, 3), r"offsets\[2\] = 1 is less than the offset before it"),
+        (ints(-1, 3), r"offsets\[0\] = -1 is less"),
+        (ints(0, 2**40, 3), r"offsets\[2\] = 3 is less"),
+        (ints(), "shapes"),
+        (ints(0, 3).view(1, 2), "shapes"),
+    ],
+)
+def test_offsets_that_do_not_cover_the_ids(offsets: Tensor, message: str) -> None:
+    tables, weights = one_table()
+    with pytest.raises(ValueError, match=message):
+        look_up(tables, weights, ints(0, 1, 2), offsets, None, True)
+    # Of the backward alone, which is given what the forward never saw.
+    out = torch.zeros(max(offsets.numel() - 1, 0), 4)
+    with pytest.raises(ValueError, match=message):
+        lookup_gradients_op(out, weights, [], ints(0, 1, 2), offsets, None, tables.layout, "t", True, [True], False)
+
+
+NUMBERS = [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
+
+
+def test_a_backward_of_what_no_forward_has_seen() -> None:
+    tables, (weight,) = one_table()
+    before = weight.clone()
+
+    def step(out_gradient: Tensor, ids: Tensor) -> None:
+        rest = (ints(0, 3), None, tables.layout, "t", True, [1], NUMBERS, False)
+        lookup_step_op(out_gradient, [weight], [], [], [], ids, *rest)
+
+    with pytest.raises(IndexError, match="id 5"):
+        step(torch.ones(1, 4), ints(0, 5, 2))
+    for wrong in (torch.ones(1, 3), torch.ones(2, 4), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"a gradient of shape .*; allowed: \(1, 4\)"):
+            step(wrong, ints(0, 1, 2))
+    assert torch.equal(weight, before)
+    step(torch.ones(1, 4), ints(0, 1, 1))
+    assert torch.equal(weight[:, 0], before[:, 0] - torch.tensor([0.1, 0.2, 0.0, 0.0, 0.0]))
+
+
+def test_sizes_that_do_not_fit() -> None:
+    tables, (weight,) = one_table()
+    ids, offsets = ints(0, 1), ints(0, 2)
+    for weights, message in (
+        ([weight, weight], "2 weights; allowed: one per partition, 1"),
+        ([weight[:, :3]], r"shape \(5, 3\)"),
+        ([weight.view(10, 2)], r"shape \(10, 2\)"),
+        ([weight.T.contiguous().T], "strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            look_up(tables, weights, ids, offsets, None, True)
+    with pytest.raises(ValueError, match="3 weights for 2 ids"):
+        look_up(tables, [weight], ids, offsets, torch.ones(3), True)
+    with pytest.raises(TypeError, match=r"torch\.float32, torch\.int64; allowed: torch\.int32"):
+        look_up(tables, [weight], ids.float(), offsets, None, True)
+    two = one_table(num_features=2)[0]
+    with pytest.raises(ValueError, match="4 offsets for 2 features"):
+        look_up(two, [weight], ids, ints(0, 1, 1, 2), None, True)
+    steps = Steps([2], [torch.zeros(4, 4)], NUMBERS, [])
+    out = stepped_lookup(tables, [weight.requires_grad_()], lambda: steps, ids, offsets, None, True)
+    with pytest.raises(ValueError, match=r"state of shape \(4, 4\).*; allowed: contiguous, \(5, 4\)"):
+        out.sum().backward()
+
+
+def test_nothing_to_look_up() -> None:
+    tables, (weight,) = one_table()
+    empty, weight = ints(), weight.requires_grad_()
+    assert look_up(tables, [weight], empty, ints(0), None, True).shape == (0, 4)
+    assert look_up(tables, [weight], empty, ints(0, 0), None, False).shape == (0,)
+    bags = look_up(tables, [weight], empty, ints(0, 0, 0), torch.ones(0), True)
+    assert torch.equal(bags, torch.zeros(2, 4))
+    (gradient,) = torch.autograd.grad(bags.sum(), [weight])
+    assert torch.equal(gradient, torch.zeros(5, 4))
+    none_stored, none = one_table(rows=1)[0], torch.zeros(0, 4, requires_grad=True)
+    assert look_up(none_stored, [none], empty, ints(0, 0), None, True).shape == (1, 4)
+    with pytest.raises(IndexError, match="has row 0 of partition 0"):
+        look_up(none_stored, [none], ints(0), ints(0, 1), None, True)
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    """Columns of a wider weight, every second id, an expanded gradient: each is read as what it is."""
+    tables, _ = one_table()
+    wide = torch.arange(60.0).view(5, 12)
+    weight = wide[:, 4:8].requires_grad_()
+    ids, weights = torch.arange(10)[::2] % 5, torch.rand(5, 2)[:, 0].requires_grad_()
+    out = look_up(tables, [weight], ids, ints(0, 9, 3, 9, 5)[::2], weights, True)
+    rows = weight[ids] * weights.unsqueeze(1)
+    expected = torch.stack([rows[:3].sum(0), rows[3:].sum(0)])
+    torch.testing.assert_close(out, expected)
+    upstream = torch.tensor([[1.0], [2.0]]).expand(2, 4)
+    actual = torch.autograd.grad(out, [weight, weights], upstream)
+    for a, e in zip(actual, torch.autograd.grad(expected, [weight, weights], upstream), strict=True):
+        torch.testing.assert_close(a, e)
