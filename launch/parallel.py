@@ -24,11 +24,12 @@ from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
 
-_FUSED = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
+_FUSED: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
+    "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
+    "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
+    "adam": {"optimizer": EmbOptimType.ADAM},
+    "amsgrad": {"optimizer": EmbOptimType.ADAM, "amsgrad": True},
 }
 _DENSE: dict[str, Any] = {
     "sgd": torch.optim.SGD,
@@ -59,11 +60,11 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     """Plans ``task`` and shards it. All ranks must call it.
 
     Raises:
-        NotImplementedError: an optimizer that embedding tables do not have.
         PlannerError: of TorchRec's planner; no plan fits.
         ValueError: a parameter that no optimizer steps, or two do.
     """
-    fused_params = _fused_params(job.optimizer.sparse)
+    rule = job.optimizer.sparse
+    fused_params = {**_FUSED[rule.name], "learning_rate": rule.lr, "eps": rule.eps}
     sharders: list[Any] = [
         EmbeddingBagCollectionSharder(fused_params=fused_params),
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
@@ -81,18 +82,12 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
     layers = {name: p for name, p in left.items() if name not in tables}
-    of_tables = [DataParallelTableOptimizer(tables, partial(_make, job.optimizer.sparse))] if tables else []
+    of_tables = [DataParallelTableOptimizer(tables, partial(_make, rule))] if tables else []
     dense: KeyedOptimizer = KeyedOptimizerWrapper(layers, partial(_make, job.optimizer.dense))
     if job.train.grad_clip is not None:
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
     optimizer_of_each_parameter(model, [*of_tables, dense])
     return Parallel(model, plan, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
-
-
-def _fused_params(section: OptimizerSection) -> dict[str, Any]:
-    if section.name not in _FUSED:
-        raise NotImplementedError(f"optimizer.sparse.name is {section.name!r}; allowed: {', '.join(map(repr, _FUSED))}")
-    return {"optimizer": _FUSED[section.name], "learning_rate": section.lr, "eps": section.eps}
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

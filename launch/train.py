@@ -19,9 +19,9 @@ from launch.parallel import parallelize
 from launch.process_group import start_process_group
 from launch.profile import profiled
 from launch.run_folder import RunFolder
+from launch.tables import job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
-from torchrec_qr.schema import build_tables
 
 
 @record
@@ -47,7 +47,7 @@ def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Out
     if folder.moved is not None:
         output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
     torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
-    tables = build_tables(job.tables, Path(arguments.config).parent)
+    tables = job_tables(job, Path(arguments.config).parent)
     data = open_data(job, dist.get_rank(), dist.get_world_size())
     task = TrainTask(build_model(job.model, tables, device), device, torch.bfloat16 if job.train.bf16 else None)
     parallel = parallelize(task, job, device)

@@ -93,10 +93,11 @@ def test_the_demo_learns_what_only_the_ids_tell(tmp_path: Path) -> None:
     assert 0.9 < test["calibration"] < 1.1
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "amsgrad"])
 def test_each_optimizer_trains(tmp_path: Path, optimizer: str) -> None:
     dense = "sgd" if optimizer == "sgd" else "adam"
     names = (f"optimizer.sparse.name={optimizer}", f"optimizer.dense.name={dense}", "optimizer.dense.lr=0.005")
+    names += ("train.bf16=true",) if optimizer == "amsgrad" else ()
     run(tmp_path, *with_set(*SMALL, *names, "train.grad_clip=1.0", "schedule.kind=poly", "schedule.decay_steps=10"))
     lines = [line for line in metrics(tmp_path) if line["split"] == "train"]
     assert lines[-1]["logloss"] < lines[0]["logloss"]

@@ -163,8 +163,8 @@ def _mask_address(touched: Tensor, weight: Tensor) -> int:
         return 0
     if touched.shape != weight.shape[:1] or touched.dtype != torch.uint8 or not touched.is_contiguous():
         raise ValueError(
-            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, {tuple(weight.shape[:1])}, "
-            "torch.uint8"
+            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, "
+            f"{tuple(weight.shape[:1])}, torch.uint8"
         )
     return touched.data_ptr()
 
