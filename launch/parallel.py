@@ -20,6 +20,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
+from launch.process_group import bound_waits
 from launch.sections import OptimizerSection
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
 
@@ -75,6 +76,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     )
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
+    bound_waits()
     dense = _dense_optimizer(model, job)
     optimizer_of_each_parameter(model, [dense])
     return Parallel(model, plan, model.fused_optimizer, dense)
