@@ -22,15 +22,27 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 
-.PHONY: help install test train lint format typecheck ci clean
+.PHONY: help install test test-slurm test-ray test-two-hosts train lint format typecheck ci clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## Create .venv: the locked versions and this package
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# These three need root: clusters start jobs as their users, and namespaces are the kernel's. Each undoes what it did.
+test-slurm: $(INSTALLED)  ## Run jobs on a Slurm cluster of two nodes, set up on this host (root; Debian, Ubuntu)
+	trap 'scripts/slurm_cluster.sh down' EXIT; scripts/slurm_cluster.sh up; eval "$$(scripts/slurm_cluster.sh env)"; \
+	TORCHREC_QR_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+test-ray: $(INSTALLED)  ## Run jobs on a Ray head, set up on this host (root)
+	trap 'scripts/ray_head.sh down' EXIT; VENV=$(VENV) scripts/ray_head.sh up; \
+	TORCHREC_QR_TEST_RAY=1 scripts/ray_head.sh run $(VENV)-ray/bin/python -m pytest tests/ray $(PYTEST_ARGS)
+
+test-two-hosts: $(INSTALLED)  ## Run a job on two network namespaces, and cut the link between them (root)
+	TORCHREC_QR_TEST_TWO_HOSTS=1 $(BIN)/python -m pytest tests/two_hosts $(PYTEST_ARGS)
 
 # TorchX's own notes at each start are left out; what fails is shown.
 train: $(INSTALLED)  ## Train a job on this machine: CONFIG=configs/demo.yaml RANKS=2
@@ -51,7 +63,7 @@ ci:  ## Run what CI runs
 	bash .ci/run
 
 clean:  ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
+	rm -rf $(VENV) $(VENV)-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock gets a new venv, as pip leaves in place what a lock no longer names. The stamp comes last, so an install

@@ -20,6 +20,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
+from launch.process_group import bound_waits
 from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
@@ -79,6 +80,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     )
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
+    bound_waits()
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
     layers = {name: p for name, p in left.items() if name not in tables}

@@ -5,10 +5,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # How long a rank waits for others, which may be compiling, or reading their first rows. One that is gone is noticed at
 # once, as its connections close; one whose network is gone only so.
 TIMEOUT = timedelta(seconds=120)
+
+
+def bound_waits() -> None:
+    """Gives `TIMEOUT` to groups that others have made, as TorchRec within and across nodes, in place of 30 minutes."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
 
 def start_process_group() -> torch.device:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Ray head on this host, to which TorchX's Ray scheduler submits.
 #
-#   scripts/ray_head.sh install  makes .venv-ray: requirements/ray.txt, and the packages of .venv seen through it
+#   scripts/ray_head.sh install  makes .venv-ray: requirements/ray.txt, and through it the packages of .venv
 #   scripts/ray_head.sh up       installs if need be, and starts the head
 #   scripts/ray_head.sh run COMMAND...  runs a command where it reaches the head, whose job server is 127.0.0.1:8265
 #   scripts/ray_head.sh status   prints the head's resources; exit code 1 if it is not up
@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BASE=${VENV:-.venv}
-VENV_RAY=$(realpath -m "${VENV_RAY:-.venv-ray}")
+VENV_RAY=$(realpath -m "${VENV_RAY:-$BASE-ray}")
 NAMESPACE=${RAY_NAMESPACE:-torchrec-qr-ray}
 PORT=8265
 GCS_PORT=6379

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
@@ -40,10 +40,10 @@ def dryrun(
 
 
 @contextmanager
-def started(*command: str, **environment: str) -> Iterator[Popen[str]]:
-    """Runs ``python -m COMMAND`` in the checkout, stdout and stderr in one pipe; ends it if that has not ended."""
+def started(*command: str, within: Sequence[str] = (), **environment: str) -> Iterator[Popen[str]]:
+    """Runs ``WITHIN python -m COMMAND`` in the checkout, its output in one pipe; ends it if that has not ended."""
     process = Popen(
-        [sys.executable, "-m", *command],
+        [*within, sys.executable, "-m", *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=PIPE,

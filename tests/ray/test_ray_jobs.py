@@ -1,6 +1,7 @@
 """Jobs on a real Ray head: what they come to, what TorchX shows, and what it refuses to send there."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_what_is_sent_is_small_and_complete(monkeypatch: pytest.MonkeyPatch) -> 
     sent = Path(request.working_dir)
     assert sum(file.stat().st_size for file in sent.rglob("*") if file.is_file()) < 5 * 2**20
     assert {"launch", "torchrec_qr", "configs"} <= {entry.name for entry in sent.iterdir()}
+    shutil.rmtree(sent)
     with pytest.raises(ComponentValidationException) as caught:
         dryrun("ray", "dlrm", "--config", "configs/demo.yaml", workspace=ROOT)
     assert str(caught.value).startswith("--runs runs: under ray it would go with the job. Allowed: an absolute path")

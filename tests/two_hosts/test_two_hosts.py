@@ -1,0 +1,95 @@
+"""A job on two hosts: what it comes to, and what becomes of it when the network between them fails."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from subprocess import Popen
+from time import monotonic
+
+import pytest
+from hosts import Host, two_hosts
+from torchx_job import SMALL, SMALL_STEPS, metrics, started
+
+from launch.process_group import TIMEOUT
+
+pytestmark = pytest.mark.timeout(600)
+
+Hosts = tuple[Host, Host]
+# Beyond the time-out of a collective: what torchrun takes to end what is left.
+AT_MOST_S = TIMEOUT.total_seconds() + 60
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with two_hosts() as both:
+        yield both
+
+
+def start(hosts: Hosts, runs: Path, stack: ExitStack) -> list[Popen[str]]:
+    """Starts a node of one rank on each host."""
+    nodes = []
+    for number, host in enumerate(hosts):
+        meet = ("--nnodes=2", f"--node-rank={number}", f"--master-addr={hosts[0].address}", "--master-port=29500")
+        job = ("-m", "launch.train", "--config", "configs/demo.yaml", "--runs", str(runs), *SMALL)
+        command = ("torch.distributed.run", "--nproc-per-node=1", *meet, *job)
+        environment = {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        nodes.append(stack.enter_context(started(*command, within=host.within, **environment)))
+    return nodes
+
+
+def end(nodes: list[Popen[str]]) -> list[tuple[int, str, float]]:
+    """Returns exit code, output from here on, and time of end of each node."""
+
+    def follow(node: Popen[str]) -> tuple[int, str, float]:
+        output, _ = node.communicate()
+        return node.returncode, output, monotonic()
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(follow, nodes))
+
+
+@pytest.fixture(scope="module")
+def unbroken(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("unbroken")
+    with ExitStack() as stack:
+        for code, output, _ in end(start(hosts, runs, stack)):
+            assert code == 0, output
+    return runs / "demo"
+
+
+def test_two_hosts_train(unbroken: Path) -> None:
+    last = metrics(unbroken)[-1]
+    assert (last["split"], last["step"]) == ("test", SMALL_STEPS)
+    assert last["dense_only_auc"] + 0.1 < last["auc"] < last["best_possible_auc"]
+
+
+def test_a_link_that_fails_ends_the_job_on_both_and_it_goes_on_later(
+    unbroken: Path, hosts: Hosts, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        nodes = start(hosts, tmp_path, stack)
+        first = nodes[0].stdout
+        assert first is not None
+        assert any(re.search(rf" 35/{SMALL_STEPS}  logloss", line) for line in first)
+        hosts[0].set_link("down")
+        cut = monotonic()
+        try:
+            ended = end(nodes)
+        finally:
+            hosts[0].set_link("up")
+    for code, output, at in ended:
+        assert code == 1, output
+        assert at - cut < AT_MOST_S
+        assert "launch.train FAILED" in output
+        assert "RuntimeError: " in output
+    assert metrics(tmp_path / "demo")[-1]["split"] != "test"
+
+    with ExitStack() as stack:
+        (code, output, _), (other_code, other_output, _) = end(start(hosts, tmp_path, stack))
+    assert code == 0, output
+    assert other_code == 0, other_output
+    (step,) = re.findall(r"continues at step (\d+), from ", output)
+    assert int(step) in (30, 40, 50, 60)
+    assert metrics(tmp_path / "demo") == metrics(unbroken)
