@@ -25,6 +25,8 @@ from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
+from torchrec_qr.ops import cpu
+from torchrec_qr.ops.cpu_library import without_kernels
 
 
 def traced_by_torch(module: nn.Module) -> torch.fx.GraphModule:
@@ -53,12 +55,31 @@ class Model(nn.Module):
 def test_tracers_see_through_the_lookup(
     pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
 ) -> None:
-    module = Model(collection(partitions_of(kind), pooled, **OPERATIONS[operation]))
-    traced = trace(module)
-    calls = [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
+    with without_kernels():
+        calls = _traced_computes_the_same(pooled, kind, operation, trace)
     expected = {"mult": "mul", "concat": "cat", "add": "add"}.get(operation, "apply_class_mlps")
     assert expected in calls
     assert "embedding_bag" in calls if pooled else calls.count("embedding") == (2 if "path" in operation else 3)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+@each_kind
+@pooled_or_not
+def test_tracers_record_the_kernels_as_one_call(
+    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
+) -> None:
+    calls = _traced_computes_the_same(pooled, kind, operation, trace)
+    assert calls.count("look_up") == 1
+
+
+def _traced_computes_the_same(
+    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
+) -> list[str]:
+    """Checks it, and returns the names of the functions that the graph calls."""
+    module = Model(collection(partitions_of(kind), pooled, **OPERATIONS[operation]))
+    traced = trace(module)
     assert not [n for n in traced.graph.nodes if n.op == "call_module"]
     for per_feature in (BATCH, OTHER_BATCH, {"f": [[]], "g": [[]]}):
         results, eager = outputs(traced, per_feature), outputs(module, per_feature)
@@ -66,6 +87,7 @@ def test_tracers_see_through_the_lookup(
         assert_equal(gradients(module, results), gradients(module, eager))
     with pytest.raises(IndexError, match="id 100 is outside"):
         outputs(traced, {"f": [[100]], "g": [[]]})
+    return [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
 
 
 @pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])

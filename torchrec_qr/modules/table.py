@@ -91,8 +91,7 @@ class CompositionalTable(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
         if self._has_kernels():
-            offsets = torch.tensor([0, ids.shape[0]])
-            out = look_up(self._lookup(), list(self.weights()), ids, offsets, None, False)
+            out = look_up(self._lookup(), list(self.weights()), ids, None, None, False)
             return out.view(-1, self.config.embedding_dim)
         return compositional_embedding(self.composition, list(self.weights()), self._rows(ids))
 
@@ -241,3 +240,6 @@ def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:
 
 # A plain table is the trivial partition, K = 1.
 _PLAIN = Composition("add")
+
+# Recorded as a call by `torch.fx`: which implementation runs follows from the device, at run time.
+torch.fx.wrap("look_up")

@@ -161,10 +161,10 @@ def _state_address(state: Tensor, weight: Tensor, rule: int) -> int:
 def _mask_address(touched: Tensor, weight: Tensor) -> int:
     if not touched.numel():
         return 0
-    if touched.shape != weight.shape[:1] or touched.dtype != torch.uint8 or not touched.is_contiguous():
+    rows = tuple(weight.shape[:1])
+    if touched.shape != rows or touched.dtype != torch.uint8 or not touched.is_contiguous():
         raise ValueError(
-            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, "
-            f"{tuple(weight.shape[:1])}, torch.uint8"
+            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, {rows}, torch.uint8"
         )
     return touched.data_ptr()
 

@@ -217,7 +217,7 @@ def _in_pytorch(
 
 
 def look_up(
-    tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
+    tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor | None, id_weights: Tensor | None, pooled: bool
 ) -> Tensor:
     """Returns (B, ΣD) if ``pooled``, else the (N, D) of each table end to end, flat; differentiable.
 
@@ -225,7 +225,7 @@ def look_up(
         tables: what is looked up, consecutive features of the batch.
         weights: per table its K weights, (R_j, D_j) in fp32, fp16 or bf16; accumulation is in fp32.
         ids: (N,) int32 or int64, feature after feature.
-        offsets: (F·B + 1,) of bags from 0 to N if ``pooled``, else (F + 1,) of features.
+        offsets: (F·B + 1,) of bags from 0 to N if ``pooled``, else (F + 1,) of features; None for one feature.
         id_weights: (N,) w_x, or None for 1.
         pooled: whether ids are pooled.
 
@@ -245,6 +245,8 @@ def look_up(
         ...     [90.0, 10.0]
         [90.0, 10.0]
     """
+    if offsets is None:
+        offsets = torch.tensor([0, ids.shape[0]])
     if not available(weights[0].device) or any(w.dtype not in DTYPES for w in weights):
         return _in_pytorch(tables, weights, ids, offsets, id_weights, pooled)
     out: Tensor = lookup_op(
@@ -320,7 +322,3 @@ def stepped_lookup(
     """
     out: Tensor = _SteppedLookup.apply(tables, steps, pooled, ids, offsets, id_weights, *weights)
     return out
-
-
-# `torch.fx` records it as a call: which implementation runs follows from the device, at run time.
-torch.fx.wrap("look_up")
