@@ -306,6 +306,7 @@ class _SteppedLookup(torch.autograd.Function):
         return None, None, None, None, None, _as_given(of_ids, id_weights), *dense
 
 
+@torch.compiler.disable  # its backward reads the optimizer, of which a compiler makes nothing: it is called as it is
 def stepped_lookup(
     tables: Lookup,
     weights: list[Tensor],
