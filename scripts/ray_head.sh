@@ -77,7 +77,7 @@ down() {
         kill "$pid" 2>/dev/null || true
         for _ in $(seq 150); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
         kill -KILL -- "-$pid" 2>/dev/null || true
-        rm -f "$PID"
+        rm -f "$PID" "${PID%.pid}.log"
     fi
     ip netns delete "$NAMESPACE" 2>/dev/null || true
     rm -rf "/etc/netns/$NAMESPACE"

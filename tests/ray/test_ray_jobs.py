@@ -8,7 +8,7 @@ import pytest
 from torchx.specs.finder import ComponentValidationException
 from torchx_job import ROOT, SMALL_STEPS, dlrm, dryrun, metrics, output_of
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 RAY = "-s ray -cfg dashboard_address=127.0.0.1:8265 --wait --log"
 

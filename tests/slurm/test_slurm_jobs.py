@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torchx_job import ROOT, SMALL_STEPS, dlrm, metrics, output_of, pid_of_rank, started, torchx
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SLURM = "-s slurm -cfg partition=debug,time=10 --wait --log"
 # The nodes are one host: a core for each rank, not the cores that they claim to have.

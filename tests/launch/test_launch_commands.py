@@ -1,0 +1,36 @@
+"""The commands of README and docs/launch.md are ones that the components take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from torchx_job import ROOT, dryrun
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "launch.md")
+
+
+def commands(page: Path) -> list[str]:
+    """Returns the commands of a page's shell blocks that run a component, continued lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "launch/components.py:" in line]
+
+
+@pytest.mark.parametrize("command", [line for page in PAGES for line in commands(page)])
+def test_the_component_takes_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    (at,) = (i for i, word in enumerate(words) if word.startswith("launch/components.py:"))
+    # On this host, where neither GPUs nor a cluster are: what concerns those is tested in test_components.py.
+    component = words[at].partition(":")[2]
+    request = dryrun("local_cwd", component, *words[at + 1 :], "--env", "CUDA_VISIBLE_DEVICES=-1").request
+    nodes, ranks = words[words.index("-j") + 1].split("x")
+    assert len(request.role_params[component]) == int(nodes)
+    assert f"--nproc-per-node={ranks}" in request.role_params[component][0].args[2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_scheduler_has_its_command(page: Path) -> None:
+    schedulers = {re.findall(r"-s (\w+)", command)[0] for command in commands(page)}
+    assert schedulers == {"local_cwd", "slurm", "ray", "kubernetes"}
