@@ -36,6 +36,11 @@ class Output:
         """Prints a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Prints a line unless quiet."""
+        if not self._quiet:
+            self.say(text)
+
     def tables(self, tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> str:
         """Shows tables, rows logical → stored, MiB, compression and placement; returns the same as plain text."""
         table = _model_table(tables, plan)

@@ -49,6 +49,10 @@ def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Out
     torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
     tables = job_tables(job, Path(arguments.config).parent)
     data = open_data(job, dist.get_rank(), dist.get_world_size())
+    output.note(
+        f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
+        f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
+    )
     task = TrainTask(build_model(job.model, tables, device), device, torch.bfloat16 if job.train.bf16 else None)
     parallel = parallelize(task, job, device)
     folder.write_text("config.yaml", write_job(job))
@@ -83,6 +87,7 @@ def _silence_the_stack() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
     warnings.filterwarnings("ignore", message="fbgemm::.* an autograd kernel was not registered")
     logging.getLogger("torchrec").setLevel(logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
 
 
