@@ -5,6 +5,7 @@ It writes generated rows in each format to a temporary folder and reads them bac
 
 import argparse
 import gzip
+import json
 import tempfile
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.machine import about
 from launch.config import Job
 from launch.data.errors import BadRows
 from launch.data.generator import GeneratorSource
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--tsv", type=Path, help="measures this file of Criteo's TSV besides")
+    parser.add_argument("--json", type=Path, help="writes the figures to this file")
     arguments = parser.parse_args()
     section = GeneratorSection(rows=arguments.rows)
     rows = GeneratorSource(section, [_TABLE_ROWS] * len(CRITEO_FEATURES), CRITEO_DENSE).read(
@@ -42,9 +45,15 @@ def main() -> None:
         formats["generator"] = {"format": "generator", "generator": {"rows": arguments.rows}}
         if arguments.tsv:
             formats[arguments.tsv.name] = {"format": "criteo_tsv", "files": [str(arguments.tsv)]}
+        results = []
         for title, data in formats.items():
             opened, speed, fastest = _measured(data, arguments.batch_size)
+            speeds = {"shuffled_rows_per_s": round(speed), "in_order_rows_per_s": round(fastest)}
+            results.append({"format": title, "open_s": round(opened, 2), **speeds})
             print(f"{title:28} {speed:>12,.0f} rows/s; opening {opened:.2f} s; without shuffling {fastest:,.0f} rows/s")
+    if arguments.json:
+        sizes = {"rows": arguments.rows, "batch_size": arguments.batch_size}
+        arguments.json.write_text(json.dumps({**about(), **sizes, "results": results}, indent=1) + "\n")
 
 
 def _written(folder: Path, rows: Rows) -> Iterable[tuple[str, dict[str, Any]]]:
