@@ -84,6 +84,7 @@ class Option:
         "blocks",
         "everywhere",
         "kernel",
+        "mean_exchange",
         "mean_memory",
         "mean_work",
         "peak_memory",
@@ -99,6 +100,7 @@ class Option:
         self.everywhere, self.blocks = everywhere, blocks
         self.mean_work = everywhere.work_ms + sum(b.total(_work_ms) for b in blocks) / world_size
         self.mean_memory = everywhere.memory + sum(b.total(_memory) for b in blocks) / world_size
+        self.mean_exchange = sum(b.total(_exchange_ms) for b in blocks) / world_size
         # Of the largest piece that is not spread evenly by itself.
         uneven = [block for block in blocks if block.scope is not Scope.WORLD]
         self.peak_work = max((block.work_ms for block in uneven), default=0.0)
@@ -326,6 +328,7 @@ def shard_layout(table: PlannedTable, option: Option, topology: Topology) -> tup
 
 
 _work_ms: Callable[[Cost], float] = attrgetter("work_ms")
+_exchange_ms: Callable[[Cost], float] = attrgetter("exchange_ms")
 _memory: Callable[[Cost], float] = attrgetter("memory")
 
 

@@ -167,11 +167,10 @@ class Estimator:
         self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
     ) -> tuple[float, float, float]:
         """Bytes of ids and outputs, ms of lookups, ms of exchange of a shard of columns [start, stop)."""
-        world, group = self.topology.world_size, self.topology.intra_group_size
+        world, share = self.topology.world_size, self._share(sharding_type)
         per_sample = table.inputs_per_sample
         ids = self.batch_size * sum(per_sample)
         bags = self.batch_size * sum(min(1.0, x) for x in per_sample)
-        share = group if sharding_type in _BY_GROUP else world if sharding_type == _ROW_WISE else 1
         ranks = 1 if sharding_type == DATA_PARALLEL else world
         looked_up = ids * ranks / share
         rows_out = bags * ranks if table.is_pooled else looked_up
@@ -199,8 +198,14 @@ class Estimator:
         if sharding_type == DATA_PARALLEL:
             return id_bytes + output_bytes, forward + backward, 0.0
         exchange = self._exchange_ms(sharding_type, out, bags, width, forward_size, backward_size)
-        exchange += math.ceil(ids * world * BIGINT_DTYPE) / self._bandwidth(CollectiveType.ALL_TO_ALL)
+        exchange += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
         return id_bytes + output_bytes, forward + backward, exchange
+
+    def _share(self, sharding_type: str) -> int:
+        """Of how many shards one gets an id, where rows are split."""
+        if sharding_type in _BY_GROUP:
+            return self.topology.intra_group_size
+        return self.topology.world_size if sharding_type == _ROW_WISE else 1
 
     def _exchange_ms(
         self,
@@ -251,7 +256,9 @@ class Estimator:
         perf, device_bytes, host_bytes = self._stock.estimate(table, sharding_type, kernel, rows, columns)
         is_replicated = sharding_type == DATA_PARALLEL
         reduce_ms = perf.bwd_comms if is_replicated else 0.0
-        exchange_ms = 0.0 if is_replicated else perf.fwd_comms + perf.bwd_comms + perf.input_dist_comms
+        # TorchRec leaves ids out of its total, and counts all for every shard: those split by rows get their share.
+        ids_ms = perf.input_dist_comms / self._share(sharding_type)
+        exchange_ms = 0.0 if is_replicated else perf.fwd_comms + perf.bwd_comms + ids_ms
         parameters = min(rows * columns * table.parameter.element_size(), device_bytes)
         optimizer = 0 if kernel in _OFFLOADED else self._state.of_plain(table, kernel, rows, columns)
         return Cost(

@@ -86,7 +86,11 @@ class Hardware:
                 ddr_cap_bytes=memory if on_cpu else None,
             ),
             HardwareConfig(ddr_mem_bw=memory_bw) if on_cpu else HardwareConfig(hbm_mem_bw=memory_bw),
-            KernelConfig(compute_device=self.compute_device, generalized_comms_bandwidths=bandwidths),
+            KernelConfig(
+                compute_device=self.compute_device,
+                use_hardware_based_bandwidth=True,  # without it, the factory drops those given
+                generalized_comms_bandwidths=bandwidths,
+            ),
         )
 
 

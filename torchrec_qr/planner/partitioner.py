@@ -11,6 +11,10 @@ from operator import itemgetter
 from torchrec_qr.planner.costs import NO_COST
 from torchrec_qr.planner.enumerators import Block, Option, Scope
 
+# Blocks up to which they are moved once more, and ranks with which those of the fullest are exchanged.
+_EVENED_OUT = 500
+_OTHERS = 16
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -111,7 +115,66 @@ class _Packer:
             misfit = self._place_on_rank(t, b, block)
             if misfit is not None:
                 return misfit
+        if not self._by_memory and len(single) <= _EVENED_OUT:
+            self._even_out([(t, b, block) for _, t, b, block in single])
         return Packing(self._placed, [self._base_work + w for w in self._work])
+
+    def _even_out(self, single: list[tuple[int, int, Block]]) -> None:
+        """Moves a block off the rank with most work, or swaps it for a smaller one, while that lowers the greater of
+        the two.
+        """
+        on: list[list[tuple[int, int, Block]]] = [[] for _ in self._work]
+        for t, b, block in single:
+            placed = self._placed[t][b]
+            assert placed is not None
+            on[placed[0]].append((t, b, block))
+        for _ in range(len(single)):
+            most = max(range(len(self._work)), key=self._work.__getitem__)
+            change = self._best_change(most, on)
+            if change is None:
+                return
+            rank, out, back = change
+            for entry, source, target in ((out, most, rank), (back, rank, most)):
+                if entry is None:
+                    continue
+                t, b, block = entry
+                self._add(source, -block.work_ms, -block.memory, -block.host_memory)
+                self._add(target, block.work_ms, block.memory, block.host_memory)
+                self._placed[t][b] = [target]
+                on[source].remove(entry)
+                on[target].append(entry)
+
+    def _best_change(
+        self, most: int, on: list[list[tuple[int, int, Block]]]
+    ) -> tuple[int, tuple[int, int, Block], tuple[int, int, Block] | None] | None:
+        best, found = self._work[most] * (1 - 1e-6), None
+        # The ranks with least work are where there is most to gain.
+        others = heapq.nsmallest(_OTHERS, (r for r in range(len(on)) if r != most), key=self._work.__getitem__)
+        for rank in others:
+            for out in on[most]:
+                for back in (None, *on[rank]):
+                    moved = out[2].work_ms - (back[2].work_ms if back else 0.0)
+                    if moved <= 0:
+                        continue
+                    greater = max(self._work[most] - moved, self._work[rank] + moved)
+                    if greater < best and self._may_change(most, rank, out, back):
+                        best, found = greater, (rank, out, back)
+        return found
+
+    def _may_change(
+        self, most: int, rank: int, out: tuple[int, int, Block], back: tuple[int, int, Block] | None
+    ) -> bool:
+        for entry, target, leaving in ((out, rank, back), (back, most, out)):
+            if entry is None:
+                continue
+            bound = self._bound[entry[0]]
+            if bound is not None and target not in bound:
+                return False
+            freed, freed_host = (leaving[2].memory, leaving[2].host_memory) if leaving else (0.0, 0.0)
+            block = entry[2]
+            if not self._fits(target, block.memory - freed, max(block.host_memory - freed_host, 0.0)):
+                return False
+        return True
 
     @staticmethod
     def _in_order(blocks: list[tuple[float, int, int, Block]]) -> list[tuple[int, int, Block]]:

@@ -41,6 +41,9 @@ class RankCosts:
     def add(self, rank: int | slice, cost: Cost) -> None:
         self._values[rank] += _row(cost)
 
+    def __repr__(self) -> str:
+        return f"RankCosts({len(self)} ranks, balance {self.balance:.4f})"
+
     def __getitem__(self, rank: int) -> Cost:
         return Cost(*(self._values[rank] + self._all).tolist())
 
@@ -79,6 +82,35 @@ class Placed:
     option: Option
     choices: Sequence[Option]
     ranks: list[int]
+
+    def cost(self, world_size: int) -> Cost:
+        """What the table costs a rank, on average."""
+        total = self.option.everywhere
+        for block in self.option.blocks:
+            for run in block.runs:
+                total = total + run.cost.times(run.count / world_size)
+        return total
+
+    @property
+    def why(self) -> str:
+        """What replicating the table costs a rank against exchanging its embeddings, and what decided."""
+        replicated = [o for o in self.choices if o.sharding_type == DATA_PARALLEL]
+        sharded = [o for o in self.choices if o.sharding_type != DATA_PARALLEL]
+        cheapest = min(sharded, key=lambda o: o.mean_work, default=None)
+        if self.option.sharding_type == DATA_PARALLEL:
+            text = f"all-reduce {_reduce_ms(self.option):.3g} ms"
+            if cheapest is None:
+                return f"{text}; nothing else is allowed"
+            return f"{text}, {cheapest.sharding_type} all-to-all {cheapest.mean_exchange:.3g} ms"
+        text = f"all-to-all {self.option.mean_exchange:.3g} ms"
+        if not replicated:
+            return f"{text}; data_parallel is not allowed"
+        text += f", all-reduce {_reduce_ms(replicated[0]):.3g} ms"
+        if replicated[0].mean_work < self.option.mean_work:
+            text += "; on ranks with time to spare"
+        elif cheapest is not None and cheapest.peak_work > self.option.peak_work:
+            text += f"; pieces of {self.option.peak_work:.3g} ms, {cheapest.sharding_type} {cheapest.peak_work:.3g} ms"
+        return text
 
 
 @dataclass(frozen=True)
@@ -176,6 +208,10 @@ def fixed_ms(used: Iterable[tuple[PlannedTable, str]], hardware: Hardware) -> fl
     kinds = {(table.path, sharding_type) for table, sharding_type in used}
     count = sum(1 if sharding_type == DATA_PARALLEL else _COLLECTIVES for _, sharding_type in kinds)
     return hardware.collective_ms * count
+
+
+def _reduce_ms(option: Option) -> float:
+    return option.everywhere.reduce_ms + option.blocks[0].runs[0].cost.reduce_ms
 
 
 def _row(cost: Cost) -> np.ndarray:

@@ -27,12 +27,15 @@ from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
 from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts, fixed_ms
-from torchrec_qr.planner.proposer import propose
+from torchrec_qr.planner.proposer import most_frugal, propose
 from torchrec_qr.planner.remedies import infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
 
 _RESERVED = 0.15
+# Greatest over mean work up to which ranks are even, and how much more than that counts.
+_EVEN = 1.05
+_EVENNESS = 3
 
 
 class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
@@ -194,14 +197,17 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         cluster = self._cluster(module, sharders)
         enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        return not isinstance(self._search(tables, [enumerator.options(t) for t in tables], cluster), Misfit)
+        choices = [enumerator.options(t) for t in tables]
+        return not isinstance(most_frugal(choices, [t.ranks for t in tables], cluster), Misfit)
 
     def _search(
         self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
     ) -> tuple[list[Option], Packing] | Misfit:
         def rate(options: Sequence[Option], packing: Packing) -> float:
             used = ((table, o.sharding_type) for table, o in zip(tables, options, strict=True))
-            return packing.greatest + fixed_ms(used, self._hardware)
+            # Estimates err: of plans about as fast, one whose ranks are even has less to lose by that.
+            uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
+            return packing.greatest * uneven**_EVENNESS + fixed_ms(used, self._hardware)
 
         return propose(choices, [table.ranks for table in tables], cluster, rate)
 

@@ -6,17 +6,23 @@ price of a byte; each is packed, and the best is improved table by table.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 
 from torchrec_qr.planner.enumerators import Option
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing, pack
 
 # Of the mean work per rank.
-_LARGEST_PIECES = (math.inf, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+_LARGEST_PIECES = (math.inf, *(2 * 0.75**i for i in range(20)))
 # Ms for all of a rank's memory, in units of the mean work.
 _PRICES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4)
-# Blocks that improvement may place in all: it is for few tables, many are spread well anyway.
-_IMPROVEMENT_BUDGET = 200_000
+# Blocks that improvement may place in all.
+_IMPROVEMENT_BUDGET = 150_000
+_TRIALS_PER_TABLE = 100
+_SETTLED = 3000  # blocks of a plan
+_NORM = 16
+# How much worse, relatively, a plan may be at first.
+_WARMTH = 0.02
 
 Rate = Callable[[Sequence[Option], Packing], float]
 
@@ -105,36 +111,69 @@ def _improved(
     chosen: list[Option],
     packing: Packing,
 ) -> tuple[list[Option], Packing]:
-    """Changes one table at a time, of those on the rank with most work, while that helps and the budget lasts."""
-    budget = _IMPROVEMENT_BUDGET
+    """Changes one table at a time, at random, by simulated annealing; returns the best by ``rate`` that it comes by.
+
+    What guides it is not the greatest work, which several ranks may share so that no one change lowers it, but a norm
+    in which all ranks near the greatest count. The same tables give the same plan: the generator's seed is fixed.
+    """
+    changeable = [t for t, options in enumerate(choices) if len(options) > 1]
     size = sum(len(o.blocks) for o in chosen)
-    while True:
-        greatest = max(range(cluster.world_size), key=packing.work.__getitem__)
-        better: tuple[float, list[Option], Packing] | None = None
-        for t in _tables_on(greatest, chosen, packing):
-            for option in choices[t]:
-                if option is chosen[t]:
-                    continue
-                budget -= size
-                if budget < 0:
-                    return (better[1], better[2]) if better is not None else (chosen, packing)
-                trial = [*chosen[:t], option, *chosen[t + 1 :]]
-                packed = pack(trial, bound, cluster)
-                if isinstance(packed, Misfit):
-                    continue
-                rated = rate(trial, packed)
-                if rated < (rating if better is None else better[0]) * (1 - 1e-9):
-                    better = rated, trial, packed
-        if better is None:
-            return chosen, packing
-        rating, chosen, packing = better
+    # Of thousands of tables each is too small to matter, and they are spread well anyway.
+    trials = min(_IMPROVEMENT_BUDGET // size, _TRIALS_PER_TABLE * len(changeable)) if size <= _SETTLED else 0
+    generator = random.Random(0)
+    best = rating, chosen, packing
+    now = _guide(rating, packing)
+    for trial in range(trials):
+        t = generator.choice(changeable)
+        option = generator.choice(choices[t])
+        if option is chosen[t]:
+            continue
+        changed = [*chosen[:t], option, *chosen[t + 1 :]]
+        packed = pack(changed, bound, cluster)
+        if isinstance(packed, Misfit):
+            continue
+        rated = rate(changed, packed)
+        guided = _guide(rated, packed)
+        warmth = _WARMTH * (1 - trial / trials)
+        if guided <= now or (warmth and generator.random() < math.exp((now - guided) / (warmth * now))):
+            now, chosen = guided, changed
+            if rated < best[0]:
+                best = rated, changed, packed
+    return _settled(choices, bound, cluster, rate, *best) if trials else (chosen, packing)
 
 
-def _tables_on(rank: int, chosen: Sequence[Option], packing: Packing) -> list[int]:
-    """Tables that burden a rank, those with the largest pieces first."""
-    there = [
-        t
-        for t, placed in enumerate(packing.placed)
-        if any(ranks is None or rank in ranks for ranks in placed) or chosen[t].everywhere.work_ms
-    ]
-    return sorted(there, key=lambda t: (-max(block.work_ms for block in chosen[t].blocks), t))
+def _settled(
+    choices: Sequence[Sequence[Option]],
+    bound: Sequence[Sequence[int] | None],
+    cluster: Cluster,
+    rate: Rate,
+    rating: float,
+    chosen: list[Option],
+    packing: Packing,
+) -> tuple[list[Option], Packing]:
+    """Gives back what chance changed to no avail: each table its cheapest option where that makes no plan worse."""
+    for t in sorted(range(len(choices)), key=lambda t: -chosen[t].mean_work):
+        for option in sorted(choices[t], key=lambda o: o.mean_work):
+            if option.mean_work >= chosen[t].mean_work:
+                break
+            changed = [*chosen[:t], option, *chosen[t + 1 :]]
+            packed = pack(changed, bound, cluster)
+            if isinstance(packed, Misfit):
+                continue
+            rated = rate(changed, packed)
+            if rated <= rating:
+                rating, chosen, packing = rated, changed, packed
+                break
+    return chosen, packing
+
+
+def _guide(rating: float, packing: Packing) -> float:
+    return _norm(packing) + rating - packing.greatest
+
+
+def _norm(packing: Packing) -> float:
+    greatest = packing.greatest
+    if not greatest:
+        return 0.0
+    mean: float = sum((w / greatest) ** _NORM for w in packing.work) / len(packing.work)
+    return greatest * mean ** (1 / _NORM)

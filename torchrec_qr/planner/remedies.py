@@ -135,8 +135,7 @@ class _Remedies:
         return None if found is None else -found
 
     def _options_within(self, table: PlannedTable, options: Sequence[Option], rows: int) -> Sequence[Option]:
-        partitions = within_rows(table.num_embeddings, rows)
-        return options if table.rows <= rows or partitions is None else self._options_of(table, partitions)
+        return options if table.rows <= rows else self._options_of(table, within_rows(table.num_embeddings, rows))
 
     def _options_of(self, table: PlannedTable, partitions: QuotientRemainder) -> list[Option]:
         return self._enumerator.options(compressed(table, partitions))
@@ -186,12 +185,12 @@ def largest_that(holds: Callable[[int], bool], low: int, high: int) -> int | Non
     return low
 
 
-def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder | None:
-    """The quotient-remainder partitions of a table that have most rows, up to so many; None if even √S are too many."""
+def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:
+    """The quotient-remainder partitions that have most rows, up to so many, or else the fewest that there can be."""
     try:
         return QuotientRemainder.for_budget(num_embeddings, rows)
     except ValueError:
-        return None
+        return QuotientRemainder.balanced(num_embeddings)
 
 
 def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTable:

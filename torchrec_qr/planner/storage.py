@@ -118,17 +118,16 @@ class OptimizerState:
 
     def __init__(self, dense: MakeOptimizer | None = None) -> None:
         self._dense = DenseState(dense)
-        self._rules: dict[str, UpdateRule | None] = {}
+        self._rules: dict[str, tuple[UpdateRule, bool]] = {}
 
     def of_compositional(self, table: PlannedTable, kernel: str, stored: Stored) -> int:
         """The rule steps replicated partitions too, if there is one: `torchrec_qr.distributed.lookup.is_fused`."""
-        said = any(says_something(key, value) for key, value in table.fused_params.items())
+        if table.fqn not in self._rules:
+            said = any(says_something(key, value) for key, value in table.fused_params.items())
+            self._rules[table.fqn] = update_rule(table.name, table.fused_params), said
+        rule, said = self._rules[table.fqn]
         if kernel != FUSED and not said:
             return self._of_dense(stored)
-        if table.fqn not in self._rules:
-            self._rules[table.fqn] = update_rule(table.name, table.fused_params)
-        rule = self._rules[table.fqn]
-        assert rule is not None
         return 4 * sum(
             _count(shape) for rows, columns, _ in stored for shape in rule.state_shapes(rows, columns).values()
         )
