@@ -195,11 +195,12 @@ class Estimator:
 
         out = rows_out * width
         output_bytes = math.ceil(out * table.parameter.element_size())
+        lookup_ms = forward + backward + self.hardware.shard_ms
         if sharding_type == DATA_PARALLEL:
-            return id_bytes + output_bytes, forward + backward, 0.0
+            return id_bytes + output_bytes, lookup_ms, 0.0
         exchange = self._exchange_ms(sharding_type, out, bags, width, forward_size, backward_size)
         exchange += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
-        return id_bytes + output_bytes, forward + backward, exchange
+        return id_bytes + output_bytes, lookup_ms, exchange
 
     def _share(self, sharding_type: str) -> int:
         """Of how many shards one gets an id, where rows are split."""

@@ -32,6 +32,7 @@ class Hardware:
         lookup_factor: a compositional table's bytes read, by how much dearer than a plain table's.
         compose_factor: float32 values moved through memory per composed value: none in a fused kernel.
         replica_factor: bytes moved per byte of a replicated partition's gradient: filled, reduced, scanned, applied.
+        shard_ms: of a shard of a compositional table beside its bytes, where a kernel does not take all at once.
         source: of the figures.
 
     Example:
@@ -51,6 +52,7 @@ class Hardware:
     lookup_factor: float
     compose_factor: float
     replica_factor: float
+    shard_ms: float
     source: str
 
     def topology(
@@ -139,7 +141,12 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
     return passes * 2 if world_size > 2 * local_world_size else passes
 
 
-_FUSED = {"lookup_factor": 1.0, "compose_factor": 0.0, "replica_factor": 9.22}  # TorchRec's factor of its own DP tables
+_FUSED = {
+    "lookup_factor": 1.0,
+    "compose_factor": 0.0,
+    "replica_factor": 9.22,
+    "shard_ms": 0.0,
+}  # TorchRec's factor of its own DP tables
 _NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
 
 HARDWARE = MappingProxyType(
@@ -158,6 +165,7 @@ HARDWARE = MappingProxyType(
                 lookup_factor=1.5,
                 compose_factor=6.0,
                 replica_factor=6.0,
+                shard_ms=0.3,
                 source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s, of which 0.83 arrive",
             ),
             Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, 0.05, source=_NVIDIA, **_FUSED),
