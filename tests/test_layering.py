@@ -17,6 +17,7 @@ LAYERS = (
     ("distributed",),
     ("planner",),
     ("schema",),
+    ("sizing",),
     ("doctor", "cli"),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

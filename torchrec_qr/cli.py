@@ -1,7 +1,8 @@
-"""The command ``torchrec-qr``. Imports no torch, so that help is instant and ``doctor`` runs where torch cannot."""
+"""The command ``torchrec-qr``. Help imports no torch, so that it is instant and ``doctor`` runs where torch cannot."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from torchrec_qr import __version__, doctor
 
@@ -34,8 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Exit code 0 if it fits, 1 if not.",
     )
     command.set_defaults(run=lambda _: doctor.run())
+    _add_plan(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
+
+
+def _add_plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="place a model's tables on a cluster, without one",
+        description="Reads the tables: and planner: sections of a job's YAML and prints where each table goes, what "
+        "that costs every rank, and why. Exit code 0 if there is a plan, 1 if none fits, 2 for errors.",
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="of the job")
+    command.add_argument("--topology", metavar="NxR", help="nodes x ranks per node; default: the config's")
+    command.add_argument("--device", help="cpu, a100, h100 or h200; default: the config's")
+    command.add_argument("--hbm-gib", type=float, metavar="GIB", help="memory of a rank; default: the device's")
+    command.add_argument("--batch-size", type=int, metavar="B", help="of a rank; default: the config's")
+    command.add_argument("--optimizer", help="of the tables; default: the config's, else sgd")
+    command.add_argument("--json", metavar="FILE", help="write the plan for machines, - for standard output")
+    command.add_argument("--compare", metavar="full,hash,qr", help="the same tables uncompressed, hashed, composed")
+    command.add_argument("--fit", action="store_true", help="print the tables: section of least compression that fits")
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from torchrec_qr.sizing.command import run
+
+    return run(arguments)
 
 
 if __name__ == "__main__":

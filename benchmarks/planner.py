@@ -1,0 +1,281 @@
+"""Whether a plan's estimated step is its measured one: plans drawn by a seed, estimated, run, and compared.
+
+    python -m benchmarks.planner                 # two ranks over loopback
+    python -m benchmarks.planner --link 1gbit    # two network namespaces, as root
+    python -m benchmarks.planner --calibrate     # this host's constants, for torchrec_qr/planner/hardware.py
+
+Plans take turns, round after round, so that a busy machine is as slow for each; medians are compared.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingPlan
+
+from benchmarks.calibration import collective_constants, lookup_constants
+from benchmarks.two_hosts import two_hosts
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, Hardware, hardware_named
+
+RESULTS = Path(__file__).parent / "results"
+WORLD_SIZE = 2
+BATCH_SIZE = 512
+DIM = 64
+TABLES = 12
+NUM_PLANS = 14
+ROUNDS = 9
+SEED = 0
+
+
+class Model(nn.Module):
+    """The collection alone, as a loss: what a plan can change."""
+
+    def __init__(self, collection: nn.Module, features: list[str]) -> None:
+        super().__init__()
+        self.ebc = collection
+        self._features = features
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+        return KeyedTensor.regroup([self.ebc(batch)], [self._features])[0].mean() * self.scale
+
+
+def tables() -> tuple[list[EmbeddingBagConfig], dict[str, ParameterConstraints]]:
+    """Large and small tables, few and many collisions, one-hot and multi-hot."""
+    generator = random.Random(SEED)
+    configs: list[EmbeddingBagConfig] = []
+    constraints = {}
+    for i in range(TABLES):
+        rows = generator.choice([2_000, 20_000, 200_000])
+        collisions = generator.choice([4, 64, max(4, round(rows**0.5))])
+        name = f"t{i}"
+        configs.append(
+            CompositionalEmbeddingBagConfig(
+                name=name,
+                feature_names=[f"f{i}"],
+                num_embeddings=rows,
+                embedding_dim=DIM,
+                partitions=QuotientRemainder(rows, collisions),
+            )
+        )
+        constraints[name] = ParameterConstraints(pooling_factors=[float(generator.choice([1, 1, 4, 10]))])
+    return configs, constraints
+
+
+def sharders() -> list[Any]:
+    return [CompositionalEmbeddingBagCollectionSharder({"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.01})]
+
+
+def collection() -> CompositionalEmbeddingBagCollection:
+    return CompositionalEmbeddingBagCollection(tables=tables()[0], device=torch.device("meta"))
+
+
+def planner_of(hardware: Hardware, hosts: int, **arguments: Any) -> CompositionalEmbeddingShardingPlanner:
+    topology = hardware.topology(WORLD_SIZE, WORLD_SIZE // hosts, memory_gib=8)
+    constraints = arguments.pop("constraints", tables()[1])
+    return CompositionalEmbeddingShardingPlanner(
+        topology, BATCH_SIZE, hardware=hardware, constraints=constraints, **arguments
+    )
+
+
+def plans(hardware: Hardware, hosts: int) -> dict[str, ShardingPlan]:
+    """The planner's own, TorchRec's for the same model, and plans drawn by a seed."""
+    ebc, of_tables = collection(), tables()[1]
+    chosen = planner_of(hardware, hosts).plan(ebc, sharders())
+    stock = EmbeddingShardingPlanner(
+        topology=hardware.topology(WORLD_SIZE, WORLD_SIZE // hosts, memory_gib=8),
+        batch_size=BATCH_SIZE,
+        constraints=of_tables,
+        storage_reservation=FixedPercentageStorageReservation(0.15),
+    ).plan(ebc, sharders())
+    found = {"chosen": chosen, "torchrec": stock}
+    generator = random.Random(SEED)
+    kinds = ["table_wise", "column_wise", "row_wise", "data_parallel"]
+    for i in range(NUM_PLANS - 2):
+        # Some of one kind for all tables, some mixed; ranks drawn too, so that not all are balanced.
+        mixed = generator.sample(kinds, 1 + i % 4)
+        drawn = {
+            name: ParameterConstraints(
+                pooling_factors=c.pooling_factors, sharding_types=[generator.choice(mixed)], min_partition=32
+            )
+            for name, c in of_tables.items()
+        }
+        bound = {
+            name: [generator.randrange(WORLD_SIZE)]
+            for name, c in drawn.items()
+            if c.sharding_types[0] == "table_wise" and i % 3 == 2  # type: ignore[index]
+        }
+        found[f"drawn {i}: {'+'.join(sorted(mixed))}{', bound' if bound else ''}"] = planner_of(
+            hardware, hosts, constraints=drawn, ranks=bound
+        ).plan(ebc, sharders())
+    return found
+
+
+def batch(seed: int) -> KeyedJaggedTensor:
+    configs, constraints = tables()
+    generator = torch.Generator().manual_seed(seed)
+    values, lengths = [], []
+    for config in configs:
+        per_bag = round(constraints[config.name].pooling_factors[0])
+        values.append(torch.randint(0, config.num_embeddings, (BATCH_SIZE * per_bag,), generator=generator))
+        lengths.append(torch.full((BATCH_SIZE,), per_bag))
+    return KeyedJaggedTensor(
+        keys=[f for c in configs for f in c.feature_names], values=torch.cat(values), lengths=torch.cat(lengths)
+    )
+
+
+def measure(found: dict[str, ShardingPlan], rounds: int) -> dict[str, float]:
+    """Median milliseconds of a step on the slowest rank, plans taking turns."""
+    features = [f for c in tables()[0] for f in c.feature_names]
+    models = {}
+    for name, plan in found.items():
+        moved = ShardingPlan({"ebc": plan.plan[""]})
+        model = DistributedModelParallel(
+            Model(collection(), features), device=torch.device("cpu"), plan=moved, sharders=sharders()
+        )
+        models[name] = model
+    batches = [batch(100 * dist.get_rank() + i) for i in range(3)]
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            for i in range(3):
+                dist.barrier()
+                start = time.perf_counter()
+                model(batches[i]).backward()
+                spent = torch.tensor([(time.perf_counter() - start) * 1e3])
+                dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+                if turn:
+                    times[name].append(float(spent))
+    return {name: statistics.median(of_plan) for name, of_plan in times.items()}
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation of ranks."""
+
+    def ranks(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values).argsort().argsort().double()
+
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def calibrated(hosts: int, rounds: int = 9) -> Hardware:
+    """This host's constants, measured on the ranks that call it together."""
+    link, latency = collective_constants(rounds)
+    constants = lookup_constants(rounds, link)
+    base = replace(hardware_named("cpu"), collective_ms=latency, compose_factor=0.0, source="this host")
+    base = replace(base, inter_gb_s=link) if hosts > 1 else replace(base, intra_gb_s=link)
+    return Hardware(**{**asdict(base), **constants})
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    hosts = 2 if arguments.link == "1gbit" else 1
+    hardware = calibrated(hosts)
+    if arguments.calibrate:
+        if rank == 0:
+            print(json.dumps(asdict(hardware), indent=1))
+        dist.barrier()
+        dist.destroy_process_group()
+        return
+    # All ranks must run the plans of rank 0, whose constants decide.
+    box: list[Any] = [plans(hardware, hosts) if rank == 0 else None]
+    dist.broadcast_object_list(box)
+    found = box[0]
+    measured = measure(found, arguments.rounds)
+    if rank == 0:
+        made = planner_of(hardware, hosts)
+        estimated = {name: made.step_ms(plan, collection(), sharders()) for name, plan in found.items()}
+        drawn = [name for name in found if name.startswith("drawn")]
+        best = min(measured.values())
+        report = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "link": arguments.link,
+            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__},
+            "hardware": {k: v for k, v in asdict(hardware).items() if k != "source"},
+            "plans": {n: {"estimated_ms": estimated[n], "measured_ms": measured[n]} for n in found},
+            "spearman": spearman([estimated[n] for n in drawn], [measured[n] for n in drawn]),
+            "spearman_all": spearman(list(estimated.values()), [measured[n] for n in estimated]),
+            "chosen_over_best": measured["chosen"] / best,
+            "chosen_over_torchrec": measured["chosen"] / measured["torchrec"],
+        }
+        print(json.dumps(report, indent=1))
+        if arguments.save:
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_planner_{arguments.link}.json"
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "benchmarks.planner", "--rank", *sys.argv[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29611", "WORLD_SIZE": str(WORLD_SIZE)}
+    if arguments.link == "1gbit":
+        with two_hosts() as hosts:
+            return _run(command, environment, [(host.prefix, host.environment) for host in hosts], local_size=1)
+    local = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    return _run(command, environment, [([], local)] * WORLD_SIZE, local_size=WORLD_SIZE)
+
+
+def _run(
+    command: list[str], environment: dict[str, str], places: Sequence[tuple[list[str], dict[str, str]]], local_size: int
+) -> int:
+    processes = []
+    for rank, (prefix, of_place) in enumerate(places):
+        ranks = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % local_size),
+            "LOCAL_WORLD_SIZE": str(local_size),
+        }
+        processes.append(subprocess.Popen([*prefix, *command], env={**environment, **of_place, **ranks}))
+    try:
+        return max(process.wait(timeout=1800) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", choices=["loopback", "1gbit"], default="loopback")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--save", action="store_true", help="write the report to benchmarks/results")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        run_rank(arguments)
+        return 0
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

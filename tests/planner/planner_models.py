@@ -1,0 +1,106 @@
+"""Models that the planner's tests plan, on the meta device, and clusters to plan them for."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.planner.types import ParameterConstraints
+
+from torchrec_qr import (
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagConfig,
+    Partitions,
+    QuotientRemainder,
+)
+from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
+from torchrec_qr.schema import read_planner, read_tables
+
+ROOT = Path(__file__).parents[2]
+MLPERF = ROOT / "configs" / "mlperf_dcnv2_qr.yaml"
+SHARDED = ["table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard"]
+
+
+def qr(name: str, num_embeddings: int, num_collisions: int = 4, dim: int = 128, **fields: Any) -> Any:
+    """A quotient-remainder table with one feature."""
+    return table(name, QuotientRemainder(num_embeddings, num_collisions), dim, **fields)
+
+
+def table(name: str, partitions: Partitions, dim: int = 128, **fields: Any) -> CompositionalEmbeddingBagConfig:
+    return CompositionalEmbeddingBagConfig(
+        name=name,
+        feature_names=[f"f_{name}"],
+        num_embeddings=partitions.num_ids,
+        embedding_dim=dim,
+        partitions=partitions,
+        **fields,
+    )
+
+
+def plain(name: str, num_embeddings: int, dim: int = 128, **fields: Any) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=name, feature_names=[f"f_{name}"], num_embeddings=num_embeddings, embedding_dim=dim, **fields
+    )
+
+
+def collection(tables: Sequence[EmbeddingBagConfig], is_weighted: bool = False) -> CompositionalEmbeddingBagCollection:
+    return CompositionalEmbeddingBagCollection(
+        tables=list(tables), device=torch.device("meta"), is_weighted=is_weighted
+    )
+
+
+def sharders(optimizer: EmbOptimType = EmbOptimType.EXACT_ADAGRAD) -> list[Any]:
+    return [CompositionalEmbeddingBagCollectionSharder(fused_params={"optimizer": optimizer})]
+
+
+def planner(
+    world_size: int,
+    local_world_size: int | None = None,
+    device: str = "h100",
+    memory_gib: float | None = None,
+    batch_size: int = 8192,
+    collective_ms: float | None = None,
+    **arguments: Any,
+) -> CompositionalEmbeddingShardingPlanner:
+    hardware = hardware_named(device)
+    if collective_ms is not None:
+        hardware = replace(hardware, collective_ms=collective_ms)
+    topology = hardware.topology(world_size, local_world_size, memory_gib)
+    return CompositionalEmbeddingShardingPlanner(topology, batch_size, hardware=hardware, **arguments)
+
+
+def zipf(count: int, seed: int = 0) -> tuple[list[Any], dict[str, ParameterConstraints]]:
+    """Tables whose rows and pooling factors follow Zipf's law, independently; large ones are compressed."""
+    generator = random.Random(seed)
+    sizes, poolings = list(range(count)), list(range(count))
+    generator.shuffle(sizes)
+    generator.shuffle(poolings)
+    tables: list[Any] = []
+    constraints = {}
+    for i in range(count):
+        rows = max(50, int(4e7 / (1 + sizes[i]) ** 1.05))
+        name = f"t{i}"
+        tables.append(qr(name, rows) if rows > 10_000 and i % 4 else plain(name, rows))
+        constraints[name] = ParameterConstraints(pooling_factors=[max(1.0, 1000 / (1 + poolings[i]) ** 1.05)])
+    return tables, constraints
+
+
+def mlperf() -> tuple[list[Any], dict[str, ParameterConstraints]]:
+    """The tables of DLRM-DCNv2 under quotient-remainder, and their multi-hot sizes."""
+    return list(read_tables(MLPERF)), read_planner(MLPERF).parameter_constraints()
+
+
+def only(
+    constraints: dict[str, ParameterConstraints], tables: Sequence[EmbeddingBagConfig], sharding_types: list[str]
+) -> dict[str, ParameterConstraints]:
+    """The constraints, with these sharding types for all tables."""
+    out = {}
+    for t in tables:
+        factors = constraints[t.name].pooling_factors if t.name in constraints else [1.0]
+        out[t.name] = ParameterConstraints(pooling_factors=factors, sharding_types=sharding_types)
+    return out

@@ -1,0 +1,115 @@
+"""Estimates of time: TorchRec's for plain tables, and for a compositional table of one partition; K rows cost more."""
+
+from typing import Any
+
+import pytest
+import torch
+from planner_models import collection, plain, planner, qr, sharders, table
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+
+from torchrec_qr import ExplicitPartitions, HashPartition
+from torchrec_qr.planner.enumerators import COLUMN_SPLIT, Enumerator, Option
+from torchrec_qr.planner.tables import find_tables
+
+TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
+CONSTRAINTS = ParameterConstraints(sharding_types=TYPES, pooling_factors=[7.0], min_partition=64)
+
+
+def options_of(config: Any, is_weighted: bool = False, device: str = "h100") -> dict[str, Option]:
+    """By sharding type; of column splits the one that TorchRec makes."""
+    made = planner(16, 8, device)
+    (found,) = find_tables(collection([config], is_weighted), sharders(), {config.name: CONSTRAINTS})
+    options = Enumerator(made._topology, made._estimator(made._topology), 1e12).options(found)
+    return {o.sharding_type: o for o in options if o.width == (64 if o.sharding_type in COLUMN_SPLIT else 128)}
+
+
+def stock_options(config: Any, is_weighted: bool = False) -> dict[str, ShardingOption]:
+    made = planner(16, 8)
+    constraints = {config.name: CONSTRAINTS}
+    enumerator = EmbeddingEnumerator(made._topology, batch_size=8192, constraints=constraints)
+    found = enumerator.enumerate(collection([config], is_weighted), sharders())
+    return {o.sharding_type: o for o in found}
+
+
+def work_of_stock(option: ShardingOption) -> list[float]:
+    """TorchRec's total, and of the ids, which that leaves out, the share of a shard."""
+    perfs = [shard.perf for shard in option.shards]
+    share = {"row_wise": 16, "table_row_wise": 8, "grid_shard": 8}.get(option.sharding_type, 1)
+    return [p.total + p.input_dist_comms / share for p in perfs if p is not None]
+
+
+def work_of(option: Option) -> list[float]:
+    return [run.cost.work_ms for block in option.blocks for run in block.runs for _ in range(run.count)]
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_plain_tables_take_the_time_that_torchrec_estimates(is_weighted: bool) -> None:
+    config = plain("t", 1_000_003)
+    ours, stock = options_of(config, is_weighted), stock_options(config, is_weighted)
+    assert set(ours) == set(stock) == set(TYPES)
+    for sharding_type in TYPES:
+        expected = work_of_stock(stock[sharding_type])
+        assert work_of(ours[sharding_type]) == pytest.approx(expected, rel=1e-12), sharding_type
+
+
+def test_plain_tables_take_the_bytes_that_torchrec_estimates() -> None:
+    config = plain("t", 1_000_003)
+    ours, stock = options_of(config), stock_options(config)
+    for sharding_type in TYPES:
+        runs = [run for block in ours[sharding_type].blocks for run in block.runs for _ in range(run.count)]
+        bytes_of_stock = [shard.storage.hbm for shard in stock[sharding_type].shards if shard.storage is not None]
+        without_state = [run.cost.memory - run.cost.optimizer for run in runs]
+        assert without_state == pytest.approx(bytes_of_stock, rel=1e-6), sharding_type
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_one_partition_takes_the_time_of_a_plain_table(is_weighted: bool) -> None:
+    ours = options_of(table("t", HashPartition(10_000_000, 1_000_003)), is_weighted)
+    stock = stock_options(plain("t", 1_000_003), is_weighted)
+    for sharding_type in TYPES:
+        if sharding_type == "data_parallel":
+            continue  # TorchRec's own have another kernel, of half the bandwidth
+        assert work_of(ours[sharding_type]) == pytest.approx(work_of_stock(stock[sharding_type])), sharding_type
+
+
+def test_k_rows_are_read_and_one_per_bag_travels() -> None:
+    one = options_of(table("t", HashPartition(10_000_000, 2_500_000)))
+    two = options_of(qr("t", 10_000_000))
+    # Ranks whose ids a shard looks up, of 7 per sample; columns of its rows; TorchRec's penalty of narrow ones.
+    read = {
+        "table_wise": (16, 128, 1.0),
+        "column_wise": (16, 64, 1.15),
+        "table_column_wise": (16, 64, 1.15),
+        "row_wise": (1, 128, 1.0),
+        "table_row_wise": (2, 128, 1.0),
+        "grid_shard": (2, 64, 1.0),
+        "data_parallel": (1, 128, 1.0),
+    }
+    for sharding_type, (ranks, columns, penalty) in read.items():
+        (a, *_), (b, *_) = one[sharding_type].blocks[0].runs, two[sharding_type].blocks[0].runs
+        assert b.cost.exchange_ms == pytest.approx(a.cost.exchange_ms), sharding_type
+        forward = 8192 * 7 * ranks * columns * 4 * penalty / (3350e9 / 1e3)
+        assert b.cost.lookup_ms - a.cost.lookup_ms == pytest.approx(3 * forward), sharding_type
+
+
+def test_replicas_beside_split_rows_are_reduced_on_every_rank() -> None:
+    config = qr("t", 10_000_000, num_collisions=1000)  # 10,000 rows split, 1,000 replicated
+    for sharding_type in ("row_wise", "table_row_wise", "grid_shard"):
+        everywhere = options_of(config)[sharding_type].everywhere
+        assert everywhere.parameters == everywhere.optimizer == 1000 * 128 * 4
+        assert everywhere.reduce_ms > 0
+    assert options_of(config)["table_wise"].everywhere.memory == 0
+
+
+def test_explicit_maps_are_counted_where_they_are_needed() -> None:
+    ids = torch.arange(10_000)
+    config = table("t", ExplicitPartitions(torch.stack([ids % 100, ids // 100])))
+    size = config.partitions.class_map.numel() * config.partitions.class_map.element_size()  # type: ignore[union-attr]
+    options = options_of(config)
+    assert options["table_wise"].blocks[0].runs[0].cost.maps == size
+    assert options["table_wise"].everywhere.maps == 0
+    assert options["row_wise"].everywhere.maps == size  # the source rank encodes ids
+    on_cpu = options_of(config, device="cpu")
+    assert on_cpu["table_wise"].everywhere.maps == size  # one tensor in each process, whatever the plan
+    assert on_cpu["table_wise"].blocks[0].runs[0].cost.maps == 0

@@ -1,0 +1,145 @@
+"""``torchrec-qr plan``: what it prints, what it writes, and what it says of errors."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchrec_qr.cli import main
+from torchrec_qr.schema import read_tables
+
+MLPERF = str(Path(__file__).parents[1] / "configs" / "mlperf_dcnv2_qr.yaml")
+SMALL = """
+tables:
+  - {name: user, num_embeddings: 40_000_000, embedding_dim: 128,
+     partitions: {kind: quotient_remainder, num_collisions: 4}}
+  - {name: item, num_embeddings: 5_000_000, embedding_dim: 128, partitions: {kind: mixed_radix, balanced: true}}
+  - {name: country, num_embeddings: 250, embedding_dim: 128}
+planner: {topology: 1x4, device: h100, batch_size: 2048, constraints: {user: {pooling_factor: 20}}}
+optimizer: {sparse: {name: adagrad}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def test_the_plan_is_printed_in_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", MLPERF, "--topology", "2x8", "--device", "h100", "--hbm-gib", "80"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].endswith("26 tables on 2x8 h100")
+    assert "80 GiB, 15% of it reserved; batch 8192 a rank; tables stepped by adagrad" in lines[1]
+    bars = [re.fullmatch(r" +(\d+)  (█+) .*", line) for line in lines]
+    ranks = [m for m in bars if m is not None]
+    assert [int(m[1]) for m in ranks] == list(range(16))
+    assert max(len(m[2]) for m in ranks) == 24
+    assert sum(line.startswith("cat_") for line in lines) == 26
+    assert sum("all-to-all" in line and line.startswith("    ") for line in lines) == 26
+    # 26,135,627,264 values of 4 bytes uncompressed, with as many of Adagrad on three ranks of 68 GiB.
+    (full,) = [line.split() for line in lines if line.startswith("full ")]
+    assert full[1:3] == ["26,135,627,264", "97.36"]
+    assert full[-1] == "3"
+
+
+def test_the_plan_is_written_for_machines(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--config", small, "--json", str(file), "--compare", "full,hash,qr"]) == 0
+    plan = json.loads(file.read_text())
+    assert plan["world_size"] == 4
+    assert plan["feasible"] is True
+    assert [rank["rank"] for rank in plan["ranks"]] == [0, 1, 2, 3]
+    assert all(set(rank) == {"rank", "hbm_bytes", "work_ms"} for rank in plan["ranks"])
+    assert [table["name"] for table in plan["tables"]] == ["user", "item", "country"]
+    user = plan["tables"][0]
+    assert set(user) == {"name", "num_embeddings", "physical_rows", "sharding_type", "ranks", "why"}
+    assert (user["num_embeddings"], user["physical_rows"]) == (40_000_000, 10_000_004)
+    rows = 10_000_004 + plan["tables"][1]["physical_rows"] + 250
+    assert plan["totals"] == {"bytes_full": 45_000_250 * 512, "bytes": rows * 512}
+    assert list(plan["compare"]) == ["full", "hash", "qr"]
+    assert plan["compare"]["full"] == {"bytes": 45_000_250 * 512, "feasible": True, "fewest_ranks": 1}
+    stored = sum(rank["hbm_bytes"] for rank in plan["ranks"])
+    assert stored >= 2 * plan["totals"]["bytes"]  # with Adagrad's state
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["as", "full", "hash", "qr"]
+
+
+def test_a_plan_that_does_not_fit_ends_with_code_1_and_says_what_would_help(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--config", small, "--topology", "1x2", "--hbm-gib", "2", "--json", str(file)]) == 1
+    captured = capsys.readouterr()
+    assert "no plan fits: table 'user' needs" in captured.err
+    assert "more compression: QuotientRemainder(num_collisions=" in captured.err
+    assert re.search(r"more ranks: \d+ \(\d+x2\), now 2", captured.err)
+    plan = json.loads(file.read_text())
+    assert (plan["feasible"], plan["ranks"], plan["tables"]) == (False, [], [])
+    assert "no plan fits" in plan["error"]
+    assert "does not fit" in captured.out
+
+
+def test_fit_prints_tables_that_fit_with_least_compression(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = ["--topology", "1x2", "--hbm-gib", "4"]
+    assert main(["plan", "--config", small, *cluster, "--fit"]) == 0
+    out = capsys.readouterr().out
+    threshold = re.search(r"# Threshold ([\d,]+) rows: (\d) of 3 tables have more, and keep as many\.", out)
+    assert threshold is not None
+    rows = int(threshold[1].replace(",", ""))
+    fitted = tmp_path / "fitted.yaml"
+    fitted.write_text(out)
+    user, item, country = read_tables(fitted)
+    assert user.physical_rows <= rows < 40_000_000  # type: ignore[union-attr]
+    # The largest first: the smaller ones only down to the same number of rows.
+    assert item.num_embeddings <= rows or item.physical_rows <= rows  # type: ignore[union-attr]
+    assert not hasattr(country, "partitions")
+    job = yaml.safe_load(SMALL) | yaml.safe_load(out)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(job))
+    assert main(["plan", "--config", str(again), *cluster]) == 0
+    # One percent more rows do not fit.
+    more = job["tables"][0]["partitions"]["num_collisions"]
+    job["tables"][0]["partitions"]["num_collisions"] = max(2, int(more * 0.98) - 1)
+    again.write_text(yaml.safe_dump(job))
+    capsys.readouterr()
+    assert main(["plan", "--config", str(again), *cluster]) == (1 if more > 2 else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology", "0x8"], r"planner\.topology: '0x8'; allowed: '<nodes>x<ranks per node>'"),
+        (["--device", "tpu"], r"planner\.device: 'tpu'; allowed: .*h100"),
+        (["--hbm-gib", "-80"], r"planner\.hbm_gib: -80\.0; allowed: above 0"),
+        (["--batch-size", "0"], r"planner\.batch_size: 0; allowed: at least 1"),
+        (["--optimizer", "lion"], r"optimizer\.sparse\.name: 'lion'; allowed: sgd"),
+        (["--compare", "full,half"], r"--compare full,half: 'half' is unknown; allowed: full, hash, qr"),
+    ],
+)
+def test_bad_input_is_named(small: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main(["plan", "--config", small, *arguments]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_bad_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("tables: []\nplanner: {topology: 1x2, device: cpu, batch_size: 8}")
+    assert main(["plan", "--config", str(path)]) == 2
+    assert "tables: []; allowed: at least one table" in capsys.readouterr().err
+    table = "tables: [{name: t, num_embeddings: 100, embedding_dim: 8}]\n"
+    path.write_text(f"{table}planner: {{topology: 1x2, device: cpu, batch_size: 8, constraints: {{u: {{}}}}}}")
+    assert main(["plan", "--config", str(path)]) == 2
+    assert "planner.constraints.u: no such table; allowed: t" in capsys.readouterr().err
+    path.write_text(f"{table}planner: {{topology: 1x2, device: cpu}}")
+    assert main(["plan", "--config", str(path)]) == 2
+    assert "planner.batch_size: missing; give it, or --batch-size" in capsys.readouterr().err
+    assert main(["plan", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err

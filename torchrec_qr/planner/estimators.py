@@ -1,0 +1,375 @@
+"""Bytes and milliseconds of a table's shards under every sharding type.
+
+Plain tables are estimated by TorchRec itself, but for the optimizer's state, which is what FBGEMM and the dense
+optimizer hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``) with what
+differs: K rows read per id, a composition, replicated partitions that are reduced beside a base partition split by
+rows, and the bytes of what is stored. A compositional table of one partition costs what a plain one of its rows does.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.constants import (
+    BATCHED_COPY_PERF_FACTOR,
+    BIGINT_DTYPE,
+    DEFAULT_PERF_ESTIMATOR,
+    FULL_BLOCK_EMB_DIM,
+    HALF_BLOCK_PENALTY,
+    QUARTER_BLOCK_PENALTY,
+    WEIGHTED_KERNEL_MULTIPLIER,
+    kernel_bw_lookup,
+)
+from torchrec.distributed.planner.enumerators import get_partition_by_type
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    CollectiveType,
+    ParameterConstraints,
+    Perf,
+    Shard,
+    SharderData,
+    ShardEstimator,
+    ShardingOption,
+    Topology,
+)
+from torchrec.distributed.planner.utils import build_sharder_data, extract_comm_data_type_size
+from torchrec.distributed.types import ShardingType
+
+from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.planner.costs import NO_COST, Cost
+from torchrec_qr.planner.hardware import Hardware, all_reduce_passes
+from torchrec_qr.planner.storage import (
+    DENSE,
+    FUSED,
+    MakeOptimizer,
+    OptimizerState,
+    class_map_bytes,
+    replicated_storage,
+    shard_storage,
+    value_bytes,
+)
+from torchrec_qr.planner.tables import PlannedTable
+
+_BY_GROUP = frozenset(t.value for t in (ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD))
+_ROW_WISE = ShardingType.ROW_WISE.value
+_SCATTERED = frozenset({_ROW_WISE}) | _BY_GROUP
+# TorchRec's kernels whose values are not all in the device's memory.
+_OFFLOADED = frozenset(
+    k.value
+    for k in EmbeddingComputeKernel
+    if k not in (EmbeddingComputeKernel.DENSE, EmbeddingComputeKernel.FUSED, EmbeddingComputeKernel.QUANT)
+)
+_MIN_LOOKUP_COLUMNS = 32
+
+
+class Estimator:
+    """Costs of shards on the ranks of a topology.
+
+    Args:
+        topology: bandwidths and numbers of ranks.
+        batch_size: of a rank.
+        hardware: factors of compositional lookups; see `torchrec_qr.planner.hardware`.
+        dense_optimizer: of parameters that nothing steps in backward, such as plain data-parallel tables.
+    """
+
+    def __init__(
+        self, topology: Topology, batch_size: int, hardware: Hardware, dense_optimizer: MakeOptimizer | None = None
+    ) -> None:
+        self.topology = topology
+        self.batch_size = batch_size
+        self.hardware = hardware
+        self._state = OptimizerState(dense_optimizer)
+        self._on_cpu = topology.compute_device == "cpu"
+        self._fused_bandwidth = _device_bandwidth(topology, FUSED)
+        self._dense_bandwidth = _device_bandwidth(topology, DENSE)
+        self._comms: dict[str, tuple[float, float, float, float]] = {}
+        self._stock = _TorchRecEstimators(topology, batch_size)
+
+    def shard(
+        self,
+        table: PlannedTable,
+        sharding_type: str,
+        kernel: str,
+        *,
+        rows: int,
+        columns: tuple[int, int],
+        block: int = 0,
+        num_blocks: int = 1,
+    ) -> Cost:
+        """The cost of one shard on the rank that owns it; of a replicated table, on each rank.
+
+        Args:
+            rows: of the shard as the plan counts them, which matters for plain tables.
+            columns: [start, stop) of the composed embedding.
+            block: which of the ``num_blocks`` row blocks it is.
+        """
+        start, stop = columns
+        if table.config is None:
+            return self._plain(table, sharding_type, kernel, rows, stop - start)
+        if sharding_type == DATA_PARALLEL:
+            return self._replicated(table, table.config, kernel)
+        stored = shard_storage(table, sharding_type, start, stop, block, num_blocks)
+        buffers, lookup_ms, exchange_ms = self._work(table, table.config, sharding_type, start, stop)
+        return Cost(
+            parameters=value_bytes(stored),
+            optimizer=self._state.of_compositional(table, kernel, stored),
+            # One tensor per process on a CPU, shared by all that use it; on a device, one per shard.
+            maps=0 if self._on_cpu else class_map_bytes(table.config),
+            buffers=buffers,
+            lookup_ms=lookup_ms,
+            exchange_ms=exchange_ms,
+        )
+
+    def everywhere(self, table: PlannedTable, sharding_type: str, kernel: str) -> Cost:
+        """What the table costs every rank beside its shards: replicas next to rows that are split, and maps."""
+        if table.config is None:
+            return NO_COST
+        maps = class_map_bytes(table.config)
+        if not self._on_cpu and sharding_type not in ROW_SPLIT:
+            maps = 0
+        if sharding_type not in ROW_SPLIT:
+            return Cost(maps=maps) if maps else NO_COST
+        stored = replicated_storage(table, sharding_type)
+        size = value_bytes(stored)
+        return Cost(
+            parameters=size,
+            optimizer=self._state.of_compositional(table, kernel, stored),
+            maps=maps,
+            buffers=size,
+            reduce_ms=self.reduce_ms(size),
+        )
+
+    def reduce_ms(self, size: float) -> float:
+        """Milliseconds to reduce replicated gradients of so many bytes, and to apply them."""
+        world, local = self.topology.world_size, self.topology.local_world_size
+        bandwidth = self.topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
+        passes = size * all_reduce_passes(world, local) / bandwidth
+        return passes + size * self.hardware.replica_factor / self._dense_bandwidth
+
+    def _replicated(self, table: PlannedTable, config: CompositionalConfig, kernel: str) -> Cost:
+        stored = replicated_storage(table, DATA_PARALLEL)
+        size = value_bytes(stored)
+        buffers, lookup_ms, _ = self._work(table, config, DATA_PARALLEL, 0, config.embedding_dim)
+        return Cost(
+            parameters=size,
+            optimizer=self._state.of_compositional(table, kernel, stored),
+            maps=0 if self._on_cpu else class_map_bytes(config),
+            buffers=buffers + size,
+            lookup_ms=lookup_ms,
+            reduce_ms=self.reduce_ms(size),
+        )
+
+    def _work(
+        self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
+    ) -> tuple[float, float, float]:
+        """Bytes of ids and outputs, ms of lookups, ms of exchange of a shard of columns [start, stop)."""
+        world, share = self.topology.world_size, self._share(sharding_type)
+        per_sample = table.inputs_per_sample
+        ids = self.batch_size * sum(per_sample)
+        bags = self.batch_size * sum(min(1.0, x) for x in per_sample)
+        ranks = 1 if sharding_type == DATA_PARALLEL else world
+        looked_up = ids * ranks / share
+        rows_out = bags * ranks if table.is_pooled else looked_up
+        width = stop - start
+        by_columns = sharding_type not in _SCATTERED and sharding_type != DATA_PARALLEL
+        forward_size, backward_size = self._comm_sizes(table, sharding_type)
+
+        id_bytes = math.ceil(looked_up * BIGINT_DTYPE)
+        moved = (
+            id_bytes * (2 if table.is_weighted else 1)
+            + looked_up * _row_bytes(table, start, stop, by_columns) * self.hardware.lookup_factor
+            + looked_up * width * 4 * (config.num_partitions - 1) * self.hardware.compose_factor
+            + rows_out * width * forward_size
+        )
+        penalty = _narrow_penalty(width) if by_columns else 1.0
+        # Replicated partitions are looked up by the same kernel as others, whatever its name in the plan.
+        forward = moved * penalty / self._fused_bandwidth
+        backward = forward * self.topology.bwd_compute_multiplier
+        if table.is_weighted:
+            backward *= self.topology.weighted_feature_bwd_compute_multiplier
+            backward += forward * WEIGHTED_KERNEL_MULTIPLIER
+
+        out = rows_out * width
+        output_bytes = math.ceil(out * table.parameter.element_size())
+        lookup_ms = forward + backward + self.hardware.shard_ms
+        if sharding_type == DATA_PARALLEL:
+            return id_bytes + output_bytes, lookup_ms, 0.0
+        exchange = self._exchange_ms(sharding_type, out, bags, width, forward_size, backward_size)
+        exchange += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
+        return id_bytes + output_bytes, lookup_ms, exchange
+
+    def _share(self, sharding_type: str) -> int:
+        """Of how many shards one gets an id, where rows are split."""
+        if sharding_type in _BY_GROUP:
+            return self.topology.intra_group_size
+        return self.topology.world_size if sharding_type == _ROW_WISE else 1
+
+    def _exchange_ms(
+        self,
+        sharding_type: str,
+        out: float,
+        bags: float,
+        width: int,
+        forward_size: float,
+        backward_size: float,
+    ) -> float:
+        """Embeddings out, and their gradients back."""
+        forward, backward = out * forward_size, out * backward_size
+        if sharding_type not in _SCATTERED:
+            return (forward + backward) / self._bandwidth(CollectiveType.ALL_TO_ALL)
+        copied = backward * BATCHED_COPY_PERF_FACTOR / self._fused_bandwidth
+        if sharding_type not in _BY_GROUP:
+            scattered = forward / self._bandwidth(CollectiveType.REDUCE_SCATTER)
+            return scattered + backward / self._bandwidth(CollectiveType.ALL_GATHER) + copied
+        topology = self.topology
+        group = topology.intra_group_size
+        inside = min(group, topology.local_world_size)
+        bandwidth = topology.comms_bandwidths.get_bw
+        ms = forward / bandwidth(inside, group, CollectiveType.REDUCE_SCATTER)
+        ms += backward / bandwidth(inside, group, CollectiveType.ALL_GATHER)
+        groups = max(1, topology.world_size // group)
+        if groups > 1:
+            across = bags * groups * width * (forward_size + backward_size)
+            ms += across / bandwidth(1, groups, CollectiveType.ALL_TO_ALL)
+        return ms + copied
+
+    def _comm_sizes(self, table: PlannedTable, sharding_type: str) -> tuple[float, float]:
+        """Bytes of a value that travels forward and backward, after the codecs of the sharder."""
+        if table.fqn not in self._comms:
+            option = self._stock.option(table, sharding_type, DENSE, [[table.rows, table.columns]])
+            self._comms[table.fqn] = extract_comm_data_type_size(option, self._stock.sharder_data(table))
+        to_all, back_to_all, scattered, gathered = self._comms[table.fqn]
+        if sharding_type in _BY_GROUP or (sharding_type == _ROW_WISE and table.is_pooled):
+            return scattered, gathered
+        if sharding_type == DATA_PARALLEL:
+            return float(table.parameter.element_size()), float(table.parameter.element_size())
+        return to_all, back_to_all
+
+    def _bandwidth(self, collective: CollectiveType) -> float:
+        topology = self.topology
+        return topology.comms_bandwidths.get_bw(topology.local_world_size, topology.world_size, collective)
+
+    def _plain(self, table: PlannedTable, sharding_type: str, kernel: str, rows: int, columns: int) -> Cost:
+        perf, device_bytes, host_bytes = self._stock.estimate(table, sharding_type, kernel, rows, columns)
+        is_replicated = sharding_type == DATA_PARALLEL
+        reduce_ms = perf.bwd_comms if is_replicated else 0.0
+        # TorchRec leaves ids out of its total, and counts all for every shard: those split by rows get their share.
+        ids_ms = perf.input_dist_comms / self._share(sharding_type)
+        exchange_ms = 0.0 if is_replicated else perf.fwd_comms + perf.bwd_comms + ids_ms
+        parameters = min(rows * columns * table.parameter.element_size(), device_bytes)
+        optimizer = 0 if kernel in _OFFLOADED else self._state.of_plain(table, kernel, rows, columns)
+        return Cost(
+            parameters=parameters,
+            optimizer=optimizer,
+            buffers=device_bytes - parameters,
+            host=host_bytes,
+            lookup_ms=perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute,
+            exchange_ms=exchange_ms,
+            reduce_ms=reduce_ms,
+        )
+
+
+class _TorchRecEstimators:
+    """TorchRec's own estimators, asked one shard at a time: those of equal size cost the same."""
+
+    def __init__(self, topology: Topology, batch_size: int) -> None:
+        self._topology = topology
+        self._batch_size = batch_size
+        self._sharder_data: dict[int, SharderData] = {}
+        # Theirs by reference: making an estimator takes TorchRec milliseconds on many ranks.
+        self._constraints: dict[str, ParameterConstraints] = {}
+        self._perf: ShardEstimator = EmbeddingPerfEstimatorFactory.create(
+            DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=self._constraints
+        )
+        self._storage: ShardEstimator = EmbeddingStorageEstimator(topology=topology, constraints=self._constraints)
+        self._known: dict[tuple[Any, ...], tuple[Perf, float, float]] = {}
+
+    def estimate(
+        self, table: PlannedTable, sharding_type: str, kernel: str, rows: int, columns: int
+    ) -> tuple[Perf, float, float]:
+        """Time, and bytes of values, ids and outputs on the device and, of offloaded kernels, on the host."""
+        constraints = table.constraints or ParameterConstraints()
+        key = (
+            *(id(table.module), table.parameter.dtype, table.rows, table.columns, table.is_pooled, table.is_weighted),
+            *(sharding_type, kernel, rows, columns, hash(constraints)),
+        )
+        has_processor = constraints.cache_params is not None or hasattr(table.module, "_feature_processor")
+        if key in self._known and not has_processor:
+            return self._known[key]
+        option = self.option(table, sharding_type, kernel, [[rows, columns]])
+        self._constraints.clear()
+        self._constraints[table.name] = constraints
+        data = {option.module_type_key: self.sharder_data(table)}
+        for estimator in (self._perf, self._storage):
+            estimator.estimate([option], data)
+        (shard,) = option.shards
+        assert shard.perf is not None
+        assert shard.storage is not None
+        on_cpu = self._topology.compute_device == "cpu"
+        device, host = (shard.storage.ddr, 0) if on_cpu else (shard.storage.hbm, shard.storage.ddr)
+        self._known[key] = shard.perf, float(device), float(host)
+        return self._known[key]
+
+    def option(self, table: PlannedTable, sharding_type: str, kernel: str, sizes: list[list[int]]) -> ShardingOption:
+        """TorchRec's description of a choice, as its enumerator makes it."""
+        constraints = table.constraints or ParameterConstraints()
+        parameter: nn.Parameter = table.parameter
+        if kernel not in _OFFLOADED and hasattr(parameter, "_optimizer_classes"):
+            # State is counted apart, as what is really held.
+            parameter = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        return ShardingOption(
+            name=table.name,
+            tensor=parameter,
+            module=(table.path, table.module),
+            input_lengths=constraints.pooling_factors,
+            batch_size=self._batch_size,
+            sharding_type=sharding_type,
+            partition_by=get_partition_by_type(sharding_type),
+            compute_kernel=kernel,
+            shards=[Shard(size=size, offset=[0, 0]) for size in sizes],
+            cache_params=constraints.cache_params,
+            enforce_hbm=constraints.enforce_hbm,
+            stochastic_rounding=constraints.stochastic_rounding,
+            bounds_check_mode=constraints.bounds_check_mode,
+            is_pooled=table.is_pooled,
+            feature_names=constraints.feature_names,
+            output_dtype=constraints.output_dtype,
+            key_value_params=constraints.key_value_params,
+        )
+
+    def sharder_data(self, table: PlannedTable) -> SharderData:
+        key = id(table.sharder)
+        if key not in self._sharder_data:
+            self._sharder_data[key] = build_sharder_data(table.sharder)
+        return self._sharder_data[key]
+
+
+def _device_bandwidth(topology: Topology, kernel: str) -> float:
+    bandwidth = kernel_bw_lookup(
+        topology.compute_device, kernel, topology.hbm_mem_bw, topology.ddr_mem_bw, topology.hbm_to_ddr_mem_bw
+    )
+    assert bandwidth is not None, "kernels that TorchRec knows on every device"
+    return bandwidth
+
+
+def _narrow_penalty(columns: int) -> float:
+    """TorchRec's, of FBGEMM's kernels on rows that do not fill a block of threads."""
+    if columns >= FULL_BLOCK_EMB_DIM:
+        return 1.0
+    return HALF_BLOCK_PENALTY if columns >= FULL_BLOCK_EMB_DIM // 2 else QUARTER_BLOCK_PENALTY
+
+
+def _row_bytes(table: PlannedTable, start: int, stop: int, at_least: bool) -> int:
+    """Bytes read per id: a row of every partition that the columns come from."""
+    assert table.config is not None
+    total = 0
+    for j, partition in enumerate(table.partitions):
+        a, b = stored_columns(table.config, j, start, stop)
+        if b > a:
+            columns = max(b - a, _MIN_LOOKUP_COLUMNS) if at_least else b - a
+            total += columns * partition.dtype.itemsize
+    return total

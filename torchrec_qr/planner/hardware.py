@@ -1,0 +1,202 @@
+"""What a plan's estimates take for granted of a machine: one table of constants, each with its source."""
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torchrec.distributed.planner.types import (
+    CollectiveType,
+    GeneralizedCommsBandwidth,
+    HardwareConfig,
+    KernelConfig,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
+
+_GB = 1e9 / 1e3  # bytes per ms of a GB/s, the unit of TorchRec's planner
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One rank's device and links.
+
+    Args:
+        name: by which it is chosen.
+        compute_device: TorchRec's: ``"cpu"`` or ``"cuda"``.
+        memory_gib: that tables may live in, of a rank.
+        memory_gb_s: bandwidth of that memory, as far as lookups reach it.
+        intra_gb_s: of a rank to the others of its node, each way.
+        inter_gb_s: of a rank to other nodes, each way.
+        collective_ms: what a collective takes beside its bytes.
+        lookup_factor: a compositional table's bytes read, by how much dearer than a plain table's.
+        compose_factor: float32 values moved through memory per composed value: none in a fused kernel.
+        replica_factor: bytes moved per byte of a replicated partition's gradient: filled, reduced, scanned, applied.
+        shard_ms: of a shard of a compositional table beside its bytes, where a kernel does not take all at once.
+        source: of the figures.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from torchrec_qr.planner import hardware_named
+        >>> replace(hardware_named("h100"), name="pcie", intra_gb_s=32.0).topology(4).intra_host_bw  # bytes per ms
+        32000000.0
+    """
+
+    name: str
+    compute_device: str
+    memory_gib: float
+    memory_gb_s: float
+    intra_gb_s: float
+    inter_gb_s: float
+    collective_ms: float
+    lookup_factor: float
+    compose_factor: float
+    replica_factor: float
+    shard_ms: float
+    source: str
+
+    def topology(
+        self, world_size: int, local_world_size: int | None = None, memory_gib: float | None = None
+    ) -> Topology:
+        """Returns W such ranks, ``local_world_size`` to a node, as TorchRec's planners take them.
+
+        Raises:
+            ValueError: no ranks; ranks that do not fill their nodes; memory that is not positive.
+
+        Example:
+            >>> topology = HARDWARE["h100"].topology(16, local_world_size=8)
+            >>> topology.compute_device, topology.devices[0].storage.hbm // 2**30
+            ('cuda', 80)
+        """
+        if world_size < 1:
+            raise ValueError(f"world_size={world_size}; allowed: at least 1 rank")
+        local = world_size if local_world_size is None else local_world_size
+        if local < 1 or world_size % local:
+            raise ValueError(f"local_world_size={local}; allowed: a divisor of world_size={world_size}")
+        gib = self.memory_gib if memory_gib is None else memory_gib
+        if not gib > 0:
+            raise ValueError(f"memory_gib={gib}; allowed: above 0")
+        memory = int(gib * GIB)
+        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB)
+        on_cpu = self.compute_device == "cpu"
+        memory_bw = self.memory_gb_s * _GB
+        return TopologyFactory.create_topology(
+            TrainerConfig(
+                world_size=world_size,
+                local_world_size=local,
+                hbm_cap_bytes=None if on_cpu else memory,
+                ddr_cap_bytes=memory if on_cpu else None,
+            ),
+            HardwareConfig(ddr_mem_bw=memory_bw) if on_cpu else HardwareConfig(hbm_mem_bw=memory_bw),
+            KernelConfig(
+                compute_device=self.compute_device,
+                use_hardware_based_bandwidth=True,  # without it, the factory drops those given
+                generalized_comms_bandwidths=bandwidths,
+            ),
+        )
+
+
+class LinkBandwidths(GeneralizedCommsBandwidth):
+    """Bandwidths with which TorchRec's formulas give the time of collectives over two kinds of links.
+
+    TorchRec divides what all ranks receive of a shard by one bandwidth. Of W ranks, l to a node, only (l-1)/W of it
+    take the link inside of the node and (W-l)/W that between nodes:
+
+        ms = bytes · ((l-1)/W / intra + (W-l)/W / inter)
+
+    An all-reduce is a ring inside of the node and one between nodes, of 1/l of the bytes on each rank's own link:
+
+        ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)),  h = W/l
+    """
+
+    def __init__(self, intra_host_bw: float, inter_host_bw: float) -> None:
+        self._intra, self._inter = intra_host_bw, inter_host_bw
+
+    @property
+    def intra_host_bw(self) -> float:
+        return self._intra
+
+    @property
+    def inter_host_bw(self) -> float:
+        return self._inter
+
+    def get_bw(self, local_world_size: int, world_size: int, collective_type: CollectiveType) -> float:
+        world, local = world_size, min(local_world_size, world_size)
+        hosts = world / local
+        if collective_type == CollectiveType.ALL_REDUCE:
+            ms_per_byte = 2 * (local - 1) / local / self._intra + 2 * (hosts - 1) / hosts / (local * self._inter)
+            ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
+        else:
+            ms_per_byte = (local - 1) / world / self._intra + (world - local) / world / self._inter
+        return 1 / ms_per_byte if ms_per_byte else float("inf")
+
+    def __str__(self) -> str:
+        return f"LinkBandwidths: intra_host_bw={self._intra}, inter_host_bw={self._inter}"
+
+
+def all_reduce_passes(world_size: int, local_world_size: int) -> float:
+    """How often TorchRec takes a replicated table's bytes over the bandwidth of an all-reduce."""
+    nodes = min(world_size / local_world_size, 2)
+    passes = (2 * nodes - 1) / nodes
+    return passes * 2 if world_size > 2 * local_world_size else passes
+
+
+_FUSED = {
+    "lookup_factor": 1.0,
+    "compose_factor": 0.0,
+    "replica_factor": 9.22,
+    "shard_ms": 0.0,
+}  # TorchRec's factor of its own DP tables
+_NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
+
+HARDWARE = MappingProxyType(
+    {
+        hardware.name: hardware
+        for hardware in (
+            # Measured by `python -m benchmarks.planner --calibrate`; see docs/planner.md.
+            Hardware(
+                name="cpu",
+                compute_device="cpu",
+                memory_gib=128.0,
+                memory_gb_s=1.5,
+                intra_gb_s=1.0,
+                inter_gb_s=0.104,
+                collective_ms=0.7,
+                lookup_factor=1.5,
+                compose_factor=6.0,
+                replica_factor=6.0,
+                shard_ms=0.3,
+                source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s, of which 0.83 arrive",
+            ),
+            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, 0.05, source=_NVIDIA, **_FUSED),
+            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
+            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
+        )
+    }
+)
+
+# Where only a topology is given: of its bandwidths, and with nothing that TorchRec does not count.
+_OF_TOPOLOGY = replace(HARDWARE["h100"], name="topology", collective_ms=0.0, source="TorchRec's topology")
+
+
+def hardware_named(name: str) -> Hardware:
+    """Returns an entry of `HARDWARE`.
+
+    Raises:
+        ValueError: no such device.
+
+    Example:
+        >>> hardware_named("h200").memory_gib
+        141.0
+        >>> hardware_named("tpu")
+        Traceback (most recent call last):
+        ValueError: device 'tpu' is unknown; allowed: cpu, a100, h100, h200
+    """
+    if name not in HARDWARE:
+        raise ValueError(f"device {name!r} is unknown; allowed: {', '.join(HARDWARE)}")
+    return HARDWARE[name]
+
+
+def hardware_of(topology: Topology) -> Hardware:
+    """Returns the factors where only a topology is known: on a CPU those of `HARDWARE`, else a fused kernel's."""
+    return HARDWARE["cpu"] if topology.compute_device == "cpu" else _OF_TOPOLOGY

@@ -1,0 +1,274 @@
+"""Puts the blocks of chosen options on ranks: largest work first, each to the rank with least of it.
+
+Where work is equal or none, memory decides. n blocks on W ranks take O(n log(nW)).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from torchrec_qr.planner.costs import NO_COST
+from torchrec_qr.planner.enumerators import Block, Option, Scope
+
+# Blocks up to which they are moved once more, and ranks with which those of the fullest are exchanged.
+_EVENED_OUT = 500
+_OTHERS = 16
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks and what each has room for.
+
+    Args:
+        memory: bytes of each rank's device.
+        host_memory: bytes of each rank's share of its host, for TorchRec's offloaded kernels.
+        group: ranks of a host.
+    """
+
+    memory: tuple[float, ...]
+    host_memory: tuple[float, ...]
+    group: int
+
+    @property
+    def world_size(self) -> int:
+        return len(self.memory)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """The block that found no place, and what each rank had left for it."""
+
+    table: int
+    needs: float
+    left: tuple[float, ...]
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where everything lies.
+
+    Args:
+        placed: per table and block, the ranks of its shards, in their order; None for all ranks.
+        work: per rank, ms.
+    """
+
+    placed: list[list[list[int] | None]]
+    work: list[float]
+
+    @property
+    def greatest(self) -> float:
+        return max(self.work)
+
+
+def pack(
+    options: Sequence[Option], bound: Sequence[Sequence[int] | None], cluster: Cluster, by_memory: bool = False
+) -> Packing | Misfit:
+    """Returns a packing of one option per table, or what did not fit.
+
+    Args:
+        bound: per table, the ranks on which it may lie; None: any.
+        by_memory: balance bytes rather than work, which fits more.
+    """
+    return _Packer(options, bound, cluster, by_memory).run()
+
+
+class _Packer:
+    def __init__(
+        self, options: Sequence[Option], bound: Sequence[Sequence[int] | None], cluster: Cluster, by_memory: bool
+    ) -> None:
+        self._options, self._bound, self._cluster, self._by_memory = options, bound, cluster, by_memory
+        world = cluster.world_size
+        self._work = [0.0] * world
+        self._memory = [0.0] * world
+        self._host = [0.0] * world
+        self._base_work = self._base_memory = self._base_host = 0.0
+        self._placed: list[list[list[int] | None]] = [[None] * len(o.blocks) for o in options]
+
+    def run(self) -> Packing | Misfit:
+        hosted: list[tuple[float, int, int, Block]] = []
+        single: list[tuple[float, int, int, Block]] = []
+        for t, option in enumerate(self._options):
+            if option.everywhere is not NO_COST:
+                self._base_work += option.everywhere.work_ms
+                self._base_memory += option.everywhere.memory
+            for b, block in enumerate(option.blocks):
+                if block.scope is Scope.WORLD:
+                    self._base_work += block.work_ms
+                    self._base_memory += block.memory
+                    self._base_host += block.host_memory
+                else:
+                    key = -(block.memory if self._by_memory else block.work_ms)
+                    (hosted if block.scope is Scope.HOST else single).append((key, t, b, block))
+        misfit = self._base_misfit()
+        if misfit is not None:
+            return misfit
+        self._hosts = [((0.0, 0.0), host) for host in range(self._cluster.world_size // self._cluster.group)]
+        for t, b, block in self._in_order(hosted):
+            misfit = self._place_on_host(t, b, block)
+            if misfit is not None:
+                return misfit
+        self._heap = [(self._load(rank), rank) for rank in range(self._cluster.world_size)]
+        heapq.heapify(self._heap)
+        for t, b, block in self._in_order(single):
+            misfit = self._place_on_rank(t, b, block)
+            if misfit is not None:
+                return misfit
+        if not self._by_memory and len(single) <= _EVENED_OUT:
+            self._even_out([(t, b, block) for _, t, b, block in single])
+        return Packing(self._placed, [self._base_work + w for w in self._work])
+
+    def _even_out(self, single: list[tuple[int, int, Block]]) -> None:
+        """Moves a block off the rank with most work, or swaps it for a smaller one, while that lowers the greater of
+        the two.
+        """
+        on: list[list[tuple[int, int, Block]]] = [[] for _ in self._work]
+        for t, b, block in single:
+            placed = self._placed[t][b]
+            assert placed is not None
+            on[placed[0]].append((t, b, block))
+        for _ in range(len(single)):
+            most = max(range(len(self._work)), key=self._work.__getitem__)
+            change = self._best_change(most, on)
+            if change is None:
+                return
+            rank, out, back = change
+            for entry, source, target in ((out, most, rank), (back, rank, most)):
+                if entry is None:
+                    continue
+                t, b, block = entry
+                self._add(source, -block.work_ms, -block.memory, -block.host_memory)
+                self._add(target, block.work_ms, block.memory, block.host_memory)
+                self._placed[t][b] = [target]
+                on[source].remove(entry)
+                on[target].append(entry)
+
+    def _best_change(
+        self, most: int, on: list[list[tuple[int, int, Block]]]
+    ) -> tuple[int, tuple[int, int, Block], tuple[int, int, Block] | None] | None:
+        best, found = self._work[most] * (1 - 1e-6), None
+        # The ranks with least work are where there is most to gain.
+        others = heapq.nsmallest(_OTHERS, (r for r in range(len(on)) if r != most), key=self._work.__getitem__)
+        for rank in others:
+            for out in on[most]:
+                for back in (None, *on[rank]):
+                    moved = out[2].work_ms - (back[2].work_ms if back else 0.0)
+                    if moved <= 0:
+                        continue
+                    greater = max(self._work[most] - moved, self._work[rank] + moved)
+                    if greater < best and self._may_change(most, rank, out, back):
+                        best, found = greater, (rank, out, back)
+        return found
+
+    def _may_change(
+        self, most: int, rank: int, out: tuple[int, int, Block], back: tuple[int, int, Block] | None
+    ) -> bool:
+        for entry, target, leaving in ((out, rank, back), (back, most, out)):
+            if entry is None:
+                continue
+            bound = self._bound[entry[0]]
+            if bound is not None and target not in bound:
+                return False
+            freed, freed_host = (leaving[2].memory, leaving[2].host_memory) if leaving else (0.0, 0.0)
+            block = entry[2]
+            if not self._fits(target, block.memory - freed, max(block.host_memory - freed_host, 0.0)):
+                return False
+        return True
+
+    @staticmethod
+    def _in_order(blocks: list[tuple[float, int, int, Block]]) -> list[tuple[int, int, Block]]:
+        return [(t, b, block) for _, t, b, block in sorted(blocks, key=itemgetter(0, 1, 2))]
+
+    def _load(self, rank: int) -> tuple[float, float]:
+        if self._by_memory:
+            return self._memory[rank], self._work[rank]
+        return self._work[rank], self._memory[rank]
+
+    def _left(self, rank: int) -> float:
+        return self._cluster.memory[rank] - self._base_memory - self._memory[rank]
+
+    def _fits(self, rank: int, memory: float, host: float) -> bool:
+        if memory > self._left(rank):
+            return False
+        return not host or host <= self._cluster.host_memory[rank] - self._base_host - self._host[rank]
+
+    def _add(self, rank: int, work: float, memory: float, host: float) -> None:
+        self._work[rank] += work
+        self._memory[rank] += memory
+        self._host[rank] += host
+
+    def _base_misfit(self) -> Misfit | None:
+        """What lies on all ranks, if it alone is too much for one: of the table that takes most."""
+        if self._base_memory <= min(self._cluster.memory) and self._base_host <= min(self._cluster.host_memory):
+            return None
+        sizes = [
+            option.everywhere.memory + sum(b.memory for b in option.blocks if b.scope is Scope.WORLD)
+            for option in self._options
+        ]
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        others = self._base_memory - sizes[largest]
+        return Misfit(largest, sizes[largest], tuple(m - others for m in self._cluster.memory))
+
+    def _place_on_host(self, t: int, b: int, block: Block) -> Misfit | None:
+        group, bound = self._cluster.group, self._bound[t]
+        costs = [(run.cost.work_ms, run.cost.memory, run.cost.host) for run in block.runs for _ in range(run.count)]
+        # Shards go round the ranks of a host where there are more of them than ranks.
+        totals = [tuple(map(sum, zip(*costs[i::group], strict=True))) for i in range(min(group, len(costs)))]
+
+        def fits(host: int) -> bool:
+            if bound is not None and not all(host * group + i in bound for i in range(group)):
+                return False
+            return all(self._fits(host * group + i, memory, extra) for i, (_, memory, extra) in enumerate(totals))
+
+        skipped = []
+        found = None
+        while self._hosts:
+            load, host = heapq.heappop(self._hosts)
+            if fits(host):
+                found = host
+                break
+            skipped.append((load, host))
+        for entry in skipped:
+            heapq.heappush(self._hosts, entry)
+        if found is None:
+            return Misfit(t, max(memory for _, memory, _ in totals), tuple(map(self._left, range(len(self._work)))))
+        placed = []
+        for i, cost in enumerate(costs):
+            rank = found * group + i % group
+            self._add(rank, *cost)
+            placed.append(rank)
+        heapq.heappush(self._hosts, (max(map(self._load, range(found * group, (found + 1) * group))), found))
+        self._placed[t][b] = placed
+        return None
+
+    def _place_on_rank(self, t: int, b: int, block: Block) -> Misfit | None:
+        work, memory, host = block.work_ms, block.memory, block.host_memory
+        bound = self._bound[t]
+        rank = self._least_loaded(memory, host) if bound is None else self._least_loaded_of(bound, memory, host)
+        if rank is None:
+            left = tuple(self._left(r) for r in range(self._cluster.world_size))
+            return Misfit(t, max(memory, host), left, on_host=bool(host))
+        self._add(rank, work, memory, host)
+        heapq.heappush(self._heap, (self._load(rank), rank))
+        self._placed[t][b] = [rank]
+        return None
+
+    def _least_loaded(self, memory: float, host: float) -> int | None:
+        skipped = []
+        found = None
+        while self._heap:
+            load, rank = heapq.heappop(self._heap)
+            if load != self._load(rank):
+                continue  # a later entry of the same rank is right
+            if self._fits(rank, memory, host):
+                found = rank
+                break
+            skipped.append((load, rank))
+        for entry in skipped:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _least_loaded_of(self, ranks: Sequence[int], memory: float, host: float) -> int | None:
+        fitting = [rank for rank in ranks if self._fits(rank, memory, host)]
+        return min(fitting, key=lambda rank: (self._load(rank), rank)) if fitting else None

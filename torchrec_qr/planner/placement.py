@@ -1,0 +1,218 @@
+"""A model placed on ranks: the plan, and what it costs every rank."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.sharding_plan import placement as device_of
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
+
+from torchrec_qr.distributed.shards import DATA_PARALLEL
+from torchrec_qr.planner.costs import Cost
+from torchrec_qr.planner.enumerators import Option, Scope, shard_layout
+from torchrec_qr.planner.hardware import Hardware
+from torchrec_qr.planner.tables import PlannedTable
+
+# Of a sharding type of one module: ids and their lengths out, embeddings back, and the gradients of these.
+_COLLECTIVES = 4
+_FIELDS = tuple(Cost.__dataclass_fields__)
+_MEMORY = [_FIELDS.index(name) for name in ("parameters", "optimizer", "maps", "buffers")]
+_WORK = [_FIELDS.index(name) for name in ("lookup_ms", "exchange_ms", "reduce_ms")]
+
+
+class RankCosts:
+    """What every rank bears, (W, fields of `Cost`), summed as it is added."""
+
+    def __init__(self, world_size: int) -> None:
+        self._values = np.zeros((world_size, len(_FIELDS)))
+        self._all = np.zeros(len(_FIELDS))
+
+    def add_everywhere(self, cost: Cost) -> None:
+        self._all += _row(cost)
+
+    def add(self, rank: int | slice, cost: Cost) -> None:
+        self._values[rank] += _row(cost)
+
+    def __repr__(self) -> str:
+        return f"RankCosts({len(self)} ranks, balance {self.balance:.4f})"
+
+    def __getitem__(self, rank: int) -> Cost:
+        return Cost(*(self._values[rank] + self._all).tolist())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def work_ms(self) -> list[float]:
+        """Per rank."""
+        return [float(w) for w in (self._values + self._all)[:, _WORK].sum(axis=1)]
+
+    @property
+    def memory(self) -> list[float]:
+        """Bytes of the device's memory, per rank."""
+        return [float(m) for m in (self._values + self._all)[:, _MEMORY].sum(axis=1)]
+
+    @property
+    def balance(self) -> float:
+        """Greatest over mean work."""
+        work = self.work_ms
+        mean = sum(work) / len(work)
+        return max(work) / mean if mean else 1.0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One table's place.
+
+    Args:
+        ranks: of its shards, in their order; of a replicated table, all ranks.
+        option: how it lies.
+        choices: all ways that there were.
+    """
+
+    table: PlannedTable
+    option: Option
+    choices: Sequence[Option]
+    ranks: list[int]
+
+    def cost(self, world_size: int) -> Cost:
+        """What the table costs a rank, on average."""
+        total = self.option.everywhere
+        for block in self.option.blocks:
+            for run in block.runs:
+                total = total + run.cost.times(run.count / world_size)
+        return total
+
+    @property
+    def why(self) -> str:
+        """What replicating the table costs a rank against exchanging its embeddings, and what decided."""
+        replicated = [o for o in self.choices if o.sharding_type == DATA_PARALLEL]
+        sharded = [o for o in self.choices if o.sharding_type != DATA_PARALLEL]
+        cheapest = min(sharded, key=lambda o: o.mean_work, default=None)
+        if self.option.sharding_type == DATA_PARALLEL:
+            text = f"all-reduce {_reduce_ms(self.option):.3g} ms"
+            if cheapest is None:
+                return f"{text}; nothing else is allowed"
+            return f"{text}, {cheapest.sharding_type} all-to-all {cheapest.mean_exchange:.3g} ms"
+        text = f"all-to-all {self.option.mean_exchange:.3g} ms"
+        if not replicated:
+            return f"{text}; data_parallel is not allowed"
+        text += f", all-reduce {_reduce_ms(replicated[0]):.3g} ms"
+        if replicated[0].mean_work < self.option.mean_work:
+            text += "; on ranks with time to spare"
+        elif cheapest is not None and cheapest.peak_work > self.option.peak_work:
+            text += f"; pieces of {self.option.peak_work:.3g} ms, {cheapest.sharding_type} {cheapest.peak_work:.3g} ms"
+        return text
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """Every table in its place, with estimates.
+
+    Args:
+        tables: in the order of the model.
+        reserved: bytes of each rank that tables may take.
+
+    Example:
+        >>> import torch
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> from torchrec_qr.distributed import get_default_sharders
+        >>> from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
+        >>> ebc = EmbeddingBagCollection(device=torch.device("meta"), tables=[EmbeddingBagConfig(
+        ...     name=f"t{i}", feature_names=[f"f{i}"], num_embeddings=10**6, embedding_dim=128) for i in range(4)])
+        >>> planner = CompositionalEmbeddingShardingPlanner(hardware_named("h100").topology(2))
+        >>> placed = planner.propose(ebc, get_default_sharders())
+        >>> [table.option.sharding_type for table in placed.tables], placed.ranks.balance
+        (['table_wise', 'table_wise', 'table_wise', 'table_wise'], 1.0)
+    """
+
+    tables: list[Placed]
+    topology: Topology
+    hardware: Hardware
+    reserved: list[float]
+
+    @cached_property
+    def ranks(self) -> RankCosts:
+        """What every rank bears."""
+        costs = RankCosts(self.topology.world_size)
+        for placed in self.tables:
+            option = placed.option
+            costs.add_everywhere(option.everywhere)
+            at = 0
+            for block in option.blocks:
+                for run in block.runs:
+                    if block.scope is Scope.WORLD:
+                        costs.add(slice(at, at + run.count), run.cost)
+                    else:
+                        for rank in placed.ranks[at : at + run.count]:
+                            costs.add(rank, run.cost)
+                    at += run.count
+        return costs
+
+    @property
+    def step_ms(self) -> float:
+        """Of the rank with most work, collectives included: what a step spends on embeddings."""
+        return max(self.ranks.work_ms) + fixed_ms(
+            ((p.table, p.option.sharding_type) for p in self.tables), self.hardware
+        )
+
+    def sharding_plan(self) -> ShardingPlan:
+        """TorchRec's plan, for ``DistributedModelParallel``."""
+        everywhere = list(range(self.topology.world_size))
+        modules: dict[str, EmbeddingModuleShardingPlan] = {}
+        for placed in self.tables:
+            module = modules.setdefault(placed.table.path, EmbeddingModuleShardingPlan())
+            module[placed.table.name] = self._parameter_sharding(placed, everywhere)
+        return ShardingPlan(dict(modules))
+
+    def _parameter_sharding(self, placed: Placed, everywhere: list[int]) -> ParameterSharding:
+        constraints, option, topology = placed.table.constraints, placed.option, self.topology
+        spec = None
+        if option.sharding_type != DATA_PARALLEL:
+            sizes, offsets = shard_layout(placed.table, option, topology)
+            spec = EnumerableShardingSpec(
+                [
+                    ShardMetadata(
+                        shard_sizes=size,
+                        shard_offsets=offset,
+                        placement=device_of(topology.compute_device, rank, topology.local_world_size),
+                    )
+                    for size, offset, rank in zip(sizes, offsets, placed.ranks, strict=True)
+                ]
+            )
+        sharding = ParameterSharding(
+            sharding_type=option.sharding_type,
+            compute_kernel=option.kernel,
+            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(placed.ranks),
+            sharding_spec=spec,
+        )
+        if constraints is not None:
+            for name in (
+                *("cache_params", "enforce_hbm", "stochastic_rounding", "bounds_check_mode"),
+                *("output_dtype", "key_value_params"),
+            ):
+                setattr(sharding, name, getattr(constraints, name))
+        return sharding
+
+
+def fixed_ms(used: Iterable[tuple[PlannedTable, str]], hardware: Hardware) -> float:
+    """What collectives take beside their bytes: of each sharding type of each module, and of each all-reduce."""
+    kinds = {(table.path, sharding_type) for table, sharding_type in used}
+    count = sum(1 if sharding_type == DATA_PARALLEL else _COLLECTIVES for _, sharding_type in kinds)
+    return hardware.collective_ms * count
+
+
+def _reduce_ms(option: Option) -> float:
+    return option.everywhere.reduce_ms + option.blocks[0].runs[0].cost.reduce_ms
+
+
+def _row(cost: Cost) -> np.ndarray:
+    return np.array([getattr(cost, name) for name in _FIELDS])

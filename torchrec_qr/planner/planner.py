@@ -1,0 +1,276 @@
+"""The planner: every table of a model in its place, by work."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    PlannerErrorType,
+    StorageReservation,
+    Topology,
+)
+from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, ShardingPlan, ShardingPlanner
+from torchrec.distributed.utils import get_device_type
+
+from torchrec_qr.distributed import get_default_sharders
+from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
+from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
+from torchrec_qr.planner.estimators import Estimator
+from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
+from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
+from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts, fixed_ms
+from torchrec_qr.planner.proposer import most_frugal, propose
+from torchrec_qr.planner.remedies import infeasible
+from torchrec_qr.planner.storage import MakeOptimizer
+from torchrec_qr.planner.tables import PlannedTable, find_tables
+
+_RESERVED = 0.15
+# Greatest over mean work up to which ranks are even, and how much more than that counts.
+_EVEN = 1.05
+_EVENNESS = 3
+
+
+class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
+    """Places plain and compositional tables by work, in place of TorchRec's ``EmbeddingShardingPlanner``.
+
+    Of all placements that fit, it looks for the least
+
+        max over ranks of  Σ over tables of  (lookup + exchange + reduce)
+
+    in estimated milliseconds of a step (see `torchrec_qr.planner.costs.Cost`), each table choosing among every sharding
+    type that its sharder has. A plain table is estimated as TorchRec does. A compositional one is stored as
+    Σ_j |P_j| · D_j values and their optimizer's state, replicated partitions on every rank; an id reads K rows; and one
+    row per bag travels, whatever K.
+
+    Args:
+        topology: default: that of the process group, on this device.
+        batch_size: of a rank; default: TorchRec's, 512.
+        storage_reservation: what tables may not take; default: 15 % of each rank.
+        constraints: TorchRec's, by table.
+        ranks: on which a table may lie, by table.
+        hardware: factors that a topology has no field for; default: by the topology's device.
+        dense_optimizer: makes the optimizer of what nothing steps in backward, such as plain data-parallel tables;
+            default: SGD, which has no state.
+
+    Raises:
+        ValueError: a topology without ranks or memory; ranks that it lacks.
+
+    Example:
+        >>> from torchrec_qr import (
+        ...     CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder)
+        >>> from torchrec_qr.distributed import get_default_sharders
+        >>> from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
+        >>> h100 = hardware_named("h100")
+        >>> planner = CompositionalEmbeddingShardingPlanner(h100.topology(32, 8), batch_size=4096, hardware=h100)
+        >>> ebc = CompositionalEmbeddingBagCollection(device=torch.device("meta"), tables=[
+        ...     CompositionalEmbeddingBagConfig(name=f"t{m}", feature_names=[f"f{m}"], num_embeddings=10**7,
+        ...         embedding_dim=128, partitions=QuotientRemainder(10**7, num_collisions=m)) for m in (4, 3163)])
+        >>> plan = planner.plan(ebc, get_default_sharders())
+        >>> {name: sharding.sharding_type for name, sharding in plan.plan[""].items()}["t3163"]
+        'data_parallel'
+    """
+
+    def __init__(
+        self,
+        topology: Topology | None = None,
+        batch_size: int | None = None,
+        storage_reservation: StorageReservation | None = None,
+        constraints: Mapping[str, ParameterConstraints] | None = None,
+        ranks: Mapping[str, Sequence[int]] | None = None,
+        hardware: Hardware | None = None,
+        dense_optimizer: MakeOptimizer | None = None,
+    ) -> None:
+        if topology is None:
+            topology, hardware = _of_process_group(hardware)
+        _check(topology, ranks or {})
+        self._topology = topology
+        self._batch_size = BATCH_SIZE if batch_size is None else batch_size
+        if self._batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; allowed: at least 1 sample per rank")
+        self._reservation = storage_reservation or FixedPercentageStorageReservation(_RESERVED)
+        self._constraints = dict(constraints or {})
+        self._ranks = dict(ranks or {})
+        self._hardware = hardware or hardware_of(topology)
+        self._dense_optimizer = dense_optimizer
+
+    def plan(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> ShardingPlan:
+        """Returns a plan with every table of every module that has a sharder.
+
+        Raises:
+            PlannerError: no tables; constraints of unknown tables, or that leave a table no place; nothing fits, with
+                the table, what it needs, what the ranks have left, and what would help.
+        """
+        return self.propose(module, sharders).sharding_plan()
+
+    def collective_plan(
+        self,
+        module: nn.Module,
+        sharders: Sequence[ModuleSharder[Any]] | None = None,
+        pg: dist.ProcessGroup | None = None,
+    ) -> ShardingPlan:
+        """Returns rank 0's plan on all ranks of ``pg``, which must call this together.
+
+        Raises:
+            PlannerError: as `plan`, on every rank.
+        """
+        group = pg if pg is not None else dist.GroupMember.WORLD
+        if group is None:
+            raise RuntimeError("collective_plan needs torch.distributed.init_process_group(); plan does not")
+        sharders = get_default_sharders() if sharders is None else sharders
+        outcome: list[Any] = [None]
+        error: Exception | None = None
+        if group.rank() == 0:
+            try:
+                outcome = [self.plan(module, sharders)]
+            except Exception as failed:  # the other ranks wait for the outcome, whatever it is
+                error = failed
+                outcome = [(str(failed), getattr(failed, "error_type", PlannerErrorType.OTHER))]
+        dist.broadcast_object_list(outcome, dist.get_global_rank(group, 0), group=group)
+        if error is not None:
+            raise error
+        if not isinstance(outcome[0], ShardingPlan):
+            raise PlannerError(*outcome[0])
+        return outcome[0]
+
+    def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> PlacedModel:
+        """As `plan`, with the estimates behind it."""
+        tables = find_tables(module, sharders, self._constraints, self._ranks)
+        cluster = self._cluster(module, sharders)
+        enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
+        choices = [enumerator.options(table) for table in tables]
+        outcome = self._search(tables, choices, cluster)
+        if isinstance(outcome, Misfit):
+            raise infeasible(tables, choices, cluster, outcome, self._topology, self._estimator)
+        chosen, packing = outcome
+        everywhere = list(range(self._topology.world_size))
+        placed = [
+            Placed(table, option, of_table, _flat(ranks, option, everywhere))
+            for table, option, of_table, ranks in zip(tables, chosen, choices, packing.placed, strict=True)
+        ]
+        return PlacedModel(placed, self._topology, self._hardware, list(cluster.memory))
+
+    def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
+        """What a plan, from wherever, costs every rank.
+
+        Raises:
+            PlannerError: a table that it lacks.
+        """
+        estimator = self._estimator(self._topology)
+        costs = RankCosts(self._topology.world_size)
+        for table in find_tables(module, sharders, self._constraints, self._ranks):
+            sharding = _sharding_of(plan, table)
+            kind, kernel = sharding.sharding_type, sharding.compute_kernel
+            costs.add_everywhere(estimator.everywhere(table, kind, kernel))
+            if kind == DATA_PARALLEL:
+                cost = estimator.shard(table, kind, kernel, rows=table.rows, columns=(0, table.columns))
+                costs.add_everywhere(cost)
+                continue
+            assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
+            shards = sharding.sharding_spec.shards
+            blocks = num_row_blocks(shards)
+            for i, shard in enumerate(shards):
+                (rows, width), start = shard.shard_sizes, shard.shard_offsets[1]
+                columns = (start, start + width)
+                cost = estimator.shard(
+                    table, kind, kernel, rows=rows, columns=columns, block=i % blocks, num_blocks=blocks
+                )
+                rank = None if shard.placement is None else shard.placement.rank()
+                assert rank is not None
+                costs.add(rank, cost)
+        return costs
+
+    def step_ms(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> float:
+        """The estimated time that a step spends on embeddings under a plan, from wherever."""
+        used = ((t, _sharding_of(plan, t).sharding_type) for t in find_tables(module, sharders))
+        return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms(used, self._hardware)
+
+    def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
+        """Whether there is a plan at all."""
+        tables = find_tables(module, sharders, self._constraints, self._ranks)
+        cluster = self._cluster(module, sharders)
+        enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
+        choices = [enumerator.options(t) for t in tables]
+        return not isinstance(most_frugal(choices, [t.ranks for t in tables], cluster), Misfit)
+
+    def _search(
+        self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
+    ) -> tuple[list[Option], Packing] | Misfit:
+        def rate(options: Sequence[Option], packing: Packing) -> float:
+            used = ((table, o.sharding_type) for table, o in zip(tables, options, strict=True))
+            # Estimates err: of plans about as fast, one whose ranks are even has less to lose by that.
+            uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
+            return packing.greatest * uneven**_EVENNESS + fixed_ms(used, self._hardware)
+
+        return propose(choices, [table.ranks for table in tables], cluster, rate)
+
+    def _estimator(self, topology: Topology) -> Estimator:
+        return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)
+
+    def _cluster(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> Cluster:
+        left = self._reservation.reserve(
+            self._topology, self._batch_size, module, list(sharders), self._constraints or None
+        )
+        on_cpu = self._topology.compute_device == "cpu"
+        storages = [device.storage for device in left.devices]
+        return Cluster(
+            memory=tuple(float(s.ddr if on_cpu else s.hbm) for s in storages),
+            host_memory=tuple(float(s.ddr) for s in storages),
+            group=self._topology.intra_group_size,
+        )
+
+
+def _flat(placed: list[list[int] | None], option: Option, everywhere: list[int]) -> list[int]:
+    ranks: list[int] = []
+    for block, of_block in zip(option.blocks, placed, strict=True):
+        assert of_block is not None or block.scope is Scope.WORLD
+        if of_block is None and len(option.blocks) == 1:
+            return everywhere
+        ranks += everywhere if of_block is None else of_block
+    return ranks
+
+
+def _sharding_of(plan: ShardingPlan, table: PlannedTable) -> Any:
+    of_module: Any = plan.plan.get(table.path, {})
+    if table.name not in of_module:
+        raise PlannerError(
+            f"table {table.name!r} of module {table.path!r} is not in the plan", PlannerErrorType.MISSING_MODULE_IN_PLAN
+        )
+    return of_module[table.name]
+
+
+def _check(topology: Topology, ranks: Mapping[str, Sequence[int]]) -> None:
+    world = topology.world_size
+    if world < 1:
+        raise ValueError(f"topology: world_size={world}; allowed: at least 1 rank")
+    if world % topology.intra_group_size:
+        raise ValueError(f"topology: local_world_size={topology.local_world_size}; allowed: a divisor of {world} ranks")
+    for device in topology.devices:
+        memory = device.storage.ddr if topology.compute_device == "cpu" else device.storage.hbm
+        if memory <= 0:
+            raise ValueError(f"topology: rank {device.rank} has {memory} bytes of memory; allowed: above 0")
+    for table, allowed in ranks.items():
+        wrong = [rank for rank in allowed if not 0 <= rank < world]
+        if wrong or not allowed:
+            raise ValueError(f"table {table!r}: ranks={list(allowed)}; allowed: some of 0..{world - 1}")
+
+
+def _of_process_group(hardware: Hardware | None) -> tuple[Topology, Hardware]:
+    """The topology of this job: its ranks, and the memory of this machine."""
+    world = dist.get_world_size()
+    local = get_local_size(world)
+    if get_device_type() == "cpu":
+        hardware = hardware or HARDWARE["cpu"]
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return hardware.topology(world, local, ram / local / GIB), hardware
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    known = next((h for name, h in HARDWARE.items() if name.upper() in card.name.upper()), HARDWARE["a100"])
+    hardware = hardware or known
+    return hardware.topology(world, local, card.total_memory / GIB), hardware

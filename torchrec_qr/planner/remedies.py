@@ -1,0 +1,261 @@
+"""What to say, and to change, where no plan fits."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, Topology
+
+from torchrec_qr.configs import (
+    DTYPES,
+    CompositionalConfig,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingConfig,
+)
+from torchrec_qr.distributed import (
+    CompositionalEmbeddingBagCollectionSharder,
+    CompositionalEmbeddingCollectionSharder,
+)
+from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
+from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
+from torchrec_qr.partitions import QuotientRemainder
+from torchrec_qr.planner.enumerators import Enumerator, Option
+from torchrec_qr.planner.estimators import Estimator
+from torchrec_qr.planner.hardware import GIB
+from torchrec_qr.planner.partitioner import Cluster, Misfit
+from torchrec_qr.planner.proposer import most_frugal
+from torchrec_qr.planner.tables import PlannedTable
+
+_SHOWN_RANKS = 16
+# For more tables, the number of ranks is one that is needed, not one that was tried.
+_TRIED_TABLES = 2000
+_MOST_NODES = 4096
+
+EstimatorFor = Callable[[Topology], Estimator]
+
+
+def infeasible(
+    tables: Sequence[PlannedTable],
+    choices: Sequence[Sequence[Option]],
+    cluster: Cluster,
+    misfit: Misfit,
+    topology: Topology,
+    estimator_for: EstimatorFor,
+) -> PlannerError:
+    """Returns the error for tables that do not fit a cluster, with what was found to help, cheapest first."""
+    table = tables[misfit.table]
+    memory = "host memory" if misfit.on_host else "memory"
+    lines = [
+        f"no plan fits: table {table.name!r} needs {_gib(misfit.needs)} of {memory} on a rank, and the ranks have left "
+        f"{_left(misfit.left)}"
+    ]
+    found = _Remedies(tables, choices, cluster, misfit, topology, estimator_for).all()
+    if found:
+        lines.append("what would help, cheapest first:")
+        lines += [f"  {i}. {remedy}" for i, remedy in enumerate(found, 1)]
+    else:
+        lines.append("neither more compression, nor another sharding type, nor more ranks would help")
+    return PlannerError("\n".join(lines), PlannerErrorType.INSUFFICIENT_STORAGE)
+
+
+class _Remedies:
+    """Each is tried: what is said to help lets a plan fit."""
+
+    def __init__(
+        self,
+        tables: Sequence[PlannedTable],
+        choices: Sequence[Sequence[Option]],
+        cluster: Cluster,
+        misfit: Misfit,
+        topology: Topology,
+        estimator_for: EstimatorFor,
+    ) -> None:
+        self._tables, self._choices, self._cluster = tables, choices, cluster
+        self._at, self._table = misfit.table, tables[misfit.table]
+        self._topology, self._estimator_for = topology, estimator_for
+        self._enumerator = Enumerator(topology, estimator_for(topology), min(cluster.memory))
+
+    def all(self) -> list[str]:
+        return list(self._iterate())
+
+    def _iterate(self) -> Iterator[str]:
+        for remedy in (self._sharding_type, self._compression, self._ranks):
+            text = remedy()
+            if text is not None:
+                yield text
+
+    def _fits(self, choices: Sequence[Sequence[Option]]) -> bool:
+        return not isinstance(most_frugal(choices, [t.ranks for t in self._tables], self._cluster), Misfit)
+
+    def _sharding_type(self) -> str | None:
+        """Of the table itself, or else of all tables whose constraints allow some only."""
+        free = _unconstrained(self._table)
+        for option in sorted(self._enumerator.options(free), key=lambda o: o.mean_work):
+            if self._fits([*self._choices[: self._at], [option], *self._choices[self._at + 1 :]]):
+                return f"another sharding type: {option.sharding_type} for table {self._table.name!r}"
+        bound = [t for t in self._tables if t.constraints is not None and t.constraints.sharding_types]
+        if not bound:
+            return None
+        choices = [self._enumerator.options(_unconstrained(t)) for t in self._tables]
+        if not self._fits(choices):
+            return None
+        return f"other sharding types: no sharding_types in the constraints of {len(bound)} tables"
+
+    def _compression(self) -> str | None:
+        """Of the table itself, or else of all tables to one number of rows."""
+        alone = self._least_collisions()
+        if alone is not None:
+            now = self._table.num_embeddings / self._table.rows
+            return (
+                f"more compression: QuotientRemainder(num_collisions={alone}) for table {self._table.name!r}, which is "
+                f"{self._table.num_embeddings:,} ids in {self._table.rows:,} rows ({now:.1f}×) now"
+            )
+
+        def fits(rows: int) -> bool:
+            return self._fits(
+                [self._options_within(t, o, rows) for t, o in zip(self._tables, self._choices, strict=True)]
+            )
+
+        rows = largest_that(fits, 1, max(t.rows for t in self._tables))
+        if rows is None:
+            return None
+        return f"more compression: at most {rows:,} rows in each table (`torchrec-qr plan --fit` writes them out)"
+
+    def _least_collisions(self) -> int | None:
+        table = self._table
+
+        def fits(negated: int) -> bool:
+            options = self._options_of(table, QuotientRemainder(table.num_embeddings, -negated))
+            return self._fits([*self._choices[: self._at], options, *self._choices[self._at + 1 :]])
+
+        found = largest_that(fits, -max(math.isqrt(table.num_embeddings), 1), -2)
+        return None if found is None else -found
+
+    def _options_within(self, table: PlannedTable, options: Sequence[Option], rows: int) -> Sequence[Option]:
+        return options if table.rows <= rows else self._options_of(table, within_rows(table.num_embeddings, rows))
+
+    def _options_of(self, table: PlannedTable, partitions: QuotientRemainder) -> list[Option]:
+        return self._enumerator.options(compressed(table, partitions))
+
+    def _ranks(self) -> str | None:
+        group = self._topology.intra_group_size
+        nodes = self._cluster.world_size // group
+        if len(self._tables) > _TRIED_TABLES:
+            total = sum(min(o.mean_memory for o in options) for options in self._choices) * self._cluster.world_size
+            least = math.ceil(total / min(self._cluster.memory) / group)
+            return (
+                f"more ranks: at least {least * group} of this memory, now {nodes * group}" if least > nodes else None
+            )
+
+        def fits(negated: int) -> bool:
+            topology = with_ranks(self._topology, -negated * group)
+            cluster = replace(
+                self._cluster,
+                memory=(min(self._cluster.memory),) * topology.world_size,
+                host_memory=(min(self._cluster.host_memory),) * topology.world_size,
+            )
+            enumerator = Enumerator(topology, self._estimator_for(topology), min(cluster.memory))
+            choices = [enumerator.options(replace(t, ranks=None)) for t in self._tables]
+            return not isinstance(most_frugal(choices, [None] * len(choices), cluster), Misfit)
+
+        last = nodes
+        while last < _MOST_NODES:
+            last *= 2
+            if fits(-last):
+                found = largest_that(fits, -last, -nodes - 1)
+                assert found is not None
+                ranks = -found * group
+                return f"more ranks: {ranks} ({-found}x{group}), now {nodes * group}"
+        return None
+
+
+def largest_that(holds: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest n in low..high of which ``holds`` is true, which it is below any of which it is; None: of none."""
+    if low > high or not holds(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:
+    """The quotient-remainder partitions that have most rows, up to so many, or else the fewest that there can be."""
+    try:
+        return QuotientRemainder.for_budget(num_embeddings, rows)
+    except ValueError:
+        return QuotientRemainder.balanced(num_embeddings)
+
+
+def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTable:
+    """The table as a compositional one of ``partitions``, under the same constraints."""
+    fields: dict[str, Any] = {
+        "name": table.name,
+        "feature_names": [f"{table.name}_{i}" for i in range(table.num_features)],
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.columns,
+        "data_type": next(t for t, dtype in DTYPES.items() if dtype == table.parameter.dtype),
+        "partitions": partitions,
+    }
+    config: CompositionalConfig
+    module: nn.Module
+    if table.is_pooled:
+        config = CompositionalEmbeddingBagConfig(**fields)
+        module = CompositionalEmbeddingBagCollection(tables=[config], device="meta")  # type: ignore[arg-type]
+        sharder: Any = CompositionalEmbeddingBagCollectionSharder(dict(table.fused_params))
+    else:
+        config = CompositionalEmbeddingConfig(**fields)
+        module = CompositionalEmbeddingCollection(tables=[config], device="meta")  # type: ignore[arg-type]
+        sharder = CompositionalEmbeddingCollectionSharder(dict(table.fused_params))
+    parameter = sharder.shardable_parameters(module)[table.name]
+    return replace(table, parameter=parameter, module=module, sharder=sharder, config=config)
+
+
+def with_ranks(topology: Topology, world_size: int) -> Topology:
+    """The same machines, more or fewer of them."""
+    storage = topology.devices[0].storage
+    return Topology(
+        world_size=world_size,
+        compute_device=topology.compute_device,
+        hbm_cap=storage.hbm,
+        ddr_cap=storage.ddr,
+        ssd_cap=storage.ssd,
+        local_world_size=topology.local_world_size,
+        pod_size=topology.intra_group_size // topology.local_world_size,
+        hbm_mem_bw=topology.hbm_mem_bw,
+        ddr_mem_bw=topology.ddr_mem_bw,
+        ssd_mem_bw=topology.ssd_mem_bw,
+        hbm_to_ddr_mem_bw=topology.hbm_to_ddr_mem_bw,
+        bwd_compute_multiplier=topology.bwd_compute_multiplier,
+        weighted_feature_bwd_compute_multiplier=topology.weighted_feature_bwd_compute_multiplier,
+        uneven_sharding_perf_multiplier=topology.uneven_sharding_perf_multiplier,
+        generalized_comms_bandwidths=topology.comms_bandwidths,
+        created_by_factory=True,
+    )
+
+
+def _unconstrained(table: PlannedTable) -> PlannedTable:
+    if table.constraints is None:
+        return table
+    return replace(table, constraints=replace(table.constraints, sharding_types=None))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if abs(size) >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def _left(left: Sequence[float]) -> str:
+    """What each rank has left, those that have the same together."""
+    groups = [(text, [rank for rank, _ in of]) for text, of in groupby(enumerate(map(_gib, left)), key=lambda e: e[1])]
+    if len(groups) > _SHOWN_RANKS:
+        return f"{_gib(min(left))} to {_gib(max(left))} (rank {max(range(len(left)), key=left.__getitem__)})"
+    return ", ".join(
+        f"{text} (rank {ranks[0]})" if len(ranks) == 1 else f"{text} (ranks {ranks[0]}-{ranks[-1]})"
+        for text, ranks in groups
+    )

@@ -1,0 +1,150 @@
+"""Bytes that a table's values and optimizer state take, wherever a plan puts them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torch.optim import Optimizer
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+
+from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.distributed.update_rules import UpdateRule, says_something, update_rule
+from torchrec_qr.planner.tables import PlannedTable, optimizer_of
+
+DENSE = EmbeddingComputeKernel.DENSE.value
+FUSED = EmbeddingComputeKernel.FUSED.value
+
+MakeOptimizer = Callable[[Any], Optimizer]
+"""Of a list of parameters, such as ``torch.optim.Adam`` or ``partial(torch.optim.Adagrad, lr=0.01)``."""
+
+Stored = list[tuple[int, int, torch.dtype]]
+"""Rows, columns and type of each tensor."""
+
+# float32 values of state per value and per row, in FBGEMM's kernels; of what is not listed TorchRec assumes (1, 0).
+_STATE_OF = {
+    EmbOptimType.SGD: (0, 0),
+    EmbOptimType.EXACT_SGD: (0, 0),
+    EmbOptimType.EXACT_ADAGRAD: (1, 0),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (0, 1),
+    EmbOptimType.ADAM: (2, 0),
+    EmbOptimType.LAMB: (2, 0),
+    EmbOptimType.LARS_SGD: (1, 0),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (1, 1),
+    EmbOptimType.PARTIAL_ROWWISE_LAMB: (1, 1),
+}
+
+
+class DenseState:
+    """State of an optimizer over ordinary parameters, found by stepping small ones of the same width.
+
+    Args:
+        make: the optimizer; None: plain SGD, which has no state.
+
+    Example:
+        >>> DenseState(torch.optim.Adagrad).bytes_of(100, 8, torch.float32)  # sums, and a count of steps
+        3204
+    """
+
+    def __init__(self, make: MakeOptimizer | None) -> None:
+        self._make = make
+        self._of_width: dict[tuple[int, torch.dtype], tuple[int, int]] = {}
+
+    def bytes_of(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        if self._make is None:
+            return 0
+        if (columns, dtype) not in self._of_width:
+            few, more = self._measure(2, columns, dtype), self._measure(4, columns, dtype)
+            per_row = (more - few) // 2
+            self._of_width[columns, dtype] = few - 2 * per_row, per_row
+        fixed, per_row = self._of_width[columns, dtype]
+        return fixed + rows * per_row
+
+    def _measure(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        assert self._make is not None
+        p = nn.Parameter(torch.zeros(rows, columns, dtype=dtype))
+        p.grad = torch.zeros_like(p)
+        optimizer = self._make([p])
+        optimizer.step()
+        values = optimizer.state[p].values()
+        return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def shard_storage(
+    table: PlannedTable, sharding_type: str, start: int, stop: int, block: int, num_blocks: int
+) -> Stored:
+    """What a rank stores for row block ``block`` of ``num_blocks`` of the columns [start, stop) of a table.
+
+    Partitions that are replicated are not among it: see `replicated_storage`.
+    """
+    assert table.config is not None
+    split = sharding_type in ROW_SPLIT
+    stored = []
+    for j, partition in enumerate(table.partitions):
+        a, b = stored_columns(table.config, j, start, stop)
+        if a == b or (split and not partition.is_base):
+            continue
+        rows = partition.rows
+        if split:
+            size = -(-rows // num_blocks)
+            rows = max(min(size, rows - block * size), 0)
+        stored.append((rows, b - a, partition.dtype))
+    return stored
+
+
+def replicated_storage(table: PlannedTable, sharding_type: str) -> Stored:
+    """What every rank stores of a table, those included that own none of it."""
+    return [
+        (p.rows, p.columns, p.dtype)
+        for p in table.partitions
+        if sharding_type == DATA_PARALLEL or (sharding_type in ROW_SPLIT and not p.is_base)
+    ]
+
+
+def value_bytes(stored: Stored) -> int:
+    return sum(rows * columns * dtype.itemsize for rows, columns, dtype in stored)
+
+
+def class_map_bytes(config: CompositionalConfig) -> int:
+    assert config.partitions is not None
+    class_map = config.partitions.class_map
+    return 0 if class_map is None else class_map.numel() * class_map.element_size()
+
+
+class OptimizerState:
+    """Bytes of state for what a table stores: of its optimizer in backward, or else of the dense one."""
+
+    def __init__(self, dense: MakeOptimizer | None = None) -> None:
+        self._dense = DenseState(dense)
+        self._rules: dict[str, tuple[UpdateRule, bool]] = {}
+
+    def of_compositional(self, table: PlannedTable, kernel: str, stored: Stored) -> int:
+        """The rule steps replicated partitions too, if there is one: `torchrec_qr.distributed.lookup.is_fused`."""
+        if table.fqn not in self._rules:
+            said = any(says_something(key, value) for key, value in table.fused_params.items())
+            self._rules[table.fqn] = update_rule(table.name, table.fused_params), said
+        rule, said = self._rules[table.fqn]
+        if kernel != FUSED and not said:
+            return self._of_dense(stored)
+        return 4 * sum(
+            _count(shape) for rows, columns, _ in stored for shape in rule.state_shapes(rows, columns).values()
+        )
+
+    def of_plain(self, table: PlannedTable, kernel: str, rows: int, columns: int) -> int:
+        """FBGEMM's in backward, except of TorchRec's dense kernel, which data-parallel tables have."""
+        if kernel == DENSE:
+            return self._of_dense([(rows, columns, table.parameter.dtype)])
+        per_value, per_row = _STATE_OF.get(optimizer_of(table), (1, 0))
+        return 4 * rows * (per_value * columns + per_row)
+
+    def _of_dense(self, stored: Stored) -> int:
+        return sum(self._dense.bytes_of(*tensor) for tensor in stored)
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

@@ -1,0 +1,221 @@
+"""The tables of a model that a plan must place, as the sharders show them."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType, ShardingOption
+from torchrec.distributed.planner.utils import sharder_name
+from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from torchrec_qr.configs import (
+    DTYPES,
+    CompositionalConfig,
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingConfig,
+)
+
+
+@dataclass(frozen=True)
+class StoredPartition:
+    """Shape and type of one partition; ``is_base``: it is the one that is split where rows are."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    is_base: bool
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """One logical table.
+
+    Args:
+        path: of its module in the model.
+        name: of the table.
+        parameter: what the sharder shows: (S, D), or the (R, D) placeholder of a compositional table.
+        module: the collection.
+        sharder: of that module.
+        config: of a compositional table; None for a plain one.
+        num_embeddings: S.
+        num_features: that look up in it.
+        is_pooled: bags or sequences.
+        is_weighted: per-sample weights come along.
+        constraints: TorchRec's, of the user.
+        ranks: on which it may lie; None: on any.
+        fused_params: of its optimizer in backward, by FBGEMM's names.
+    """
+
+    path: str
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    sharder: ModuleSharder[Any]
+    config: CompositionalConfig | None
+    num_embeddings: int
+    num_features: int
+    is_pooled: bool
+    is_weighted: bool
+    constraints: ParameterConstraints | None = None
+    ranks: tuple[int, ...] | None = None
+    fused_params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """R, physical."""
+        return int(self.parameter.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        return int(self.parameter.shape[1])
+
+    @property
+    def fqn(self) -> str:
+        """Tells tables of two modules with one name apart."""
+        return f"{self.path}.{self.name}"
+
+    @property
+    def bytes_full(self) -> int:
+        """Of the values of the table that this one stands for: S · D, in its data type."""
+        return self.num_embeddings * self.columns * self.parameter.element_size()
+
+    @cached_property
+    def partitions(self) -> list["StoredPartition"]:
+        """What a compositional table consists of."""
+        assert self.config is not None
+        assert self.config.partitions is not None
+        base = self.config.base_partition
+        return [
+            StoredPartition(rows, columns, DTYPES[data_type], j == base)
+            for j, (rows, columns, data_type) in enumerate(
+                zip(
+                    self.config.partitions.sizes,
+                    self.config.partition_columns,
+                    self.config.partition_data_types,
+                    strict=True,
+                )
+            )
+        ]
+
+    @cached_property
+    def inputs_per_sample(self) -> list[float]:
+        """Ids per sample, of each feature; a single pooling factor is of all features together."""
+        if self.constraints is None:
+            return [1.0] * self.num_features
+        given = [float(x) for x in self.constraints.pooling_factors]
+        polls = self.constraints.num_poolings or [1.0] * len(given)
+        total = [x * n for x, n in zip(given, polls, strict=False)]
+        if len(total) == self.num_features:
+            return total
+        # TorchRec's own default is a list of one, whatever the number of features: one id of each.
+        if given == [1.0] and self.constraints.num_poolings is None:
+            return [1.0] * self.num_features
+        return [sum(total) / self.num_features] * self.num_features
+
+
+def find_tables(
+    model: nn.Module,
+    sharders: Sequence[ModuleSharder[Any]],
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+) -> list[PlannedTable]:
+    """Returns every table of every module that has a sharder, in the order of the model.
+
+    Raises:
+        PlannerError: there is none; or constraints name tables that are not there.
+    """
+    constraints, ranks = constraints or {}, ranks or {}
+    by_type = {sharder_name(sharder.module_type): sharder for sharder in sharders}
+    tables: list[PlannedTable] = []
+
+    def visit(path: str, module: nn.Module) -> None:
+        sharder = by_type.get(sharder_name(type(module)))
+        if sharder is None:
+            for name, child in module.named_children():
+                visit(f"{path}.{name}" if path else name, child)
+            return
+        parameters = sharder.shardable_parameters(module)
+        configs = _configs(module)
+        is_pooled = ShardingOption.module_pooled(module, path)
+        for name, parameter in parameters.items():
+            config = configs.get(name)
+            of_table = constraints.get(name)
+            is_compositional = isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
+            tables.append(
+                PlannedTable(
+                    path=path,
+                    name=name,
+                    parameter=parameter,
+                    module=module,
+                    sharder=sharder,
+                    config=config if is_compositional else None,  # type: ignore[arg-type]
+                    num_embeddings=parameter.shape[0] if config is None else config.num_embeddings,
+                    num_features=1 if config is None else max(len(config.feature_names), 1),
+                    is_pooled=is_pooled,
+                    is_weighted=_is_weighted(module) or bool(of_table and of_table.is_weighted),
+                    constraints=of_table,
+                    ranks=tuple(sorted(set(ranks[name]))) if name in ranks else None,
+                    fused_params=_fused_params(sharder, parameter),
+                )
+            )
+
+    visit("", model)
+    if not tables:
+        raise PlannerError(
+            f"no tables: no module of the {type(model).__name__} has a sharder and a table; sharders: "
+            f"{', '.join(s.__class__.__name__ for s in sharders) or 'none'}",
+            PlannerErrorType.INPUT_VALIDATION,
+        )
+    known = {t.name for t in tables}
+    unknown = sorted((set(constraints) | set(ranks)) - known)
+    if unknown:
+        raise PlannerError(
+            f"constraints of tables {', '.join(map(repr, unknown))}, which the model does not have; allowed: "
+            f"{_some(sorted(known))}",
+            PlannerErrorType.INPUT_VALIDATION,
+        )
+    return tables
+
+
+def _configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
+    """By name; also those of a collection inside of TorchRec's feature processors."""
+    for m in (module, *module.children()):
+        for attribute in ("embedding_bag_configs", "embedding_configs"):
+            configs = getattr(m, attribute, None)
+            if callable(configs):
+                return {c.name: c for c in configs()}
+    return {}
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    is_weighted = getattr(module, "is_weighted", None)
+    return bool(is_weighted()) if callable(is_weighted) else False
+
+
+def _fused_params(sharder: ModuleSharder[Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """As TorchRec's sharding infos merge them: those of the parameter over those of its sharder."""
+    attached: dict[str, Any] = copy.copy(getattr(parameter, "_optimizer_kwargs", [{}])[0])
+    optimizer = getattr(parameter, "_optimizer_classes", [None])[0]
+    if optimizer is not None:
+        attached["optimizer"] = optimizer_type_to_emb_opt_type(optimizer)
+    merged: dict[str, Any] = merge_fused_params(getattr(sharder, "fused_params", None), attached)
+    return merged
+
+
+def optimizer_of(table: PlannedTable) -> EmbOptimType:
+    """The optimizer in backward of a table; what FBGEMM takes where none is given."""
+    optimizer: EmbOptimType = table.fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
+    return optimizer
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:10]))
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

@@ -1,0 +1,136 @@
+"""``torchrec-qr plan``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
+
+from torchrec_qr.configs import DTYPES, CompositionalEmbeddingBagConfig
+from torchrec_qr.planner import PlacedModel
+from torchrec_qr.schema import ConfigError
+from torchrec_qr.sizing.fit import as_yaml, fit
+from torchrec_qr.sizing.model import VARIANTS, Sizing, Tables, read_sizing
+from torchrec_qr.sizing.report import Totals, as_json, as_text, compared
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code: 0 with a plan, 1 if none fits, 2 for what is wrong with the input."""
+    try:
+        return _run(arguments)
+    except (ConfigError, ValueError, NotImplementedError, OSError) as error:
+        print(f"torchrec-qr plan: {error}", file=sys.stderr)
+        return 2
+    except PlannerError as error:
+        print(f"torchrec-qr plan: {error}", file=sys.stderr)
+        return 1 if error.error_type == PlannerErrorType.INSUFFICIENT_STORAGE else 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    overrides = {
+        "topology": arguments.topology,
+        "device": arguments.device,
+        "hbm_gib": arguments.hbm_gib,
+        "batch_size": arguments.batch_size,
+    }
+    sizing = read_sizing(arguments.config, overrides, arguments.optimizer)
+    variants = _variants(arguments.compare)
+    if arguments.fit:
+        rows, fitted = fit(sizing)
+        print(as_yaml(fitted, rows), end="")
+        return 0
+    placed, failure = _placed(sizing)
+    found = {"as given": _totals("as given", sizing, placed)}
+    for name in variants or ["full"]:
+        variant = sizing.variant(name)
+        found[name] = _totals(name, variant, _placed(variant)[0])
+    if arguments.json:
+        _write(arguments.json, sizing, placed, [found[name] for name in variants], failure)
+    if arguments.json != "-":
+        _print(sizing, placed, list(found.values()))
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def _variants(given: str | None) -> list[str]:
+    names = [name.strip() for name in given.split(",")] if given is not None else []
+    wrong = [name for name in names if name not in VARIANTS]
+    if wrong:
+        raise ValueError(f"--compare {given}: {wrong[0]!r} is unknown; allowed: {', '.join(VARIANTS)}")
+    return names
+
+
+def _placed(sizing: Sizing) -> tuple[PlacedModel | None, PlannerError | None]:
+    try:
+        return sizing.placed(), None
+    except PlannerError as error:
+        if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
+            raise
+        return None, error
+
+
+def _totals(name: str, sizing: Sizing, placed: PlacedModel | None) -> Totals:
+    return Totals(
+        name=name,
+        parameters=_parameters(sizing.tables),
+        bytes_stored=_bytes(sizing.tables),
+        bytes_held=None if placed is None else max(placed.ranks.memory),
+        step_ms=None if placed is None else placed.step_ms,
+        balance=None if placed is None else placed.ranks.balance,
+        fewest_ranks=sizing.fewest_ranks(),
+    )
+
+
+def _print(sizing: Sizing, placed: PlacedModel | None, totals: list[Totals]) -> None:
+    spec = sizing.spec
+    memory = "the device's memory" if spec.hbm_gib is None else f"{spec.hbm_gib:g} GiB"
+    print(f"{sizing.name}: {len(sizing.tables)} tables on {spec.topology} {spec.device}")
+    print(
+        f"{memory}, {spec.storage_reserve:.0%} of it reserved; batch {spec.batch_size} a rank; "
+        f"tables stepped by {sizing.optimizer}\n"
+    )
+    if placed is not None:
+        print(as_text(placed), end="\n\n")
+    print(compared(totals))
+
+
+def _write(
+    path: str, sizing: Sizing, placed: PlacedModel | None, variants: list[Totals], failure: PlannerError | None
+) -> None:
+    assert sizing.spec.world_size is not None
+    full = _bytes(sizing.variant("full").tables)
+    out = as_json(placed, sizing.spec.world_size, full, _bytes(sizing.tables))
+    if failure is not None:
+        out["error"] = str(failure)
+    if variants:
+        out["compare"] = {
+            t.name: {"bytes": t.bytes_stored, "feasible": t.bytes_held is not None, "fewest_ranks": t.fewest_ranks}
+            for t in variants
+        }
+    text = json.dumps(out, indent=1)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(f"{text}\n")
+
+
+def _parameters(tables: Tables) -> int:
+    return sum(
+        t.num_parameters if isinstance(t, CompositionalEmbeddingBagConfig) else t.num_embeddings * t.embedding_dim
+        for t in tables
+    )
+
+
+def _bytes(tables: Tables) -> int:
+    total = 0
+    for t in tables:
+        if isinstance(t, CompositionalEmbeddingBagConfig) and t.partitions is not None:
+            for rows, columns, data_type in zip(
+                t.partitions.sizes, t.partition_columns, t.partition_data_types, strict=True
+            ):
+                total += rows * columns * DTYPES[data_type].itemsize
+        else:
+            total += t.num_embeddings * t.embedding_dim * DTYPES[t.data_type].itemsize
+    return total

@@ -1,0 +1,195 @@
+"""A job's tables and cluster, from its YAML, as the planner takes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_qr.configs import CompositionalEmbeddingBagConfig
+from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
+from torchrec_qr.partitions import ExplicitPartitions, HashPartition, Partitions, QuotientRemainder
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedModel, hardware_named
+from torchrec_qr.planner.remedies import within_rows
+from torchrec_qr.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
+
+OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adam": EmbOptimType.ADAM,
+}
+VARIANTS = ("full", "hash", "qr")
+
+Tables = Sequence[EmbeddingBagConfig]
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Tables and the cluster that they are for.
+
+    Args:
+        name: of the config.
+        tables: plain and compositional.
+        spec: the ``planner:`` section, complete.
+        optimizer: of the tables, by its name in a job's YAML.
+    """
+
+    name: str
+    tables: Tables
+    spec: PlannerSpec
+    optimizer: str
+
+    def placed(self) -> PlacedModel:
+        """The plan.
+
+        Raises:
+            PlannerError: none fits.
+        """
+        return self.planner().propose(self._collection, self._sharders)
+
+    def fits(self) -> bool:
+        """Whether there is one."""
+        return self.planner().fits(self._collection, self._sharders)
+
+    def planner(self) -> CompositionalEmbeddingShardingPlanner:
+        spec = self.spec
+        assert spec.device is not None
+        assert spec.world_size is not None
+        hardware = hardware_named(spec.device)
+        return CompositionalEmbeddingShardingPlanner(
+            hardware.topology(spec.world_size, spec.local_world_size, spec.hbm_gib),
+            spec.batch_size,
+            FixedPercentageStorageReservation(spec.storage_reserve),
+            spec.parameter_constraints(),
+            {name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
+            hardware,
+        )
+
+    def of_tables(self, tables: Tables) -> "Sizing":
+        return replace(self, tables=list(tables))
+
+    def on(self, nodes: int, ranks: int) -> "Sizing":
+        """The same on another cluster, where no table is bound to a rank."""
+        free = {name: replace(c, ranks=None) for name, c in self.spec.constraints.items()}
+        return replace(self, spec=replace(self.spec, topology=f"{nodes}x{ranks}", constraints=free))
+
+    def fewest_ranks(self, most_nodes: int = 4096) -> int | None:
+        """The fewest ranks that hold the tables: of one node, or so many nodes; None: none do."""
+        per_node = self.spec.local_world_size or 1
+        sizes = [(1, n) for n in range(1, per_node + 1)] + [(n, per_node) for n in range(2, most_nodes + 1)]
+        low, high = 0, 1
+        while not self.on(*sizes[min(high, len(sizes)) - 1]).fits():
+            if high >= len(sizes):
+                return None
+            low, high = high, 2 * high
+        high = min(high, len(sizes))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.on(*sizes[middle - 1]).fits() else (middle, high)
+        nodes, ranks = sizes[high - 1]
+        return nodes * ranks
+
+    def variant(self, name: str) -> "Sizing":
+        """The same tables ``"full"``, or in as many rows by ``"hash"`` or ``"qr"``."""
+        return self.of_tables([_as(name, table) for table in self.tables])
+
+    @cached_property
+    def _collection(self) -> CompositionalEmbeddingBagCollection:
+        return CompositionalEmbeddingBagCollection(tables=list(self.tables), device=torch.device("meta"))
+
+    @cached_property
+    def _sharders(self) -> list[Any]:
+        return [CompositionalEmbeddingBagCollectionSharder({"optimizer": OPTIMIZERS[self.optimizer]})]
+
+
+def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str | None = None) -> Sizing:
+    """Reads a job's YAML; ``overrides`` replace keys of its ``planner:`` section where they are not None.
+
+    A batch size and an optimizer that the library's own sections don't have are taken from the job's.
+
+    Raises:
+        ConfigError: headed by the file's name.
+        OSError: the file cannot be read.
+    """
+    sections = read_yaml(path)
+    try:
+        tables = load_tables(sections, base_dir=Path(path).parent)
+        if not tables:
+            raise ConfigError("tables", [], "at least one table")
+        section = {**(sections.get("planner") or {}), **{k: v for k, v in overrides.items() if v is not None}}
+        batch_size = _at(sections, "train", "batch_size")
+        if "batch_size" not in section and batch_size is not None:
+            section["batch_size"] = batch_size
+        spec = load(PlannerSpec, section, "planner")
+        spec.check_tables([table.name for table in tables])
+        for key in ("topology", "device", "batch_size"):
+            if getattr(spec, key) is None:
+                flag = f"--{key.replace('_', '-')}"
+                raise ConfigError(f"planner.{key}", None, "a value", f"missing; give it, or {flag}")
+        optimizer = optimizer or _at(sections, "optimizer", "sparse", "name") or "sgd"
+        if optimizer not in OPTIMIZERS:
+            raise ConfigError("optimizer.sparse.name", optimizer, ", ".join(OPTIMIZERS))
+    except ConfigError as error:
+        raise error.in_file(path) from None
+    return Sizing(str(path), list(tables), spec, optimizer)
+
+
+def full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
+    """The table uncompressed."""
+    return EmbeddingBagConfig(
+        name=table.name,
+        feature_names=list(table.feature_names),
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        pooling=table.pooling,
+        data_type=table.data_type,
+        weight_init_min=table.weight_init_min,
+        weight_init_max=table.weight_init_max,
+    )
+
+
+def composed(table: EmbeddingBagConfig, partitions: Partitions) -> CompositionalEmbeddingBagConfig:
+    """The table by other partitions, under its own operation where they leave that possible."""
+    if isinstance(table, CompositionalEmbeddingBagConfig) and table.num_partitions == partitions.num_partitions:
+        return replace(table, partitions=partitions)
+    plain = full(table)
+    return CompositionalEmbeddingBagConfig(
+        name=plain.name,
+        feature_names=plain.feature_names,
+        num_embeddings=plain.num_embeddings,
+        embedding_dim=plain.embedding_dim,
+        pooling=plain.pooling,
+        data_type=plain.data_type,
+        weight_init_min=plain.weight_init_min,
+        weight_init_max=plain.weight_init_max,
+        partitions=partitions,
+    )
+
+
+def is_given_map(table: EmbeddingBagConfig) -> bool:
+    """Whether the user's own classes say which ids share rows."""
+    return isinstance(table, CompositionalEmbeddingBagConfig) and isinstance(table.partitions, ExplicitPartitions)
+
+
+def _as(variant: str, table: EmbeddingBagConfig) -> EmbeddingBagConfig:
+    if not isinstance(table, CompositionalEmbeddingBagConfig) or variant == "full":
+        return full(table)
+    if variant == "hash":
+        return composed(table, HashPartition(table.num_embeddings, min(table.physical_rows, table.num_embeddings)))
+    if isinstance(table.partitions, QuotientRemainder):
+        return table
+    return composed(table, within_rows(table.num_embeddings, table.physical_rows))
+
+
+def _at(sections: Mapping[str, Any], *keys: str) -> Any:
+    found: Any = sections
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
