@@ -130,7 +130,7 @@ def _line(row: dict[str, Any]) -> str:
     ratio = "" if row["ratio_to_full"] is None else f"{row['ratio_to_full']:6.2f} of full {row['ratio_spread']}"
     return (
         f"{row['variant']:15} {row['sharding']:14} m={row['m']:<5} hot={row['hot']:<3} D={row['dim']:<4} "
-        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:9.1f} ms {ratio}"
+        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:8.1f} ms, CPU {row['median_cpu_ms']:8.1f} {ratio}"
     )
 
 

@@ -51,17 +51,17 @@ def _measure(
             variant.step(batches[i % _BATCHES], bags, hot, gradient)
     sent = {name: _sent(variant, batches[0], bags, hot, gradient) for name, variant in built.items()}
     grown = {name: _growth(variant, batches[0], bags, hot, gradient) for name, variant in built.items()}
-    times: dict[str, list[list[float]]] = {name: [] for name in built}
-    for _ in range(runs):
-        for of in times.values():
-            of.append([])
+    times: dict[str, list[list[float]]] = {name: [[] for _ in range(runs)] for name in built}
+    worked: dict[str, list[float]] = {name: [] for name in built}
+    for run in range(runs):
         for i in range(steps):
             for name, variant in built.items():
                 dist.barrier()
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 variant.step(batches[i % _BATCHES], bags, hot, gradient)
+                worked[name].append(time.process_time() - cpu)
                 dist.barrier()
-                times[name][-1].append(time.perf_counter() - start)
+                times[name][run].append(time.perf_counter() - start)
     errors = {name: check(variant, bags, hot, 91) for name, variant in built.items()}
     medians = {name: [1e3 * statistics.median(run) for run in of] for name, of in times.items()}
     for name, of in medians.items():
@@ -78,6 +78,7 @@ def _measure(
             "median_ms": round(statistics.median(of), 2),
             "ratio_to_full": round(statistics.median(ratios), 3) if "full" in medians else None,
             "ratio_spread": [round(min(ratios), 3), round(max(ratios), 3)] if "full" in medians else None,
+            "median_cpu_ms": round(1e3 * statistics.median(worked[name]), 2),
             "a2a_float_mb": round(sent[name]["float"] / 1e6, 2),
             "a2a_int_mb": round(sent[name]["int"] / 1e6, 2),
             "all_reduce_mb": round(sent[name]["all_reduce"] / 1e6, 2),
