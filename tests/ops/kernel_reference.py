@@ -34,9 +34,11 @@ def widths_of(operation: str, dim: int, k: int) -> list[int]:
 
 
 def case_of(kind: str, k: int) -> Kind:
-    if kind != "wide":
+    """ "vast": of so many rows that those of an id do not fit 64 bits, beside its place in the batch."""
+    if kind not in ("wide", "vast"):
         return kind_of(kind, k)
-    return Kind(kind, MixedRadix(math.prod(WIDE[k]), WIDE[k]), oracle.mixed_radix(WIDE[k]))
+    sizes = WIDE[k] if kind == "wide" else [20_000] * k
+    return Kind(kind, MixedRadix(min(math.prod(sizes), 2**40), sizes), oracle.mixed_radix(sizes))
 
 
 @dataclass

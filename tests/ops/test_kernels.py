@@ -93,6 +93,12 @@ def test_untouched_rows_do_not_move(rule: str) -> None:
     assert train(StepCase("wide", 2, rule=rule), 2e-5) > 400
 
 
+@pytest.mark.parametrize("operation", ["mult", "concat"])
+def test_rows_that_do_not_fit_the_sort_keys(operation: str) -> None:
+    """Then what is sorted is a place in the batch, and rows and bags are looked up from there."""
+    train(StepCase("vast", 4, operation=operation, rule="adagrad", weighted=True, pooling="mean"), 2e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("kind", [("hash", 1), ("strided", 2), ("chinese_remainder", 3)])
 def test_hot_rows(kind: tuple[str, int], threads: int) -> None:

@@ -14,6 +14,7 @@ from torchrec.optim.fused import FusedOptimizer
 from torchrec_qr.distributed.update_rules import UpdateRule
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.lookup import available
+from torchrec_qr.ops.memory import zeros
 
 
 @dataclass
@@ -74,7 +75,7 @@ class RowOptimizer(FusedOptimizer):
         local: dict[str, list[Tensor]] = {name: [] for name in self.rule.state_shapes(0, 0)}
         for tensor in p.tensors:
             shapes = self.rule.state_shapes(tensor.shape[0], tensor.shape[1])
-            own = {name: torch.zeros(shape, device=tensor.device) for name, shape in shapes.items()}
+            own = {name: zeros(shape, torch.float32, tensor.device) for name, shape in shapes.items()}
             self._state_of[tensor] = own
             for name, value in own.items():
                 local[name].append(value)

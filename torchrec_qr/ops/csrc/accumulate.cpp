@@ -1,5 +1,6 @@
 // The gradients of rows from those of bags, added up per row.
 #include "backward.h"
+#include "vectors.h"
 
 namespace qr {
 namespace {
@@ -7,40 +8,53 @@ namespace {
 constexpr int kAhead = 12;
 constexpr int kRing = 16;
 
-// One id: the gradient of its output, its rows of the partitions other than the pivot, and their sums.
+// One id: the gradient of its output, its rows of the partitions that have sums, and where these lie.
 struct Entry {
     int64_t row, position;
     const float* gradient;
-    float scale, mean;  // of the gradient: w · mean, and mean = 1 or 1 / ids of the bag
-    const char* weight[kMaxPartitions - 1];
-    float* sums[kMaxPartitions - 1];
+    float scale;
+    const char* weight[kMaxPartitions];
+    float* sums[kMaxPartitions];
 };
 
+// Sorted ids, some of them before they are needed.
 struct EntriesAhead {
     Entry ring[kRing];
     int64_t next, last;
 
+    // K: partitions of the table, 0 if any number.
     template <int K>
     QR_INLINE bool reach(const Part& part, int64_t i) {
         TableBackward& work = *part.work;
         const Group& g = *work.group;
-        const int k = K > 0 ? K - 1 : work.num_others;
+        const int k = K > 0 ? K - 1 : work.num_sums;
         const int64_t until = i + kAhead < last ? i + kAhead : last;
         for (; next < until; ++next) {
             Entry& e = ring[next % kRing];
-            const int64_t position = work.sorted.position(next);
-            int64_t rows[kMaxPartitions];
-            const int64_t id = integer_at(g.ids, g.id_type, work.first_id + position);
-            if (__builtin_expect(!work.rows.find<K>(id, rows, *part.failure), 0)) {
-                part.failure->position = work.first_id + position;
-                return false;
+            uint64_t rest = work.sorted.rest(next);
+            const int64_t position = static_cast<int64_t>(rest & ((uint64_t{1} << work.position_bits) - 1));
+            int64_t rows[kMaxPartitions], bag;
+            if (__builtin_expect(work.packed, 1)) {
+                rest >>= work.position_bits;
+                for (int j = k - 1; j >= 0; --j) {
+                    rows[j] = static_cast<int64_t>(rest & ((uint64_t{1} << work.row_bits[j]) - 1));
+                    rest >>= work.row_bits[j];
+                }
+                bag = static_cast<int64_t>(rest);
+            } else {
+                int64_t of_table[kMaxPartitions];
+                const int64_t id = integer_at(g.ids, g.id_type, work.first_id + position);
+                if (!work.rows.find<K>(id, of_table, *part.failure)) {
+                    part.failure->position = work.first_id + position;
+                    return false;
+                }
+                for (int j = 0; j < k; ++j) rows[j] = of_table[work.sums[j].index];
+                bag = work.bag_of[position];
             }
             e.row = work.sorted.row(next);
             e.position = work.first_id + position;
-            const int64_t at = g.pooled ? work.gradient_at[position] : work.first_float + position * work.table->dim;
-            e.gradient = g.out_gradient + at;
-            e.mean = work.mean_scale.empty() ? 1.0f : work.mean_scale[position];
-            e.scale = g.id_weights ? e.mean * g.id_weights[e.position] : e.mean;
+            e.gradient = work.gradient + bag * work.gradient_stride;
+            e.scale = g.id_weights ? g.id_weights[e.position] : 1.0f;
             prefetch(e.gradient, work.table->dim * 4);
             const PartitionRows& pivot = work.rows.partition[work.pivot_index];
             if (pivot.prefetched && (next == part.first || work.sorted.row(next - 1) != e.row)) {
@@ -51,15 +65,15 @@ struct EntriesAhead {
                 if (p.rule == kRowWiseAdagrad) prefetch(p.state[0] + e.row, 4);
             }
             for (int j = 0; j < k; ++j) {
-                TableBackward::Other& other = work.others[j];
-                const PartitionRows& p = work.rows.partition[other.index];
-                e.weight[j] = p.weight + rows[other.index] * p.row_bytes;
+                Sums& s = work.sums[j];
+                const PartitionRows& p = work.rows.partition[s.index];
+                e.weight[j] = p.weight + rows[j] * p.row_bytes;
                 if (p.prefetched) prefetch(e.weight[j], p.row_bytes);
-                if (!other.needed) continue;
-                const int64_t slot = other.compact ? other.slot_of[position] : rows[other.index];
-                e.sums[j] = other.sums_of(part.part) + slot * p.width;
+                if (!s.needed) continue;
+                const int64_t slot = s.compact ? s.slot_of[position] : rows[j];
+                e.sums[j] = s.sums_of(part.part) + slot * p.width;
                 if (p.prefetched) prefetch(e.sums[j], p.width * 4);
-                uint8_t* touched = other.touched_of(part.part);
+                uint8_t* touched = s.touched_of(part.part);
                 if (touched) touched[slot] = 1;
             }
         }
@@ -67,19 +81,47 @@ struct EntriesAhead {
     }
 };
 
-// One or two partitions, rows of W floats.
+template <typename V, int NV>
+QR_INLINE void add(float* sums, const V* x) {
+    for (int v = 0; v < NV; ++v) store(sums + v * kLanes<V>, load<V>(sums + v * kLanes<V>) + x[v]);
+}
+
+template <typename V, int NV>
+QR_INLINE void add_times(float* sums, const V* x, const float* w) {
+    for (int v = 0; v < NV; ++v) {
+        store(sums + v * kLanes<V>, load<V>(sums + v * kLanes<V>) + x[v] * load<V>(w + v * kLanes<V>));
+    }
+}
+
+// Σ_d gradient[d] · (a row, or two composed)[d].
+template <typename V, int NV, int OP>
+QR_INLINE float product_with_composed(const float* gradient, const float* a, const float* b) {
+    V products{};
+    for (int v = 0; v < NV; ++v) {
+        V composed = load<V>(a + v * kLanes<V>);
+        if (b) {
+            const V y = load<V>(b + v * kLanes<V>);
+            composed = OP == kMult ? composed * y : composed + y;
+        }
+        products += load<V>(gradient + v * kLanes<V>) * composed;
+    }
+    return sum_of(products);
+}
+
+// Sorted; one or two partitions, rows of W floats.
 template <typename V, int W, int OP, int K>
-QR_INLINE void accumulate_in_registers(const Part& part) {
+QR_INLINE void sorted_in_registers(const Part& part) {
     constexpr int NV = W / kLanes<V>;
     TableBackward& work = *part.work;
     const Group& g = *work.group;
     const PartitionRows& pivot = work.rows.partition[work.pivot_index];
-    const bool other_needed = K > 1 && work.others[0].needed;
+    const bool other_needed = K > 1 && work.sums[0].needed;
     EntriesAhead ahead;
     ahead.next = part.first;
     ahead.last = part.last;
     float sums[W];
-    V mine[NV] = {}, sum[NV] = {};
+    V sum[NV] = {};
+    const float* mine = nullptr;
     int64_t row = -1;
     for (int64_t i = part.first; i < part.last; ++i) {
         if (!ahead.reach<K>(part, i)) return;
@@ -90,39 +132,21 @@ QR_INLINE void accumulate_in_registers(const Part& part) {
                 work.complete(*work.pivot, row, sums);
             }
             row = e.row;
-            const float* w = reinterpret_cast<const float*>(pivot.weight + row * pivot.row_bytes);
-            for (int v = 0; v < NV; ++v) {
-                mine[v] = load<V>(w + v * kLanes<V>);
-                sum[v] = V{};
-            }
+            mine = reinterpret_cast<const float*>(pivot.weight + row * pivot.row_bytes);
+            for (int v = 0; v < NV; ++v) sum[v] = V{};
         }
+        const float* other = K > 1 ? reinterpret_cast<const float*>(e.weight[0]) : nullptr;
         V x[NV];
         for (int v = 0; v < NV; ++v) x[v] = load<V>(e.gradient + v * kLanes<V>) * e.scale;
         if (K == 1 || OP == kAdd) {
             for (int v = 0; v < NV; ++v) sum[v] += x[v];
-            if (other_needed) {
-                for (int v = 0; v < NV; ++v) store(e.sums[0] + v * kLanes<V>, load<V>(e.sums[0] + v * kLanes<V>) + x[v]);
-            }
+            if (other_needed) add<V, NV>(e.sums[0], x);
         } else {
-            const float* other = reinterpret_cast<const float*>(e.weight[0]);
             for (int v = 0; v < NV; ++v) sum[v] += x[v] * load<V>(other + v * kLanes<V>);
-            if (other_needed) {
-                for (int v = 0; v < NV; ++v) {
-                    store(e.sums[0] + v * kLanes<V>, load<V>(e.sums[0] + v * kLanes<V>) + x[v] * mine[v]);
-                }
-            }
+            if (other_needed) add_times<V, NV>(e.sums[0], x, mine);
         }
         if (g.id_weights_gradient) {
-            V products{};
-            for (int v = 0; v < NV; ++v) {
-                V composed = mine[v];
-                if (K > 1) {
-                    const V y = load<V>(reinterpret_cast<const float*>(e.weight[0]) + v * kLanes<V>);
-                    composed = OP == kMult ? composed * y : composed + y;
-                }
-                products += load<V>(e.gradient + v * kLanes<V>) * composed;
-            }
-            g.id_weights_gradient[e.position] = e.mean * sum_of(products);
+            g.id_weights_gradient[e.position] = product_with_composed<V, NV, OP>(e.gradient, mine, other);
         }
     }
     if (row >= 0) {
@@ -148,14 +172,28 @@ QR_INLINE void add_product(float* sums, const float* gradient, float scale, cons
     }
 }
 
-// Σ_d gradient[d] · (the composed row)[d].
-QR_INLINE float product_with_composed(const Table& t, const Partition* p, const float* gradient,
-                                      const float* const* w) {
+// Any number of partitions, widths, types and operations: one id, given all of its rows, to the sums of one partition.
+QR_INLINE void add_gradient(const TableBackward& work, int index, const float* gradient, float scale,
+                            const float* const* w, float* sums) {
+    const Table& t = *work.table;
+    if (t.operation == kConcat) {
+        for (int j = 0; j < index; ++j) gradient += work.partitions[j].width;
+    }
+    const float* rest[kMaxPartitions] = {};
+    int k = 0;
+    for (int j = 0; t.operation == kMult && j < t.num_partitions; ++j) {
+        if (j != index) rest[k++] = w[j];
+    }
+    add_product(sums, gradient, scale, rest, k, work.partitions[index].width);
+}
+
+QR_INLINE float product_with_composed(const TableBackward& work, const float* gradient, const float* const* w) {
+    const Table& t = *work.table;
     float total = 0.0f;
     if (t.operation == kConcat) {
         for (int j = 0; j < t.num_partitions; ++j) {
-            for (int64_t d = 0; d < p[j].width; ++d) total += gradient[d] * w[j][d];
-            gradient += p[j].width;
+            for (int64_t d = 0; d < work.partitions[j].width; ++d) total += gradient[d] * w[j][d];
+            gradient += work.partitions[j].width;
         }
         return total;
     }
@@ -169,16 +207,15 @@ QR_INLINE float product_with_composed(const Table& t, const Partition* p, const 
     return total;
 }
 
-// Any number of partitions, widths, types and operations.
-QR_INLINE void accumulate_in_memory(const Part& part) {
+QR_INLINE const float* widened(const TableBackward& work, int index, const char* row, float buffer[][kMaxWidth]) {
+    const Partition& p = work.partitions[index];
+    return as_floats(row, p.weight_type, p.width, buffer[index]);
+}
+
+QR_INLINE void sorted_in_memory(const Part& part) {
     TableBackward& work = *part.work;
     const Group& g = *work.group;
-    const Table& t = *work.table;
     const PartitionRows& pivot = work.rows.partition[work.pivot_index];
-    int64_t column[kMaxPartitions] = {};
-    if (t.operation == kConcat) {
-        for (int j = 1; j < t.num_partitions; ++j) column[j] = column[j - 1] + work.partitions[j - 1].width;
-    }
     EntriesAhead ahead;
     ahead.next = part.first;
     ahead.last = part.last;
@@ -191,41 +228,111 @@ QR_INLINE void accumulate_in_memory(const Part& part) {
         if (e.row != row) {
             if (row >= 0) work.complete(*work.pivot, row, sums);
             row = e.row;
-            w[work.pivot_index] = as_floats(pivot.weight + row * pivot.row_bytes, pivot.weight_type, pivot.width,
-                                            buffer[work.pivot_index]);
+            w[work.pivot_index] = widened(work, work.pivot_index, pivot.weight + row * pivot.row_bytes, buffer);
             for (int64_t d = 0; d < pivot.width; ++d) sums[d] = 0.0f;
         }
-        for (int j = 0; j < work.num_others; ++j) {
-            const int index = work.others[j].index;
-            w[index] = as_floats(e.weight[j], work.partitions[index].weight_type, work.partitions[index].width,
-                                 buffer[index]);
+        for (int j = 0; j < work.num_sums; ++j) {
+            w[work.sums[j].index] = widened(work, work.sums[j].index, e.weight[j], buffer);
         }
-        for (int j = -1; j < work.num_others; ++j) {
-            if (j >= 0 && !work.others[j].needed) continue;
-            const int index = j < 0 ? work.pivot_index : work.others[j].index;
-            const float* rest[kMaxPartitions] = {};
-            int k = 0;
-            for (int other = 0; t.operation == kMult && other < t.num_partitions; ++other) {
-                if (other != index) rest[k++] = w[other];
-            }
-            add_product(j < 0 ? sums : e.sums[j], e.gradient + column[index], e.scale, rest, k,
-                        work.partitions[index].width);
+        add_gradient(work, work.pivot_index, e.gradient, e.scale, w, sums);
+        for (int j = 0; j < work.num_sums; ++j) {
+            if (work.sums[j].needed) add_gradient(work, work.sums[j].index, e.gradient, e.scale, w, e.sums[j]);
         }
         if (g.id_weights_gradient) {
-            g.id_weights_gradient[e.position] = e.mean * product_with_composed(t, work.partitions, e.gradient, w);
+            g.id_weights_gradient[e.position] = product_with_composed(work, e.gradient, w);
         }
     }
     if (row >= 0) work.complete(*work.pivot, row, sums);
 }
 
+// Bag by bag; W = 0: any number of partitions, widths, types and operations, otherwise K of W floats.
+template <typename V, int W, int OP, int K>
+QR_INLINE void bag_by_bag(const Part& part) {
+    constexpr int NV = W / kLanes<V>;
+    TableBackward& work = *part.work;
+    const Group& g = *work.group;
+    const Table& t = *work.table;
+    const int k = K > 0 ? K : t.num_partitions;
+    float* sums[kMaxPartitions];
+    uint8_t* touched[kMaxPartitions];
+    for (int j = 0; j < k; ++j) {
+        sums[j] = work.sums[j].needed ? work.sums[j].sums_of(part.part) : nullptr;
+        touched[j] = work.sums[j].needed ? work.sums[j].touched_of(part.part) : nullptr;
+    }
+    float gradient[W > 0 ? W : kMaxPartitions * kMaxWidth], buffer[W > 0 ? 1 : kMaxPartitions][kMaxWidth];
+    const int64_t first_bag = t.first_feature * g.num_bags;
+    int64_t f = g.pooled ? part.first / g.num_bags : 0, b = g.pooled ? part.first % g.num_bags : part.first;
+    for (int64_t bag = part.first; bag < part.last; ++bag, ++b) {
+        if (g.pooled && b == g.num_bags) {
+            b = 0;
+            ++f;
+        }
+        int64_t n = g.pooled ? integer_at(g.offsets, g.offset_type, first_bag + bag) : work.first_id + bag;
+        const int64_t end = g.pooled ? integer_at(g.offsets, g.offset_type, first_bag + bag + 1) : n + 1;
+        const float* given = work.gradient + b * work.gradient_stride + f * t.dim;
+        const float mean = t.mean && end > n ? 1.0f / static_cast<float>(end - n) : 1.0f;
+        if (bag + kAhead < part.last) prefetch(given + kAhead * work.gradient_stride, t.dim * 4);
+        V of_bag[NV > 0 ? NV : 1] = {};
+        if constexpr (NV > 0) {
+            for (int v = 0; v < NV; ++v) of_bag[v] = load<V>(given + v * kLanes<V>) * mean;
+            for (int v = 0; v < NV; ++v) store(gradient + v * kLanes<V>, of_bag[v]);
+        } else {
+            for (int64_t d = 0; d < t.dim; ++d) gradient[d] = given[d] * mean;
+        }
+        for (; n < end; ++n) {
+            int64_t rows[kMaxPartitions];
+            if (__builtin_expect(!work.rows.find<K>(integer_at(g.ids, g.id_type, n), rows, *part.failure), 0)) {
+                part.failure->position = n;
+                return;
+            }
+            const char* row[kMaxPartitions];
+            for (int j = 0; j < k; ++j) {
+                row[j] = work.rows.partition[j].weight + rows[j] * work.rows.partition[j].row_bytes;
+                if (touched[j]) touched[j][rows[j]] = 1;
+            }
+            const float scale = g.id_weights ? g.id_weights[n] : 1.0f;
+            if constexpr (NV > 0) {
+                const float* first = reinterpret_cast<const float*>(row[0]);
+                const float* second = K > 1 ? reinterpret_cast<const float*>(row[1]) : nullptr;
+                V x[NV];
+                for (int v = 0; v < NV; ++v) x[v] = of_bag[v] * scale;
+                if (K == 1 || OP == kAdd) {
+                    if (sums[0]) add<V, NV>(sums[0] + rows[0] * W, x);
+                    if (K > 1 && sums[1]) add<V, NV>(sums[1] + rows[1] * W, x);
+                } else {
+                    if (sums[0]) add_times<V, NV>(sums[0] + rows[0] * W, x, second);
+                    if (sums[1]) add_times<V, NV>(sums[1] + rows[1] * W, x, first);
+                }
+                if (g.id_weights_gradient) {
+                    g.id_weights_gradient[n] = product_with_composed<V, NV, OP>(gradient, first, second);
+                }
+            } else {
+                const float* w[kMaxPartitions] = {};
+                for (int j = 0; j < k; ++j) w[j] = widened(work, j, row[j], buffer);
+                for (int j = 0; j < k; ++j) {
+                    if (!sums[j]) continue;
+                    add_gradient(work, j, gradient, scale, w, sums[j] + rows[j] * work.partitions[j].width);
+                }
+                if (g.id_weights_gradient) g.id_weights_gradient[n] = product_with_composed(work, gradient, w);
+            }
+        }
+    }
+}
+
+template <typename V, int W, int OP, int K>
+QR_INLINE void accumulate_k(const Part& part) {
+    part.work->bag_by_bag ? bag_by_bag<V, W, OP, K>(part) : sorted_in_registers<V, W, OP, K>(part);
+}
+
 template <typename V, int W>
 QR_INLINE void accumulate_width(const Part& part) {
-    if (part.work->num_others == 0) {
-        accumulate_in_registers<V, W, kAdd, 1>(part);
-    } else if (part.work->table->operation == kMult) {
-        accumulate_in_registers<V, W, kMult, 2>(part);
+    const Table& t = *part.work->table;
+    if (t.num_partitions == 1) {
+        accumulate_k<V, W, kAdd, 1>(part);
+    } else if (t.operation == kMult) {
+        accumulate_k<V, W, kMult, 2>(part);
     } else {
-        accumulate_in_registers<V, W, kAdd, 2>(part);
+        accumulate_k<V, W, kAdd, 2>(part);
     }
 }
 
@@ -236,7 +343,7 @@ QR_INLINE void accumulate_as_body(const Part& part) {
         case 32: return accumulate_width<V, 32>(part);
         case 64: return accumulate_width<V, 64>(part);
         case 128: return accumulate_width<V, 128>(part);
-        default: return accumulate_in_memory(part);
+        default: return part.work->bag_by_bag ? bag_by_bag<V, 0, kAdd, 0>(part) : sorted_in_memory(part);
     }
 }
 QR_VERSIONS(accumulate_as, (const Part& part), (part))

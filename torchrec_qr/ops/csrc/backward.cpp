@@ -9,6 +9,16 @@
 #endif
 
 namespace qr {
+namespace {
+
+// Rows and sums of a table that lie in the second-level cache: bag by bag is faster than sorted.
+constexpr int64_t kBagByBagBytes = 1 << 20;
+
+// Ids per bag from which the table's columns of the gradient are copied side by side: sorted ids read them at random,
+// and in the caller's tensor each bag lies on a page of its own.
+constexpr int64_t kIdsPerCopiedBag = 2;
+
+}  // namespace
 
 int32_t TableBackward::prepare(const Group& g, int32_t t, int parts, int32_t isa, Failure* failure) {
     group = &g;
@@ -19,105 +29,146 @@ int32_t TableBackward::prepare(const Group& g, int32_t t, int parts, int32_t isa
     rows.set(g, t);
     const Spans span = span_of(g, t);
     first_id = span.first_id;
-    first_float = span.first_float;
     const int64_t n = span.last_id - span.first_id;
+    gradient = g.out_gradient + (g.pooled ? table->column : span.first_float);
+    gradient_stride = g.pooled ? g.out_stride : table->dim;
 
+    int64_t bytes = 0, all_rows = 0;
     pivot_index = 0;
-    for (int j = 1; j < table->num_partitions; ++j) {
+    for (int j = 0; j < table->num_partitions; ++j) {
+        all_rows += partitions[j].rows;
+        bytes += 2 * partitions[j].rows * partitions[j].width * 4;
         if (partitions[j].rows > partitions[pivot_index].rows) pivot_index = j;
     }
+    bag_by_bag = bytes <= kBagByBagBytes && all_rows <= 2 * n;
     pivot = &partitions[pivot_index];
     complete = complete_row(isa, *pivot);
-    num_others = 0;
+    num_sums = 0;
     for (int j = 0; j < table->num_partitions; ++j) {
-        if (j == pivot_index) continue;
-        Other& other = others[num_others++];
-        other.p = &partitions[j];
-        other.index = j;
-        other.needed = other.p->gradient || other.p->rule != kNoStep;
-        other.compact = other.needed && other.p->rows > n;
+        if (!bag_by_bag && j == pivot_index) continue;
+        Sums& s = sums[num_sums++];
+        s.p = &partitions[j];
+        s.index = j;
+        s.needed = s.p->gradient || s.p->rule != kNoStep;
+        s.compact = s.needed && !bag_by_bag && s.p->rows > n;
     }
+    if (bag_by_bag) {
+        bounds_.resize(parts + 1);
+        for (int p = 0; p <= parts; ++p) bounds_[p] = num_bags(n) * p / parts;
+    } else if (prepare_sorted(t, n, failure) != kOk) {
+        return failure->code;
+    }
+    make_sums(n);
+    return kOk;
+}
 
-    if (!sorted.reserve(n, pivot->rows)) return failed(failure, kTooLarge, t, 0, n);
-    by_other_.resize(kMaxPartitions - 1);
-    for (int j = 0; j < num_others; ++j) {
-        if (others[j].compact && !by_other_[j].reserve(n, others[j].p->rows)) return failed(failure, kTooLarge, t, 0, n);
+bool TableBackward::reserve_keys(int64_t n) {
+    position_bits = bits_for(static_cast<uint64_t>(n));
+    int rest_bits = position_bits + bits_for(static_cast<uint64_t>(num_bags(n)));
+    for (int j = 0; j < num_sums; ++j) {
+        row_bits[j] = bits_for(static_cast<uint64_t>(sums[j].p->rows));
+        rest_bits += row_bits[j];
+        if (sums[j].compact && !by_row_[j].reserve(n, sums[j].p->rows, position_bits)) return false;
     }
-    if (find_rows(failure) != kOk) return failure->code;
+    packed = sorted.reserve(n, pivot->rows, rest_bits);
+    return packed || sorted.reserve(n, pivot->rows, position_bits);
+}
+
+int32_t TableBackward::prepare_sorted(int32_t t, int64_t n, Failure* failure) {
+    const Group& g = *group;
+    if (!reserve_keys(n)) return failed(failure, kTooLarge, t, 0, n);
+    if (!packed) bag_of.resize(n);
+    const int64_t bags = num_bags(n), first_bag = table->first_feature * g.num_bags;
+    int64_t rows_of_id[kMaxPartitions], position = 0;
+    for (int64_t bag = 0; bag < bags; ++bag) {
+        const int64_t end = g.pooled ? integer_at(g.offsets, g.offset_type, first_bag + bag + 1) - first_id : bag + 1;
+        for (; position < end; ++position) {
+            const int64_t id = integer_at(g.ids, g.id_type, first_id + position);
+            if (!rows.find<0>(id, rows_of_id, *failure)) {
+                failure->position = first_id + position;
+                return failure->code;
+            }
+            uint64_t rest = 0;
+            if (packed) {
+                rest = static_cast<uint64_t>(bag);
+                for (int j = 0; j < num_sums; ++j) {
+                    rest = rest << row_bits[j] | static_cast<uint64_t>(rows_of_id[sums[j].index]);
+                }
+            } else {
+                bag_of[position] = static_cast<uint32_t>(bag);
+            }
+            sorted.set(position, rows_of_id[pivot_index], rest << position_bits | static_cast<uint64_t>(position));
+            for (int j = 0; j < num_sums; ++j) {
+                if (!sums[j].compact) continue;
+                by_row_[j].set(position, rows_of_id[sums[j].index], static_cast<uint64_t>(position));
+            }
+        }
+    }
     sorted.sort();
-
+    copy_gradient(n);
     // Whole pivot rows per part.
-    bounds_.assign(parts + 1, n);
+    bounds_.assign(parts_ + 1, n);
     bounds_[0] = 0;
-    for (int p = 1; p < parts; ++p) {
-        int64_t i = std::max(n * p / parts, bounds_[p - 1]);
+    for (int p = 1; p < parts_; ++p) {
+        int64_t i = std::max(n * p / parts_, bounds_[p - 1]);
         while (i > 0 && i < n && sorted.row(i) == sorted.row(i - 1)) ++i;
         bounds_[p] = i;
-    }
-
-    pieces_.clear();
-    for (int j = 0; j < num_others; ++j) {
-        Other& other = others[j];
-        other.slots = other.p->rows;
-        other.sums.clear();
-        other.touched.clear();
-        if (!other.needed) continue;
-        if (other.compact) {
-            by_other_[j].sort();
-            const SortedIds& by = by_other_[j];
-            other.slot_of.resize(n);
-            other.row_of.clear();
-            for (int64_t i = 0; i < n; ++i) {
-                if (i == 0 || by.row(i) != by.row(i - 1)) other.row_of.push_back(by.row(i));
-                other.slot_of[by.position(i)] = static_cast<uint32_t>(other.row_of.size() - 1);
-            }
-            other.slots = static_cast<int64_t>(other.row_of.size());
-        } else {
-            other.touched.assign(parts * other.slots, 0);
-        }
-        // One part may add up in the caller's gradient itself.
-        if (other.compact || parts > 1 || !other.p->gradient) other.sums.assign(parts * other.slots * other.p->width, 0.0f);
-        const int64_t step = std::max<int64_t>(1024, other.slots / std::max(1, 2 * group->threads));
-        for (int64_t slot = 0; slot < other.slots; slot += step) {
-            pieces_.push_back({j, slot, std::min(slot + step, other.slots)});
-        }
     }
     return kOk;
 }
 
-int32_t TableBackward::find_rows(Failure* failure) {
+void TableBackward::copy_gradient(int64_t n) {
     const Group& g = *group;
-    int64_t rows_of_id[kMaxPartitions];
-    const int64_t features = g.pooled ? table->num_features : 0;
-    const int64_t n = sorted.size();
-    mean_scale.clear();
-    if (g.pooled) gradient_at.resize(n);
-    if (g.pooled && table->mean) mean_scale.resize(n);
-    for (int64_t f = 0; f < features; ++f) {
-        const int64_t first_bag = (table->first_feature + f) * g.num_bags;
-        int64_t position = integer_at(g.offsets, g.offset_type, first_bag) - first_id;
+    if (!g.pooled) return;
+    if (table->num_features == 1 && !table->mean && n < kIdsPerCopiedBag * g.num_bags) return;
+    gradient_copy_.resize(num_bags(n) * table->dim);
+    const int64_t first_bag = table->first_feature * g.num_bags;
+    for (int64_t f = 0; f < table->num_features; ++f) {
         for (int64_t b = 0; b < g.num_bags; ++b) {
-            const int64_t end = integer_at(g.offsets, g.offset_type, first_bag + b + 1) - first_id;
-            const int64_t at = b * g.out_stride + table->column + f * table->dim;
-            const float scale = 1.0f / static_cast<float>(std::max<int64_t>(end - position, 1));
-            for (; position < end; ++position) {
-                gradient_at[position] = at;
-                if (table->mean) mean_scale[position] = scale;
+            const int64_t bag = f * g.num_bags + b;
+            const float* from = gradient + b * gradient_stride + f * table->dim;
+            float* to = gradient_copy_.data() + bag * table->dim;
+            float scale = 1.0f;
+            if (table->mean) {
+                const int64_t ids = integer_at(g.offsets, g.offset_type, first_bag + bag + 1) -
+                                    integer_at(g.offsets, g.offset_type, first_bag + bag);
+                scale = 1.0f / static_cast<float>(std::max<int64_t>(ids, 1));
             }
+            for (int64_t d = 0; d < table->dim; ++d) to[d] = from[d] * scale;
         }
     }
-    for (int64_t position = 0; position < n; ++position) {
-        const int64_t id = integer_at(g.ids, g.id_type, first_id + position);
-        if (!rows.find<0>(id, rows_of_id, *failure)) {
-            failure->position = first_id + position;
-            return failure->code;
+    gradient = gradient_copy_.data();
+    gradient_stride = table->dim;
+}
+
+void TableBackward::make_sums(int64_t n) {
+    pieces_.clear();
+    for (int j = 0; j < num_sums; ++j) {
+        Sums& s = sums[j];
+        s.slots = s.p->rows;
+        s.sums.clear();
+        s.touched.clear();
+        if (!s.needed) continue;
+        if (s.compact) {
+            SortedIds& by = by_row_[j];
+            by.sort();
+            s.slot_of.resize(n);
+            s.row_of.clear();
+            for (int64_t i = 0; i < n; ++i) {
+                if (i == 0 || by.row(i) != by.row(i - 1)) s.row_of.push_back(by.row(i));
+                s.slot_of[by.rest(i)] = static_cast<uint32_t>(s.row_of.size() - 1);
+            }
+            s.slots = static_cast<int64_t>(s.row_of.size());
+        } else {
+            s.touched.assign(parts_ * s.slots, 0);
         }
-        sorted.set(position, rows_of_id[pivot_index]);
-        for (int j = 0; j < num_others; ++j) {
-            if (others[j].compact) by_other_[j].set(position, rows_of_id[others[j].index]);
+        // One part may add up in the caller's gradient itself.
+        if (s.compact || parts_ > 1 || !s.p->gradient) s.sums.assign(parts_ * s.slots * s.p->width, 0.0f);
+        const int64_t step = std::max<int64_t>(1024, s.slots / std::max(1, 2 * group->threads));
+        for (int64_t slot = 0; slot < s.slots; slot += step) {
+            pieces_.push_back({j, slot, std::min(slot + step, s.slots)});
         }
     }
-    return kOk;
 }
 
 int32_t TableBackward::accumulate(int part, Failure* failure) {
@@ -127,24 +178,24 @@ int32_t TableBackward::accumulate(int part, Failure* failure) {
 }
 
 void TableBackward::finish(int piece) {
-    Other& other = others[pieces_[piece].other];
-    const Partition& p = *other.p;
-    const CompleteRow complete_other = complete_row(isa_, p);
+    Sums& s = sums[pieces_[piece].sums];
+    const Partition& p = *s.p;
+    const CompleteRow complete_this = complete_row(isa_, p);
     for (int64_t slot = pieces_[piece].first; slot < pieces_[piece].last; ++slot) {
-        bool touched = other.compact;
-        for (int part = 0; part < parts_ && !touched; ++part) touched = other.touched_of(part)[slot];
+        bool touched = s.compact;
+        for (int part = 0; part < parts_ && !touched; ++part) touched = s.touched_of(part)[slot];
         if (!touched) continue;
-        const int64_t row = other.compact ? other.row_of[slot] : slot;
-        if (other.sums.empty()) {
+        const int64_t row = s.compact ? s.row_of[slot] : slot;
+        if (s.sums.empty()) {
             if (p.touched) p.touched[row] = 1;  // the sums are the caller's gradient already
             continue;
         }
-        float* sums = other.sums_of(0) + slot * p.width;
+        float* total = s.sums_of(0) + slot * p.width;
         for (int part = 1; part < parts_; ++part) {
-            const float* more = other.sums_of(part) + slot * p.width;
-            for (int64_t d = 0; d < p.width; ++d) sums[d] += more[d];
+            const float* more = s.sums_of(part) + slot * p.width;
+            for (int64_t d = 0; d < p.width; ++d) total[d] += more[d];
         }
-        complete_other(p, row, sums);
+        complete_this(p, row, total);
     }
 }
 

@@ -178,8 +178,9 @@ QR_INLINE void look_up_body(const Task& task) {
 
 QR_VERSIONS(look_up, (const Task& task), (task))
 
-// Bags, or ids, of a task: few enough that threads end together, many enough that tasks cost nothing.
-constexpr int64_t kBagsPerTask = 512;
+// Bytes of `out` that a block of bags takes. All tables are looked up for one block before the next, so that its pages
+// stay in the address translation caches while the tables fill their columns of it.
+constexpr int64_t kBlockBytes = 2 << 20;
 
 }  // namespace
 }  // namespace qr
@@ -190,20 +191,28 @@ int32_t qr_forward(const qr::Group* group, qr::Failure* failure) try {
     const Group& g = *group;
     std::vector<TableRows> rows(g.num_tables);
     std::vector<Task> tasks;
-    for (int32_t t = 0; t < g.num_tables; ++t) {
-        const Table& table = g.tables[t];
-        rows[t].set(g, t);
-        const Spans span = span_of(g, t);
-        const int64_t features = g.pooled ? table.num_features : 1;
-        for (int64_t f = 0; f < features; ++f) {
-            const int64_t first = g.pooled ? (table.first_feature + f) * g.num_bags : span.first_id;
-            const int64_t last = g.pooled ? first + g.num_bags : span.last_id;
-            float* out = g.pooled ? g.out + table.column + f * table.dim : g.out + span.first_float;
-            const int64_t stride = g.pooled ? g.out_stride : table.dim;
-            const int64_t step = g.threads > 1 ? kBagsPerTask : std::max<int64_t>(last - first, 1);
-            for (int64_t b = first; b < last; b += step) {
-                tasks.push_back({&g, &rows[t], &table, b, std::min(b + step, last), out + (b - first) * stride, stride,
-                                 nullptr});
+    for (int32_t t = 0; t < g.num_tables; ++t) rows[t].set(g, t);
+    if (g.pooled) {
+        const int64_t step = std::clamp<int64_t>(kBlockBytes / (4 * std::max<int64_t>(g.out_stride, 1)), 64, 1024);
+        for (int64_t b = 0; b < g.num_bags; b += step) {
+            const int64_t bags = std::min(step, g.num_bags - b);
+            for (int32_t t = 0; t < g.num_tables; ++t) {
+                const Table& table = g.tables[t];
+                for (int64_t f = 0; f < table.num_features; ++f) {
+                    const int64_t first = (table.first_feature + f) * g.num_bags + b;
+                    float* out = g.out + b * g.out_stride + table.column + f * table.dim;
+                    tasks.push_back({&g, &rows[t], &table, first, first + bags, out, g.out_stride, nullptr});
+                }
+            }
+        }
+    } else {
+        for (int32_t t = 0; t < g.num_tables; ++t) {
+            const Table& table = g.tables[t];
+            const Spans span = span_of(g, t);
+            const int64_t step = std::max<int64_t>(kBlockBytes / (4 * table.dim), 64);
+            for (int64_t n = span.first_id; n < span.last_id; n += step) {
+                float* out = g.out + span.first_float + (n - span.first_id) * table.dim;
+                tasks.push_back({&g, &rows[t], &table, n, std::min(n + step, span.last_id), out, table.dim, nullptr});
             }
         }
     }

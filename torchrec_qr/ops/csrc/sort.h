@@ -1,28 +1,28 @@
-// Ids by row: a stable radix sort of (row, position), so that the ids of a row follow each other in their given order.
+// Ids by row: a stable radix sort, so that the ids of a row follow each other in the order in which they were given.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "isa.h"
 
 namespace qr {
 
+// Bits that hold 0 … values - 1.
 inline int bits_for(uint64_t values) {
     int bits = 0;
-    while (bits < 64 && (values - 1) >> bits) ++bits;
-    return values > 1 ? bits : 0;
+    while (values > 1 && (values - 1) >> bits) ++bits;
+    return bits;
 }
 
-// row << position_bits | position, sorted.
+// 64 bits per id: its row on top, by which they are sorted, and below it whatever else the caller packs.
 class SortedIds {
    public:
-    // Room for n ids of `rows` rows; false if they do not fit 64 bits.
-    bool reserve(int64_t n, int64_t rows) {
-        position_bits_ = bits_for(static_cast<uint64_t>(n));
+    // Room for n ids of `rows` rows with `rest_bits` bits below; false if that is too much.
+    bool reserve(int64_t n, int64_t rows, int rest_bits) {
+        rest_bits_ = rest_bits;
         row_bits_ = bits_for(static_cast<uint64_t>(rows));
-        if (position_bits_ + row_bits_ > 64 || n > INT64_C(0xffffffff)) return false;
+        if (rest_bits_ + row_bits_ > 63 || n > INT64_C(0xffffffff)) return false;
         size_ = n;
         if (static_cast<int64_t>(keys_.size()) < n) {
             keys_.resize(n);
@@ -30,16 +30,16 @@ class SortedIds {
         }
         return true;
     }
-    QR_INLINE void set(int64_t position, int64_t row) {
-        keys_[position] = static_cast<uint64_t>(row) << position_bits_ | static_cast<uint64_t>(position);
+    QR_INLINE void set(int64_t i, int64_t row, uint64_t rest) {
+        keys_[i] = static_cast<uint64_t>(row) << rest_bits_ | rest;
     }
-    // By the bits of rows alone: positions were set in order, and the sort is stable.
+    // By the bits of rows alone, and stable.
     void sort() {
         const int passes = (row_bits_ + kMaxDigit - 1) / kMaxDigit;
         int done = 0;
         for (int pass = 0; pass < passes; ++pass) {
             const int digit = (row_bits_ - done + passes - pass - 1) / (passes - pass);
-            const int shift = position_bits_ + done;
+            const int shift = rest_bits_ + done;
             const uint64_t mask = (uint64_t{1} << digit) - 1;
             uint32_t starts[1 << kMaxDigit] = {};
             uint64_t* from = keys_.data();
@@ -56,19 +56,14 @@ class SortedIds {
             done += digit;
         }
     }
-    QR_INLINE int64_t size() const { return size_; }
-    QR_INLINE int64_t row(int64_t i) const {
-        return static_cast<int64_t>(position_bits_ < 64 ? keys_[i] >> position_bits_ : 0);
-    }
-    QR_INLINE int64_t position(int64_t i) const {
-        return static_cast<int64_t>(keys_[i] & ((uint64_t{1} << position_bits_) - 1));
-    }
+    QR_INLINE int64_t row(int64_t i) const { return static_cast<int64_t>(keys_[i] >> rest_bits_); }
+    QR_INLINE uint64_t rest(int64_t i) const { return keys_[i] & ((uint64_t{1} << rest_bits_) - 1); }
 
    private:
     static constexpr int kMaxDigit = 11;
     std::vector<uint64_t> keys_, other_;
     int64_t size_ = 0;
-    int position_bits_ = 0, row_bits_ = 0;
+    int rest_bits_ = 0, row_bits_ = 0;
 };
 
 }  // namespace qr

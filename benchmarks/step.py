@@ -1,0 +1,145 @@
+"""Step times: uncompressed tables, TorchRec's stock parts, dlrm's QR bag, and ours: ``python -m benchmarks.step``.
+
+Two gloo processes of one thread each train tables on random ids: forward, backward and optimizer. All variants of a
+cell are timed in turn in one run, so that a ratio to ``full`` holds on a busy machine; a run gives a median, and the
+figures are medians of the runs' medians, with the least and the largest ratio. Before and after, a step of every
+variant is compared with float64.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+WORLD_SIZE = 2
+ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused", "fallback"]
+
+
+def main() -> None:
+    """Measures the grid, or ``--quick`` a part of it, and prints a line per row."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__)
+    parser.add_argument("--json", type=Path, help="writes the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="full and fused, table-wise, D=64, S=2e5, SGD; a minute")
+    parser.add_argument("--headline", action="store_true", help="all variants, table-wise, D=64, S=2e5")
+    parser.add_argument("--runs", type=int, help="default: 5, --quick: 1")
+    parser.add_argument("--steps", type=int, default=11, help="timed steps per run and variant")
+    parser.add_argument("--bags", type=int, default=2048, help="local batch")
+    parser.add_argument("--variants", nargs="+", choices=ALL, default=None)
+    parser.add_argument("--max-gib", type=float, default=6.0, help="leaves out cells whose full tables are larger")
+    options = parser.parse_args()
+    cells = quick() if options.quick else headline() if options.headline else grid(options.max_gib)
+    if options.variants:
+        cells = [{**cell, "variants": options.variants} for cell in cells]
+    runs = options.runs or (1 if options.quick else 5)
+    rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps})
+    if options.json:
+        about = {"date": date.today().isoformat(), "machine": machine(), "runs": runs, "bags": options.bags}
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+def cell(num_ids: int, dim: int, features: int, sharding: str, optimizer: str, **fields: Any) -> dict[str, Any]:
+    tables = {"num_ids": num_ids, "dim": dim, "num_features": features, "sharding": sharding, "optimizer": optimizer}
+    return {"tables": tables, "ms": [4, math.isqrt(num_ids)], "hots": [1, 10], "variants": ALL, **fields}
+
+
+def quick() -> list[dict[str, Any]]:
+    return [cell(200_000, 64, 26, "table_wise", "sgd", variants=["full", "fused"])]
+
+
+def headline() -> list[dict[str, Any]]:
+    return [cell(200_000, 64, 26, "table_wise", o, variants=_of(o)) for o in ("sgd", "rowwise_adagrad")]
+
+
+def grid(max_gib: float) -> list[dict[str, Any]]:
+    """All shardings, optimizers and widths, with as many features of the largest tables as fit."""
+    cells = headline()
+    for dim in (16, 64, 128):
+        for num_ids in (200_000, 10_000_000):
+            fitting = int(max_gib * 2**30 / (num_ids * dim * 4))
+            features = 26 if num_ids == 200_000 else min(4, fitting // 2 * 2)
+            if not features or features > fitting:
+                continue
+            for sharding in ("table_wise", "column_wise", "data_parallel"):
+                for optimizer in ("sgd", "rowwise_adagrad"):
+                    made = cell(num_ids, dim, features, sharding, optimizer, variants=["full", "fused"])
+                    if (sharding, dim, num_ids) != ("table_wise", 64, 200_000):
+                        cells.append(made)
+    return cells
+
+
+def _of(optimizer: str) -> list[str]:
+    # torch has no rowwise Adagrad for sparse gradients.
+    return [v for v in ALL if v != "dlrm_bag" or optimizer == "sgd"]
+
+
+def run(cells: list[dict[str, Any]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs the cells on processes of their own, and returns the rows as they are printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows"
+        out.touch()
+        job = json.dumps({"cells": cells, "arguments": arguments, "out": str(out), "store": f"{folder}/store"})
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.step_worker", job],
+                env={
+                    **os.environ,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(WORLD_SIZE),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+                    "OMP_NUM_THREADS": "1",
+                },
+                stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
+            )
+            for rank in range(WORLD_SIZE)
+        ]
+        try:
+            rows = _followed(out, ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return rows
+
+
+def _followed(out: Path, ranks: list[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    while True:
+        ended = [rank.poll() for rank in ranks]
+        lines = out.read_text().splitlines()
+        for line in lines[len(rows) :]:
+            rows.append(json.loads(line))
+            print(_line(rows[-1]), flush=True)
+        if all(code == 0 for code in ended):
+            return rows
+        if any(code not in (None, 0) for code in ended):
+            raise SystemExit(f"a rank failed (exit codes {ended}); VERBOSE=1 shows what it said")
+        try:
+            ranks[0].wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _line(row: dict[str, Any]) -> str:
+    ratio = "" if row["ratio_to_full"] is None else f"{row['ratio_to_full']:6.2f} of full {row['ratio_spread']}"
+    return (
+        f"{row['variant']:15} {row['sharding']:14} m={row['m']:<5} hot={row['hot']:<3} D={row['dim']:<4} "
+        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:8.1f} ms, CPU {row['median_cpu_ms']:8.1f} {ratio}"
+    )
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+    return f"{model}, {os.cpu_count()} hardware threads, load {os.getloadavg()[0]:.1f} at the start"
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    main()
