@@ -14,9 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import about
 
 WORLD_SIZE = 2
 ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused", "fallback"]
@@ -40,8 +41,8 @@ def main() -> None:
     runs = options.runs or (1 if options.quick else 5)
     rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps})
     if options.json:
-        about = {"date": date.today().isoformat(), "machine": machine(), "runs": runs, "bags": options.bags}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        sizes = {"runs": runs, "bags": options.bags}
+        options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
 
 
 def cell(num_ids: int, dim: int, features: int, sharding: str, optimizer: str, **fields: Any) -> dict[str, Any]:
@@ -130,14 +131,9 @@ def _line(row: dict[str, Any]) -> str:
     ratio = "" if row["ratio_to_full"] is None else f"{row['ratio_to_full']:6.2f} of full {row['ratio_spread']}"
     return (
         f"{row['variant']:15} {row['sharding']:14} m={row['m']:<5} hot={row['hot']:<3} D={row['dim']:<4} "
-        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:8.1f} ms, CPU {row['median_cpu_ms']:8.1f} {ratio}"
+        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:8.1f} ms, CPU {row['median_cpu_ms']:8.1f} "
+        f"{ratio}"
     )
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{model}, {os.cpu_count()} hardware threads, load {os.getloadavg()[0]:.1f} at the start"
 
 
 if __name__ == "__main__":
