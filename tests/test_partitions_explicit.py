@@ -180,7 +180,7 @@ print((peak - resident) * 1024 / (classes.numel() * classes.element_size()))
 def test_ten_million_ids_are_checked_in_little_memory(top: int, sizes: tuple[int, ...]) -> None:
     growths = []
     while not growths or (growths[-1] >= 4 and len(growths) < 3):
-        # Where the kernel takes idle pages from a process, what comes back counts as growth: the least reading is right.
+        # Where the system takes idle pages from a process, what comes back counts: the least reading is right.
         command = [sys.executable, "-c", MEASURE, str(top)]
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
         outcome, growth = run.stdout.strip().split("\n")
