@@ -53,6 +53,10 @@ class TrainTask(nn.Module):
             return (
                 f"{len(bad_rows)} rows of the batch have dense features that are not finite, the first is {bad_rows[0]}"
             )
+        return self.suspect()
+
+    def suspect(self) -> str:
+        """Says of this rank's parameters which are not finite or, where all are, which has the largest value."""
         with torch.no_grad():
             largest = {name: p.detach().abs().max().item() for name, p in self.model.named_parameters() if p.numel()}
         bad = [name for name, value in largest.items() if not value < float("inf")]

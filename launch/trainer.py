@@ -204,7 +204,7 @@ class Trainer:
             self._output.say(
                 f"step {self.step}: a validation AUC of {q.auc:.4f} is that of guessing. Either the learning rates "
                 f"(sparse {self._job.optimizer.sparse.lr:g}, dense {self._job.optimizer.dense.lr:g}) are too high or "
-                "too low, or labels and features do not belong together."
+                f"too low, or labels and features do not belong together; {self._task.suspect()}"
             )
         self._reached = self._job.train.stop_at_auc is not None and q.auc >= self._job.train.stop_at_auc
         if self._best is None or q.logloss < self._best:

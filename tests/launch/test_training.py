@@ -1,6 +1,7 @@
 """A job on two ranks, from its config to the last line of its metrics."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,4 @@ def test_guessing_is_said(tmp_path: Path) -> None:
     printed = run(tmp_path, *with_set(*SMALL, "optimizer.dense.lr=100", "train.max_steps=4"), world_size=1)
     assert "is that of guessing" in printed
     assert "dense 100" in printed
+    assert re.search(r"the largest is \S+, in (dense|over)_arch\S+", printed)  # the layers whose rate that is
