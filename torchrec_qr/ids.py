@@ -59,7 +59,8 @@ class DeferredChecks:
         while self._checks and (wait or self._checks[0][2].query()):
             space, extremes, arrived = self._checks.popleft()
             arrived.synchronize()
-            _raise_if_outside(extremes, space)
+            low, high = extremes.tolist()
+            raise_if_outside(low, high, space)
 
 
 _deferred = DeferredChecks()
@@ -119,7 +120,8 @@ def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
         case "error" if ids.numel() and ids.is_cuda:
             return _clamped_with_deferred_error(ids, space)
         case "error" if ids.numel() and not ids.is_meta:
-            _raise_if_outside(torch.stack(ids.aminmax()), space)
+            low, high = torch.stack(ids.aminmax()).tolist()
+            raise_if_outside(low, high, space)
     return ids
 
 
@@ -141,8 +143,8 @@ def _clamped_with_deferred_error(ids: Tensor, space: IdSpace) -> Tensor:
     return ids.clamp(0, space.num_ids - 1)
 
 
-def _raise_if_outside(extremes: Tensor, space: IdSpace) -> None:
-    low, high = extremes.tolist()
+def raise_if_outside(low: int, high: int, space: IdSpace) -> None:
+    """Raises IndexError unless the least and the largest id of a batch lie in [0, S)."""
     if low < 0 or high >= space.num_ids:
         raise IndexError(
             f"table {space.table!r}, feature {space.feature!r}: id {low if low < 0 else high} is outside "

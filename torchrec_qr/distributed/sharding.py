@@ -6,6 +6,7 @@ rows are split, encoded; and ``create_lookup``.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ from torchrec_qr.distributed.local_shard import ReplicatedPartitions
 from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas
 from torchrec_qr.distributed.placement import Placed, place, placed
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
-from torchrec_qr.ids import IdSpace, bounded_ids, raise_pending
+from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside, raise_pending
+from torchrec_qr.ops import cpu
+from torchrec_qr.ops.lookup import available
 
 
 class _CompositionalLookup:
@@ -197,18 +200,24 @@ class _PrepareIds:
         if not any(self._places):
             return features
         raise_pending(wait=False)
-        given = features.values().split(features.length_per_key())
+        values, starts = features.values(), features.offset_per_key()
+        if available(values.device) and values.dtype == torch.int64 and all(map(self._is_only_checked, self._places)):
+            bounds = cpu.id_bounds(values, starts)
+            for at, feature, (low, high) in zip(self._places, features.keys(), bounds, strict=True):
+                if at is not None and at.config.out_of_range == "error" and low <= high:
+                    raise_if_outside(low, high, _id_space(at, feature))
+            return features
         ids = []
         # A feature comes once per column shard of its table, with the same ids.
         prepared: dict[tuple[str, str], Tensor] = {}
-        for values, feature, at in zip(given, features.keys(), self._places, strict=True):
+        for (start, end), feature, at in zip(pairwise(starts), features.keys(), self._places, strict=True):
             if at is None:
                 # One type for all: codes of one feature may need int64 where the ids of all came as int32.
-                ids.append(values.to(torch.int64))
+                ids.append(values[start:end].to(torch.int64))
                 continue
             key = (at.config.name, feature)
             if key not in prepared:
-                prepared[key] = self._prepare(values, feature, at)
+                prepared[key] = self._prepare(values[start:end], feature, at)
             ids.append(prepared[key])
         return KeyedJaggedTensor(
             keys=features.keys(),
@@ -220,12 +229,23 @@ class _PrepareIds:
             length_per_key=features.length_per_key(),
         )
 
+    def _is_only_checked(self, at: Placed | None) -> bool:
+        """Whether the ids of a feature pass as they are, unless they raise."""
+        if at is None:
+            return True
+        encoded = self._encode and at.sharding_type in ROW_SPLIT
+        return not encoded and at.config.out_of_range in ("error", "unchecked")
+
     def _prepare(self, ids: Tensor, feature: str, at: Placed) -> Tensor:
         config = at.config
-        ids = bounded_ids(ids, IdSpace(config.name, feature, config.num_embeddings, config.out_of_range))
+        ids = bounded_ids(ids, _id_space(at, feature))
         if not self._encode or at.sharding_type not in ROW_SPLIT:
             return ids
         return RowCode(config).encode(ids, self._class_maps.get(config.name))
+
+
+def _id_space(at: Placed, feature: str) -> IdSpace:
+    return IdSpace(at.config.name, feature, at.config.num_embeddings, at.config.out_of_range)
 
 
 class TwPooled(_Compositional, TwPooledEmbeddingSharding):

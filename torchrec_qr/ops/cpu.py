@@ -2,7 +2,8 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -144,6 +145,22 @@ def step_rows(
         raise IndexError(f"row {int(failure[0]['value'])} is out of range [0, {weight.shape[0]})")
 
 
+def id_bounds(ids: Tensor, starts: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the least and the largest id of each feature, whose ids begin and end at ``starts``; (0, -1): no ids."""
+    if ids.dim() != 1 or any(a > b for a, b in pairwise([0, *starts, ids.numel()])):
+        raise ValueError(
+            f"starts {list(starts)} of {tuple(ids.shape)} ids; allowed: increasing, from 0 to their number"
+        )
+    ids, first = ids.contiguous(), np.asarray(starts, np.int64)
+    bounds = np.empty((len(starts) - 1, 2), np.int64)
+    library = _library()
+    assert library is not None
+    library.qr_id_bounds(
+        ids.data_ptr(), TYPES[ids.dtype], first.ctypes.data, len(bounds), cpu_library.isa(), bounds.ctypes.data
+    )
+    return [(low, high) for low, high in bounds.tolist()]
+
+
 def num_states(rule: int) -> int:
     """Returns how many tensors of state a rule keeps per weight."""
     return {2: 1, 3: 1, 4: 2, 5: MAX_STATES}.get(rule, 0)
@@ -182,25 +199,13 @@ class _Call:
         num_bags = (batch.offsets.numel() - 1) // max(plan.num_features, 1) if batch.pooled else 0
         self.out_shape = (num_bags, plan.columns) if batch.pooled else (_floats(plan, batch),)
         self.group = np.zeros(1, GROUP)
-        group: dict[str, Any] = {
-            "tables": plan.tables.ctypes.data,
-            "partitions": self.partitions.ctypes.data,
-            "ids": self._ids.data_ptr(),
-            "offsets": self._offsets.data_ptr(),
-            "id_weights": 0 if self._weights is None else self._weights.data_ptr(),
-            "num_tables": len(plan.tables),
-            "num_features": plan.num_features,
-            "num_ids": batch.ids.numel(),
-            "num_bags": num_bags,
-            "out_stride": plan.columns if batch.pooled else 0,
-            "id_type": TYPES[batch.ids.dtype],
-            "offset_type": TYPES[batch.offsets.dtype],
-            "pooled": batch.pooled,
-            "threads": torch.get_num_threads(),
-            "isa": cpu_library.isa(),
-        }
-        for field, value in group.items():
-            self.group[field] = value
+        self.group[0] = (
+            *(plan.tables.ctypes.data, self.partitions.ctypes.data, self._ids.data_ptr(), self._offsets.data_ptr()),
+            *(0 if self._weights is None else self._weights.data_ptr(), 0, 0, 0),
+            *(len(plan.tables), plan.num_features, batch.ids.numel(), num_bags, plan.columns if batch.pooled else 0),
+            *(TYPES[batch.ids.dtype], TYPES[batch.offsets.dtype], batch.pooled),
+            *(torch.get_num_threads(), cpu_library.isa()),
+        )
 
     def run(self, function: str) -> None:
         library = _library()
@@ -239,13 +244,12 @@ def _check(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batch: B
     """What the library cannot see: sizes of tensors, of which it is given addresses."""
     if len(weights) != len(plan.partitions):
         raise ValueError(f"{len(weights)} weights; allowed: one per partition, {len(plan.partitions)}")
-    if len(names.split("\n")) != len(plan.layouts):
+    if names.count("\n") + 1 != len(plan.layouts):
         raise ValueError(f"names of tables {names!r}; allowed: one per table, {len(plan.layouts)}")
-    for w, p in zip(weights, plan.partitions, strict=True):
-        if w.dim() != 2 or w.shape[1] != p["width"] or (w.stride(1) != 1 and w.shape[1] > 1 and w.numel()):
+    for w, width in zip(weights, plan.widths, strict=True):
+        if w.dim() != 2 or w.shape[1] != width or (w.stride(1) != 1 and w.shape[1] > 1 and w.numel()):
             raise ValueError(
-                f"a weight of shape {tuple(w.shape)}, strides {w.stride()}; allowed: rows of {p['width']} contiguous "
-                "columns"
+                f"a weight of shape {tuple(w.shape)}, strides {w.stride()}; allowed: rows of {width} contiguous columns"
             )
     if batch.ids.dim() != 1 or batch.offsets.dim() != 1 or not batch.offsets.numel():
         raise ValueError(

@@ -35,6 +35,8 @@ def _loaded(path: Path) -> ctypes.CDLL | str:
     pointer = ctypes.c_void_p
     library.qr_step_rows.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
     library.qr_step_rows.restype = ctypes.c_int32
+    library.qr_id_bounds.argtypes = [pointer, ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
+    library.qr_id_bounds.restype = None
     return library
 
 

@@ -76,6 +76,7 @@ class Plan:
             feature += t.num_features
             column += t.num_features * t.dim
         self.num_features, self.columns = feature, column
+        self.widths: list[int] = self.partitions["width"].tolist()
 
 
 @lru_cache(maxsize=1024)

@@ -182,8 +182,45 @@ QR_VERSIONS(look_up, (const Task& task), (task))
 // stay in the address translation caches while the tables fill their columns of it.
 constexpr int64_t kBlockBytes = 2 << 20;
 
+struct Bounds {
+    const void* ids;
+    int32_t id_type;
+    int64_t first, last;
+    int64_t* bounds;
+};
+
+template <typename Id>
+QR_INLINE void bounds_of(const Id* ids, int64_t n, int64_t* bounds) {
+    Id low = ids[0], high = ids[0];
+    for (int64_t i = 1; i < n; ++i) {
+        low = ids[i] < low ? ids[i] : low;
+        high = ids[i] > high ? ids[i] : high;
+    }
+    bounds[0] = low;
+    bounds[1] = high;
+}
+
+template <typename V>
+QR_INLINE void find_bounds_body(const Bounds& b) {
+    if (b.id_type == kInt32) {
+        bounds_of(static_cast<const int32_t*>(b.ids) + b.first, b.last - b.first, b.bounds);
+    } else {
+        bounds_of(static_cast<const int64_t*>(b.ids) + b.first, b.last - b.first, b.bounds);
+    }
+}
+QR_VERSIONS(find_bounds, (const Bounds& b), (b))
+
 }  // namespace
 }  // namespace qr
+
+void qr_id_bounds(const void* ids, int32_t id_type, const int64_t* starts, int64_t n, int32_t isa, int64_t* bounds) {
+    for (int64_t f = 0; f < n; ++f) {
+        bounds[2 * f] = 0;
+        bounds[2 * f + 1] = -1;
+        if (starts[f] == starts[f + 1]) continue;
+        qr::find_bounds(qr::usable_isa(isa), qr::Bounds{ids, id_type, starts[f], starts[f + 1], bounds + 2 * f});
+    }
+}
 
 int32_t qr_forward(const qr::Group* group, qr::Failure* failure) try {
     using namespace qr;

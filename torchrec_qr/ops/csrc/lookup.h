@@ -96,6 +96,9 @@ QR_EXPORT int32_t qr_backward(const qr::Group* group, qr::Failure* failure);
 // One step of n rows of a partition, each once, by their gradients (n, width).
 QR_EXPORT int32_t qr_step_rows(const qr::Partition* partition, const int64_t* rows, const float* gradients, int64_t n,
                                int32_t isa, qr::Failure* failure);
+// Least and largest id of each of n features, whose ids are [starts[f], starts[f + 1]): bounds (n, 2), of no ids (0, -1).
+QR_EXPORT void qr_id_bounds(const void* ids, int32_t id_type, const int64_t* starts, int64_t n, int32_t isa,
+                            int64_t* bounds);
 // The best instruction set of this machine that the kernels have.
 QR_EXPORT int32_t qr_best_isa();
 // Sizes of Partition, Table, Group and Failure in bytes.
