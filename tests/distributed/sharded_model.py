@@ -233,14 +233,16 @@ def state_of(model: DistributedModelParallel) -> dict[str, Tensor]:
     """The fused optimizer's state, whole; a rank without a shard of a table takes part in putting it together."""
     states = model.fused_optimizer.state_dict()["state"].values()
     mine = {name: value for state in states for name, value in state.items()}
-    shapes = {n: (tuple(v.size()), hasattr(v, "local_shards")) for n, v in mine.items()}
+    shown = {n: (tuple(v.size()), None if hasattr(v, "local_shards") else v) for n, v in mine.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, shapes)
+    dist.all_gather_object(gathered, shown)
     out = {}
-    for name, (size, is_sharded) in sorted({n: s for g in gathered for n, s in g.items()}.items()):
-        if is_sharded and name not in mine:
+    for name, (size, plain) in sorted({n: s for g in gathered for n, s in g.items()}.items()):
+        if name in mine:
+            out[name] = whole(mine[name])
+        elif plain is not None:
+            out[name] = plain
+        else:
             out[name] = torch.zeros(size)
             dist.all_reduce(out[name])
-        else:
-            out[name] = whole(mine[name])
     return out

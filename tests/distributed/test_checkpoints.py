@@ -89,12 +89,16 @@ def load_and_finish(
         assert_same(state_of(model), expected["final"][1], f"{sharding}: state at the end", sharding == exact)
 
 
-def test_a_checkpoint_of_two_ranks_continues_under_every_plan_and_world_size(tmp_path: Path) -> None:
-    run_ranks(save_midway, 2, "table_wise", ADAGRAD, tmp_path)
-    run_ranks(load_and_finish, 2, TWO_RANK_PLANS, ADAGRAD, tmp_path, "table_wise")
-    run_ranks(load_and_finish, 1, ("table_wise", "data_parallel"), ADAGRAD, tmp_path, None)
+@pytest.mark.parametrize("optimizer", [ADAGRAD, EmbOptimType.ADAM], ids=str)
+def test_a_checkpoint_of_two_ranks_continues_under_every_plan_and_world_size(
+    optimizer: EmbOptimType, tmp_path: Path
+) -> None:
+    """The number of steps of Adam goes along."""
+    run_ranks(save_midway, 2, "table_wise", optimizer, tmp_path)
+    run_ranks(load_and_finish, 2, TWO_RANK_PLANS, optimizer, tmp_path, "table_wise")
+    run_ranks(load_and_finish, 1, ("table_wise", "data_parallel"), optimizer, tmp_path, None)
     four = ("table_row_wise", "grid_shard", "row_wise")
-    run_ranks(load_and_finish, 4, four, ADAGRAD, tmp_path, None, local_world_size=2)
+    run_ranks(load_and_finish, 4, four, optimizer, tmp_path, None, local_world_size=2)
 
 
 def test_a_checkpoint_of_a_grid_of_four_ranks_continues_on_two(tmp_path: Path) -> None:
