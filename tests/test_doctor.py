@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from torchrec_qr.doctor import TESTED, TORCHREC_NEEDS, Stack, version_problem
+from torchrec_qr.ops import cpu_library
 
 ROOT = Path(__file__).parents[1]
 TORCH = """
@@ -89,6 +90,7 @@ def test_this_environment_fits() -> None:
     assert table["torchrec"] == [metadata.version("torchrec"), "ok"]
     assert table["triton"] == [metadata.version("triton")]
     assert table["torchx"] == [metadata.version("torchx")]
+    assert result.stdout.splitlines()[-1] == f"Lookups on a CPU: {cpu_library.status()}."
 
 
 def test_nothing_installed(environment: Environment) -> None:
@@ -109,7 +111,11 @@ def test_fitting_stack(environment: Environment) -> None:
         ["fbgemm-gpu-cpu", "1.8.0", "CPU", "ok"],
         ["torchrec", "1.8.0", "ok"],
     ]
-    assert result.stdout.endswith("OK: torch 2.13.0, fbgemm-gpu-cpu 1.8.0 and torchrec 1.8.0 fit together (tested).\n")
+    verdict, lookups = result.stdout.splitlines()[-2:]
+    assert verdict == "OK: torch 2.13.0, fbgemm-gpu-cpu 1.8.0 and torchrec 1.8.0 fit together (tested)."
+    assert re.fullmatch(
+        r"Lookups on a CPU: (kernels \((baseline|avx2|avx512)\)|PyTorch, several times slower.*)\.", lookups
+    )
 
 
 def test_newer_trio_that_fits_by_its_numbers(environment: Environment) -> None:
@@ -118,7 +124,7 @@ def test_newer_trio_that_fits_by_its_numbers(environment: Environment) -> None:
     environment.place("torchrec", "1.10.2", torchrec="")
     result = environment.doctor()
     assert problems_of(result) == []
-    assert result.stdout.endswith("fit together (by their numbers; this trio is not tested).\n")
+    assert result.stdout.splitlines()[-2].endswith("fit together (by their numbers; this trio is not tested).")
 
 
 def test_fbgemm_of_another_torch(environment: Environment) -> None:

@@ -119,6 +119,7 @@ def run() -> int:
         torchx      0.7.0
         <BLANKLINE>
         OK: torch 2.13.0, fbgemm-gpu 1.8.0 and torchrec 1.8.0 fit together (tested).
+        Lookups on a CPU: kernels (avx512).
         0
     """
     stack = Stack.installed()
@@ -132,7 +133,31 @@ def run() -> int:
         return 1
     how = "tested" if is_tested(stack) else "by their numbers; this trio is not tested"
     print(f"OK: {_described(stack)} fit together ({how}).")
+    print(f"Lookups on a CPU: {lookup_on_cpu()}.")
     return 0
+
+
+def lookup_on_cpu() -> str:
+    """Returns what looks tables up on a CPU: the kernels and their instruction set, or PyTorch and why.
+
+    Asked of a process of its own, after the import of torch, as in use: the library takes torch's OpenMP.
+
+    Example:
+        >>> from torchrec_qr import doctor
+        >>> doctor.lookup_on_cpu()  # doctest: +SKIP
+        'kernels (avx512)'
+    """
+    asked = subprocess.run(
+        [sys.executable, "-c", "import torch; from torchrec_qr.ops import cpu_library; print(cpu_library.status())"],
+        capture_output=True,
+        text=True,
+        timeout=_IMPORT_SECONDS,
+        check=False,
+    )
+    lines = asked.stdout.splitlines()
+    if asked.returncode or not lines:
+        return f"PyTorch: loading the kernels ended with {_death(asked.returncode)}"
+    return lines[-1]
 
 
 def version_problem(stack: Stack) -> str | None:

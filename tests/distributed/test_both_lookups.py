@@ -1,0 +1,53 @@
+"""Sharded lookups by the kernels and by PyTorch: the first are used where they can be, the second trains the same."""
+
+from typing import Any
+
+import pytest
+from parity_model import OPTIMIZERS, Run, Trained, train
+from parity_reference import assert_trained_as_reference
+from ranks import run_ranks
+from test_parity_pooled import one_of_each
+from test_parity_sequence import SHARDINGS as SEQUENCE_SHARDINGS
+
+from torchrec_qr.ops import cpu
+from torchrec_qr.ops.cpu_library import without_kernels
+
+
+def train_in_pytorch(rank: int, world_size: int, run: Run) -> Trained:
+    with without_kernels():
+        return train(rank, world_size, run)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_pytorch_trains_as_reference(optimizer: str) -> None:
+    run = Run(one_of_each(), optimizer=optimizer, weighted=True)
+    assert_trained_as_reference(run, run_ranks(train_in_pytorch, 2, run))
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "amsgrad"])
+def test_pytorch_trains_sequences_as_reference(optimizer: str) -> None:
+    run = Run(one_of_each(SEQUENCE_SHARDINGS, operation="add"), optimizer=optimizer, pooled=False)
+    assert_trained_as_reference(run, run_ranks(train_in_pytorch, 2, run))
+
+
+def tables_of_kernels(rank: int, world_size: int, run: Run) -> set[str]:
+    """The tables whose rows the kernels stepped, or gave gradients of, on this rank."""
+    seen: set[str] = set()
+    propagate = cpu.propagate
+
+    def recorded(*args: Any) -> Any:
+        seen.update(args[5].split("\n"))
+        return propagate(*args)
+
+    cpu.propagate = recorded
+    train(rank, world_size, run)
+    return seen
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+@pytest.mark.parametrize("pooled", [True, False])
+def test_every_lookup_is_the_kernels(pooled: bool) -> None:
+    shardings = {} if pooled else {"shardings": SEQUENCE_SHARDINGS}
+    run = Run(one_of_each(**shardings), pooled=pooled)  # type: ignore[arg-type]
+    seen = set().union(*run_ranks(tables_of_kernels, 2, run))
+    assert seen == {table.name for table in run.tables}
