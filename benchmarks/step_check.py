@@ -61,11 +61,6 @@ def _pooled(variant: Variant, weights: list[Tensor], places: list[Tensor]) -> Te
     return rows[0].sum(1) * rows[1].sum(1) if variant.pools_first else (rows[0] * rows[1]).sum(1)
 
 
-def _names(variant: Variant, f: int) -> list[str]:
-    name = variant.tables.features[f]
-    return [name] if isinstance(variant, Full) else [f"{name}.partition_{j}" for j in range(2)]
-
-
 def _classes(variant: Variant, ids: Tensor) -> list[Tensor]:
     return [ids] if isinstance(variant, Full) else variant.partitions.class_rows(ids)
 
@@ -74,7 +69,7 @@ def _rows_of(variant: Variant, f: int, ids: dict[int, Tensor]) -> list[tuple[Ten
     """Per table of a feature: the rows that the batch looks up, and per rank each id's place among them."""
     state = variant.state()
     out = []
-    for j, name in enumerate(_names(variant, f)):
+    for j, name in enumerate(variant.names(variant.tables.features[f])):
         classes = {r: _classes(variant, x[f])[j] for r, x in ids.items()}
         unique, inverse = torch.cat([c.reshape(-1) for c in classes.values()]).unique(return_inverse=True)
         places = dict(zip(classes, inverse.view(len(classes), *next(iter(classes.values())).shape), strict=True))
@@ -99,17 +94,16 @@ def _sums_of(variant: Variant, f: int, ids: dict[int, Tensor]) -> list[Tensor]:
     """Per table of a feature, the accumulators of the rows that the batch looks up, one per column."""
     state, tables = variant.sums(), variant.tables
     out = []
-    for j, name in enumerate(_names(variant, f)):
+    for j, name in enumerate(variant.names(variant.tables.features[f])):
         rows = torch.cat([_classes(variant, x[f])[j].reshape(-1) for x in ids.values()]).unique()
-        value = state[name]
+        value = state.get(name)  # None on a rank that stores nothing of the table
         total = torch.zeros(len(rows), tables.dim, dtype=torch.float64)
-        if not hasattr(value, "local_shards"):
+        if value is not None and not hasattr(value, "local_shards"):
             out.append(value.detach()[rows].double().unsqueeze(1).expand_as(total))
             continue
-        all_rows = sum(s.shard_sizes[0] for s in value.metadata().shards_metadata)
         blocks = _blocks(tables)
-        size = all_rows // len(blocks)
-        for shard in value.local_shards():
+        for shard in value.local_shards() if value is not None else []:
+            size = sum(s.shard_sizes[0] for s in value.metadata().shards_metadata) // len(blocks)
             a, b = blocks[shard.metadata.shard_offsets[0] // size]
             total[:, a:b] = shard.tensor.view(-1)[rows].double().unsqueeze(1)
         dist.all_reduce(total)

@@ -42,8 +42,12 @@ class Variant:
         out.backward(gradient)
         return out.detach()
 
+    def names(self, feature: str) -> list[str]:
+        """Of what a feature's tables are called in `state`."""
+        return [f"{feature}.partition_{j}" for j in range(2)]
+
     def state(self) -> dict[str, Any]:
-        """Weights by ``<feature>`` or ``<feature>.<partition>``."""
+        """Weights by name."""
         raise NotImplementedError
 
     def sums(self) -> dict[str, Any]:
@@ -113,6 +117,9 @@ class Full(_Dmp):
         sharder = EmbeddingBagCollectionSharder(fused_params=tables.fused_params)
         self.dmp = _sharded(collection, sharder, tables, tables.features)
 
+    def names(self, feature: str) -> list[str]:
+        return [feature]
+
     def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
         out: Tensor = self.dmp(kjt(self.tables.features, ids, bags, hot))
         return out
@@ -154,10 +161,13 @@ class Fallback(Ours):
 class _Stock(_Dmp):
     """A TorchRec table per partition, composed after the output dist."""
 
+    def names(self, feature: str) -> list[str]:
+        return [f"{feature}_partition_{j}" for j in range(2)]
+
     def _tables(self, make: Callable[..., Any]) -> list[Any]:
         return [
             make(
-                name=f"{f}.partition_{j}",
+                name=self.names(f)[j],
                 num_embeddings=rows,
                 embedding_dim=self.tables.dim,
                 feature_names=[f"{f}.{j}"],
