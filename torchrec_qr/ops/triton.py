@@ -5,6 +5,7 @@ CPU kernels' own, is raised by a later call, once word of it has reached the hos
 """
 
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def unique_gradients(
 
 
 def step_rows(
-    weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: list[float]
+    weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:
     """As `torchrec_qr.ops.cpu.step_rows`. ``rows`` are within the weight: where not, the device's memory is at stake."""
     gradients = gradients.to(torch.float32).contiguous()
@@ -84,7 +85,7 @@ def step_rows(
         cpu._state_address(state, weight, number)
     nothing = torch.empty(0)
     sums = run.RowSums(gradients, rows, torch.zeros_like(rows, dtype=torch.int32))
-    run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], hyper))
+    run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], list(hyper)))
 
 
 def raise_pending(wait: bool = True) -> None:

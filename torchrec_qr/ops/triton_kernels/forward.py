@@ -50,7 +50,7 @@ def output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN: tl.c
         return tl.multiple_of(start * tl.load(entry + DIM) + tl.load(flat_starts + e), OUT_ALIGN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
 def forward(
     out,
     ids,
@@ -108,7 +108,7 @@ def forward(
     tl.store(out + (to[:, None] + columns[None, :]), total, mask=written[:, None] & (columns < WIDTH)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
 def weights_gradient(
     of_ids,
     out_gradient,

@@ -24,7 +24,7 @@ from .rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
 def keys_of_ids(
     keys,
     bag_of,
@@ -77,7 +77,7 @@ def keys_of_ids(
         tl.store(bag_of + n, bag, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bags", "num_ids", "no_key"])
 def chunks_of_keys(
     starts,
     rows,

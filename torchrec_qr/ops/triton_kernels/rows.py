@@ -2,6 +2,8 @@
 
 An *entry* is one feature of one table, or under ``concat`` one partition of it: K rows of one width that are
 multiplied or added, and the columns of the output that they fill. `tables` writes the descriptors.
+
+Kernels are not specialised to numbers that change from batch to batch: a batch of a new size would compile them anew.
 """
 
 import triton

@@ -42,7 +42,7 @@ def state_of(weight, S: tl.constexpr, has_row, ALIGN: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "num_rows"])
 def step_rows(
     rows,
     weight_of_row,

@@ -25,7 +25,7 @@ from .rows import COLUMN, DIM, ENTRY_FIELDS, GROUP, MEAN, id_of, load_rows, row_
 SUMS_ALIGN = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "num_bags", "num_ids"])
 def sum_chunks(
     sums,
     out_gradient,
@@ -134,7 +134,7 @@ def add_heads(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "no_key"])
 def sum_supers(
     sums,
     keys,
@@ -167,7 +167,7 @@ def sum_supers(
     tl.store(sums + head * sums_stride + columns, tl.sum(total, axis=0), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids", "no_key"])
 def sum_runs(
     sums,
     keys,
