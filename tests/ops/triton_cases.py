@@ -16,7 +16,7 @@ from typing import Any
 from pairwise import pairwise
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "kind": (("hash", 1), ("strided", 2), ("explicit", 2), ("chinese_remainder", 3), ("mixed_radix", 4)),
+    "kind": (("hash", 1), ("explicit", 2), ("mixed_radix", 4)),
     "operation": ("mult", "add", "concat"),
     "dim": (4, 8, 12),
     "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),

@@ -62,23 +62,19 @@ def train(case: StepCase, steps: int, rtol: float) -> None:
 
 
 def several_steps() -> None:
-    """Of many rows most stay untouched: those of Adam and AMSGrad too."""
-    for rule in ("adam", "amsgrad"):
-        case = StepThroughTriton("wide", 2, dim=8, rule=rule, num_bags=3)
-        before = [w.detach().clone() for w in case.stored]
-        train(case, 3, 2e-5)
-        for w, b, exact in zip(case.stored, before, case.exact, strict=True):
-            stay = (exact == b.double()).all(dim=1)
-            assert stay.sum() > 250
-            assert torch.equal(w.detach()[stay], b[stay])
+    """Of many rows most stay untouched, though their state would move them."""
+    case = StepThroughTriton("wide", 2, dim=4, rule="amsgrad", num_bags=2)
+    before = [w.detach().clone() for w in case.stored]
+    train(case, 2, 2e-5)
+    for w, b, exact in zip(case.stored, before, case.exact, strict=True):
+        stay = (exact == b.double()).all(dim=1)
+        assert stay.sum() > 250
+        assert torch.equal(w.detach()[stay], b[stay])
 
 
 def hot_rows() -> None:
     """Nine tenths of the ids are one, enough of them that rows are cut: against the float64 reference."""
-    case = StepThroughTriton(
-        "strided", 2, operation="mult", dim=8, rule="adagrad", num_bags=9, hot=True, pooling="mean", weighted=True
-    )
-    train(case, 1, 2e-5)
+    train(StepThroughTriton("strided", 2, dim=8, rule="adagrad", num_bags=2, hot=True, pooling="mean"), 1, 2e-5)
 
 
 def hot_rows_of_every_shape() -> None:
@@ -91,7 +87,7 @@ def hot_rows_of_every_shape() -> None:
     gradient = torch.randn(len(rows), 4)
     expected = torch.zeros(len(lengths), 4, dtype=torch.float64).index_add_(0, rows, gradient.double())
     for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
-        for cuts in (run.Cuts(4, 2), run.Cuts(8, 4), run.Cuts(1, 2)):
+        for cuts in (run.Cuts(4, 2), run.Cuts(8, 4)):
             batch = run.batch_of(d, rows[order], ints(0, len(rows)), None, False)
             sums = run.sum_rows(d, batch, gradient[order].flatten(), 0, [True], cuts)
             found, of_rows = run.unique_rows(d, [sums], 0)

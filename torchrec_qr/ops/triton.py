@@ -78,7 +78,7 @@ def unique_gradients(
 def step_rows(
     weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:
-    """As `torchrec_qr.ops.cpu.step_rows`. ``rows`` are within the weight: where not, the device's memory is at stake."""
+    """As `torchrec_qr.ops.cpu.step_rows`, save that nothing checks whether ``rows`` lie within the weight."""
     gradients = gradients.to(torch.float32).contiguous()
     number = cpu.RULES[rule]
     for state in states:
@@ -211,11 +211,7 @@ def _descriptors(
             Partition(next(of_weights), p.divisor, p.modulus, p.first_row, class_map, p.map_row)
             for p in table.partitions
         )
-        tables.append(
-            Table(
-                table.operation, partitions, table.num_features, table.num_ids, table.mean, table.code
-            )
-        )
+        tables.append(Table(table.operation, partitions, table.num_features, table.num_ids, table.mean, table.code))
     return describe(tuple(tables), device)
 
 

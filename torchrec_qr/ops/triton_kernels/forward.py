@@ -87,13 +87,11 @@ def forward(
     columns = tl.arange(0, BLOCK_D)
     start, end = spans(offsets, failure, entry, lane, num_bags, num_features, num_ids, POOLED)
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
-    for i in range(0, tl.max(end - start, axis=0)):
+    for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
         x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
-        value, found = composed_rows(
-            x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP
-        )
+        value, found = composed_rows(x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP)
         report(failure, n, live & (found == 0))
         if WEIGHTED:
             value *= tl.load(id_weights + n, mask=live, other=0.0)[:, None]
@@ -149,12 +147,10 @@ def weights_gradient(
     if POOLED:
         if tl.load(entry + MEAN) != 0:
             gradient /= tl.maximum(end - start, 1).to(tl.float32)[:, None]
-    for i in range(0, tl.max(end - start, axis=0)):
+    for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
         x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
-        value, found = composed_rows(
-            x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP
-        )
+        value, _ = composed_rows(x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP)
         product = tl.sum(value * gradient, axis=1)
         tl.store(of_ids + n, tl.load(of_ids + n, mask=live, other=0.0) + product, mask=live)

@@ -60,7 +60,7 @@ def keys_of_ids(
     bag = feature + lane * 0
     if POOLED:
         bag = feature * num_bags + lane
-    for i in range(0, tl.max(end - start, axis=0)):
+    for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
         x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)

@@ -149,9 +149,7 @@ def spans(offsets, failure, entry, lane, num_bags, num_features, num_ids, POOLED
     feature = tl.load(entry + FEATURE)
     if POOLED:
         exists = lane < num_bags
-        start, end = span_of_bag(
-            offsets, failure, feature * num_bags + lane, exists, num_features * num_bags, num_ids
-        )
+        start, end = span_of_bag(offsets, failure, feature * num_bags + lane, exists, num_features * num_bags, num_ids)
         return start, tl.where(exists, end, start)
     else:
         first, last = span_of_bag(offsets, failure, feature + lane * 0, lane >= 0, num_features, num_ids)

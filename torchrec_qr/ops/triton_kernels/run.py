@@ -50,7 +50,8 @@ def batch_of(d: Descriptors, ids: Tensor, offsets: Tensor, weights: Tensor | Non
     device, n = d.entries.device, ids.numel()
     if n > _MAX_INT32 or offsets.numel() > _MAX_INT32:
         raise ValueError(f"{n} ids in {offsets.numel() - 1} bags; allowed: at most {_MAX_INT32} of either")
-    flat_starts, shape, most_ids = d.parts, (max(offsets.numel() - 1, 0) // d.num_features, d.columns), n
+    flat_starts, most_ids = d.parts, n
+    shape: tuple[int, ...] = ((offsets.numel() - 1) // d.num_features, d.columns)
     if not pooled:
         dims = {of.dim for of in d.shapes}
         if len(dims) == 1:
@@ -103,7 +104,7 @@ def look_up(d: Descriptors, batch: Batch) -> Tensor:
     out = torch.empty(batch.out_shape, device=device) if batch.pooled else torch.zeros(batch.out_shape, device=device)
     for group in d.groups:
         tile = _tile(group.kernel.WIDTH)
-        grid = (_blocks(tile["LANES"], batch, d), group.count)
+        grid = (_blocks(tile["LANES"], batch, d), group.size)
         if not grid[0]:
             continue
         forward[grid](
@@ -123,7 +124,7 @@ def gradient_of_weights(d: Descriptors, batch: Batch, out_gradient: Tensor) -> T
     of_ids = torch.zeros(batch.ids.shape, device=d.entries.device)
     for group in d.groups:
         tile = _tile(group.kernel.WIDTH)
-        grid = (_blocks(tile["LANES"], batch, d), group.count)
+        grid = (_blocks(tile["LANES"], batch, d), group.size)
         if not grid[0]:
             continue
         weights_gradient[grid](
@@ -185,7 +186,7 @@ def sum_rows(
     bag_of = torch.zeros(n, dtype=torch.int32, device=device)
     num_bags = batch.num_bags(d)
     for group, target in _targets(d, number):
-        keys_of_ids[_blocks(128, batch, d), group.count](
+        keys_of_ids[_blocks(128, batch, d), group.size](
             *(keys, bag_of, batch.ids, batch.offsets, d.entries, entry_of, batch.failure),
             *(group.first, num_bags, d.num_features, n),
             **_only_fields(group, "K", "MAP", "CODED"),
@@ -196,7 +197,7 @@ def sum_rows(
     keys, order = torch.sort(keys, stable=True)
     starts_chunk = torch.ones(n, dtype=torch.bool, device=device)
     torch.ne(keys[1:], keys[:-1], out=starts_chunk[1:])
-    starts_chunk[::cuts.chunk] = True
+    starts_chunk[:: cuts.chunk] = True
     chunk_numbers = starts_chunk.cumsum(0, dtype=torch.int32)
     starts = torch.full((capacity + 1,), n, dtype=torch.int32, device=device)
     chunks_of_keys[(triton.cdiv(n, 256),)](

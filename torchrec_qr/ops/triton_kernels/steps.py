@@ -90,10 +90,10 @@ def step_rows(
             limit = tl.load(n + MAX_GRADIENT)[:, None]
             clipped = tl.minimum(tl.maximum(gradient, -limit), limit)
             gradient = tl.where(limit >= 0, clipped, gradient)
-            from_row = tl.multiple_of(row * tl.load(weight + ROW_STRIDE), (ALIGN + 3) // 4 if TYPE == 0 else (ALIGN + 1) // 2)
-            stored = pointer_to(tl.load(weight + WEIGHT), TYPE, ALIGN)[:, None] + (
-                from_row[:, None] + columns[None, :]
+            from_row = tl.multiple_of(
+                row * tl.load(weight + ROW_STRIDE), (ALIGN + 3) // 4 if TYPE == 0 else (ALIGN + 1) // 2
             )
+            stored = pointer_to(tl.load(weight + WEIGHT), TYPE, ALIGN)[:, None] + (from_row[:, None] + columns[None, :])
             value = tl.load(stored, mask=mask, other=0.0).to(tl.float32)
             if RULE == SGD:
                 value -= rate * gradient

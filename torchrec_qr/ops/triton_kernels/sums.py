@@ -59,7 +59,7 @@ def sum_chunks(
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sums[c] = Σ_{ids x of chunk c} w_x · scale · gradient of x's bag ⊙ Π_{j ≠ TARGET} W_j[row_j(x)], mult; else without Π.
+    """sums[c] = Σ_{ids x of chunk c} w_x · scale · gradient of x's bag, and of mult ⊙ Π_{j ≠ TARGET} W_j[row_j(x)].
 
     Of the chunks of one group of entries; those of others are left to their own launches.
     """
@@ -77,7 +77,7 @@ def sum_chunks(
     end = tl.load(starts + chunk + 1, mask=mine, other=0)
     is_mean = tl.load(entry + MEAN) != 0
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
-    for i in range(0, tl.max(end - start, axis=0)):
+    for i in range(tl.max(end - start, axis=0)):
         live = start + i < end
         n = tl.load(order + start + i, mask=live, other=0)
         bag = tl.load(bag_of + n, mask=live, other=0)
@@ -124,8 +124,8 @@ def add_heads(
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the heads at cuts ``first``, ``first`` + STEP, … below ``end`` to ``total`` (LANES, columns), lane by lane."""
-    for i in range(0, tl.cdiv(end - first, STEP * LANES)):
+    """Adds the heads at every STEP-th cut from ``first`` to before ``end`` to ``total`` (LANES, columns)."""
+    for i in range(tl.cdiv(end - first, STEP * LANES)):
         cut = first + (i * LANES + tl.arange(0, LANES)) * STEP
         head = tl.load(chunk_numbers + cut * CHUNK, mask=cut < end, other=1).to(tl.int64) - 1
         at = tl.multiple_of(head * sums_stride, SUMS_ALIGN)

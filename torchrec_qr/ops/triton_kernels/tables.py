@@ -1,5 +1,6 @@
-"""What the kernels are told of tables: descriptors on the device, made once for the same tables at the same addresses."""
+"""What the kernels are told of tables: descriptors on the device, made once for tables at the same addresses."""
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class Group(NamedTuple):
     kernel: Kernel
     part: int | None
     first: int
-    count: int
+    size: int
 
     def target(self, number: int) -> int | None:
         """Which of its K partitions is partition ``number`` of the table; None: it has no such."""
@@ -130,7 +131,7 @@ def magic(divisor: int) -> tuple[int, int]:
     return number - 2**64 if number >= 2**63 else number, shift
 
 
-def on_device(numbers: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[int | float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor whose copy to a GPU the host does not wait for."""
     tensor = torch.tensor(numbers, dtype=dtype)
     if device.type != "cuda":
@@ -159,9 +160,7 @@ def describe(tables: tuple[Table, ...], device: torch.device) -> Descriptors:
             offset = 0
             for part, own in enumerate([(j,) for j in range(len(widths))] if split else [tuple(range(len(widths)))]):
                 kernel = _kernel(table, [table.partitions[j] for j in own])
-                entries.append(
-                    _Entry(kernel, part if split else None, t, feature, column + offset, offset, own)
-                )
+                entries.append(_Entry(kernel, part if split else None, t, feature, column + offset, offset, own))
                 offset += widths[own[0]]
             feature += 1
             column += offset
@@ -170,7 +169,7 @@ def describe(tables: tuple[Table, ...], device: torch.device) -> Descriptors:
     groups: list[Group] = []
     for i, e in enumerate(entries):
         if groups and (groups[-1].kernel, groups[-1].part) == (e.kernel, e.part):
-            groups[-1] = groups[-1]._replace(count=groups[-1].count + 1)
+            groups[-1] = groups[-1]._replace(size=groups[-1].size + 1)
         else:
             groups.append(Group(e.kernel, e.part, i, 1))
     return _written(tables, entries, groups, feature, column, device)
@@ -195,7 +194,7 @@ def _written(
     numbers: list[int] = []
     entry_of = [[-1] * num_features for _ in range(most)]
     target_of = [[0] * num_features for _ in range(most)]
-    group_of = [g for g, group in enumerate(groups) for _ in range(group.count)]
+    group_of = [g for g, group in enumerate(groups) for _ in range(group.size)]
     for i, e in enumerate(entries):
         table = tables[e.table]
         per_row, stride, size, first_row = table.code or (1, 0, 0, 0)
