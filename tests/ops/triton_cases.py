@@ -42,6 +42,8 @@ OTHERS = (
     "nothing_to_look_up",
 )
 NAMES = [*STEPS, *OTHERS]
+# Those that compare with the CPU kernels, which are not on every machine.
+AGAINST_CPU = ("dense_gradients_and_touched_rows", "unique_rows", "sequences", "codes", "rows_given")
 
 
 def step(case: dict[str, Any]) -> None:
