@@ -115,7 +115,7 @@ def dense_gradients_and_touched_rows() -> None:
         own = [w.clone() for w in weights]
         states = [torch.zeros(3, 8), torch.zeros(3, 8)]
         touched = [torch.zeros(5, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-        touched += [torch.zeros(5, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)]
+        touched += [torch.empty(0, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)]
         numbers = [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, -1.0] * 4
         gradients = Gradients(rules, states, numbers, touched)
         out = backend.propagate(gradient, own, [], batch, layout, "a\nb", gradients, True)

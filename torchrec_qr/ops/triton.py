@@ -50,8 +50,6 @@ def propagate(
     if weights_need_gradient:
         of_weights = run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
     wanted = [rule != NOTHING for rule in gradients.rules]
-    if steps.touched:
-        wanted = [w or t.numel() > 0 for w, t in zip(wanted, steps.touched, strict=True)]
     run.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
     call.done()
     return [*steps.dense, of_weights]
