@@ -101,11 +101,12 @@ def _sums_of(variant: Variant, f: int, ids: dict[int, Tensor]) -> list[Tensor]:
         if value is not None and not hasattr(value, "local_shards"):
             out.append(value.detach()[rows].double().unsqueeze(1).expand_as(total))
             continue
-        blocks = _blocks(tables)
-        for shard in value.local_shards() if value is not None else []:
+        if value is not None:
+            blocks = _blocks(tables)
             size = sum(s.shard_sizes[0] for s in value.metadata().shards_metadata) // len(blocks)
-            a, b = blocks[shard.metadata.shard_offsets[0] // size]
-            total[:, a:b] = shard.tensor.view(-1)[rows].double().unsqueeze(1)
+            for shard in value.local_shards():
+                a, b = blocks[shard.metadata.shard_offsets[0] // size]
+                total[:, a:b] = shard.tensor.view(-1)[rows].double().unsqueeze(1)
         dist.all_reduce(total)
         out.append(total)
     return out

@@ -28,5 +28,7 @@ def test_public_names_have_examples(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_are_right(module: str) -> None:
+    if "triton" in module:
+        pytest.importorskip("triton", reason="Triton is not installed")
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=FLAGS)
     assert failed == 0, "see the captured output"

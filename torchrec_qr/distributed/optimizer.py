@@ -13,7 +13,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
 from torchrec_qr.ops import cpu
-from torchrec_qr.ops.lookup import available
+from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.memory import zeros
 
 
@@ -97,7 +97,7 @@ class RowOptimizer(FusedOptimizer):
         weight, t = tensor.data, self._advance(tensor)
         full_state = self._state_of[tensor]
         if available(weight.device):
-            cpu.step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
+            step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
             return
         state = {name: value.index_select(0, rows) for name, value in full_state.items()}
         new = self.rule.step(weight.index_select(0, rows).float(), grad.float(), state, self._lr, t)

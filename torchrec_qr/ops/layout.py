@@ -132,14 +132,19 @@ def decode(layout: list[int] | tuple[int, ...]) -> list[TableLayout]:
     return tables
 
 
+def ids_of(table: TableLayout, ids: Tensor) -> Tensor:
+    """Returns (N,) int64: the ids that codes stand for, or what was given, where ids travel."""
+    ids = ids.to(torch.int64)
+    if table.code is None:
+        return ids
+    per_row, stride, size, first_row = table.code
+    row, rest = ids // per_row + first_row, ids % per_row
+    return rest % stride + stride * (row + size * (rest // stride)) if stride else rest
+
+
 def rows_of(table: TableLayout, ids: Tensor, class_map: Tensor | None) -> list[Tensor]:
     """Returns K tensors (N,) int64: the rows that ids, or codes, select, in PyTorch."""
-    ids = ids.to(torch.int64)
-    if table.code is not None:
-        per_row, stride, size, first_row = table.code
-        row, ids = ids // per_row + first_row, ids % per_row
-        if stride:
-            ids = ids % stride + stride * (row + size * (ids // stride))
+    ids = ids_of(table, ids)
     if class_map is not None:
         return [class_map[p.map_row].index_select(0, ids).to(torch.int64) - p.first_row for p in table.partitions]
     return [ids // p.divisor % p.modulus - p.first_row for p in table.partitions]

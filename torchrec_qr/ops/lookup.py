@@ -9,9 +9,13 @@ registered under the device's name. What they share: the tables are told as a li
 - ``torchrec_qr::lookup`` has gradients for autograd, dense ones of the weights and that of the ids' weights;
 - ``torchrec_qr::lookup_gradients`` is its backward;
 - ``torchrec_qr::lookup_step`` is the backward that steps rows in place: see `stepped_lookup`.
+
+On a CPU they are the C++ kernels (`torchrec_qr.ops.cpu`), on CUDA those of Triton (`torchrec_qr.ops.triton`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +41,24 @@ class Lookup(NamedTuple):
 
 def available(device: torch.device) -> bool:
     """Returns whether the operators have an implementation for a device; else PyTorch takes their place."""
-    return device.type == "cpu" and cpu.available()
+    return _has_triton() if device.type == "cuda" else device.type == "cpu" and cpu.available()
 
 
-@torch.library.custom_op("torchrec_qr::lookup", mutates_args=(), device_types="cpu")
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _backend(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return cpu
+    # Here, since it imports Triton, which may be missing and is of no use on a CPU.
+    from torchrec_qr.ops import triton
+
+    return triton
+
+
+@torch.library.custom_op("torchrec_qr::lookup", mutates_args=(), device_types=("cpu", "cuda"))
 def lookup_op(
     weights: list[Tensor],
     class_maps: list[Tensor],
@@ -51,7 +69,9 @@ def lookup_op(
     names: str,
     pooled: bool,
 ) -> Tensor:
-    return cpu.look_up(weights, class_maps, Batch(ids, offsets, id_weights, pooled), layout, names)
+    backend = _backend(weights[0].device)
+    out: Tensor = backend.look_up(weights, class_maps, Batch(ids, offsets, id_weights, pooled), layout, names)
+    return out
 
 
 @lookup_op.register_fake
@@ -74,7 +94,7 @@ def _(
     return weights[0].new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types=("cpu", "cuda"))
 def lookup_gradients_op(
     out_gradient: Tensor,
     weights: list[Tensor],
@@ -91,7 +111,11 @@ def lookup_gradients_op(
     rules = [GRADIENT if n else NOTHING for n in needed]
     gradients = Gradients(rules, [], [], [])
     batch = Batch(ids, offsets, id_weights, pooled)
-    return cpu.propagate(out_gradient, weights, class_maps, batch, layout, names, gradients, weights_need_gradient)
+    propagate = _backend(weights[0].device).propagate
+    out: list[Tensor] = propagate(
+        out_gradient, weights, class_maps, batch, layout, names, gradients, weights_need_gradient
+    )
+    return out
 
 
 @lookup_gradients_op.register_fake
@@ -112,7 +136,9 @@ def _(
     return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
 
 
-@torch.library.custom_op("torchrec_qr::lookup_step", mutates_args=("weights", "states", "touched"), device_types="cpu")
+@torch.library.custom_op(
+    "torchrec_qr::lookup_step", mutates_args=("weights", "states", "touched"), device_types=("cpu", "cuda")
+)
 def lookup_step_op(
     out_gradient: Tensor,
     weights: list[Tensor],
@@ -131,7 +157,11 @@ def lookup_step_op(
 ) -> list[Tensor]:
     gradients = Gradients(rules, states, hyper, touched)
     batch = Batch(ids, offsets, id_weights, pooled)
-    return cpu.propagate(out_gradient, weights, class_maps, batch, layout, names, gradients, weights_need_gradient)
+    propagate = _backend(weights[0].device).propagate
+    out: list[Tensor] = propagate(
+        out_gradient, weights, class_maps, batch, layout, names, gradients, weights_need_gradient
+    )
+    return out
 
 
 @lookup_step_op.register_fake
@@ -229,7 +259,7 @@ def look_up(
         id_weights: (N,) w_x, or None for 1.
         pooled: whether ids are pooled.
 
-    Raises:
+    Raises (on CUDA by a later call, since nothing waits for the device; see `torchrec_qr.ops.triton`):
         IndexError: an id outside of its table; nothing has been read there.
         ValueError: offsets that decrease, or do not end at N; sizes that do not fit.
         TypeError: ids or offsets that are not integers.
@@ -323,3 +353,26 @@ def stepped_lookup(
     """
     out: Tensor = _SteppedLookup.apply(tables, steps, pooled, ids, offsets, id_weights, *weights)
     return out
+
+
+def step_rows(
+    weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
+) -> None:
+    """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
+
+    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.cpu.Gradients` has them.
+
+    Example:
+        >>> weight = torch.ones(3, 4)
+        >>> if available(weight.device):
+        ...     step_rows(weight, torch.tensor([2]), torch.ones(1, 4), "sgd", [], [0.5, 0, 0, 0, 1, 1, -1])
+        ...     weight[:, 0].tolist()
+        ... else:
+        ...     [1.0, 1.0, 0.5]
+        [1.0, 1.0, 0.5]
+    """
+    _backend(weight.device).step_rows(weight, rows, gradients, rule, states, hyper)
+
+
+# `torch.fx` records it as a call: which implementation runs follows from the device, at run time.
+torch.fx.wrap("look_up")

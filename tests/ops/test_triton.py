@@ -1,0 +1,42 @@
+"""The Triton kernels against the float64 reference, through Triton's interpreter: what `triton_cases` runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton_cases
+
+from torchrec_qr.ops import cpu
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """Per test, the traceback of its failure, or an empty string."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "ops" / "triton_cases.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", triton_cases.NAMES)
+def test_interpreted(name: str, failures: dict[str, str]) -> None:
+    if name in triton_cases.AGAINST_CPU and not cpu.available():
+        pytest.skip("the CPU kernels are not built")
+    assert name in failures
+    assert not failures[name], failures[name]

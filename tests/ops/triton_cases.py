@@ -1,0 +1,81 @@
+"""Runs the Triton kernels through Triton's interpreter, one test after the other; `test_triton` runs this as a process.
+
+A process of its own, since whether kernels are interpreted is settled when they, and Triton, are imported. It prints a
+line of JSON per test: its name, and the traceback of its failure or an empty string.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pairwise import pairwise
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": (("hash", 1), ("explicit", 2), ("mixed_radix", 4)),
+    "operation": ("mult", "add", "concat"),
+    "dim": (4, 8, 12),
+    "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
+    "dtype": ("float32", "float16", "bfloat16"),
+    "weighted": (False, True),
+    "pooling": ("sum", "mean"),
+    "id_dtype": ("int64", "int32"),
+    "offset_dtype": ("int64", "int32"),
+}
+STEPS = {"-".join(map(str, (*c["kind"], *list(c.values())[1:]))): c for c in pairwise(FACTORS)}
+OTHERS = (
+    "several_steps",
+    "hot_rows",
+    "hot_rows_of_every_shape",
+    "dense_gradients_and_touched_rows",
+    "unique_rows",
+    "sequences",
+    "codes",
+    "rows_given",
+    "any_id",
+    "ids_out_of_range",
+    "offsets_that_do_not_cover_the_ids",
+    "nothing_to_look_up",
+)
+NAMES = [*STEPS, *OTHERS]
+# Those that compare with the CPU kernels, which are not on every machine.
+AGAINST_CPU = ("dense_gradients_and_touched_rows", "unique_rows", "sequences", "codes", "rows_given")
+
+
+def step(case: dict[str, Any]) -> None:
+    """Against the float64 reference. In bf16 the interpreter truncates, by up to one unit in the last place."""
+    import torch
+    from triton_checks import StepThroughTriton, train
+
+    (kind, k), dtype = case["kind"], getattr(torch, case["dtype"])
+    types = {name: getattr(torch, case[name]) for name in ("dtype", "id_dtype", "offset_dtype")}
+    given = {name: value for name, value in case.items() if name not in ("kind", *types)}
+    rtol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    train(StepThroughTriton(kind, k, num_bags=3, **given, **types), 1, rtol)
+
+
+def tests() -> dict[str, Callable[[], None]]:
+    import triton_checks
+
+    found = {name: getattr(triton_checks, name) for name in OTHERS}
+    return {name: partial(step, case) for name, case in STEPS.items()} | found
+
+
+def main() -> None:
+    for name, test in tests().items():
+        try:
+            test()
+            failure = ""
+        except Exception:
+            failure = traceback.format_exc()
+        print(json.dumps([name, failure]), flush=True)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

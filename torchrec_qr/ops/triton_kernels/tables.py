@@ -1,0 +1,245 @@
+"""What the kernels are told of tables: descriptors on the device, made once for tables at the same addresses."""
+
+from collections.abc import Sequence
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rows as fields
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# As many bytes as a thread reads at once.
+WIDEST_READ = 16
+
+
+class Stored(NamedTuple):
+    """Where a matrix lies. An address, and no tensor: descriptors that are kept keep no weights alive."""
+
+    address: int
+    rows: int
+    width: int
+    row_stride: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Stored":
+        rows, width = matrix.shape
+        # A row apart, also where there is one row, or none, and its stride means nothing.
+        return cls(matrix.data_ptr(), rows, width, max(matrix.stride(0), width), matrix.dtype)
+
+    def row_address(self, row: int) -> int:
+        return self.address + row * self.row_stride * self.dtype.itemsize
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which the address of every row is a multiple, at most as many as a thread reads at once."""
+        return gcd(self.address, self.row_stride * self.dtype.itemsize, WIDEST_READ)
+
+
+class Partition(NamedTuple):
+    """Row of an id: ``(id // divisor) % modulus - first_row``, or ``class_map[map_row, id] - first_row``."""
+
+    weight: Stored
+    divisor: int = 1
+    modulus: int = 1
+    first_row: int = 0
+    class_map: Stored | None = None
+    map_row: int = 0
+
+
+class Table(NamedTuple):
+    """As `torchrec_qr.ops.layout.TableLayout`, with places: ``operation`` is mult, add or concat."""
+
+    operation: str
+    partitions: tuple[Partition, ...]
+    num_features: int = 1
+    num_ids: int = -1
+    mean: bool = False
+    code: tuple[int, int, int, int] | None = None
+
+
+class Shape(NamedTuple):
+    """What the host needs of a table after it has been described."""
+
+    widths: tuple[int, ...]
+    dim: int
+    num_features: int
+
+
+class Kernel(NamedTuple):
+    """What is fixed when a kernel is compiled: entries that agree in it run in one launch."""
+
+    K: int
+    WIDTH: int
+    TYPES: int
+    ALIGN: int
+    MULT: bool
+    MAP: int
+    CODED: bool
+
+
+class Group(NamedTuple):
+    """Consecutive entries of one `Kernel`; ``part``: which partition of a concatenation they are, None if of none."""
+
+    kernel: Kernel
+    part: int | None
+    first: int
+    size: int
+
+    def target(self, number: int) -> int | None:
+        """Which of its K partitions is partition ``number`` of the table; None: it has no such."""
+        if self.part is not None:
+            return 0 if self.part == number else None
+        return number if number < self.kernel.K else None
+
+
+class Descriptors(NamedTuple):
+    """Tables as the kernels see them.
+
+    ``entries`` (entries, ENTRY_FIELDS) int64 on the device, group after group. Per partition number: ``entry_of`` and
+    ``target_of`` (F,) int32 on the device, the entry of each feature that has such a partition (-1: none) and its
+    number in it; ``keys``, how many rows it has in all tables. ``parts``: first column, within the table's output, of
+    each entry.
+    """
+
+    shapes: list[Shape]
+    groups: list[Group]
+    entries: Tensor
+    entry_of: list[Tensor]
+    target_of: list[Tensor]
+    keys: list[int]
+    parts: Tensor
+    table_of_entry: list[int]
+    num_features: int
+    columns: int
+
+
+def magic(divisor: int) -> tuple[int, int]:
+    """Returns (m, s) with x // divisor = (2x · m) >> (64 + s) for 0 <= x < 2^63, as int64 has the bits of m.
+
+    With s = ⌈log2 d⌉ and m = ⌈2^(63 + s) / d⌉, m · d - 2^(63 + s) < 2^s: the product exceeds x / d by less than 1 / d.
+
+    Example:
+        >>> m, s = magic(7)
+        >>> (2 * 100 * (m % 2**64)) >> (64 + s)
+        14
+    """
+    shift = (divisor - 1).bit_length()
+    number = -(-(2 ** (63 + shift)) // divisor)
+    return number - 2**64 if number >= 2**63 else number, shift
+
+
+def on_device(numbers: Sequence[int | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor whose copy to a GPU the host does not wait for."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class _Entry(NamedTuple):
+    kernel: Kernel
+    part: int | None
+    table: int
+    feature: int
+    column: int  # of the output of all tables
+    offset: int  # within the table's
+    partitions: tuple[int, ...]
+
+
+def describe(tables: tuple[Table, ...], device: torch.device) -> Descriptors:
+    """Returns the descriptors of tables whose weights lie on ``device``."""
+    entries: list[_Entry] = []
+    feature = column = 0
+    for t, table in enumerate(tables):
+        widths = [p.weight.width for p in table.partitions]
+        split = table.operation == "concat"
+        for _ in range(table.num_features):
+            offset = 0
+            for part, own in enumerate([(j,) for j in range(len(widths))] if split else [tuple(range(len(widths)))]):
+                kernel = _kernel(table, [table.partitions[j] for j in own])
+                entries.append(_Entry(kernel, part if split else None, t, feature, column + offset, offset, own))
+                offset += widths[own[0]]
+            feature += 1
+            column += offset
+    # Parts of one concatenation in order, since their shares of the ids' gradient are added one after the other.
+    entries.sort(key=lambda e: (e.part or 0, e.kernel, e.part is not None))
+    groups: list[Group] = []
+    for i, e in enumerate(entries):
+        if groups and (groups[-1].kernel, groups[-1].part) == (e.kernel, e.part):
+            groups[-1] = groups[-1]._replace(size=groups[-1].size + 1)
+        else:
+            groups.append(Group(e.kernel, e.part, i, 1))
+    return _written(tables, entries, groups, feature, column, device)
+
+
+def _written(
+    tables: tuple[Table, ...],
+    entries: list[_Entry],
+    groups: list[Group],
+    num_features: int,
+    columns: int,
+    device: torch.device,
+) -> Descriptors:
+    most = max(len(t.partitions) for t in tables)
+    keys = [0] * most
+    base: dict[tuple[int, int], int] = {}
+    weight_index: dict[tuple[int, int], int] = {}
+    for t, table in enumerate(tables):
+        for j, p in enumerate(table.partitions):
+            base[t, j], weight_index[t, j] = keys[j], len(weight_index)
+            keys[j] += p.weight.rows
+    numbers: list[int] = []
+    entry_of = [[-1] * num_features for _ in range(most)]
+    target_of = [[0] * num_features for _ in range(most)]
+    group_of = [g for g, group in enumerate(groups) for _ in range(group.size)]
+    for i, e in enumerate(entries):
+        table = tables[e.table]
+        per_row, stride, size, first_row = table.code or (1, 0, 0, 0)
+        own = [e.feature, e.column, *_ids(table), int(table.mean), group_of[i], _shape(table).dim]
+        own += [per_row, *magic(per_row), stride, *magic(max(stride, 1)), size, first_row]
+        for k, j in enumerate(e.partitions):
+            entry_of[j][e.feature], target_of[j][e.feature] = i, k
+            p, w = table.partitions[j], table.partitions[j].weight
+            own += [w.address, w.rows, w.row_stride]
+            divisor, modulus = max(p.divisor, 1), max(p.modulus, 1)
+            own += [divisor, *magic(divisor), modulus, *magic(modulus), p.first_row]
+            own += [0 if p.class_map is None else p.class_map.row_address(p.map_row)]
+            own += [base[e.table, j], weight_index[e.table, j]]
+        numbers += own + [0] * (fields.ENTRY_FIELDS.value - len(own))
+    return Descriptors(
+        [_shape(table) for table in tables],
+        groups,
+        on_device(numbers, torch.int64, device),
+        [on_device(of, torch.int32, device) for of in entry_of],
+        [on_device(of, torch.int32, device) for of in target_of],
+        keys,
+        on_device([e.offset for e in entries], torch.int64, device),
+        [e.table for e in entries],
+        num_features,
+        columns,
+    )
+
+
+def _ids(table: Table) -> tuple[int, int]:
+    return (-(2**63), 2**63 - 1) if table.num_ids < 0 else (0, table.num_ids - 1)
+
+
+def _shape(table: Table) -> Shape:
+    widths = tuple(p.weight.width for p in table.partitions)
+    return Shape(widths, sum(widths) if table.operation == "concat" else widths[0], table.num_features)
+
+
+def _kernel(table: Table, partitions: list[Partition]) -> Kernel:
+    class_map = partitions[0].class_map
+    return Kernel(
+        K=len(partitions),
+        WIDTH=partitions[0].weight.width,
+        TYPES=sum(TYPES[p.weight.dtype] << (2 * i) for i, p in enumerate(partitions)),
+        ALIGN=gcd(*(p.weight.alignment for p in partitions)),
+        MULT=table.operation == "mult" and len(partitions) > 1,
+        MAP=0 if class_map is None else 1 if class_map.dtype == torch.int32 else 2,
+        CODED=table.code is not None,
+    )
