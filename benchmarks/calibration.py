@@ -18,8 +18,9 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 
-ROWS, COLUMNS, BATCH = 100_000, 64, 512
+ROWS, COLUMNS, BATCH = 100_000, 64, 2048
 COUNT = 4  # tables of a rank
+_FEW = 8  # samples
 _ROW = COLUMNS * 4
 _PASSES = 3  # TorchRec: backward takes twice what forward does
 _NARROW = 1.15  # TorchRec: rows of 64 columns
@@ -28,11 +29,10 @@ _NARROW = 1.15  # TorchRec: rows of 64 columns
 def collective_constants(rounds: int) -> tuple[float, float]:
     """GB/s that a rank sends in an all-to-all, and ms that one takes without bytes."""
     world = dist.get_world_size()
-    sizes = (1024, 2**20, 4 * 2**20)
-    spent = {size: _median(lambda size=size: _all_to_all(size), rounds) for size in sizes}  # type: ignore[misc]
-    sent = {size: size * (world - 1) / world for size in sizes}
-    per_byte = (spent[sizes[2]] - spent[sizes[1]]) / (sent[sizes[2]] - sent[sizes[1]])
-    return 1 / (per_byte * 1e6), spent[sizes[0]]
+    latency = _median(lambda: _all_to_all(1024), rounds)
+    size = 8 * 2**20
+    spent = _median(lambda: _all_to_all(size), rounds) - latency
+    return size * (world - 1) / world / max(spent, 1e-3) / 1e6, latency
 
 
 def lookup_constants(rounds: int, gb_s: float) -> dict[str, float]:
@@ -41,7 +41,7 @@ def lookup_constants(rounds: int, gb_s: float) -> dict[str, float]:
     From differences of steps: more ids per bag, more tables, more replicated rows. ``gb_s`` is the link's.
     """
     world = dist.get_world_size()
-    few, many = 1, 8
+    few, many = 1, 16
     plain = _step_ms(rounds, few, many, compositional=False)
     composed = _step_ms(rounds, few, many, compositional=True)
     # A rank's tables are looked up for all ranks; of the ids, those of other ranks travel.
@@ -52,22 +52,24 @@ def lookup_constants(rounds: int, gb_s: float) -> dict[str, float]:
     bandwidth = _PASSES * _NARROW * (8 + _ROW) / per_plain
     # Two rows read and one composition, measured as one.
     factor = (per_composed * bandwidth / _PASSES / _NARROW - 8) / (2 * _ROW)
-    more = _step_ms(rounds, few, few, compositional=True, count=2 * COUNT)[0]
-    out = BATCH * world * _ROW
-    exchanged = 2 * out * (world - 1) / world / (gb_s * 1e6)
-    looked_up = _PASSES * _NARROW * (out + BATCH * world * (8 + 2 * _ROW * factor)) / bandwidth
-    shard = max((more - composed[0]) / COUNT - exchanged - looked_up, 0.0)
+    # With next to no samples, what another table takes beside its bytes.
+    one, two = (_step_ms(rounds, 1, 1, compositional=True, count=n, batch=_FEW)[0] for n in (COUNT, 3 * COUNT))
+    shard = max((two - one) / (2 * COUNT), 0.0)
     return {
         "memory_gb_s": bandwidth / 1e6,
         "lookup_factor": factor,
         "shard_ms": shard,
-        "replica_factor": _replica_ms_per_byte(rounds, gb_s) * 0.5 * bandwidth,
+        "replica_factor": _replica_ms_per_byte(rounds) * 0.5 * bandwidth,
     }
 
 
 def _all_to_all(size: int) -> None:
     send = torch.empty(size, dtype=torch.uint8)
     dist.all_to_all_single(torch.empty_like(send), send)
+
+
+def _all_reduce(size: int) -> None:
+    dist.all_reduce(torch.zeros(size // 4))
 
 
 def _median(step: Callable[[], None], rounds: int) -> float:
@@ -85,25 +87,31 @@ def _median(step: Callable[[], None], rounds: int) -> float:
 
 
 def _step_ms(
-    rounds: int, few: int, many: int, compositional: bool, count: int = COUNT, rows: int = ROWS, replicate: bool = False
+    rounds: int,
+    few: int,
+    many: int,
+    compositional: bool,
+    count: int = COUNT,
+    rows: int = ROWS,
+    replicate: bool = False,
+    batch: int = BATCH,
 ) -> tuple[float, float]:
     """Ms of a step with few and with many ids per bag, of ``count`` tables on each rank."""
     total = count * (1 if replicate else dist.get_world_size())
     module, sharder = _collection(total, compositional, rows)
     how = {f"t{i}": data_parallel() if replicate else table_wise(rank=i % dist.get_world_size()) for i in range(total)}
     model = _sharded(module, sharder, how)
-    first, second = _batch(total, few, rows), _batch(total, many, rows)
+    first, second = _batch(total, few, rows, batch), _batch(total, many, rows, batch)
     return _median(lambda: _step(model, first), rounds), _median(lambda: _step(model, second), rounds)
 
 
-def _replica_ms_per_byte(rounds: int, gb_s: float, rows: int = 50_000) -> float:
+def _replica_ms_per_byte(rounds: int, rows: int = 50_000) -> float:
     """Of a replicated gradient, without the reduction itself: what grows with rows that no id touches."""
-    world = dist.get_world_size()
     small, _ = _step_ms(rounds, 1, 1, True, 1, rows, replicate=True)
     large, _ = _step_ms(rounds, 1, 1, True, 1, 5 * rows, replicate=True)
-    size = 4 * rows / 4 * _ROW
-    reduced = 2 * size * (world - 1) / world / (gb_s * 1e6)
-    return max(large - small - reduced, 0.0) / size
+    sizes = [n // 4 * _ROW for n in (rows, 5 * rows)]
+    reduced = [_median(lambda size=size: _all_reduce(size), rounds) for size in sizes]  # type: ignore[misc]
+    return max(large - small - (reduced[1] - reduced[0]), 0.0) / (sizes[1] - sizes[0])
 
 
 def _collection(count: int, compositional: bool, rows: int) -> tuple[nn.Module, Any]:
@@ -151,10 +159,10 @@ def _step(model: nn.Module, batch: KeyedJaggedTensor) -> None:
     model(batch).backward()
 
 
-def _batch(count: int, per_bag: int, rows: int) -> KeyedJaggedTensor:
+def _batch(count: int, per_bag: int, rows: int, batch: int) -> KeyedJaggedTensor:
     generator = torch.Generator().manual_seed(0)
     return KeyedJaggedTensor(
         keys=[f"f{i}" for i in range(count)],
-        values=torch.randint(0, rows, (count * BATCH * per_bag,), generator=generator),
-        lengths=torch.full((count * BATCH,), per_bag),
+        values=torch.randint(0, rows, (count * batch * per_bag,), generator=generator),
+        lengths=torch.full((count * batch,), per_bag),
     )

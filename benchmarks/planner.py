@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,23 @@ from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, Hardware,
 
 RESULTS = Path(__file__).parent / "results"
 WORLD_SIZE = 2
-BATCH_SIZE = 512
+BATCH_SIZE = 2048
 DIM = 64
 TABLES = 12
 NUM_PLANS = 14
 ROUNDS = 9
 SEED = 0
+
+
+_OF_LOOKUPS = "TORCHREC_QR_CONSTANTS"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: before its command, and in its environment."""
+
+    prefix: list[str]
+    environment: dict[str, str]
 
 
 class Model(nn.Module):
@@ -179,13 +190,21 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
-def calibrated(hosts: int, rounds: int = 9) -> Hardware:
-    """This host's constants, measured on the ranks that call it together."""
+def calibrated(hosts: int, rounds: int = 9, of_lookups: str | None = None) -> Hardware:
+    """This host's constants, measured on the ranks that call it together.
+
+    Args:
+        of_lookups: those measured over loopback, as JSON: on a slow link the exchange hides the lookup.
+    """
     link, latency = collective_constants(rounds)
-    constants = lookup_constants(rounds, link)
-    base = replace(hardware_named("cpu"), collective_ms=latency, compose_factor=0.0, source="this host")
-    base = replace(base, inter_gb_s=link) if hosts > 1 else replace(base, intra_gb_s=link)
-    return Hardware(**{**asdict(base), **constants})
+    if of_lookups is not None:
+        base = Hardware(**json.loads(of_lookups))
+    else:
+        constants = {**asdict(hardware_named("cpu")), **lookup_constants(rounds, link)}
+        base = Hardware(**{**constants, "compose_factor": 0.0, "source": "this host"})
+    if hosts > 1:
+        return replace(base, collective_ms=latency, inter_gb_s=link)
+    return replace(base, collective_ms=latency, intra_gb_s=link)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
@@ -193,7 +212,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     hosts = 2 if arguments.link == "1gbit" else 1
-    hardware = calibrated(hosts)
+    hardware = calibrated(hosts, of_lookups=os.environ.get(_OF_LOOKUPS))
     if arguments.calibrate:
         if rank == 0:
             print(json.dumps(asdict(hardware), indent=1))
@@ -236,28 +255,38 @@ def _cpu() -> str:
 
 
 def launch(arguments: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "benchmarks.planner", "--rank", *sys.argv[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29611", "WORLD_SIZE": str(WORLD_SIZE)}
-    if arguments.link == "1gbit":
-        with two_hosts() as hosts:
-            return _run(command, environment, [(host.prefix, host.environment) for host in hosts], local_size=1)
-    local = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    return _run(command, environment, [([], local)] * WORLD_SIZE, local_size=WORLD_SIZE)
+    """Starts the ranks, and waits for them."""
+    command = [sys.executable, "-m", "benchmarks.planner", "--rank"]
+    local = [Place([], {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"})] * WORLD_SIZE
+    if arguments.link == "loopback":
+        return _run([*command, *sys.argv[1:]], local, WORLD_SIZE)[0]
+    code, constants = _run([*command, "--calibrate"], local, WORLD_SIZE, capture=True)
+    if code:
+        return code
+    with two_hosts() as hosts:
+        places = [Place(h.prefix, {**h.environment, _OF_LOOKUPS: constants}) for h in hosts]
+        return _run([*command, *sys.argv[1:]], places, 1)[0]
 
 
-def _run(
-    command: list[str], environment: dict[str, str], places: Sequence[tuple[list[str], dict[str, str]]], local_size: int
-) -> int:
+def _run(command: list[str], places: Sequence[Place], local_size: int, capture: bool = False) -> tuple[int, str]:
+    """The exit code, and what rank 0 printed if that is captured."""
     processes = []
-    for rank, (prefix, of_place) in enumerate(places):
-        ranks = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % local_size),
-            "LOCAL_WORLD_SIZE": str(local_size),
-        }
-        processes.append(subprocess.Popen([*prefix, *command], env={**environment, **of_place, **ranks}))
     try:
-        return max(process.wait(timeout=1800) for process in processes)
+        for rank, place in enumerate(places):
+            environment = {
+                **os.environ,
+                **place.environment,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": "29611",
+                "WORLD_SIZE": str(WORLD_SIZE),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank % local_size),
+                "LOCAL_WORLD_SIZE": str(local_size),
+            }
+            out = subprocess.PIPE if capture and rank == 0 else None
+            processes.append(subprocess.Popen([*place.prefix, *command], env=environment, stdout=out, text=True))
+        printed, _ = processes[0].communicate(timeout=1800)
+        return max(process.wait(timeout=60) for process in processes), printed or ""
     finally:
         for process in processes:
             process.kill()

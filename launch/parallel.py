@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
@@ -24,6 +24,7 @@ from launch.process_group import bound_waits
 from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 
 _FUSED: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
@@ -61,7 +62,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     """Plans ``task`` and shards it. All ranks must call it.
 
     Raises:
-        PlannerError: of TorchRec's planner; no plan fits.
+        PlannerError: no plan fits.
         ValueError: a parameter that no optimizer steps, or two do.
     """
     rule = job.optimizer.sparse
@@ -70,13 +71,13 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         EmbeddingBagCollectionSharder(fused_params=fused_params),
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
     ]
-    world_size = dist.get_world_size()
-    hbm: dict[str, Any] = {} if job.planner.hbm_gib is None else {"hbm_cap": int(job.planner.hbm_gib * 2**30)}
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size, device.type, local_world_size=get_local_size(world_size), **hbm),
+    planner = CompositionalEmbeddingShardingPlanner(
+        topology=_topology(job, device),
         batch_size=job.train.batch_size,
         constraints=job.planner.parameter_constraints(),
+        ranks={name: c.ranks for name, c in job.planner.constraints.items() if c.ranks is not None},
         storage_reservation=FixedPercentageStorageReservation(percentage=job.planner.storage_reserve),
+        dense_optimizer=partial(_make, job.optimizer.sparse),
     )
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
@@ -90,6 +91,17 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
     optimizer_of_each_parameter(model, [*of_tables, dense])
     return Parallel(model, plan, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
+
+
+def _topology(job: Job, device: torch.device) -> Topology | None:
+    """That of the job's planner section where it names the device that this is; None: as the planner finds it."""
+    name = job.planner.device
+    if name is None or hardware_named(name).compute_device != device.type:
+        name = "cpu" if device.type == "cpu" and job.planner.hbm_gib is not None else None
+    if name is None:
+        return None
+    world_size = dist.get_world_size()
+    return hardware_named(name).topology(world_size, get_local_size(world_size), job.planner.hbm_gib)
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 
 SHARDINGS = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel")
-OPTIMIZERS = (SGD, ADAGRAD, ROWWISE)
+OPTIMIZERS = (SGD, ADAGRAD, ROWWISE, EmbOptimType.ADAM)
 
 
 def storage_bytes(values: list[Any]) -> int:

@@ -19,11 +19,12 @@ from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedMod
 from torchrec_qr.planner.remedies import within_rows
 from torchrec_qr.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
 
-OPTIMIZERS = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
+    "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
+    "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
+    "adam": {"optimizer": EmbOptimType.ADAM},
+    "amsgrad": {"optimizer": EmbOptimType.ADAM, "amsgrad": True},
 }
 VARIANTS = ("full", "hash", "qr")
 
@@ -106,7 +107,7 @@ class Sizing:
 
     @cached_property
     def _sharders(self) -> list[Any]:
-        return [CompositionalEmbeddingBagCollectionSharder({"optimizer": OPTIMIZERS[self.optimizer]})]
+        return [CompositionalEmbeddingBagCollectionSharder(OPTIMIZERS[self.optimizer])]
 
 
 def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str | None = None) -> Sizing:
