@@ -99,7 +99,7 @@ def _sent(variant: Variant, ids: Tensor, bags: int, hot: int, gradient: Tensor) 
 def _counting() -> Iterator[Counter[str]]:
     bytes_of: Counter[str] = Counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    all_to_all, all_reduce, isend = dist.all_to_all_single, dist.all_reduce, dist.isend
 
     def counted(*a: Any, **k: Any) -> Any:
         given = inspect.signature(all_to_all).bind(*a, **k).arguments
@@ -111,15 +111,19 @@ def _counting() -> Iterator[Counter[str]]:
         bytes_of[kind] += (tensor.numel() - own) * tensor.element_size()
         return all_to_all(*a, **k)
 
+    def counted_send(tensor: Tensor, *a: Any, **k: Any) -> Any:
+        bytes_of["float" if tensor.is_floating_point() else "int"] += tensor.numel() * tensor.element_size()
+        return isend(tensor, *a, **k)
+
     def counted_reduce(tensor: Tensor, *a: Any, **k: Any) -> Any:
         bytes_of["all_reduce"] += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, *a, **k)
 
-    dist.all_to_all_single, dist.all_reduce = counted, counted_reduce
+    dist.all_to_all_single, dist.all_reduce, dist.isend = counted, counted_reduce, counted_send
     try:
         yield bytes_of
     finally:
-        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+        dist.all_to_all_single, dist.all_reduce, dist.isend = all_to_all, all_reduce, isend
 
 
 def _growth(variant: Variant, ids: Tensor, bags: int, hot: int, gradient: Tensor) -> tuple[float, float]:

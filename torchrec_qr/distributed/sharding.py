@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist, EmbeddingShardingInfo
+from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, BaseSparseFeaturesDist, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.sharding.cw_sequence_sharding import CwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
@@ -33,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.codes import RowCode
+from torchrec_qr.distributed.exchange import exchanging_in_place
 from torchrec_qr.distributed.local_shard import ReplicatedPartitions
 from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas
 from torchrec_qr.distributed.placement import Placed, place, placed
@@ -135,6 +136,9 @@ class _Compositional:
         prepare = _PrepareIds(self._feature_tables(), device or self._device)  # type: ignore[attr-defined]
         input_dist.register_forward_pre_hook(lambda _, args: (prepare(args[0]), *args[1:]))
         return input_dist
+
+    def create_output_dist(self, device: torch.device | None = None) -> BaseEmbeddingDist[Any, Any, Any]:
+        return exchanging_in_place(super().create_output_dist(device))  # type: ignore[misc]
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the input dist takes, with the ids of compositional tables brought into range."""

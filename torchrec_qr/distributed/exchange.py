@@ -1,0 +1,160 @@
+"""The exchange of pooled embeddings between processes on CPUs, and of their gradients.
+
+TorchRec's (``PooledEmbeddingsAllToAll``) copies all that is exchanged four times more than need be, which on a CPU is
+a good part of a step once rows are few. Here a rank's own part is not sent, others are sent theirs from where the
+lookup wrote it, and gradients are received where the backward reads them. The values are TorchRec's, to the bit.
+"""
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchrec.distributed.comm_ops import get_gradient_division, get_use_sync_collectives
+from torchrec.distributed.dist_data import PooledEmbeddingsAwaitable
+from torchrec.distributed.embedding_sharding import BaseEmbeddingDist
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.distributed.types import Awaitable
+
+from torchrec_qr.ops.memory import empty
+
+
+def exchanging_in_place(output_dist: BaseEmbeddingDist[Any, Any, Any]) -> BaseEmbeddingDist[Any, Any, Any]:
+    """Returns an output dist of TorchRec's, which exchanges by `PooledExchange` where that is the same.
+
+    That is by gloo, between several processes, without codecs. TorchRec's dist makes its exchange, ``_dist``, at its
+    first batch unless it has one: the private attributes are touched here alone.
+    """
+    if (
+        isinstance(output_dist, TwPooledEmbeddingDist)
+        and output_dist._codecs is None
+        and output_dist._pg.size() > 1
+        and dist.get_backend(output_dist._pg) == "gloo"
+        and not get_use_sync_collectives()
+    ):
+        callbacks = output_dist._callbacks or []
+        exchange: Any = PooledExchange(output_dist._pg, output_dist._dim_sum_per_rank, callbacks)
+        output_dist._dist = exchange
+    return output_dist
+
+
+class PooledExchange(nn.Module):
+    """Sends a rank's columns of all samples, (Σ_r B_r, D_own), and receives all columns of its samples, (B, Σ_r D_r).
+
+        out[b, columns of rank r] = local_r[b], for this rank's samples b
+
+    Gradients go the other way, divided by W where TorchRec's are. TorchRec: ``PooledEmbeddingsAllToAll``.
+
+    Args:
+        pg: the processes, by gloo.
+        dim_sum_per_rank: D_r of each.
+        callbacks: applied to the output in turn.
+    """
+
+    def __init__(self, pg: dist.ProcessGroup, dim_sum_per_rank: list[int], callbacks: list[Any]) -> None:
+        super().__init__()
+        self._pg, self._dims, self._callbacks = pg, dim_sum_per_rank, callbacks
+
+    @torch.compiler.disable
+    def forward(self, local: Tensor, batch_size_per_rank: list[int] | None = None) -> PooledEmbeddingsAwaitable:
+        sizes = batch_size_per_rank or [local.shape[0] // self._pg.size()] * self._pg.size()
+        transfer = _Transfer(self._pg, self._dims, sizes)
+        out = PooledEmbeddingsAwaitable(_Received(transfer, _Send.apply(transfer, local)))
+        out.callbacks.extend(self._callbacks)
+        return out
+
+
+class _Transfer:
+    """A batch's exchange under way, and later its gradient's."""
+
+    def __init__(self, pg: dist.ProcessGroup, dims: list[int], batch_sizes: list[int]) -> None:
+        self.own = dist.get_rank(pg)
+        self.columns = [slice(a, b) for a, b in pairwise(accumulate(dims, initial=0))]
+        self.samples = [slice(a, b) for a, b in pairwise(accumulate(batch_sizes, initial=0))]
+        self.result: list[Tensor] = []
+        self._pg = pg
+        self._works: list[dist.Work | None] = []
+        self._sent: list[Tensor] = []
+
+    def start(self, sent: list[Tensor], received: list[Tensor], result: list[Tensor]) -> None:
+        """Sends to, and receives from, each other rank a contiguous tensor; ``result`` is what `wait` returns."""
+        others = [i for i in range(len(sent)) if i != self.own]
+        self._works = [
+            *(dist.irecv(received[i], group=self._pg, group_src=i) for i in others if received[i].numel()),
+            *(dist.isend(sent[i], group=self._pg, group_dst=i) for i in others if sent[i].numel()),
+        ]
+        # What is being sent must live until it is gone.
+        self._sent, self.result = sent, result
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        result, self._works, self._sent, self.result = self.result, [], [], []
+        return result
+
+
+class _Received(Awaitable[Tensor]):
+    def __init__(self, transfer: _Transfer, sent: Tensor) -> None:
+        super().__init__()
+        self._transfer, self._sent = transfer, sent
+
+    def _wait_impl(self) -> Tensor:
+        out: Tensor = _Receive.apply(self._transfer, self._sent)
+        return out
+
+
+class _Send(torch.autograd.Function):
+    """Starts the exchange; what it returns has no elements, and only leads the gradient of `_Receive` here."""
+
+    @staticmethod
+    def forward(ctx: Any, transfer: _Transfer, local: Tensor) -> Tensor:
+        ctx.transfer, ctx.shape = transfer, local.shape
+        own = transfer.columns[transfer.own]
+        # A lookup without tables returns a tensor of one dimension.
+        local = local.contiguous().view(transfer.samples[-1].stop, own.stop - own.start)
+        sent = [local[s] for s in transfer.samples]
+        kept = sent[transfer.own]
+        received = [
+            kept if i == transfer.own else empty((len(kept), c.stop - c.start), local.dtype)
+            for i, c in enumerate(transfer.columns)
+        ]
+        transfer.start(sent, received, received)
+        return local.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.transfer.wait()
+        return None, gradient.view(ctx.shape)
+
+
+class _Receive(torch.autograd.Function):
+    """Waits for the exchange; its backward starts that of the gradient, which the backward of `_Send` waits for."""
+
+    @staticmethod
+    def forward(ctx: Any, transfer: _Transfer, sent: Tensor) -> Tensor:
+        ctx.transfer = transfer
+        parts = transfer.wait()
+        out = empty((len(parts[0]), transfer.columns[-1].stop), sent.dtype)
+        for columns, part in zip(transfer.columns, parts, strict=True):
+            out[:, columns] = part
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        transfer: _Transfer = ctx.transfer
+        divisor = len(transfer.columns) if get_gradient_division() else 1
+        own = transfer.columns[transfer.own]
+        result = empty((transfer.samples[-1].stop, own.stop - own.start), gradient.dtype)
+        received = [result[s] for s in transfer.samples]
+        sent = []
+        for i, columns in enumerate(transfer.columns):
+            part = gradient[:, columns]
+            into = received[i] if i == transfer.own else empty(part.shape, part.dtype)
+            sent.append(torch.div(part, divisor, out=into))
+        transfer.start(sent, received, [result])
+        return None, gradient.new_empty(0)
