@@ -18,7 +18,7 @@ from torchrec.distributed.embedding_sharding import BaseEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 
-from torchrec_qr.ops.memory import empty
+from torchrec_qr.ops.memory import recycled
 
 
 def exchanging_in_place(output_dist: BaseEmbeddingDist[Any, Any, Any]) -> BaseEmbeddingDist[Any, Any, Any]:
@@ -118,7 +118,7 @@ class _Send(torch.autograd.Function):
         sent = [local[s] for s in transfer.samples]
         kept = sent[transfer.own]
         received = [
-            kept if i == transfer.own else empty((len(kept), c.stop - c.start), local.dtype)
+            kept if i == transfer.own else recycled((len(kept), c.stop - c.start), local.dtype)
             for i, c in enumerate(transfer.columns)
         ]
         transfer.start(sent, received, received)
@@ -138,7 +138,7 @@ class _Receive(torch.autograd.Function):
     def forward(ctx: Any, transfer: _Transfer, sent: Tensor) -> Tensor:
         ctx.transfer = transfer
         parts = transfer.wait()
-        out = empty((len(parts[0]), transfer.columns[-1].stop), sent.dtype)
+        out = recycled((len(parts[0]), transfer.columns[-1].stop), sent.dtype)
         for columns, part in zip(transfer.columns, parts, strict=True):
             out[:, columns] = part
         return out
@@ -149,12 +149,12 @@ class _Receive(torch.autograd.Function):
         transfer: _Transfer = ctx.transfer
         divisor = len(transfer.columns) if get_gradient_division() else 1
         own = transfer.columns[transfer.own]
-        result = empty((transfer.samples[-1].stop, own.stop - own.start), gradient.dtype)
+        result = recycled((transfer.samples[-1].stop, own.stop - own.start), gradient.dtype)
         received = [result[s] for s in transfer.samples]
         sent = []
         for i, columns in enumerate(transfer.columns):
             part = gradient[:, columns]
-            into = received[i] if i == transfer.own else empty(part.shape, part.dtype)
+            into = received[i] if i == transfer.own else recycled(part.shape, part.dtype)
             sent.append(torch.div(part, divisor, out=into))
         transfer.start(sent, received, [result])
         return None, gradient.new_empty(0)

@@ -25,7 +25,7 @@ from torchrec_qr.ops.cpu_structs import (
     plan_of,
 )
 from torchrec_qr.ops.layout import OPERATIONS
-from torchrec_qr.ops.memory import empty
+from torchrec_qr.ops.memory import recycled
 
 # By their numbers in csrc/lookup.h. GRADIENT: the row's gradient is returned; NOTHING: it is not needed.
 RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4, "amsgrad": 5}
@@ -60,7 +60,7 @@ def look_up(weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layou
     """Returns (B, ΣD) if pooled, else the (N, D) of each table end to end, flat."""
     plan = plan_of(tuple(layout))
     call = _Call(plan, weights, class_maps, batch, names)
-    out = empty(call.out_shape, torch.float32)
+    out = recycled(call.out_shape, torch.float32)
     call.group["out"] = out.data_ptr()
     call.run("qr_forward")
     return out
