@@ -48,8 +48,9 @@ def recycled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if sys.platform != "linux" or out_bytes < 2 * _HUGE_PAGE:
         return torch.empty(shape, dtype=dtype)
     # The storage keeps this view alive, and nothing else does.
-    view = memoryview(_take(out_bytes))
-    weakref.finalize(view, _give_back, view.obj).atexit = False
+    memory = _take(out_bytes)
+    view = memoryview(memory)
+    weakref.finalize(view, _give_back, memory).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=out_bytes // dtype.itemsize).view(shape)
 
 
