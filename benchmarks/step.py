@@ -3,10 +3,12 @@
 Two gloo processes of one thread each train tables on random ids: forward, backward and optimizer. All variants of a
 cell are timed in turn in one run, so that a ratio to ``full`` holds on a busy machine; a run gives a median, and the
 figures are medians of the runs' medians, with the least and the largest ratio. Before and after, a step of every
-variant is compared with float64.
+variant is compared with float64. ``--hosts 2``: each process is in a network namespace of its own, on a link of
+``--rate``.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -14,12 +16,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import about
+from benchmarks.two_hosts import Host, two_hosts
 
 WORLD_SIZE = 2
+DIMS, SIZES = [16, 64, 128], [200_000, 10_000_000]
+SHARDINGS = ["table_wise", "column_wise", "data_parallel"]
 ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused", "fallback"]
 
 
@@ -29,19 +35,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="writes the rows to this file")
     parser.add_argument("--quick", action="store_true", help="full and fused, table-wise, D=64, S=2e5, SGD; a minute")
     parser.add_argument("--headline", action="store_true", help="all variants, table-wise, D=64, S=2e5")
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2 needs root and iproute2")
+    parser.add_argument("--rate", default="1gbit", help="of the link between two hosts, as tc takes it")
     parser.add_argument("--runs", type=int, help="default: 5, --quick: 1")
     parser.add_argument("--steps", type=int, default=11, help="timed steps per run and variant")
     parser.add_argument("--bags", type=int, default=2048, help="local batch")
-    parser.add_argument("--variants", nargs="+", choices=ALL, default=None)
+    parser.add_argument("--variants", nargs="+", choices=ALL, help="default: those of each cell")
+    parser.add_argument("--dims", nargs="+", type=int, choices=DIMS, default=DIMS, help="of the grid")
+    parser.add_argument("--num-ids", nargs="+", type=int, choices=SIZES, default=SIZES, help="of the grid")
+    parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=SHARDINGS, help="of the grid")
     parser.add_argument("--max-gib", type=float, default=6.0, help="leaves out cells whose full tables are larger")
     options = parser.parse_args()
-    cells = quick() if options.quick else headline() if options.headline else grid(options.max_gib)
+    cells = (
+        quick()
+        if options.quick
+        else headline()
+        if options.headline
+        else between_hosts()
+        if options.hosts == 2
+        else grid(options)
+    )
     if options.variants:
         cells = [{**cell, "variants": options.variants} for cell in cells]
     runs = options.runs or (1 if options.quick else 5)
-    rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps})
+    with two_hosts(options.rate) if options.hosts == 2 else nullcontext([Host([], {})]) as hosts:
+        rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps}, hosts)
     if options.json:
-        sizes = {"runs": runs, "bags": options.bags}
+        sizes = {"runs": runs, "bags": options.bags, "hosts": options.hosts}
+        if options.hosts == 2:
+            sizes["rate"] = options.rate
         options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
 
 
@@ -58,20 +80,18 @@ def headline() -> list[dict[str, Any]]:
     return [cell(200_000, 64, 26, "table_wise", o, variants=_of(o)) for o in ("sgd", "rowwise_adagrad")]
 
 
-def grid(max_gib: float) -> list[dict[str, Any]]:
-    """All shardings, optimizers and widths, with as many features of the largest tables as fit."""
-    cells = headline()
-    for dim in (16, 64, 128):
-        for num_ids in (200_000, 10_000_000):
-            fitting = int(max_gib * 2**30 / (num_ids * dim * 4))
-            features = 26 if num_ids == 200_000 else min(4, fitting // 2 * 2)
-            if not features or features > fitting:
-                continue
-            for sharding in ("table_wise", "column_wise", "data_parallel"):
-                for optimizer in ("sgd", "rowwise_adagrad"):
-                    made = cell(num_ids, dim, features, sharding, optimizer, variants=["full", "fused"])
-                    if (sharding, dim, num_ids) != ("table_wise", 64, 200_000):
-                        cells.append(made)
+def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All shardings, optimizers and widths asked for, with as many features of the largest tables as fit."""
+    cells = []
+    for dim, num_ids in itertools.product(options.dims, options.num_ids):
+        fitting = int(options.max_gib * 2**30 / (num_ids * dim * 4))
+        features = 26 if num_ids == 200_000 else min(4, fitting // 2 * 2)
+        if features and features <= fitting:
+            cells += [
+                cell(num_ids, dim, features, sharding, optimizer, variants=["full", "fused"])
+                for sharding in options.shardings
+                for optimizer in ("sgd", "rowwise_adagrad")
+            ]
     return cells
 
 
@@ -80,21 +100,34 @@ def _of(optimizer: str) -> list[str]:
     return [v for v in ALL if v != "dlrm_bag" or optimizer == "sgd"]
 
 
-def run(cells: list[dict[str, Any]], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def between_hosts() -> list[dict[str, Any]]:
+    """Table-wise, and data-parallel against full tables table-wise: where bytes decide."""
+    cells = []
+    for optimizer in ("sgd", "rowwise_adagrad"):
+        tables = {"num_ids": 200_000, "dim": 64, "features": 26, "optimizer": optimizer, "variants": ["full", "fused"]}
+        cells.append(cell(sharding="table_wise", **tables))
+        # With 4 ids a row the gradients alone are 333 MB.
+        cells.append(cell(sharding="data_parallel", ms=[math.isqrt(200_000)], **tables))
+    return cells
+
+
+def run(cells: list[dict[str, Any]], arguments: dict[str, Any], hosts: list[Host]) -> list[dict[str, Any]]:
     """Runs the cells on processes of their own, and returns the rows as they are printed."""
+    local_size = WORLD_SIZE // len(hosts)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows"
         out.touch()
         job = json.dumps({"cells": cells, "arguments": arguments, "out": str(out), "store": f"{folder}/store"})
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.step_worker", job],
+                [*hosts[rank // local_size].prefix, sys.executable, "-m", "benchmarks.step_worker", job],
                 env={
                     **os.environ,
+                    **hosts[rank // local_size].environment,
                     "RANK": str(rank),
                     "WORLD_SIZE": str(WORLD_SIZE),
-                    "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+                    "LOCAL_RANK": str(rank % local_size),
+                    "LOCAL_WORLD_SIZE": str(local_size),
                     "OMP_NUM_THREADS": "1",
                 },
                 stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
