@@ -263,7 +263,8 @@ class Trainer:
 
     def _rank_state(self) -> dict[str, Any]:
         cuda = {"cuda": torch.cuda.get_rng_state()} if self._device.type == "cuda" else {}
-        window = {"logits": self._window.state()[0], "labels": self._window.state()[1]}
+        logits, labels = self._window.state()
+        window = {"logits": logits, "labels": labels}
         return {"python": random.getstate(), "torch": torch.get_rng_state(), "window": window, **cuda}
 
     def _set_rank_state(self, state: dict[str, Any]) -> None:

@@ -164,6 +164,8 @@ def gather_predictions(rank: int, world_size: int) -> None:
             weights = (torch.rand(size * 40, generator=generator) < 0.8).float()
             if r == rank:
                 predictions.add(logits, labels, weights)
+                if size == 1:  # as a job that is resumed
+                    predictions = Predictions(*predictions.state())
             everything.append(torch.stack([logits, labels])[:, weights > 0])
     logits, labels = torch.cat(everything, dim=1)
     q = quality(*predictions.gather(CPU))
@@ -180,7 +182,12 @@ def gather_predictions(rank: int, world_size: int) -> None:
 
 
 def test_metrics_are_those_of_one_process_with_all_predictions() -> None:
-    run_ranks(gather_predictions, 2)
+    run_ranks(gather_predictions, 3)
+
+
+def test_adding_predictions_waits_for_no_device() -> None:
+    row = torch.empty(4, device="meta")  # on which whatever the host would wait for raises
+    Predictions().add(row, row, row)
 
 
 def test_metrics_of_labels_that_all_agree() -> None:
