@@ -83,11 +83,6 @@ class CompositionalTable(nn.Module):
         """Returns the K parameters, in the order of the partitions."""
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
-    def init_weights(self) -> None:
-        for partition in self.children():
-            assert isinstance(partition, _Partition)
-            partition.reset_parameters()
-
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
         if self._has_kernels():
@@ -192,16 +187,11 @@ def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
     ]
 
 
-def init_tables(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -> None:
-    for config in tables:
-        module = modules[config.name]
-        if device_of(module).type == "meta":
-            continue
-        if isinstance(module, CompositionalTable):
-            module.init_weights()
-        else:
-            assert isinstance(module, _Table)
-            module.reset_parameters()
+def init_tables(tables: nn.Module) -> None:
+    """Draws initial values, table after table and partition after partition; none on the meta device."""
+    for table in tables.modules():
+        if isinstance(table, _Table) and device_of(table).type != "meta":
+            table.reset_parameters()
 
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
