@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
-from torchrec_qr.ops.cpu import GRADIENT
+from torchrec_qr.ops.arguments import GRADIENT
 from torchrec_qr.ops.cpu_structs import HYPER
 from torchrec_qr.ops.layout import encode
 from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.ops import cpu
+from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
-from torchrec_qr.ops.cpu import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
 
@@ -286,7 +286,7 @@ def look_up(
 
 
 class Steps(NamedTuple):
-    """Per weight what the backward does: see `torchrec_qr.ops.cpu.Gradients`."""
+    """Per weight what the backward does: see `torchrec_qr.ops.arguments.Gradients`."""
 
     rules: list[int]
     states: list[Tensor]
@@ -360,7 +360,7 @@ def step_rows(
 ) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
 
-    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.cpu.Gradients` has them.
+    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.arguments.Gradients` has them.
 
     Example:
         >>> weight = torch.ones(3, 4)
