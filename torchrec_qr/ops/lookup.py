@@ -94,6 +94,14 @@ def _(
     return weights[0].new_empty(size, dtype=torch.float32)
 
 
+def _empty_gradients(
+    weights: list[Tensor], needed: list[bool], ids: Tensor, weights_need_gradient: bool
+) -> list[Tensor]:
+    """What either backward returns, without its values."""
+    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
+    return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
+
+
 @torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types=("cpu", "cuda"))
 def lookup_gradients_op(
     out_gradient: Tensor,
@@ -132,8 +140,7 @@ def _(
     needed: list[bool],
     weights_need_gradient: bool,
 ) -> list[Tensor]:
-    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
-    return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
+    return _empty_gradients(weights, needed, ids, weights_need_gradient)
 
 
 @torch.library.custom_op(
@@ -181,8 +188,7 @@ def _(
     hyper: list[float],
     weights_need_gradient: bool,
 ) -> list[Tensor]:
-    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
-    return [*(w.new_empty(w.shape if r == GRADIENT else 0) for w, r in zip(weights, rules, strict=True)), of_ids]
+    return _empty_gradients(weights, [rule == GRADIENT for rule in rules], ids, weights_need_gradient)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
