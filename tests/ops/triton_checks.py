@@ -10,7 +10,6 @@ from torch import Tensor
 from torchrec_qr.ops import cpu, triton
 from torchrec_qr.ops.arguments import GRADIENT, NOTHING, RULES, Batch, Gradients, num_states
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Steps
 from torchrec_qr.ops.triton_kernels import run
 from torchrec_qr.ops.triton_kernels.tables import Partition, Stored, Table, describe
 
@@ -25,7 +24,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, case: StepCase, steps: Steps, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
+        ctx: Any, case: StepCase, steps: Gradients, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
     ) -> Tensor:
         ctx.rest = [t.data for t in weights], case.lookup.class_maps, Batch(ids, offsets, w, True)
         ctx.layout, ctx.steps = case.lookup.layout, steps

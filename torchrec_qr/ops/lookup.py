@@ -291,21 +291,12 @@ def look_up(
     return out
 
 
-class Steps(NamedTuple):
-    """Per weight what the backward does: see `torchrec_qr.ops.arguments.Gradients`."""
-
-    rules: list[int]
-    states: list[Tensor]
-    hyper: list[float]
-    touched: list[Tensor]
-
-
 class _SteppedLookup(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         tables: Lookup,
-        steps: Callable[[], Steps],
+        steps: Callable[[], Gradients],
         pooled: bool,
         ids: Tensor,
         offsets: Tensor,
@@ -346,7 +337,7 @@ class _SteppedLookup(torch.autograd.Function):
 def stepped_lookup(
     tables: Lookup,
     weights: list[Tensor],
-    steps: Callable[[], Steps],
+    steps: Callable[[], Gradients],
     ids: Tensor,
     offsets: Tensor,
     id_weights: Tensor | None,
