@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
+
+from launch.auc import auc
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
         samples=n,
         logloss=logloss,
         ne=logloss / entropy if mixed else math.nan,
-        # torchmetrics squashes logits itself, in float32, where large ones tie: give it ranks' own order in float64.
-        auc=binary_auroc(x.sigmoid(), y.long()).item() if mixed else math.nan,
+        # Of logits, not of predictions, where large ones tie.
+        auc=auc(y.numpy(), x.numpy()),
         calibration=x.sigmoid().mean().item() / rate if rate else math.inf,
         positives=int(y.sum()),
     )
