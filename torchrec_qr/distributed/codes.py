@@ -25,7 +25,6 @@ class RowCode:
     config: CompositionalConfig
 
     def __post_init__(self) -> None:
-        assert self.config.partitions is not None
         largest = self.config.partitions.sizes[self.config.base_partition] * self.codes_per_row
         if largest >= 2**62:
             raise ValueError(
@@ -37,7 +36,6 @@ class RowCode:
     def codes_per_row(self) -> int:
         """C."""
         p = self.config.partitions
-        assert p is not None
         if not isinstance(p, ClosedForm):
             return p.num_ids
         stride, size = p.strides[self.config.base_partition], p.sizes[self.config.base_partition]
@@ -46,7 +44,6 @@ class RowCode:
     def encode(self, ids: Tensor, class_map: Tensor | None) -> Tensor:
         """(N,) ids in [0, S) → (N,) int64 codes."""
         p = self.config.partitions
-        assert p is not None
         ids = ids.to(torch.int64)
         row = p.class_rows(ids, class_map)[self.config.base_partition]
         if not isinstance(p, ClosedForm):
@@ -58,7 +55,6 @@ class RowCode:
     def layout(self, first_row: int) -> CodeLayout:
         """How the kernels decode; see `decode`."""
         p = self.config.partitions
-        assert p is not None
         if not isinstance(p, ClosedForm):
             return CodeLayout(self.codes_per_row, 0, 0, first_row)
         base = self.config.base_partition
@@ -67,7 +63,6 @@ class RowCode:
     def decode(self, codes: Tensor, first_row: int) -> Tensor:
         """(N,) codes, counted from ``first_row`` · C as TorchRec's bucketizing leaves them → (N,) ids."""
         p = self.config.partitions
-        assert p is not None
         row, rest = codes // self.codes_per_row + first_row, codes % self.codes_per_row
         if not isinstance(p, ClosedForm):
             return rest

@@ -55,7 +55,6 @@ class Replicas(nn.Module):
         holders = []
         for table in tables:
             config, sharding_type = compositional(table).config, compositional(table).sharding_type
-            assert config.partitions is not None
             stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
@@ -155,7 +154,6 @@ class CompositionalKernel(BaseEmbedding):
         """Allocates this rank's shards of a table; those of one partition share a storage, which TorchRec is shown."""
         at = compositional(tables[0])
         config = at.config
-        assert config.partitions is not None
         stored = []
         for j, rows in enumerate(config.partitions.sizes):
             if is_replicated(config, j, at.sharding_type):

@@ -66,7 +66,6 @@ class CompositionalTable(nn.Module):
 
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
-        assert config.partitions is not None
         self.config = config
         self._partitions = config.partitions
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
@@ -120,7 +119,6 @@ class CompositionalTable(nn.Module):
 
 def _layout(config: CompositionalConfig) -> list[int] | None:
     """How the kernels see the table; None: they do not have it."""
-    assert config.partitions is not None
     widths = config.partition_columns
     if not cpu.supports(config.operation, widths):
         return None
