@@ -23,6 +23,7 @@ from torchrec_qr.modules.table import CompositionalTable
 
 
 def is_compositional(config: BaseEmbeddingConfig) -> bool:
+    """Whether a config is of a compositional table, pooled or not."""
     return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
 
 
@@ -277,7 +278,7 @@ def num_column_blocks(sharding: ParameterSharding) -> int:
 
 
 def attach(infos: Mapping[str, list[Any]], configs: list[Any]) -> None:
-    """Gives TorchRec's sharding infos the compositional configs that they were made from; see `lookup.place`."""
+    """Gives TorchRec's sharding infos the compositional configs that they were made from; see `placement.place`."""
     by_name = {c.name: c for c in configs if is_compositional(c)}
     for info in (info for group in infos.values() for info in group):
         info.embedding_config.compositional = by_name.get(info.embedding_config.name)

@@ -142,7 +142,8 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
 
     Args:
         fused_params: of the optimizer that steps all tables in backward, as TorchRec's: ``optimizer``,
-            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``; other keys raise NotImplementedError.
+            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``, and of Adam ``beta1``, ``beta2``,
+            ``amsgrad``; other keys raise NotImplementedError when a table is sharded.
         qcomm_codecs_registry: as TorchRec's.
 
     Example:

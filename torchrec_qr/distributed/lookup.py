@@ -116,7 +116,7 @@ class CompositionalKernel(BaseEmbedding):
         self._stored: list[StoredPartition] = []
         self._exposed: list[tuple[str, nn.Parameter]] = []
         holders = []
-        # All shards of a table follow each other nowhere in particular; TorchRec wants one parameter for them.
+        # Shards of one table may lie anywhere in the group; TorchRec wants one parameter for all of them.
         by_name = sorted(config.embedding_tables, key=lambda t: t.name)
         leaves: dict[tuple[int, int], Callable[[], Tensor]] = {}
         optimizers: dict[str, RowOptimizer] = {}

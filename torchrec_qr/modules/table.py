@@ -106,6 +106,7 @@ class CompositionalTable(nn.Module):
         return self._partitions.class_rows(ids, self.class_map)
 
     def set_constants(self, device: torch.device) -> None:
+        """Makes anew what follows from the config alone: fingerprint and explicit map."""
         self.fingerprint = fingerprint(self.config).to(device)
         class_map = self._partitions.class_map
         self.class_map = None if class_map is None else class_map.to(device)

@@ -174,7 +174,7 @@ class _Call:
     def _raise(self, failure: np.void) -> None:
         code, position, value = int(failure["code"]), int(failure["position"]), int(failure["value"])
         table = self._names.split("\n")[int(failure["table"])] if failure["table"] >= 0 else ""
-        match code:
+        match code:  # `Code` in csrc/lookup.h
             case 1:
                 num_ids = self._plan.layouts[int(failure["table"])].num_ids
                 raise IndexError(f"table {table!r}: id {value} (number {position}) is out of range [0, {num_ids})")
