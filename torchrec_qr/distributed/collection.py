@@ -14,6 +14,8 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
 from torchrec_qr.distributed.shards import DATA_PARALLEL, stored_shards
@@ -275,6 +277,21 @@ def num_column_blocks(sharding: ParameterSharding) -> int:
     """Into how many blocks of columns a plan cuts a table."""
     spec = sharding.sharding_spec
     return len({s.shard_offsets[1] for s in spec.shards}) if isinstance(spec, EnumerableShardingSpec) else 1
+
+
+def checked_features(features: Any) -> KeyedJaggedTensor:
+    """Returns the batch of a sharded collection, a ``KeyedJaggedTensor`` or a ``TensorDict``, as the former.
+
+    Raises:
+        NotImplementedError: features that differ in their number of bags.
+    """
+    features = maybe_td_to_kjt(features, None)
+    if features.variable_stride_per_key():
+        raise NotImplementedError(
+            "variable batch per feature is not supported by sharded compositional collections; features "
+            f"{features.keys()}"
+        )
+    return features
 
 
 def attach(infos: Mapping[str, list[Any]], configs: list[Any]) -> None:
