@@ -73,7 +73,13 @@ class Job:
         return tuple(rows[feature] for feature in self.data.features)
 
     def _table_errors(self) -> Iterable[ConfigError]:
+        names: list[str] = []
         for i, table in enumerate(self.tables):
+            if table.name in names:
+                yield ConfigError(
+                    f"tables[{i}].name", table.name, f"another name than tables[{names.index(table.name)}]'s"
+                )
+            names.append(table.name)
             if table.embedding_dim != self.model.embedding_dim:
                 allowed = f"{self.model.embedding_dim}, as model.embedding_dim"
                 yield ConfigError(f"tables[{i}].embedding_dim", table.embedding_dim, allowed)
@@ -82,7 +88,7 @@ class Job:
         table_of: dict[str, str] = {}
         for i, table in enumerate(self.tables):
             for feature in features_of(table):
-                if feature in table_of:
+                if feature in table_of and table_of[feature] != table.name:
                     allowed = f"each feature in one table, which for {feature!r} is {table_of[feature]!r}"
                     yield ConfigError(f"tables[{i}].feature_names", feature, allowed)
                 elif feature not in self.data.features:

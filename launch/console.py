@@ -26,7 +26,7 @@ class Output:
     def __init__(self, rank: int, quiet: bool) -> None:
         self._console = Console(quiet=rank != 0, highlight=False)
         if not self._console.is_terminal:
-            self._console = Console(quiet=rank != 0, highlight=False, width=_COLUMNS)
+            self._console.width = _COLUMNS
         self._live = self._console.is_terminal and not quiet
         self._quiet = quiet
         self._progress: Progress | None = None
@@ -103,19 +103,21 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Ta
         out.add_column(name, justify="right")
     out.add_column("placement")
     out.add_column("ranks")
-    full_parameters = parameters = rows = stored_rows = 0
+    all_rows = all_stored_rows = all_values = all_stored_values = 0
     for t in tables:
-        full, stored, stored_here = t.num_embeddings * t.embedding_dim, t.num_embeddings, t.num_embeddings
-        size = full
+        rows, values = t.num_embeddings, t.num_embeddings * t.embedding_dim
+        stored_rows, stored_values = rows, values
         if isinstance(t, CompositionalEmbeddingBagConfig):
-            stored_here, size = t.physical_rows, t.num_parameters
-        full_parameters, parameters = full_parameters + full, parameters + size
-        rows, stored_rows = rows + stored, stored_rows + stored_here
+            stored_rows, stored_values = t.physical_rows, t.num_parameters
+        all_rows, all_values = all_rows + rows, all_values + values
+        all_stored_rows, all_stored_values = all_stored_rows + stored_rows, all_stored_values + stored_values
         placement, ranks = _placement(shardings.get(t.name))
-        out.add_row(t.name, f"{stored:,}", f"{stored_here:,}", _mib(size), f"{full / size:.1f}×", placement, ranks)
+        smaller = f"{values / stored_values:.1f}×"
+        out.add_row(t.name, f"{rows:,}", f"{stored_rows:,}", _mib(stored_values), smaller, placement, ranks)
     out.add_section()
-    smaller = f"{full_parameters / parameters:.1f}×"
-    out.add_row(f"{len(tables)} tables", f"{rows:,}", f"{stored_rows:,}", _mib(parameters), smaller, "", "")
+    smaller = f"{all_values / all_stored_values:.1f}×"
+    total = f"{len(tables)} tables"
+    out.add_row(total, f"{all_rows:,}", f"{all_stored_rows:,}", _mib(all_stored_values), smaller, "", "")
     return out
 
 

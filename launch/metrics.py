@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
+
+from launch.auc import auc
 
 
 @dataclass(frozen=True)
@@ -51,33 +52,40 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
         samples=n,
         logloss=logloss,
         ne=logloss / entropy if mixed else math.nan,
-        # torchmetrics squashes logits itself, in float32, where large ones tie: give it ranks' own order in float64.
-        auc=binary_auroc(x.sigmoid(), y.long()).item() if mixed else math.nan,
+        # Of logits, not of predictions, where large ones tie.
+        auc=auc(y.numpy(), x.numpy()),
         calibration=x.sigmoid().mean().item() / rate if rate else math.inf,
         positives=int(y.sum()),
     )
 
 
 class Predictions:
-    """Collects logits and labels on this rank until `gather` joins those of all ranks."""
+    """Collects logits and labels on this rank until `gather` joins those of all ranks.
+
+    What is added stays on its device, 12 bytes a row, until somebody asks: `add` is called every step, and to pick rows
+    by their weights, or to move them, has the host wait for the device.
+
+    Args:
+        logits: (n,) from which it goes on, as `state` returned them; default: none.
+        labels: (n,) of the same rows.
+    """
 
     def __init__(self, logits: Tensor | None = None, labels: Tensor | None = None) -> None:
-        self._logits: list[Tensor] = [] if logits is None else [logits]
-        self._labels: list[Tensor] = [] if labels is None else [labels]
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        """Returns this rank's logits and labels so far, from which the constructor goes on."""
-        return _joined(self._logits), _joined(self._labels)
+        self._before = torch.empty(2, 0) if logits is None or labels is None else torch.stack([logits, labels])
+        self._added: list[Tensor] = []  # (3, B) each: logits, labels, weights
 
     def add(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
         """Adds logits (B,) and labels (B,) of the rows whose weight is not 0."""
-        counts = weights > 0
-        self._logits.append(logits.detach()[counts].float().cpu())
-        self._labels.append(labels.detach()[counts].float().cpu())
+        self._added.append(torch.stack([t.detach().float() for t in (logits, labels, weights)]))
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Returns this rank's logits and labels so far, on the CPU, from which the constructor goes on."""
+        logits, labels = self._own(torch.device("cpu")).unbind()
+        return logits, labels
 
     def gather(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns logits and labels of all ranks, in the order of ranks: the same on each. All ranks must call it."""
-        own = torch.stack(self.state()).to(device)
+        own = self._own(device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([own.shape[1]], device=device))
         counts = [int(s) for s in sizes]
@@ -87,6 +95,9 @@ class Predictions:
         logits, labels = torch.cat([p[:, :n] for p, n in zip(parts, counts, strict=True)], dim=1).cpu()
         return logits, labels
 
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0)
+    def _own(self, device: torch.device) -> Tensor:
+        """Returns (2, n) on ``device``: logits and labels of the rows that count."""
+        if not self._added:
+            return self._before.to(device)
+        added = torch.cat(self._added, dim=1)
+        return torch.cat([self._before.to(device), added[:2, added[2] > 0].to(device)], dim=1)

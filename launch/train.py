@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from launch.checkpoint import Checkpoints
 from launch.config import Job, read_job, write_job
 from launch.console import Output
 from launch.data.loader import open_data
@@ -59,12 +58,9 @@ def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Out
     folder.write_text("plan.txt", output.tables(tables, parallel.plan))
     with profiled(folder.root, arguments.profile) as profiler:
         trainer = Trainer(job, task, parallel, data, folder, output, device, profiler)
-        checkpoint = Checkpoints(folder.checkpoints, kept=2).latest()
+        checkpoint = trainer.resume()
         if checkpoint is not None:
-            trainer.resume(checkpoint)
             output.say(f"continues at step {trainer.step}, from {checkpoint}")
-        else:
-            folder.drop_after(0, 0)
         test = trainer.train()
     known = data.known_quality()
     speed = trainer.samples_per_s

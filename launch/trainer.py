@@ -97,17 +97,21 @@ class Trainer:
         if self._job.train.checkpoint_every and self._saved != self.step:
             self._save()
         best = self._best_checkpoint.latest()
-        if best is not None and Checkpoints.about(best)["step"] != self.step:
+        if best is not None and (step := Checkpoints.about(best)["step"]) != self.step:
             self._load(best)
-            self.step = Checkpoints.about(best)["step"]
+            self.step = step
         return self._evaluate(self._data.test())
 
-    def resume(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint, of any plan and world size.
+    def resume(self) -> Path | None:
+        """Continues from the run's last checkpoint, of any plan and world size; returns it, or None: there is none.
 
         Raises:
             ValueError: the checkpoint is of another model; names what changed.
         """
+        checkpoint = self._checkpoints.latest()
+        if checkpoint is None:
+            self._folder.drop_after(0, 0)
+            return None
         about = Checkpoints.about(checkpoint)
         changed = differences(about["model"], model_description(self._job))
         if changed:
@@ -124,6 +128,7 @@ class Trainer:
         if world_size == dist.get_world_size():
             self._set_rank_state(Checkpoints.load_by_rank(checkpoint))
         self._folder.drop_after(self.step, self._validated)
+        return checkpoint
 
     def _train_epochs(self) -> None:
         while self._epoch < self._job.train.epochs and not self._done():
@@ -263,7 +268,8 @@ class Trainer:
 
     def _rank_state(self) -> dict[str, Any]:
         cuda = {"cuda": torch.cuda.get_rng_state()} if self._device.type == "cuda" else {}
-        window = {"logits": self._window.state()[0], "labels": self._window.state()[1]}
+        logits, labels = self._window.state()
+        window = {"logits": logits, "labels": labels}
         return {"python": random.getstate(), "torch": torch.get_rng_state(), "window": window, **cuda}
 
     def _set_rank_state(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.init import init_partition
-from torchrec_qr.modules.table import CompositionalTable
+from torchrec_qr.modules.table import CompositionalTable, init_tables
 
 SEEDS = 64
 
@@ -62,7 +62,7 @@ def sampled(table_config: CompositionalEmbeddingBagConfig, ids: Tensor) -> tuple
     composed, parts = Moments(), [Moments() for _ in table.weights()]
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        table.init_weights()
+        init_tables(table)
         with torch.no_grad():
             composed.add(table.embed(ids))
         for moments, weight in zip(parts, table.weights(), strict=True):
@@ -148,7 +148,7 @@ def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
         config(QuotientRemainder.balanced(10_000), operation="path", path_hidden=hidden), torch.device("cpu")
     )
     torch.manual_seed(0)
-    table.init_weights()
+    init_tables(table)
     first_layer = table.weights()[1].detach()[:, : hidden * dim + hidden]
     bound = 1 / math.sqrt(dim)  # nn.Linear: weight and bias alike
     assert 0.999 * bound < float(first_layer.abs().max()) <= bound
@@ -164,7 +164,7 @@ def test_hashing_starts_as_the_full_table_in_both_modes() -> None:
 def test_ids_of_one_main_row_start_nearly_alike_under_identity() -> None:
     torch.manual_seed(0)
     table = CompositionalTable(config(QuotientRemainder(10_000, 4)), torch.device("cpu"))
-    table.init_weights()
+    init_tables(table)
     rows = table.embed(torch.tensor([7, 2507, 5007]))  # 2500 main rows
     assert not torch.equal(rows[0], rows[1])
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1), rtol=0.1, atol=0)
@@ -274,7 +274,7 @@ def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
     for data_type, dtype in ((DataType.FP16, torch.float16), (DataType.BF16, torch.bfloat16)):
         torch.manual_seed(0)
         table = CompositionalTable(config(QuotientRemainder(10_000, 100), data_type=data_type), torch.device("cpu"))
-        table.init_weights()
+        init_tables(table)
         main, other = table.weights()
         assert (main.dtype, other.dtype) == (dtype, torch.float32)
         # 1 + N(0, .01²) has a few dozen values in bf16.

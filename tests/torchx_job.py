@@ -1,8 +1,8 @@
 """Runs TorchX on this project's components: its dry runs in this process, its jobs by its command."""
 
-import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +75,23 @@ def dlrm(scheduler: str, runs: Path, *args: str) -> tuple[str, ...]:
     return ("torchx.cli.main", "run", *scheduler.split(), f"{COMPONENTS}:dlrm", *job)
 
 
-def pid_of_rank(rank: int, runs: Path) -> int:
+def output_though_rank_1_dies(scheduler: str, runs: Path, *args: str) -> str:
+    """Runs `dlrm` on two ranks, one of which is killed when step 35 is logged; returns all output, to its good end."""
+    lines, killed = [], False
+    with started(*dlrm(scheduler, runs, "-j", "1x2", "--max_retries", "1", *args)) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            lines.append(line)
+            if not killed and re.search(rf" 35/{SMALL_STEPS}  logloss", line):
+                os.kill(_pid_of_rank(1, runs), signal.SIGKILL)
+                killed = True
+        output = "".join(lines)
+        assert job.wait() == 0, output
+    assert killed, output
+    return output
+
+
+def _pid_of_rank(rank: int, runs: Path) -> int:
     """Returns the process that is this rank of the job whose runs lie there."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -86,13 +102,6 @@ def pid_of_rank(rank: int, runs: Path) -> int:
         if str(runs).encode() in command and f"RANK={rank}".encode() in variables:
             return int(process.name)
     raise LookupError(f"no rank {rank} of a job in {runs}")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's ``metrics.jsonl`` without what differs from run to run: the speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.pop("samples_per_s", 1) > 0 for line in lines)
-    return lines
 
 
 def without_id(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ _UNSUPPORTED_FIELDS = (
 class _Compositional(BaseEmbeddingConfig):
     """The fields that both configs add; their documentation is in the configs' own docstrings."""
 
-    partitions: Partitions | None = None
+    # Has a default as the fields of TorchRec before it have; `_check_partitions` refuses that.
+    partitions: Partitions = None  # type: ignore[assignment]
     operation: Operation = "mult"
     partition_dims: Sequence[int] | None = None
     path_hidden: int | None = None
@@ -65,12 +66,12 @@ class _Compositional(BaseEmbeddingConfig):
     @property
     def num_partitions(self) -> int:
         """K."""
-        return self._partitions.num_partitions
+        return self.partitions.num_partitions
 
     @property
     def base_partition(self) -> int:
         """The partition that holds most of the table: the main one, under ``path`` partition 0 (its W_1)."""
-        return 0 if self.operation == "path" else self._partitions.main
+        return 0 if self.operation == "path" else self.partitions.main
 
     @property
     def partition_columns(self) -> tuple[int, ...]:
@@ -95,16 +96,12 @@ class _Compositional(BaseEmbeddingConfig):
     @property
     def physical_rows(self) -> int:
         """R."""
-        return self._partitions.num_rows
+        return self.partitions.num_rows
 
     @property
     def num_parameters(self) -> int:
         """Scalars stored: Σ_j |P_j| · columns of partition j."""
-        return sum(n * d for n, d in zip(self._partitions.sizes, self.partition_columns, strict=True))
-
-    @property
-    def _partitions(self) -> Partitions:
-        return cast(Partitions, self.partitions)
+        return sum(n * d for n, d in zip(self.partitions.sizes, self.partition_columns, strict=True))
 
     @property
     def _mlp_columns(self) -> int:
@@ -139,9 +136,9 @@ class _Compositional(BaseEmbeddingConfig):
             self._fail(
                 "partitions", self.partitions, "a Partitions, such as QuotientRemainder(num_ids, num_collisions)"
             )
-        if self.num_embeddings != self._partitions.num_ids:
+        if self.num_embeddings != self.partitions.num_ids:
             self._fail(
-                "num_embeddings", self.num_embeddings, f"{self._partitions.num_ids}, the num_ids of its partitions"
+                "num_embeddings", self.num_embeddings, f"{self.partitions.num_ids}, the num_ids of its partitions"
             )
 
     def _check_dims(self) -> None:

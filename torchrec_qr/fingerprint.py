@@ -31,7 +31,6 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
         [1, 0, 1, 0, 0, 0, 0, 100, 25, 4, 8, 8]
     """
     p = config.partitions
-    assert p is not None
     path = config.operation == "path"
     header = (
         _FORMAT,

@@ -25,7 +25,7 @@ class IdSpace(NamedTuple):
 
 
 class Bags(NamedTuple):
-    """One feature's ids (N,), the offsets (B + 1,) of its bags, and its per-id weights (N,) or None."""
+    """One feature's ids (N,), offsets (B + 1,) and lengths (B,) of its bags, and its per-id weights (N,) or None."""
 
     ids: Tensor
     offsets: Tensor

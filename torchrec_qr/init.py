@@ -45,7 +45,6 @@ def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] |
         >>> [(p.name, p.num_embeddings, p.embedding_dim) for p in partition_configs(config)]
         [('t.partition_0', 25, 8), ('t.partition_1', 4, 8)]
     """
-    assert config.partitions is not None
     make: Callable[..., Any] = EmbeddingConfig
     if isinstance(config, CompositionalEmbeddingBagConfig):
         make = partial(EmbeddingBagConfig, pooling=config.pooling)

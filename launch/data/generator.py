@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.data.auc import auc
+from launch.auc import auc
 from launch.data.errors import BadRows
 from launch.data.rows import Array, Rows, concat
 from launch.data.shards import BLOCK

@@ -124,5 +124,6 @@ def _by_time(source: RowSource, shares: Sequence[float]) -> Splits:
     )
     for split in (splits.train, splits.validation, splits.test):
         if len(split) == 0:
-            raise DataError(source.location(0).rpartition(":")[0], f"{n} rows leave none for {split.name}")
+            cut = f"{n} rows leave none for {split.name}, cut by data.split={list(shares)}"
+            raise DataError(source.location(0).rpartition(":")[0], f"{cut}; allowed: more rows, or a larger share")
     return splits

@@ -1,6 +1,5 @@
 """Runs `launch.train` on real ranks: one process each, one thread each, that a test may signal."""
 
-import json
 import multiprocessing as mp
 import os
 import resource
@@ -95,13 +94,6 @@ def run(folder: Path, *arguments: str, **how: Any) -> str:
 
 def with_set(*assignments: str) -> tuple[str, ...]:
     return tuple(f"--set={assignment}" for assignment in assignments)
-
-
-def metrics(folder: Path, name: str = "demo") -> list[dict[str, Any]]:
-    """The lines of a run's metrics, but for speeds."""
-    path = folder / name / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
 
 
 def _rank(environment: dict[str, str], argv: list[str], output: Path, max_file_bytes: int) -> None:

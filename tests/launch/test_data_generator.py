@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.auc import auc
 from launch.config import read_job
-from launch.data.auc import auc
 from launch.data.errors import BadRows
 from launch.data.generator import GeneratorSource
 from launch.data.loader import open_data

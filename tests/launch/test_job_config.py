@@ -127,6 +127,21 @@ def test_mistakes(changed: dict[str, Any], message: str) -> None:
     assert message in error_of(sections(**changed))
 
 
+def test_tables_of_one_name() -> None:
+    table = {"num_embeddings": 9, "embedding_dim": 16}
+    tables = [*sections()["tables"], {**table, "name": "a"}]
+    expected = "tables[2].name: 'a'; allowed: another name than tables[0]'s"
+    assert error_of(sections(tables=tables)) == expected
+    other_features = [*sections()["tables"], {**table, "name": "a", "feature_names": ["b"]}]
+    assert expected in error_of(sections(tables=other_features))
+
+
+def test_an_empty_file_lacks_tables_and_layers() -> None:
+    error = error_of({})
+    assert "tables: missing, and has no default" in error
+    assert "model.bottom_mlp: []; allowed: widths that end in embedding_dim=16" in error
+
+
 def test_a_feature_in_two_tables() -> None:
     tables = [*sections()["tables"], {"name": "c", "num_embeddings": 9, "embedding_dim": 16, "feature_names": ["a"]}]
     expected = "tables[2].feature_names: 'a'; allowed: each feature in one table, which for 'a' is 'a'"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.jobs import SMALL, Ranks, metrics, run, start, with_set
+from tests.launch.jobs import SMALL, Ranks, run, start, with_set
+from tests.run_metrics import metrics
 
 FOUR = with_set(*SMALL, "train.checkpoint_every=4", "train.eval_every=4")  # steps a checkpoint; 11 steps in all
 
@@ -27,24 +28,24 @@ def checkpoints(folder: Path) -> set[str]:
 def test_a_job_whose_rank_was_killed_continues_bit_for_bit(tmp_path: Path, unbroken: Path) -> None:
     ranks = start(tmp_path, *FOUR)
     # Step 6 has been logged, and the checkpoint is that of step 4: two batches are trained again.
-    ranks.wait_until(lambda: any(line["step"] == 6 for line in metrics(tmp_path)))
+    ranks.wait_until(lambda: any(line["step"] == 6 for line in metrics(tmp_path / "demo")))
     os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
     codes = ranks.exit_codes(timeout=30)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] == 1  # ended by itself, and soon: its peer is gone
     printed = run(tmp_path, *FOUR)
     assert "continues at step 4" in printed or "continues at step 8" in printed
-    assert metrics(tmp_path) == metrics(unbroken)
+    assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_as_a_shell_says(tmp_path: Path, unbroken: Path) -> None:
     ranks = start(tmp_path, *FOUR)
-    ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path)))
+    ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path / "demo")))
     os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)  # one rank is told; all end at the same step
     assert ranks.exit_codes(timeout=30) == [143, 143]
     assert checkpoints(tmp_path)
     assert "continues at step" in run(tmp_path, *FOUR)
-    assert metrics(tmp_path) == metrics(unbroken)
+    assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
 def test_a_checkpoint_that_was_being_written_is_not_used(tmp_path: Path, unbroken: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_checkpoint_that_was_being_written_is_not_used(tmp_path: Path, unbroke
     whole = _kill_while_writing(ranks, tmp_path / "demo" / "checkpoints")
     printed = run(tmp_path, *every_step)
     assert f"continues at step {whole}, from" in printed
-    assert metrics(tmp_path) == metrics(unbroken)
+    assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
 def _kill_while_writing(ranks: Ranks, folder: Path) -> int:
@@ -83,7 +84,7 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path:
     assert "File too large" in ranks.text()
     assert checkpoints(tmp_path) == {"step_4"}
     run(tmp_path, *FOUR)
-    assert metrics(tmp_path) == metrics(unbroken)
+    assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
 def _without_test(lines: str) -> str:
@@ -103,12 +104,12 @@ def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int,
     for world_size in (before, after):
         # The second job has no step left to do: what it validates is what it has loaded.
         printed = run(tmp_path, *steps(world_size), stop, world_size=world_size)
-        validations += [line for line in metrics(tmp_path) if line.pop("split") == "validation"]
+        validations += [line for line in metrics(tmp_path / "demo") if line.pop("split") == "validation"]
         path.write_text(_without_test(path.read_text()))
     assert "continues at step 10" in printed
     assert validations[1] == pytest.approx(validations[0], rel=1e-5)
     run(tmp_path, *steps(after), world_size=after)
-    lines = metrics(tmp_path)
+    lines = metrics(tmp_path / "demo")
     assert [line["step"] for line in lines if line["split"] == "train"] == [5, 10, 15, 20]
     assert lines[-2]["step"] == 21
     assert lines[-2]["logloss"] < validations[0]["logloss"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchmetrics.functional.classification import binary_auroc
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
 
 from launch.config import Job
-from launch.data.auc import auc
 from launch.data.batch import Batch
 from launch.metrics import Predictions, quality
 from launch.model import DCN, DeepFM, build_model
@@ -164,6 +164,8 @@ def gather_predictions(rank: int, world_size: int) -> None:
             weights = (torch.rand(size * 40, generator=generator) < 0.8).float()
             if r == rank:
                 predictions.add(logits, labels, weights)
+                if size == 1:  # as a job that is resumed
+                    predictions = Predictions(*predictions.state())
             everything.append(torch.stack([logits, labels])[:, weights > 0])
     logits, labels = torch.cat(everything, dim=1)
     q = quality(*predictions.gather(CPU))
@@ -175,12 +177,17 @@ def gather_predictions(rank: int, world_size: int) -> None:
     assert q.samples == len(y)
     assert q.logloss == pytest.approx(logloss)
     assert q.ne == pytest.approx(logloss / base)
-    assert q.auc == pytest.approx(auc(y, x), abs=1e-6)
+    assert q.auc == pytest.approx(binary_auroc(logits.double().sigmoid(), labels.long()).item(), abs=1e-6)
     assert q.calibration == pytest.approx(p.mean() / y.mean())
 
 
 def test_metrics_are_those_of_one_process_with_all_predictions() -> None:
-    run_ranks(gather_predictions, 2)
+    run_ranks(gather_predictions, 3)
+
+
+def test_adding_predictions_waits_for_no_device() -> None:
+    row = torch.empty(4, device="meta")  # on which whatever the host would wait for raises
+    Predictions().add(row, row, row)
 
 
 def test_metrics_of_labels_that_all_agree() -> None:

@@ -1,8 +1,7 @@
 """Jobs on this host: under torchrun, under TorchX on one node and on two, with a rank that fails, and one that dies."""
 
-import os
+import json
 import re
-import signal
 import socket
 from pathlib import Path
 from time import monotonic
@@ -11,7 +10,8 @@ import pytest
 import yaml
 from click_rows import click_rows, tsv_lines, write_tsv
 from numpy.random import default_rng
-from torchx_job import SMALL, SMALL_STEPS, dlrm, metrics, output_of, pid_of_rank, started
+from run_metrics import metrics
+from torchx_job import SMALL, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, started
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,6 +35,8 @@ def test_torchrun_alone_trains(unbroken: Path) -> None:
     assert last["split"] == "test"
     assert last["dense_only_auc"] + 0.1 < last["auc"] < last["best_possible_auc"]
     assert last["ne"] < 0.9
+    logged = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["samples_per_s"] > 0 for line in logged if line["split"] != "validation")
     assert yaml.safe_load((unbroken / "config.yaml").read_text())["train"]["batch_size"] == 128
     assert "cat_0" in (unbroken / "plan.txt").read_text()
     assert list((unbroken / "tensorboard").glob("events.*"))
@@ -63,17 +65,7 @@ def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
 
 
 def test_a_job_whose_rank_dies_comes_to_the_same_end(unbroken: Path, tmp_path: Path) -> None:
-    lines, killed = [], 0
-    with started(*dlrm("-s local_cwd", tmp_path, "-j", "1x2", "--max_retries", "1")) as job:
-        assert job.stdout is not None
-        for line in job.stdout:
-            lines.append(line)
-            if not killed and re.search(rf" 35/{SMALL_STEPS}  logloss", line):
-                killed = pid_of_rank(1, tmp_path)
-                os.kill(killed, signal.SIGKILL)
-        output = "".join(lines)
-        assert job.wait() == 0, output
-    assert killed
+    output = output_though_rank_1_dies("-s local_cwd", tmp_path)
     (resumed,) = re.findall(r"continues at step (\d+), from (\S+)", output)
     assert resumed[0] in ("30", "40", "50", "60")
     assert resumed[1] == str(tmp_path / "demo" / "checkpoints" / f"step_{resumed[0]}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.config import read_job
-from tests.launch.jobs import DEMO, SMALL, metrics, run, start, with_set
+from tests.launch.jobs import DEMO, SMALL, run, start, with_set
+from tests.run_metrics import metrics
 
 
 def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert "25,004" in plan
     assert plan in printed
 
-    lines = metrics(tmp_path)
+    lines = metrics(tmp_path / "demo")
     assert [(line["step"], line["split"]) for line in lines] == [
         (2, "train"),
         (4, "train"),
@@ -65,12 +66,12 @@ def test_a_name_of_a_run_that_ended_is_free_again(tmp_path: Path) -> None:
     for _ in range(2):
         printed = run(tmp_path, *with_set(*SMALL, "train.max_steps=2"), world_size=1)
     assert "is now" in printed
-    assert metrics(tmp_path) == metrics(tmp_path, "demo.1")
+    assert metrics(tmp_path / "demo") == metrics(tmp_path / "demo.1")
 
 
 def test_training_ends_at_the_auc_that_was_asked_for(tmp_path: Path) -> None:
     run(tmp_path, *with_set(*SMALL, "train.eval_every=2", "train.stop_at_auc=0.3"), world_size=1)
-    assert [(line["step"], line["split"]) for line in metrics(tmp_path)] == [
+    assert [(line["step"], line["split"]) for line in metrics(tmp_path / "demo")] == [
         (2, "train"),
         (2, "validation"),
         (2, "test"),
@@ -79,7 +80,7 @@ def test_training_ends_at_the_auc_that_was_asked_for(tmp_path: Path) -> None:
 
 def test_epochs_follow_one_another_in_different_orders(tmp_path: Path) -> None:
     run(tmp_path, *with_set(*SMALL, "train.epochs=2", "train.log_every=11"))
-    lines = metrics(tmp_path)
+    lines = metrics(tmp_path / "demo")
     assert [(line["step"], line["split"]) for line in lines[:-1]] == [
         *((11, "train"), (11, "validation"), (22, "train"), (22, "validation"))
     ]
@@ -88,7 +89,7 @@ def test_epochs_follow_one_another_in_different_orders(tmp_path: Path) -> None:
 
 def test_the_demo_learns_what_only_the_ids_tell(tmp_path: Path) -> None:
     run(tmp_path, "--set=data.generator.rows=60000", "--set=train.batch_size=256")
-    test = metrics(tmp_path)[-1]
+    test = metrics(tmp_path / "demo")[-1]
     assert test["auc"] > test["dense_only_auc"] + 0.6 * (test["best_possible_auc"] - test["dense_only_auc"])
     assert test["ne"] < 0.85
     assert 0.9 < test["calibration"] < 1.1
@@ -100,7 +101,7 @@ def test_each_optimizer_trains(tmp_path: Path, optimizer: str) -> None:
     names = (f"optimizer.sparse.name={optimizer}", f"optimizer.dense.name={dense}", "optimizer.dense.lr=0.005")
     names += ("train.bf16=true",) if optimizer == "amsgrad" else ()
     run(tmp_path, *with_set(*SMALL, *names, "train.grad_clip=1.0", "schedule.kind=poly", "schedule.decay_steps=10"))
-    lines = [line for line in metrics(tmp_path) if line["split"] == "train"]
+    lines = [line for line in metrics(tmp_path / "demo") if line["split"] == "train"]
     assert lines[-1]["logloss"] < lines[0]["logloss"]
     assert lines[-1]["lr"] < lines[0]["lr"]
 

@@ -12,8 +12,9 @@ from cases import Kind, kind_of
 from torch import Tensor
 
 from torchrec_qr import MixedRadix
+from torchrec_qr.ops.arguments import Gradients
 from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup
+from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 
 # Of partitions with more rows than a batch has ids: most stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
@@ -149,9 +150,9 @@ class StepCase:
                 outputs.append(out / n.clamp(min=1).unsqueeze(1) if self.pooling == "mean" else out)
         return torch.cat(outputs, dim=1)
 
-    def steps(self, step: int) -> Steps:
+    def steps(self, step: int) -> Gradients:
         numbers = [LR, EPS, BETA1, BETA2, 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1), self.max_gradient]
-        return Steps(
+        return Gradients(
             [RULES[self.rule]] * len(self.stored),
             [s for of in self.states for s in of.values()],
             numbers * len(self.stored),

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from torchrec_qr import ExplicitPartitions
 from torchrec_qr.ops import cpu
+from torchrec_qr.ops.arguments import Gradients
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, Steps, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
+from torchrec_qr.ops.lookup import Lookup, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 
@@ -139,7 +140,7 @@ def test_sizes_that_do_not_fit() -> None:
     two = one_table(num_features=2)[0]
     with pytest.raises(ValueError, match="4 offsets for 2 features"):
         look_up(two, [weight], ids, ints(0, 1, 1, 2), None, True)
-    steps = Steps([2], [torch.zeros(4, 4)], NUMBERS, [])
+    steps = Gradients([2], [torch.zeros(4, 4)], NUMBERS, [])
     out = stepped_lookup(tables, [weight.requires_grad_()], lambda: steps, ids, offsets, None, True)
     with pytest.raises(ValueError, match=r"state of shape \(4, 4\).*; allowed: contiguous, \(5, 4\)"):
         out.sum().backward()

@@ -8,9 +8,8 @@ from kernel_reference import StepCase, one_table
 from torch import Tensor
 
 from torchrec_qr.ops import cpu, triton
-from torchrec_qr.ops.cpu import GRADIENT, NOTHING, Batch, Gradients
+from torchrec_qr.ops.arguments import GRADIENT, NOTHING, RULES, Batch, Gradients, num_states
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Steps
 from torchrec_qr.ops.triton_kernels import run
 from torchrec_qr.ops.triton_kernels.tables import Partition, Stored, Table, describe
 
@@ -25,7 +24,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, case: StepCase, steps: Steps, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
+        ctx: Any, case: StepCase, steps: Gradients, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
     ) -> Tensor:
         ctx.rest = [t.data for t in weights], case.lookup.class_maps, Batch(ids, offsets, w, True)
         ctx.layout, ctx.steps = case.lookup.layout, steps
@@ -171,12 +170,12 @@ def codes() -> None:
 def rows_given() -> None:
     """Steps of rows whose gradients came another way."""
     rows, gradients = ints(3, 0, 4), torch.randn(3, 8)
-    for rule, number in cpu.RULES.items():
+    for rule, number in RULES.items():
         results = []
         for backend in (cpu, triton):
             weight = torch.linspace(-1, 1, 40).view(5, 8).to(torch.float16)
             shape = (5,) if rule == "rowwise_adagrad" else (5, 8)
-            states = [torch.full(shape, 0.5) for _ in range(cpu.num_states(number))]
+            states = [torch.full(shape, 0.5) for _ in range(num_states(number))]
             backend.step_rows(weight, rows, gradients, rule, states, [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, 0.5])
             results.append([weight, *states])
         for actual, expected in zip(results[1], results[0], strict=True):

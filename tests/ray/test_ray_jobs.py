@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from run_metrics import metrics
 from torchx.specs.finder import ComponentValidationException
-from torchx_job import ROOT, SMALL_STEPS, dlrm, dryrun, metrics, output_of
+from torchx_job import ROOT, SMALL_STEPS, dlrm, dryrun, output_of
 
 pytestmark = pytest.mark.timeout(600)
 

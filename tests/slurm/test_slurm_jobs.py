@@ -1,14 +1,13 @@
 """Jobs on a real Slurm cluster of two nodes: what they come to, what TorchX shows, and how they fail and go on."""
 
-import os
 import re
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchx_job import ROOT, SMALL_STEPS, dlrm, metrics, output_of, pid_of_rank, started, torchx
+from run_metrics import metrics
+from torchx_job import ROOT, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, torchx
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -67,16 +66,6 @@ def test_a_job_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_a_job_that_dies_is_queued_again_and_comes_to_the_same_end(unbroken: Path, tmp_path: Path) -> None:
-    lines, killed = [], 0
-    with started(*dlrm(SLURM, tmp_path, "-j", "1x2", "--max_retries", "1", *SIZE)) as job:
-        assert job.stdout is not None
-        for line in job.stdout:
-            lines.append(line)
-            if not killed and re.search(rf" 35/{SMALL_STEPS}  logloss", line):
-                killed = pid_of_rank(1, tmp_path)
-                os.kill(killed, signal.SIGKILL)
-        output = "".join(lines)
-        assert job.wait() == 0, output
-    assert killed
+    output_though_rank_1_dies(SLURM, tmp_path, *SIZE)
     assert len(list((tmp_path / "demo" / "tensorboard").glob("events.*"))) == 2  # it did start twice
     assert metrics(tmp_path / "demo") == metrics(unbroken)

@@ -10,7 +10,8 @@ from time import monotonic
 
 import pytest
 from hosts import Host, two_hosts
-from torchx_job import SMALL, SMALL_STEPS, metrics, started
+from run_metrics import metrics
+from torchx_job import SMALL, SMALL_STEPS, started
 
 from launch.process_group import TIMEOUT
 

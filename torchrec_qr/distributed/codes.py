@@ -25,7 +25,6 @@ class RowCode:
     config: CompositionalConfig
 
     def __post_init__(self) -> None:
-        assert self.config.partitions is not None
         largest = self.config.partitions.sizes[self.config.base_partition] * self.codes_per_row
         if largest >= 2**62:
             raise ValueError(
@@ -37,39 +36,32 @@ class RowCode:
     def codes_per_row(self) -> int:
         """C."""
         p = self.config.partitions
-        assert p is not None
         if not isinstance(p, ClosedForm):
             return p.num_ids
-        stride, size = p.strides[self.config.base_partition], p.sizes[self.config.base_partition]
+        stride, size = self._base(p)
         return stride * -(-p.num_ids // (stride * size))
 
     def encode(self, ids: Tensor, class_map: Tensor | None) -> Tensor:
         """(N,) ids in [0, S) → (N,) int64 codes."""
         p = self.config.partitions
-        assert p is not None
         ids = ids.to(torch.int64)
         row = p.class_rows(ids, class_map)[self.config.base_partition]
         if not isinstance(p, ClosedForm):
             return row * self.codes_per_row + ids
-        stride = p.strides[self.config.base_partition]
-        rest = ids % stride + stride * (ids // (stride * p.sizes[self.config.base_partition]))
-        return row * self.codes_per_row + rest
+        stride, size = self._base(p)
+        return row * self.codes_per_row + ids % stride + stride * (ids // (stride * size))
 
     def layout(self, first_row: int) -> CodeLayout:
-        """How the kernels decode; see `decode`."""
+        """The inverse, of codes counted from ``first_row`` · C, as TorchRec's bucketizing leaves them."""
         p = self.config.partitions
-        assert p is not None
-        if not isinstance(p, ClosedForm):
-            return CodeLayout(self.codes_per_row, 0, 0, first_row)
-        base = self.config.base_partition
-        return CodeLayout(self.codes_per_row, p.strides[base], p.sizes[base], first_row)
+        stride, size = self._base(p) if isinstance(p, ClosedForm) else (0, 0)
+        return CodeLayout(self.codes_per_row, stride, size, first_row)
 
     def decode(self, codes: Tensor, first_row: int) -> Tensor:
-        """(N,) codes, counted from ``first_row`` · C as TorchRec's bucketizing leaves them → (N,) ids."""
-        p = self.config.partitions
-        assert p is not None
-        row, rest = codes // self.codes_per_row + first_row, codes % self.codes_per_row
-        if not isinstance(p, ClosedForm):
-            return rest
-        stride = p.strides[self.config.base_partition]
-        return rest % stride + stride * (row + p.sizes[self.config.base_partition] * (rest // stride))
+        """(N,) codes, counted from ``first_row`` · C → (N,) ids."""
+        return self.layout(first_row).ids_of(codes)
+
+    def _base(self, p: ClosedForm) -> tuple[int, int]:
+        """M and r: stride and size of the base partition."""
+        base = self.config.base_partition
+        return p.strides[base], p.sizes[base]

@@ -14,6 +14,8 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
 from torchrec_qr.distributed.shards import DATA_PARALLEL, stored_shards
@@ -23,6 +25,7 @@ from torchrec_qr.modules.table import CompositionalTable
 
 
 def is_compositional(config: BaseEmbeddingConfig) -> bool:
+    """Whether a config is of a compositional table, pooled or not."""
     return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
 
 
@@ -276,8 +279,23 @@ def num_column_blocks(sharding: ParameterSharding) -> int:
     return len({s.shard_offsets[1] for s in spec.shards}) if isinstance(spec, EnumerableShardingSpec) else 1
 
 
+def checked_features(features: Any) -> KeyedJaggedTensor:
+    """Returns the batch of a sharded collection, a ``KeyedJaggedTensor`` or a ``TensorDict``, as the former.
+
+    Raises:
+        NotImplementedError: features that differ in their number of bags.
+    """
+    features = maybe_td_to_kjt(features, None)
+    if features.variable_stride_per_key():
+        raise NotImplementedError(
+            "variable batch per feature is not supported by sharded compositional collections; features "
+            f"{features.keys()}"
+        )
+    return features
+
+
 def attach(infos: Mapping[str, list[Any]], configs: list[Any]) -> None:
-    """Gives TorchRec's sharding infos the compositional configs that they were made from; see `lookup.place`."""
+    """Gives TorchRec's sharding infos the compositional configs that they were made from; see `placement.place`."""
     by_name = {c.name: c for c in configs if is_compositional(c)}
     for info in (info for group in infos.values() for info in group):
         info.embedding_config.compositional = by_name.get(info.embedding_config.name)

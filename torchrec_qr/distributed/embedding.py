@@ -7,7 +7,6 @@ from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.configs import CompositionalEmbeddingConfig
 from torchrec_qr.distributed.collection import (
@@ -15,6 +14,7 @@ from torchrec_qr.distributed.collection import (
     LogicalView,
     attach,
     check_plan,
+    checked_features,
     placeholders,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
@@ -48,6 +48,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         _check_column_widths(table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        # As TorchRec's collection of sequences, which keeps the values of a module on a CPU, unlike the pooled one.
         if module.device.type != "meta":
             self.load_state_dict(module.state_dict())
 
@@ -82,12 +83,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         replicate_lookups(self._lookups, self._env.process_group)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
-        features = maybe_td_to_kjt(features, None)
-        if features.variable_stride_per_key():
-            raise NotImplementedError(
-                "variable batch per feature is not supported by sharded compositional collections; features "
-                f"{features.keys()}"
-            )
+        features = checked_features(features)
         return super().input_dist(ctx, features)
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:

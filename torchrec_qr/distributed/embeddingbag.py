@@ -11,7 +11,6 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingT
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
-from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed.collection import (
@@ -19,6 +18,7 @@ from torchrec_qr.distributed.collection import (
     LogicalView,
     attach,
     check_plan,
+    checked_features,
     placeholders,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
@@ -71,6 +71,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         }
         view = LogicalView(module, configs, "embedding_bags", module.embedding_bags)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        # As TorchRec's pooled collection, which draws the values of a module on a CPU anew.
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict())
 
@@ -105,12 +106,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         return CompositionalContext()
 
     def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
-        features = maybe_td_to_kjt(features, None)
-        if features.variable_stride_per_key():
-            raise NotImplementedError(
-                "variable batch per feature is not supported by sharded compositional collections; features "
-                f"{features.keys()}"
-            )
+        features = checked_features(features)
         if self._mean_names:
             sizes = features.lengths().view(len(features.keys()), -1)
             index = {key: i for i, key in enumerate(features.keys())}
@@ -142,7 +138,8 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
 
     Args:
         fused_params: of the optimizer that steps all tables in backward, as TorchRec's: ``optimizer``,
-            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``; other keys raise NotImplementedError.
+            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``, and of Adam ``beta1``, ``beta2``,
+            ``amsgrad``; other keys raise NotImplementedError when a table is sharded.
         qcomm_codecs_registry: as TorchRec's.
 
     Example:

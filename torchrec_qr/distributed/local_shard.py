@@ -41,7 +41,6 @@ class LocalShard(nn.Module):
     ) -> None:
         super().__init__()
         config, sharding_type = compositional(table).config, compositional(table).sharding_type
-        assert config.partitions is not None
         self._config = config
         self._partitions = config.partitions
         self.num_features = len(table.feature_names)

@@ -55,7 +55,6 @@ class Replicas(nn.Module):
         holders = []
         for table in tables:
             config, sharding_type = compositional(table).config, compositional(table).sharding_type
-            assert config.partitions is not None
             stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
@@ -117,7 +116,7 @@ class CompositionalKernel(BaseEmbedding):
         self._stored: list[StoredPartition] = []
         self._exposed: list[tuple[str, nn.Parameter]] = []
         holders = []
-        # All shards of a table follow each other nowhere in particular; TorchRec wants one parameter for them.
+        # Shards of one table may lie anywhere in the group; TorchRec wants one parameter for all of them.
         by_name = sorted(config.embedding_tables, key=lambda t: t.name)
         leaves: dict[tuple[int, int], Callable[[], Tensor]] = {}
         optimizers: dict[str, RowOptimizer] = {}
@@ -155,7 +154,6 @@ class CompositionalKernel(BaseEmbedding):
         """Allocates this rank's shards of a table; those of one partition share a storage, which TorchRec is shown."""
         at = compositional(tables[0])
         config = at.config
-        assert config.partitions is not None
         stored = []
         for j, rows in enumerate(config.partitions.sizes):
             if is_replicated(config, j, at.sharding_type):

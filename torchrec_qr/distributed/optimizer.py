@@ -12,7 +12,7 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.arguments import RULES
 from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.memory import zeros
 
@@ -108,7 +108,7 @@ class RowOptimizer(FusedOptimizer):
     def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
         t = self._advance(tensor)
-        return cpu.RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
+        return RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
 
     def _advance(self, tensor: Tensor) -> int:
         if tensor not in self._count_of:

@@ -38,17 +38,20 @@ def is_fused(table: ShardedEmbeddingTable) -> bool:
 
 
 def compositional(table: ShardedEmbeddingTable) -> Placed:
+    """What `place` attached to a table that is known to be compositional."""
     at = placed(table)
     assert at is not None
     return at
 
 
 def logical_shards(table: ShardedEmbeddingTable) -> list[ShardMetadata]:
+    """The plan's shards of the logical table, of all ranks."""
     assert table.global_metadata is not None
     return table.global_metadata.shards_metadata
 
 
 def stored_shard_of(table: ShardedEmbeddingTable, j: int) -> ShardMetadata | None:
+    """What is stored of partition j for this rank's logical shard; None where that needs none of its columns."""
     at = compositional(table)
     return stored_shard(at.config, j, at.sharding_type, logical_shards(table), position_of(table))
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
-from torchrec_qr.ops.cpu import GRADIENT
+from torchrec_qr.ops.arguments import GRADIENT, Gradients
 from torchrec_qr.ops.cpu_structs import HYPER
 from torchrec_qr.ops.layout import encode
-from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup
+from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 
 _NO_STEP: tuple[int, list[Tensor], list[float]] = (GRADIENT, [], [0.0] * len(HYPER))
 
@@ -65,7 +65,7 @@ class ShardRun:
         weights = [weight for shard in self._shards for weight in shard.weights(replicas)]
         offsets = features.feature_offsets if self._sequence else features.bag_offsets
 
-        def steps() -> Steps:
+        def steps() -> Gradients:
             return self._steps(replicas)
 
         return stepped_lookup(tables, weights, steps, features.ids, offsets, features.weights, not self._sequence)
@@ -82,8 +82,8 @@ class ShardRun:
                     outputs.append(shard.sum(ids, offsets, weights, replicas))
         return outputs
 
-    def _steps(self, replicas: ReplicatedPartitions) -> Steps:
-        out = Steps([], [], [], [])
+    def _steps(self, replicas: ReplicatedPartitions) -> Gradients:
+        out = Gradients([], [], [], [])
         for shard in self._shards:
             for step, touched in zip(shard.steps(), shard.touched(replicas), strict=True):
                 rule, states, numbers = _NO_STEP

@@ -38,7 +38,6 @@ def stored_columns(config: CompositionalConfig, j: int, start: int, stop: int) -
 
 def block_rows(config: CompositionalConfig, num_blocks: int) -> int:
     """Rows of the base partition in a block, ⌈rows / blocks⌉, whatever the planner dealt of the placeholder's rows."""
-    assert config.partitions is not None
     return math.ceil(config.partitions.sizes[config.base_partition] / num_blocks)
 
 
@@ -54,7 +53,6 @@ def stored_shard(
 
     ``logical`` lists, per block of columns, its row blocks in order (TorchRec's own order for grid).
     """
-    assert config.partitions is not None
     start = logical[i].shard_offsets[1]
     a, b = stored_columns(config, j, start, start + logical[i].shard_sizes[1])
     if a == b:

@@ -22,10 +22,9 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
         |F(p)| + |G(p)| = 1
 
     must hold. The value is ``"fused <name>"`` or ``"<name>"``, the name being the optimizer's class, or its rule for
-    embedding tables where that is known: ``"fused Adagrad"``, ``"Adam"``.
-    Parameters that require no gradient, or of which this rank stores nothing, are left
-    out. TorchRec's own data-parallel tables are not stepped by a fused optimizer, though one may be configured: this
-    finds them. A shared parameter counts once, under its first name.
+    embedding tables where that is known: ``"fused Adagrad"``, ``"Adam"``. Parameters that require no gradient, or of
+    which this rank stores nothing, are left out. TorchRec's own data-parallel tables are not stepped by a fused
+    optimizer, though one may be configured: this finds them. A shared parameter counts once, under its first name.
 
     Args:
         model: any module, usually a ``DistributedModelParallel``.

@@ -17,7 +17,7 @@ from torch import Tensor
 class UpdateRule(ABC):
     """w ← w - lr · direction(g), g the gradient of a row, its entries clipped to ±max_gradient."""
 
-    # In `torchrec_qr.ops.cpu.RULES`.
+    # In `torchrec_qr.ops.arguments.RULES`.
     name: ClassVar[str]
     # Whether a step moves a row whose gradient is zero, and depends on the number t of steps so far.
     counts_steps: ClassVar[bool] = False

@@ -100,7 +100,7 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew by its config; parameters on the meta device stay as they are."""
-        init_tables(self._tables, self.embedding_bags)
+        init_tables(self.embedding_bags)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Returns the logical configs: S rows and D columns per table, as the model sees it."""

@@ -76,7 +76,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew by its config; parameters on the meta device stay as they are."""
-        init_tables(self._embedding_configs, self.embeddings)
+        init_tables(self.embeddings)
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """Returns the logical configs: S rows and D columns per table, as the model sees it."""

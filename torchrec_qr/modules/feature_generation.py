@@ -77,7 +77,6 @@ def _concatenated(config: CompositionalEmbeddingBagConfig) -> CompositionalEmbed
             f"table {config.name!r}: operation={config.operation!r}; allowed: the default, 'mult', "
             "since feature generation composes nothing"
         )
-    assert config.partitions is not None
     k, dim = config.num_partitions, config.embedding_dim
     as_plain = [EmbeddingBagConfig(num_embeddings=rows, embedding_dim=dim).init_fn for rows in config.partitions.sizes]
     return replace(

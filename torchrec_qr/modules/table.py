@@ -66,7 +66,6 @@ class CompositionalTable(nn.Module):
 
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
-        assert config.partitions is not None
         self.config = config
         self._partitions = config.partitions
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
@@ -82,11 +81,6 @@ class CompositionalTable(nn.Module):
     def weights(self) -> list[nn.Parameter]:
         """Returns the K parameters, in the order of the partitions."""
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
-
-    def init_weights(self) -> None:
-        for partition in self.children():
-            assert isinstance(partition, _Partition)
-            partition.reset_parameters()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Returns (N, D): the embedding of each id (N,)."""
@@ -112,6 +106,7 @@ class CompositionalTable(nn.Module):
         return self._partitions.class_rows(ids, self.class_map)
 
     def set_constants(self, device: torch.device) -> None:
+        """Makes anew what follows from the config alone: fingerprint and explicit map."""
         self.fingerprint = fingerprint(self.config).to(device)
         class_map = self._partitions.class_map
         self.class_map = None if class_map is None else class_map.to(device)
@@ -125,7 +120,6 @@ class CompositionalTable(nn.Module):
 
 def _layout(config: CompositionalConfig) -> list[int] | None:
     """How the kernels see the table; None: they do not have it."""
-    assert config.partitions is not None
     widths = config.partition_columns
     if not cpu.supports(config.operation, widths):
         return None
@@ -192,16 +186,11 @@ def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
     ]
 
 
-def init_tables(tables: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict) -> None:
-    for config in tables:
-        module = modules[config.name]
-        if device_of(module).type == "meta":
-            continue
-        if isinstance(module, CompositionalTable):
-            module.init_weights()
-        else:
-            assert isinstance(module, _Table)
-            module.reset_parameters()
+def init_tables(tables: nn.Module) -> None:
+    """Draws initial values, table after table and partition after partition; none on the meta device."""
+    for table in tables.modules():
+        if isinstance(table, _Table) and device_of(table).type != "meta":
+            table.reset_parameters()
 
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:

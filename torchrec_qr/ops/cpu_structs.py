@@ -81,6 +81,7 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan_of(layout: tuple[int, ...]) -> Plan:
+    """Returns the plan of a layout as ``layout.encode`` has it."""
     return Plan(decode(layout))
 
 

@@ -33,6 +33,13 @@ class CodeLayout(NamedTuple):
     size: int
     first_row: int
 
+    def ids_of(self, codes: Tensor) -> Tensor:
+        """Returns (N,) int64: the ids that codes (N,) int64 stand for."""
+        row, rest = codes // self.per_row + self.first_row, codes % self.per_row
+        if not self.stride:
+            return rest
+        return rest % self.stride + self.stride * (row + self.size * (rest // self.stride))
+
 
 class TableLayout(NamedTuple):
     """One table of a lookup.
@@ -135,11 +142,7 @@ def decode(layout: list[int] | tuple[int, ...]) -> list[TableLayout]:
 def ids_of(table: TableLayout, ids: Tensor) -> Tensor:
     """Returns (N,) int64: the ids that codes stand for, or what was given, where ids travel."""
     ids = ids.to(torch.int64)
-    if table.code is None:
-        return ids
-    per_row, stride, size, first_row = table.code
-    row, rest = ids // per_row + first_row, ids % per_row
-    return rest % stride + stride * (row + size * (rest // stride)) if stride else rest
+    return ids if table.code is None else table.code.ids_of(ids)
 
 
 def rows_of(table: TableLayout, ids: Tensor, class_map: Tensor | None) -> list[Tensor]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.ops import cpu
+from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
-from torchrec_qr.ops.cpu import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
 
@@ -94,6 +94,14 @@ def _(
     return weights[0].new_empty(size, dtype=torch.float32)
 
 
+def _empty_gradients(
+    weights: list[Tensor], needed: list[bool], ids: Tensor, weights_need_gradient: bool
+) -> list[Tensor]:
+    """What either backward returns, without its values."""
+    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
+    return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
+
+
 @torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types=("cpu", "cuda"))
 def lookup_gradients_op(
     out_gradient: Tensor,
@@ -132,8 +140,7 @@ def _(
     needed: list[bool],
     weights_need_gradient: bool,
 ) -> list[Tensor]:
-    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
-    return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
+    return _empty_gradients(weights, needed, ids, weights_need_gradient)
 
 
 @torch.library.custom_op(
@@ -181,8 +188,7 @@ def _(
     hyper: list[float],
     weights_need_gradient: bool,
 ) -> list[Tensor]:
-    of_ids = ids.new_empty(ids.shape[0] if weights_need_gradient else 0, dtype=torch.float32)
-    return [*(w.new_empty(w.shape if r == GRADIENT else 0) for w, r in zip(weights, rules, strict=True)), of_ids]
+    return _empty_gradients(weights, [rule == GRADIENT for rule in rules], ids, weights_need_gradient)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -285,21 +291,12 @@ def look_up(
     return out
 
 
-class Steps(NamedTuple):
-    """Per weight what the backward does: see `torchrec_qr.ops.cpu.Gradients`."""
-
-    rules: list[int]
-    states: list[Tensor]
-    hyper: list[float]
-    touched: list[Tensor]
-
-
 class _SteppedLookup(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         tables: Lookup,
-        steps: Callable[[], Steps],
+        steps: Callable[[], Gradients],
         pooled: bool,
         ids: Tensor,
         offsets: Tensor,
@@ -340,7 +337,7 @@ class _SteppedLookup(torch.autograd.Function):
 def stepped_lookup(
     tables: Lookup,
     weights: list[Tensor],
-    steps: Callable[[], Steps],
+    steps: Callable[[], Gradients],
     ids: Tensor,
     offsets: Tensor,
     id_weights: Tensor | None,
@@ -360,7 +357,7 @@ def step_rows(
 ) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
 
-    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.cpu.Gradients` has them.
+    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.arguments.Gradients` has them.
 
     Example:
         >>> weight = torch.ones(3, 4)

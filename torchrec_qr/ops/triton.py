@@ -12,8 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops import cpu
-from torchrec_qr.ops.cpu import GRADIENT, NOTHING, Batch, Gradients
+from torchrec_qr.ops.arguments import (
+    GRADIENT,
+    NOTHING,
+    RULES,
+    Batch,
+    Gradients,
+    check_call,
+    check_state,
+    check_touched,
+    num_states,
+)
 from torchrec_qr.ops.cpu_structs import Plan, plan_of
 from torchrec_qr.ops.layout import TableLayout, ids_of, rows_of
 from torchrec_qr.ops.triton_kernels import run
@@ -78,9 +87,9 @@ def step_rows(
 ) -> None:
     """As `torchrec_qr.ops.cpu.step_rows`, save that nothing checks whether ``rows`` lie within the weight."""
     gradients = gradients.to(torch.float32).contiguous()
-    number = cpu.RULES[rule]
+    number = RULES[rule]
     for state in states:
-        cpu._state_address(state, weight, number)
+        check_state(state, weight, number)
     nothing = torch.empty(0)
     sums = run.RowSums(gradients, rows, torch.zeros_like(rows, dtype=torch.int32))
     run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], list(hyper)))
@@ -162,7 +171,7 @@ class _Call:
     ) -> None:
         raise_pending(wait=False)
         self._plan, self._given, self._class_maps, self._names = plan_of(tuple(layout)), batch, class_maps, names
-        cpu._check(self._plan, weights, class_maps, batch, names)
+        check_call(self._plan, weights, class_maps, batch, names)
         self._rows = [w.shape[0] for w in weights]
         places = tuple(map(Stored.of, weights)), tuple(map(Stored.of, class_maps))
         self.descriptors = _descriptors(tuple(layout), *places, weights[0].device)
@@ -216,12 +225,12 @@ def _descriptors(
 def _steps(weights: list[Tensor], gradients: Gradients) -> run.Steps:
     states, remaining = [], iter(gradients.states)
     for weight, rule in zip(weights, gradients.rules, strict=True):
-        own = [next(remaining) for _ in range(cpu.num_states(rule))]
+        own = [next(remaining) for _ in range(num_states(rule))]
         for state in own:
-            cpu._state_address(state, weight, rule)
+            check_state(state, weight, rule)
         states.append(own)
     for touched, weight in zip(gradients.touched, weights if gradients.touched else [], strict=True):
-        cpu._mask_address(touched, weight)
+        check_touched(touched, weight)
     dense = [
         torch.zeros(w.shape, dtype=w.dtype, device=w.device) if rule == GRADIENT else w.new_empty(0)
         for w, rule in zip(weights, gradients.rules, strict=True)

@@ -196,12 +196,14 @@ def _instance(cls: type, given: object, path: str) -> Any:
     errors = [unknown_key(path, key, value, fields) for key, value in given.items() if key not in fields]
     values = {}
     for name, field in fields.items():
-        if name in given:
+        # A section that is left out is an empty one: what its defaults lack to be whole is told at its own path.
+        is_section = field.default_factory is hints[name] and dataclasses.is_dataclass(hints[name])
+        if name in given or is_section:
             try:
-                values[name] = _convert(hints[name], given[name], key_path(path, name))
+                values[name] = _convert(hints[name], given.get(name, {}), key_path(path, name))
             except ConfigError as error:
                 errors.append(error)
-        elif _default(field) is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             errors.append(ConfigError(key_path(path, name), None, "a value", "missing, and has no default"))
     if errors:
         raise ConfigError.joined(errors)
