@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import about
-from torchrec_qr.ops.cpu import RULES
+from torchrec_qr.ops.arguments import RULES, Gradients
 from torchrec_qr.ops.cpu_library import status
 from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup
+from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.memory import recycled, zeros
 
 _NUM_IDS, _DIM, _TABLES, _BAGS = 200_000, 64, 13, 4096
 # SGD and rowwise Adagrad, by their hyperparameters (`torchrec_qr.ops.cpu_structs.HYPER`).
@@ -83,7 +84,10 @@ class _Batch:
         generator = torch.Generator().manual_seed(number)
         self.ids = torch.randint(_NUM_IDS, (_TABLES, _BAGS * hot), generator=generator)
         self.offsets = torch.arange(0, self.ids.numel() + 1, hot)
-        self.gradient = torch.rand(_BAGS, _TABLES * _DIM, generator=generator)
+        # As the exchange receives it.
+        self.gradient = torch.rand(
+            _BAGS, _TABLES * _DIM, generator=generator, out=recycled((_BAGS, _TABLES * _DIM), torch.float32)
+        )
 
     def required_bytes(self, m: int) -> int:
         rows = sum(len((ids % m).unique()) + len((ids // m).unique()) for ids in self.ids)
@@ -100,10 +104,13 @@ class _Tables:
             "mult", (PartitionLayout(_DIM, 1, sizes[0]), PartitionLayout(_DIM, m, sizes[1])), num_ids=_NUM_IDS
         )
         self._lookup = Lookup(encode([layout] * _TABLES), [f"t{i}" for i in range(_TABLES)], [])
-        self._weights = [torch.ones(n, _DIM, requires_grad=True) for _ in range(_TABLES) for n in sizes]
+        # As sharded tables lie.
+        self._weights = [
+            zeros((n, _DIM), torch.float32, None).add_(1).requires_grad_() for _ in range(_TABLES) for n in sizes
+        ]
         states = [torch.zeros(len(w)) for w in self._weights] if optimizer == "rowwise_adagrad" else []
         count = len(self._weights)
-        self._steps = Steps([RULES[optimizer]] * count, states, _HYPER[optimizer] * count, [])
+        self._steps = Gradients([RULES[optimizer]] * count, states, _HYPER[optimizer] * count, [])
 
     def look_up(self, batch: _Batch) -> Tensor:
         return stepped_lookup(

@@ -26,7 +26,7 @@ from benchmarks.two_hosts import Host, two_hosts
 WORLD_SIZE = 2
 DIMS, SIZES = [16, 64, 128], [200_000, 10_000_000]
 SHARDINGS = ["table_wise", "column_wise", "data_parallel"]
-ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused", "fallback"]
+ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused_alone", "fused", "fallback"]
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="default: 5, --quick: 1")
     parser.add_argument("--steps", type=int, default=11, help="timed steps per run and variant")
     parser.add_argument("--bags", type=int, default=2048, help="local batch")
-    parser.add_argument("--variants", nargs="+", choices=ALL, help="default: those of each cell")
+    parser.add_argument("--variants", nargs="+", choices=ALL, help="of those of each cell; default: all")
     parser.add_argument("--dims", nargs="+", type=int, choices=DIMS, default=DIMS, help="of the grid")
     parser.add_argument("--num-ids", nargs="+", type=int, choices=SIZES, default=SIZES, help="of the grid")
     parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=SHARDINGS, help="of the grid")
@@ -56,7 +56,7 @@ def main() -> None:
         else grid(options)
     )
     if options.variants:
-        cells = [{**cell, "variants": options.variants} for cell in cells]
+        cells = [{**c, "variants": [v for v in c["variants"] if v in options.variants]} for c in cells]
     runs = options.runs or (1 if options.quick else 5)
     with two_hosts(options.rate) if options.hosts == 2 else nullcontext([Host([], {})]) as hosts:
         rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps}, hosts)
@@ -104,10 +104,10 @@ def between_hosts() -> list[dict[str, Any]]:
     """Table-wise, and data-parallel against full tables table-wise: where bytes decide."""
     cells = []
     for optimizer in ("sgd", "rowwise_adagrad"):
-        tables = {"num_ids": 200_000, "dim": 64, "features": 26, "optimizer": optimizer, "variants": ["full", "fused"]}
-        cells.append(cell(sharding="table_wise", **tables))
+        cells.append(cell(200_000, 64, 26, "table_wise", optimizer, variants=["full", "fused"]))
         # With 4 ids a row the gradients alone are 333 MB.
-        cells.append(cell(sharding="data_parallel", ms=[math.isqrt(200_000)], **tables))
+        few_rows = [math.isqrt(200_000)]
+        cells.append(cell(200_000, 64, 26, "data_parallel", optimizer, ms=few_rows, variants=["full", "fused"]))
     return cells
 
 

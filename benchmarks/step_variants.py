@@ -14,12 +14,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from benchmarks.step_cells import LR, Tables, kjt
+from benchmarks.step_cells import EPS, LR, Tables, kjt
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.ops.arguments import RULES, Gradients
 from torchrec_qr.ops.cpu_library import without_kernels
+from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
+from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.memory import zeros
 
-VARIANTS = ("full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused", "fallback")
+VARIANTS = ("full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused_alone", "fused", "fallback")
 
 
 class Variant:
@@ -27,7 +31,7 @@ class Variant:
 
     # Whether it multiplies pooled rows, which for several ids a bag is not what the others compute.
     pools_first = False
-    divides_by_ranks = True
+    divides_by_ranks = True  # or each rank trains tables of its own, alone
 
     def __init__(self, tables: Tables, m: int) -> None:
         self.tables, self.m = tables, m
@@ -150,6 +154,37 @@ class Ours(_Dmp):
         return out
 
 
+class FusedAlone(Variant):
+    """The lookup of `Ours` as `DlrmBag` runs: in each process for itself, its whole batch, with no communication."""
+
+    divides_by_ranks = False
+
+    def __init__(self, tables: Tables, m: int) -> None:
+        super().__init__(tables, m)
+        layout = TableLayout(
+            "mult", partition_layouts(self.partitions, dict.fromkeys(range(2), tables.dim)), num_ids=tables.num_ids
+        )
+        self._lookup = Lookup(encode([layout] * tables.num_features), tables.features, [])
+        sizes = list(self.partitions.sizes) * tables.num_features
+        self._weights = [_uniform(zeros((n, tables.dim), torch.float32, None)).requires_grad_() for n in sizes]
+        self._sums = [torch.zeros(n) for n in sizes] if tables.optimizer == "rowwise_adagrad" else []
+        hyper = [LR, EPS, 0, 0, 1, 1, -1] * len(sizes)
+        self._gradients = Gradients([RULES[tables.optimizer]] * len(sizes), self._sums, hyper, [])
+
+    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
+        offsets = torch.arange(0, ids.numel() + 1, hot)
+        return stepped_lookup(self._lookup, self._weights, lambda: self._gradients, ids, offsets, None, True)
+
+    def state(self) -> dict[str, Any]:
+        return self._by_name([w.detach() for w in self._weights])
+
+    def sums(self) -> dict[str, Any]:
+        return self._by_name(self._sums)
+
+    def _by_name(self, tensors: list[Tensor]) -> dict[str, Any]:
+        return dict(zip((name for f in self.tables.features for name in self.names(f)), tensors, strict=True))
+
+
 class Fallback(Ours):
     """`Ours` with PyTorch in the place of the kernels."""
 
@@ -253,5 +288,5 @@ class DlrmBag(Variant):
 
 
 def make(variant: str, tables: Tables, m: int) -> Variant:
-    classes = (Full, StockPooled, StockUnpooled, DlrmBag, Ours, Fallback)
+    classes = (Full, StockPooled, StockUnpooled, DlrmBag, FusedAlone, Ours, Fallback)
     return dict(zip(VARIANTS, classes, strict=True))[variant](tables, m)

@@ -16,9 +16,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads t
 STEP = """
 import sys
 import torch
-from torchrec_qr.ops.cpu import RULES
+from torchrec_qr.ops.arguments import RULES, Gradients
 from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup, Steps, stepped_lookup
+from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 
 def kib(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
@@ -28,7 +28,7 @@ num_ids, dim, (m, hot, bags) = 200_000, 64, map(int, sys.argv[1:])
 quotients = -(-num_ids // m)
 layout = TableLayout("mult", (PartitionLayout(dim, 1, m), PartitionLayout(dim, m, quotients)), num_ids=num_ids)
 weights = [torch.ones(m, dim, requires_grad=True), torch.ones(quotients, dim, requires_grad=True)]
-steps = lambda: Steps([RULES["sgd"]] * 2, [], [0.01, 0, 0, 0, 1, 1, -1] * 2, [])
+steps = lambda: Gradients([RULES["sgd"]] * 2, [], [0.01, 0, 0, 0, 1, 1, -1] * 2, [])
 
 def step(ids, offsets, gradient):
     stepped_lookup(Lookup(encode([layout]), ["t"], []), weights, steps, ids, offsets, None, True).backward(gradient)

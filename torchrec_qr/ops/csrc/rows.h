@@ -31,7 +31,7 @@ QR_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0
 QR_INLINE int64_t floor_remainder(int64_t a, int64_t b) { return a % b + (a % b < 0 ? b : 0); }
 
 // Rows that take less than this lie in the caches after the first few bags: no use in fetching them early.
-constexpr int64_t kPrefetchedFrom = 16 << 10;
+constexpr int64_t kPrefetchedFrom = 256 << 10;
 
 struct PartitionRows {
     Divider divisor, modulus;
@@ -40,11 +40,14 @@ struct PartitionRows {
     char* weight;
     int32_t class_map_type, weight_type;
     bool prefetched;
+    bool divides, wraps;  // false: ids of the table are their own quotients, and quotients their own remainders
 
-    void set(const Partition& p) {
+    void set(const Partition& p, int64_t num_ids) {
         if (!p.class_map) {
             divisor.set(p.divisor);
             modulus.set(p.modulus);
+            divides = p.divisor != 1;
+            wraps = num_ids < 0 || (num_ids - 1) / p.divisor >= p.modulus;
         }
         class_map = p.class_map;
         class_map_type = p.class_map_type;
@@ -62,7 +65,8 @@ struct PartitionRows {
                                                        : static_cast<const int64_t*>(class_map)[id];
             return c - first_row;
         }
-        return static_cast<int64_t>(modulus.remainder(divisor.quotient(id))) - first_row;
+        const uint64_t quotient = divides ? divisor.quotient(id) : id;
+        return static_cast<int64_t>(wraps ? modulus.remainder(quotient) : quotient) - first_row;
     }
     // Of any integer at all.
     QR_INLINE int64_t row_of_wild(int64_t id) const {
@@ -89,7 +93,7 @@ struct TableRows {
         if (coded && !id_is_rest) code_stride.set(t.code_stride);
         code_size = t.code_size;
         code_first_row = t.code_first_row;
-        for (int j = 0; j < num_partitions; ++j) partition[j].set(group.partitions[t.first_partition + j]);
+        for (int j = 0; j < num_partitions; ++j) partition[j].set(group.partitions[t.first_partition + j], num_ids);
     }
     QR_INLINE int64_t id_of(int64_t code) const {
         if (!coded || code < 0) return code;
