@@ -1,5 +1,7 @@
 """The exchange of pooled embeddings, against TorchRec's own."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +70,24 @@ def test_two_batches_may_be_under_way() -> None:
         # By W: rank 0 weighs its samples 1, rank 1 weighs its own 2; the second batch counts twice.
         assert gradients[0] == [[-0.5] * columns] * 2 + [[-1.0] * columns] * 2
         assert gradients[1] == [[-1.0] * columns] * 2 + [[-2.0] * columns] * 2
+
+
+def unanswered(rank: int, world_size: int) -> str:
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    message = ""
+    if rank == 0:
+        awaited = PooledExchange(group, [2, 1], [])(torch.ones(4, 2))
+        try:
+            awaited.wait()
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier()
+    return message
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_groups_timeout() -> None:
+    message, _ = run_ranks(unanswered, 2)
+    assert "Timed out" in message
 
 
 def test_one_process_keeps_torchrecs_exchange() -> None:
