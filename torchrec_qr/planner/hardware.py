@@ -28,10 +28,15 @@ class Hardware:
         memory_gb_s: bandwidth of that memory, as far as lookups reach it.
         intra_gb_s: of a rank to the others of its node, each way.
         inter_gb_s: of a rank to other nodes, each way.
-        collective_ms: what a collective takes beside its bytes.
+        sharding_ms: of a sharding type of a module that exchanges embeddings, beside bytes: its collectives, four or
+            more, and what prepares them.
+        replication_ms: of the reduction of what a sharding type replicates, beside bytes.
         lookup_factor: a compositional table's bytes read, by how much dearer than a plain table's.
         compose_factor: float32 values moved through memory per composed value: none in a fused kernel.
+        concat_factor: bytes moved per byte of the pooled output of a module that several sharding types share, whose
+            columns are put side by side, and their gradients taken apart.
         replica_factor: bytes moved per byte of a replicated partition's gradient: filled, reduced, scanned, applied.
+        replica_ms: of a replicated partition beside its bytes: its gradient is reduced and applied by itself.
         shard_ms: of a shard of a compositional table beside its bytes, where a kernel does not take all at once.
         source: of the figures.
 
@@ -48,10 +53,13 @@ class Hardware:
     memory_gb_s: float
     intra_gb_s: float
     inter_gb_s: float
-    collective_ms: float
+    sharding_ms: float
+    replication_ms: float
     lookup_factor: float
     compose_factor: float
+    concat_factor: float
     replica_factor: float
+    replica_ms: float
     shard_ms: float
     source: str
 
@@ -144,9 +152,13 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
 _FUSED = {
     "lookup_factor": 1.0,
     "compose_factor": 0.0,
-    "replica_factor": 9.22,
+    "concat_factor": 4.0,  # read and written, forward and backward
+    "replica_factor": 9.22,  # TorchRec's, of its own data-parallel tables
+    "replica_ms": 0.0,
     "shard_ms": 0.0,
-}  # TorchRec's factor of its own DP tables
+}
+_COLLECTIVE_MS = 0.05
+_LAUNCHES = {"sharding_ms": 4 * _COLLECTIVE_MS, "replication_ms": _COLLECTIVE_MS}
 _NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
 
 HARDWARE = MappingProxyType(
@@ -161,22 +173,32 @@ HARDWARE = MappingProxyType(
                 memory_gb_s=4.0,
                 intra_gb_s=0.3,
                 inter_gb_s=0.06,
-                collective_ms=0.6,
+                sharding_ms=3.2,
+                replication_ms=3.2,
                 lookup_factor=0.5,
                 compose_factor=0.0,
+                concat_factor=1.5,
                 replica_factor=4.0,
-                shard_ms=0.3,
+                replica_ms=0.45,
+                shard_ms=0.1,
                 source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s, of which 0.83 arrive",
             ),
-            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, 0.05, source=_NVIDIA, **_FUSED),
-            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
-            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
+            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
+            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
+            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
         )
     }
 )
 
 # Where only a topology is given: of its bandwidths, and with nothing that TorchRec does not count.
-_OF_TOPOLOGY = replace(HARDWARE["h100"], name="topology", collective_ms=0.0, source="TorchRec's topology")
+_OF_TOPOLOGY = replace(
+    HARDWARE["h100"],
+    name="topology",
+    sharding_ms=0.0,
+    replication_ms=0.0,
+    concat_factor=0.0,
+    source="TorchRec's topology",
+)
 
 
 def hardware_named(name: str) -> Hardware:

@@ -23,10 +23,11 @@ from torchrec.distributed.utils import get_device_type
 from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
-from torchrec_qr.planner.estimators import Estimator
+from torchrec_qr.planner.estimators import Estimator, memory_bandwidth
+from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
-from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts, fixed_ms
+from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts
 from torchrec_qr.planner.proposer import most_frugal, propose
 from torchrec_qr.planner.remedies import infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
@@ -155,7 +156,8 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             Placed(table, option, of_table, _flat(ranks, option, everywhere))
             for table, option, of_table, ranks in zip(tables, chosen, choices, packing.placed, strict=True)
         ]
-        return PlacedModel(placed, self._topology, self._hardware, list(cluster.memory))
+        fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in chosen)
+        return PlacedModel(placed, self._topology, fixed_ms, list(cluster.memory))
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
         """What a plan, from wherever, costs every rank.
@@ -189,8 +191,9 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def step_ms(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> float:
         """The estimated time that a step spends on embeddings under a plan, from wherever."""
-        used = ((t, _sharding_of(plan, t).sharding_type) for t in find_tables(module, sharders))
-        return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms(used, self._hardware)
+        tables = find_tables(module, sharders, self._constraints, self._ranks)
+        fixed_ms = self._fixed_costs(tables).ms(_sharding_of(plan, table).sharding_type for table in tables)
+        return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
         """Whether there is a plan at all."""
@@ -203,16 +206,20 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
     def _search(
         self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
     ) -> tuple[list[Option], Packing] | Misfit:
+        fixed = self._fixed_costs(tables)
+
         def rate(options: Sequence[Option], packing: Packing) -> float:
-            used = ((table, o.sharding_type) for table, o in zip(tables, options, strict=True))
             # Estimates err: of plans about as fast, one whose ranks are even has less to lose by that.
             uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
-            return packing.greatest * uneven**_EVENNESS + fixed_ms(used, self._hardware)
+            return packing.greatest * uneven**_EVENNESS + fixed.ms(o.sharding_type for o in options)
 
         return propose(choices, [table.ranks for table in tables], cluster, rate)
 
     def _estimator(self, topology: Topology) -> Estimator:
         return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)
+
+    def _fixed_costs(self, tables: Sequence[PlannedTable]) -> FixedCosts:
+        return FixedCosts(tables, self._hardware, self._batch_size, memory_bandwidth(self._topology))
 
     def _cluster(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> Cluster:
         left = self._reservation.reserve(
