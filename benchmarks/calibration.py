@@ -48,15 +48,17 @@ class _Case:
 
 
 def link_constants(rounds: int, base: Hardware) -> dict[str, float]:
-    """GB/s that a rank sends in an all-to-all, and what sharding types take without bytes.
+    """GB/s that a rank sends in an all-to-all, how much more in an all-reduce, and what sharding types take beside.
 
-    From steps of next to no samples and rows: of one sharding type, of two, and with one table replicated. ``base``
+    The last from steps of next to no samples and rows: of one sharding type, of two, and with one table replicated. ``base``
     has what a shard and a replica take.
     """
     world = dist.get_world_size()
-    latency = _median(lambda: _all_to_all(1024), rounds)
     size = 8 * 2**20
-    spent = _median(lambda: _all_to_all(size), rounds) - latency
+    exchange, reduction = (
+        max(_median(lambda f=f: f(size), rounds) - _median(lambda f=f: f(1024), rounds), 1e-3)  # type: ignore[misc]
+        for f in (_all_to_all, _all_reduce)
+    )
     count = 3 * COUNT
     one, two, replicated = _steps_ms(
         4 * rounds,
@@ -65,7 +67,8 @@ def link_constants(rounds: int, base: Hardware) -> dict[str, float]:
         _Case((TABLE_WISE,) * (count - 1) + (DATA_PARALLEL,)),
     )
     return {
-        "link_gb_s": size * (world - 1) / world / max(spent, 1e-3) / 1e6,
+        "link_gb_s": size * (world - 1) / world / exchange / 1e6,
+        "all_reduce_factor": 2 * exchange / reduction,
         "sharding_ms": max(two - one, 0.0),
         "replication_ms": max(replicated - one - 2 * base.replica_ms - base.shard_ms * (world - 1) / world, 0.0),
     }

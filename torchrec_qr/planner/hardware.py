@@ -28,6 +28,8 @@ class Hardware:
         memory_gb_s: bandwidth of that memory, as far as lookups reach it.
         intra_gb_s: of a rank to the others of its node, each way.
         inter_gb_s: of a rank to other nodes, each way.
+        all_reduce_factor: how much more a rank sends in a time of an all-reduce than of an all-to-all: gloo's
+            all-to-all does not fill a link both ways at once.
         sharding_ms: of a sharding type of a module that exchanges embeddings, beside bytes: its collectives, four or
             more, and what prepares them.
         replication_ms: of the reduction of what a sharding type replicates, beside bytes.
@@ -53,6 +55,7 @@ class Hardware:
     memory_gb_s: float
     intra_gb_s: float
     inter_gb_s: float
+    all_reduce_factor: float
     sharding_ms: float
     replication_ms: float
     lookup_factor: float
@@ -85,7 +88,7 @@ class Hardware:
         if not gib > 0:
             raise ValueError(f"memory_gib={gib}; allowed: above 0")
         memory = int(gib * GIB)
-        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB)
+        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB, self.all_reduce_factor)
         on_cpu = self.compute_device == "cpu"
         memory_bw = self.memory_gb_s * _GB
         return TopologyFactory.create_topology(
@@ -114,11 +117,11 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
 
     An all-reduce is a ring inside of the node and one between nodes, of 1/l of the bytes on each rank's own link:
 
-        ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)),  h = W/l
+        ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)) / all_reduce_factor,  h = W/l
     """
 
-    def __init__(self, intra_host_bw: float, inter_host_bw: float) -> None:
-        self._intra, self._inter = intra_host_bw, inter_host_bw
+    def __init__(self, intra_host_bw: float, inter_host_bw: float, all_reduce_factor: float = 1.0) -> None:
+        self._intra, self._inter, self._all_reduce_factor = intra_host_bw, inter_host_bw, all_reduce_factor
 
     @property
     def intra_host_bw(self) -> float:
@@ -133,6 +136,7 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
         hosts = world / local
         if collective_type == CollectiveType.ALL_REDUCE:
             ms_per_byte = 2 * (local - 1) / local / self._intra + 2 * (hosts - 1) / hosts / (local * self._inter)
+            ms_per_byte /= self._all_reduce_factor
             ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
         else:
             ms_per_byte = (local - 1) / world / self._intra + (world - local) / world / self._inter
@@ -158,7 +162,7 @@ _FUSED = {
     "shard_ms": 0.0,
 }
 _COLLECTIVE_MS = 0.05
-_LAUNCHES = {"sharding_ms": 4 * _COLLECTIVE_MS, "replication_ms": _COLLECTIVE_MS}
+_NCCL = {"all_reduce_factor": 1.0, "sharding_ms": 4 * _COLLECTIVE_MS, "replication_ms": _COLLECTIVE_MS}
 _NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
 
 HARDWARE = MappingProxyType(
@@ -173,6 +177,7 @@ HARDWARE = MappingProxyType(
                 memory_gb_s=4.0,
                 intra_gb_s=0.3,
                 inter_gb_s=0.06,
+                all_reduce_factor=1.9,
                 sharding_ms=3.2,
                 replication_ms=3.2,
                 lookup_factor=0.5,
@@ -183,9 +188,9 @@ HARDWARE = MappingProxyType(
                 shard_ms=0.1,
                 source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s, of which 0.83 arrive",
             ),
-            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
-            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
-            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, source=_NVIDIA, **_LAUNCHES, **_FUSED),
+            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
         )
     }
 )
