@@ -1,10 +1,12 @@
 """The constants of a host, measured where they are used: collectives over its link, lookups in its memory."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -48,16 +50,21 @@ class _Case:
 
 
 def link_constants(rounds: int, base: Hardware) -> dict[str, float]:
-    """GB/s that a rank sends in an all-to-all, how much more in an all-reduce, and what sharding types take beside.
+    """GB/s that a rank sends, up to which message it receives meanwhile, and what sharding types take beside bytes.
 
-    The last from steps of next to no samples and rows: of one sharding type, of two, and with one table replicated. ``base``
-    has what a shard and a replica take.
+    The last from steps of next to no samples and rows: of one sharding type, of two, and with one table replicated.
+    ``base`` has what a shard and a replica take.
     """
     world = dist.get_world_size()
-    size = 8 * 2**20
-    exchange, reduction = (
-        max(_median(lambda f=f: f(size), rounds) - _median(lambda f=f: f(1024), rounds), 1e-3)  # type: ignore[misc]
-        for f in (_all_to_all, _all_reduce)
+    size = 4 * 2**20
+    link = size / max(_median(lambda: _one_way(size), rounds) - _median(lambda: _one_way(1024), rounds), 1e-3)
+    # In turn, a message takes twice what it does at once.
+    messages = [int(2 ** (19 + i / 2)) // 8 * 8 for i in range(6)]
+    overlapped = list(
+        takewhile(
+            lambda m: _median(lambda: _all_to_all(m * world // (world - 1)), rounds) < 1.5 * m / link,
+            messages,
+        )
     )
     count = 3 * COUNT
     one, two, replicated = _steps_ms(
@@ -67,8 +74,8 @@ def link_constants(rounds: int, base: Hardware) -> dict[str, float]:
         _Case((TABLE_WISE,) * (count - 1) + (DATA_PARALLEL,)),
     )
     return {
-        "link_gb_s": size * (world - 1) / world / exchange / 1e6,
-        "all_reduce_factor": 2 * exchange / reduction,
+        "link_gb_s": link / 1e6,
+        "overlap_mib": math.inf if overlapped == messages else max(overlapped, default=0) / 2**20,
         "sharding_ms": max(two - one, 0.0),
         "replication_ms": max(replicated - one - 2 * base.replica_ms - base.shard_ms * (world - 1) / world, 0.0),
     }
@@ -144,6 +151,15 @@ def _replica_ms_per_byte(rounds: int, rows: int = 50_000) -> float:
 def _all_to_all(size: int) -> None:
     send = torch.empty(size, dtype=torch.uint8)
     dist.all_to_all_single(torch.empty_like(send), send)
+
+
+def _one_way(size: int) -> None:
+    """From rank 0 to all others, so many bytes in all."""
+    rank, others = dist.get_rank(), dist.get_world_size() - 1
+    sent = [0] + [size // others if rank == 0 else 0] * others
+    received = [0 if rank == 0 else size // others] + [0] * others
+    output = torch.empty(sum(received), dtype=torch.uint8)
+    dist.all_to_all_single(output, torch.empty(sum(sent), dtype=torch.uint8), received, sent)
 
 
 def _all_reduce(size: int) -> None:

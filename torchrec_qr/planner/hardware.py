@@ -1,5 +1,6 @@
 """What a plan's estimates take for granted of a machine: one table of constants, each with its source."""
 
+import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -28,8 +29,9 @@ class Hardware:
         memory_gb_s: bandwidth of that memory, as far as lookups reach it.
         intra_gb_s: of a rank to the others of its node, each way.
         inter_gb_s: of a rank to other nodes, each way.
-        all_reduce_factor: how much more a rank sends in a time of an all-reduce than of an all-to-all: gloo's
-            all-to-all does not fill a link both ways at once.
+        overlap_mib: of a rank's message in an all-to-all, up to which it receives while it sends: beyond, gloo does the
+            one after the other.
+        scatters_whole: whether a reduce-scatter takes what an all-reduce does, of which a part is kept, as gloo's.
         sharding_ms: of a sharding type of a module that exchanges embeddings, beside bytes: its collectives, four or
             more, and what prepares them.
         replication_ms: of the reduction of what a sharding type replicates, beside bytes.
@@ -55,7 +57,8 @@ class Hardware:
     memory_gb_s: float
     intra_gb_s: float
     inter_gb_s: float
-    all_reduce_factor: float
+    overlap_mib: float
+    scatters_whole: bool
     sharding_ms: float
     replication_ms: float
     lookup_factor: float
@@ -88,7 +91,7 @@ class Hardware:
         if not gib > 0:
             raise ValueError(f"memory_gib={gib}; allowed: above 0")
         memory = int(gib * GIB)
-        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB, self.all_reduce_factor)
+        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB, self.scatters_whole)
         on_cpu = self.compute_device == "cpu"
         memory_bw = self.memory_gb_s * _GB
         return TopologyFactory.create_topology(
@@ -117,11 +120,11 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
 
     An all-reduce is a ring inside of the node and one between nodes, of 1/l of the bytes on each rank's own link:
 
-        ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)) / all_reduce_factor,  h = W/l
+        ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)),  h = W/l
     """
 
-    def __init__(self, intra_host_bw: float, inter_host_bw: float, all_reduce_factor: float = 1.0) -> None:
-        self._intra, self._inter, self._all_reduce_factor = intra_host_bw, inter_host_bw, all_reduce_factor
+    def __init__(self, intra_host_bw: float, inter_host_bw: float, scatters_whole: bool = False) -> None:
+        self._intra, self._inter, self._scatters_whole = intra_host_bw, inter_host_bw, scatters_whole
 
     @property
     def intra_host_bw(self) -> float:
@@ -134,10 +137,11 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
     def get_bw(self, local_world_size: int, world_size: int, collective_type: CollectiveType) -> float:
         world, local = world_size, min(local_world_size, world_size)
         hosts = world / local
-        if collective_type == CollectiveType.ALL_REDUCE:
+        reduces = collective_type == CollectiveType.ALL_REDUCE
+        if reduces or (self._scatters_whole and collective_type == CollectiveType.REDUCE_SCATTER):
             ms_per_byte = 2 * (local - 1) / local / self._intra + 2 * (hosts - 1) / hosts / (local * self._inter)
-            ms_per_byte /= self._all_reduce_factor
-            ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
+            if reduces:
+                ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
         else:
             ms_per_byte = (local - 1) / world / self._intra + (world - local) / world / self._inter
         return 1 / ms_per_byte if ms_per_byte else float("inf")
@@ -162,7 +166,12 @@ _FUSED = {
     "shard_ms": 0.0,
 }
 _COLLECTIVE_MS = 0.05
-_NCCL = {"all_reduce_factor": 1.0, "sharding_ms": 4 * _COLLECTIVE_MS, "replication_ms": _COLLECTIVE_MS}
+_NCCL = {
+    "overlap_mib": math.inf,
+    "scatters_whole": False,
+    "sharding_ms": 4 * _COLLECTIVE_MS,
+    "replication_ms": _COLLECTIVE_MS,
+}
 _NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
 
 HARDWARE = MappingProxyType(
@@ -175,9 +184,10 @@ HARDWARE = MappingProxyType(
                 compute_device="cpu",
                 memory_gib=128.0,
                 memory_gb_s=4.0,
-                intra_gb_s=0.3,
-                inter_gb_s=0.06,
-                all_reduce_factor=1.9,
+                intra_gb_s=1.0,
+                inter_gb_s=0.12,
+                overlap_mib=1.0,
+                scatters_whole=True,
                 sharding_ms=3.2,
                 replication_ms=3.2,
                 lookup_factor=0.5,

@@ -23,12 +23,12 @@ from torchrec.distributed.utils import get_device_type
 from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
-from torchrec_qr.planner.estimators import Estimator, memory_bandwidth
+from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
 from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts
-from torchrec_qr.planner.proposer import most_frugal, propose
+from torchrec_qr.planner.proposer import Proposal, Search, most_frugal
 from torchrec_qr.planner.remedies import infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
@@ -143,20 +143,16 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> PlacedModel:
         """As `plan`, with the estimates behind it."""
-        tables = find_tables(module, sharders, self._constraints, self._ranks)
-        cluster = self._cluster(module, sharders)
-        enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        choices = [enumerator.options(table) for table in tables]
-        outcome = self._search(tables, choices, cluster)
-        if isinstance(outcome, Misfit):
-            raise infeasible(tables, choices, cluster, outcome, self._topology, self._estimator)
-        chosen, packing = outcome
+        tables, choices, cluster = self._problem(module, sharders)
+        found = self._search(tables, choices, cluster)
+        if isinstance(found, Misfit):
+            raise infeasible(tables, choices, cluster, found, self._topology, self._estimator)
         everywhere = list(range(self._topology.world_size))
         placed = [
             Placed(table, option, of_table, _flat(ranks, option, everywhere))
-            for table, option, of_table, ranks in zip(tables, chosen, choices, packing.placed, strict=True)
+            for table, option, of_table, ranks in zip(tables, found.options, choices, found.packing.placed, strict=True)
         ]
-        fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in chosen)
+        fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in found.options)
         return PlacedModel(placed, self._topology, fixed_ms, list(cluster.memory))
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
@@ -197,15 +193,21 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
         """Whether there is a plan at all."""
+        tables, choices, cluster = self._problem(module, sharders)
+        return not isinstance(most_frugal(choices, [table.ranks for table in tables], cluster), Misfit)
+
+    def _problem(
+        self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]
+    ) -> tuple[list[PlannedTable], list[list[Option]], Cluster]:
+        """The tables, their options, and what the ranks have room for."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         cluster = self._cluster(module, sharders)
         enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        choices = [enumerator.options(t) for t in tables]
-        return not isinstance(most_frugal(choices, [t.ranks for t in tables], cluster), Misfit)
+        return tables, [enumerator.options(table) for table in tables], cluster
 
     def _search(
         self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
-    ) -> tuple[list[Option], Packing] | Misfit:
+    ) -> Proposal | Misfit:
         fixed = self._fixed_costs(tables)
 
         def rate(options: Sequence[Option], packing: Packing) -> float:
@@ -213,13 +215,13 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
             return packing.greatest * uneven**_EVENNESS + fixed.ms(o.sharding_type for o in options)
 
-        return propose(choices, [table.ranks for table in tables], cluster, rate)
+        return Search(choices, [table.ranks for table in tables], cluster, rate).run()
 
     def _estimator(self, topology: Topology) -> Estimator:
         return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)
 
     def _fixed_costs(self, tables: Sequence[PlannedTable]) -> FixedCosts:
-        return FixedCosts(tables, self._hardware, self._batch_size, memory_bandwidth(self._topology))
+        return FixedCosts(tables, self._hardware, self._batch_size, self._topology)
 
     def _cluster(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> Cluster:
         left = self._reservation.reserve(
