@@ -33,6 +33,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 
 from benchmarks.calibration import link_constants, lookup_constants
+from benchmarks.machine import about
 from benchmarks.two_hosts import two_hosts
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
@@ -214,8 +215,9 @@ def calibrated(hosts: int, rounds: int = 9, of_lookups: str | None = None) -> Ha
         base = Hardware(**{**constants, "compose_factor": 0.0, "source": "this host"})
         # Anew, with what a shard and a replica take here.
         link = link_constants(rounds, base)
-    gb_s = link.pop("link_gb_s")
-    return replace(base, **link, **({"inter_gb_s": gb_s} if hosts > 1 else {"intra_gb_s": gb_s}))
+    measured: dict[str, Any] = dict(link)
+    measured["inter_gb_s" if hosts > 1 else "intra_gb_s"] = measured.pop("link_gb_s")
+    return replace(base, **measured)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
@@ -243,7 +245,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "link": arguments.link,
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__},
+            "machine": about(),
             "hardware": {k: v for k, v in asdict(hardware).items() if k != "source"},
             "plans": {n: {"estimated_ms": estimated[n], "measured_ms": measured[n]} for n in found},
             "spearman": spearman([estimated[n] for n in drawn], [measured[n] for n in drawn]),
@@ -258,11 +260,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
             path.write_text(json.dumps(report, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def launch(arguments: argparse.Namespace) -> int:

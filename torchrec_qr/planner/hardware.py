@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from torchrec.distributed.planner.types import (
     CollectiveType,
@@ -157,7 +158,7 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
     return passes * 2 if world_size > 2 * local_world_size else passes
 
 
-_FUSED = {
+_FUSED: dict[str, Any] = {
     "lookup_factor": 1.0,
     "compose_factor": 0.0,
     "concat_factor": 4.0,  # read and written, forward and backward
@@ -166,7 +167,7 @@ _FUSED = {
     "shard_ms": 0.0,
 }
 _COLLECTIVE_MS = 0.05
-_NCCL = {
+_NCCL: dict[str, Any] = {
     "overlap_mib": math.inf,
     "scatters_whole": False,
     "sharding_ms": 4 * _COLLECTIVE_MS,

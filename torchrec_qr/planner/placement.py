@@ -137,6 +137,17 @@ class PlacedModel:
     fixed_ms: float
     reserved: list[float]
 
+    def __str__(self) -> str:
+        work = self.ranks.work_ms
+        lines = [
+            f"{len(self.tables)} tables on {len(work)} ranks: {self.step_ms:.3f} ms a step; work {max(work):.3f} ms, "
+            f"balance {self.ranks.balance:.3f}; {max(self.ranks.memory) / 2**30:.2f} GiB on the fullest rank"
+        ]
+        for p in self.tables:
+            name = p.table.fqn.removeprefix(".")
+            lines.append(f"{name}: {p.option.sharding_type} on ranks {sorted(set(p.ranks))}; {p.why}")
+        return "\n".join(lines)
+
     @cached_property
     def ranks(self) -> RankCosts:
         """What every rank bears."""

@@ -1,5 +1,6 @@
 """The planner: every table of a model in its place, by work."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,19 @@ _RESERVED = 0.15
 _EVEN = 1.05
 _EVENNESS = 3
 
+# Arguments of TorchRec's planner that have no meaning here, and what to use in their place.
+_INSTEAD = {
+    "enumerator": "this planner lists options of its own, which constraints narrow (sharding_types, compute_kernels)",
+    "proposer": "this planner searches by itself; constraints tell it where a table may lie",
+    "partitioner": "this planner places shards by itself; `ranks` tells it where a table may lie",
+    "performance_model": "estimates follow `topology` and `hardware`",
+    "stats": "`propose` returns all estimates, and debug=True logs them",
+    "callbacks": "change the plan that `plan` returns, of which `estimate` tells the cost",
+    "timeout_seconds": "the search ends after a number of trials",
+    "plan_loader": "pass a stored plan to DistributedModelParallel in the place of a planner",
+}
+_LOG = logging.getLogger(__name__)
+
 
 class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
     """Places plain and compositional tables by work, in place of TorchRec's ``EmbeddingShardingPlanner``.
@@ -56,13 +70,15 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         batch_size: of a rank; default: TorchRec's, 512.
         storage_reservation: what tables may not take; default: 15 % of each rank.
         constraints: TorchRec's, by table.
+        debug: whether plans are logged: work per rank, and where each table lies and why.
         ranks: on which a table may lie, by table.
         hardware: factors that a topology has no field for; default: by the topology's device.
         dense_optimizer: makes the optimizer of what nothing steps in backward, such as plain data-parallel tables;
             default: SGD, which has no state.
+        of_torchrec: parts of TorchRec's planner, which this one does not consist of: only None.
 
     Raises:
-        ValueError: a topology without ranks or memory; ranks that it lacks.
+        ValueError: a topology without ranks or memory; ranks that it lacks; a part of TorchRec's planner.
 
     Example:
         >>> from torchrec_qr import (
@@ -83,12 +99,16 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self,
         topology: Topology | None = None,
         batch_size: int | None = None,
+        *,
         storage_reservation: StorageReservation | None = None,
         constraints: Mapping[str, ParameterConstraints] | None = None,
+        debug: bool = False,
         ranks: Mapping[str, Sequence[int]] | None = None,
         hardware: Hardware | None = None,
         dense_optimizer: MakeOptimizer | None = None,
+        **of_torchrec: Any,
     ) -> None:
+        _refuse(of_torchrec)
         if topology is None:
             topology, hardware = _of_process_group(hardware)
         _check(topology, ranks or {})
@@ -101,6 +121,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self._ranks = dict(ranks or {})
         self._hardware = hardware or hardware_of(topology)
         self._dense_optimizer = dense_optimizer
+        self._debug = debug
 
     def plan(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> ShardingPlan:
         """Returns a plan with every table of every module that has a sharder.
@@ -109,7 +130,10 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             PlannerError: no tables; constraints of unknown tables, or that leave a table no place; nothing fits, with
                 the table, what it needs, what the ranks have left, and what would help.
         """
-        return self.propose(module, sharders).sharding_plan()
+        placed = self.propose(module, sharders)
+        if self._debug:
+            _LOG.info("%s", placed)
+        return placed.sharding_plan()
 
     def collective_plan(
         self,
@@ -234,6 +258,14 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             host_memory=tuple(float(s.ddr) for s in storages),
             group=self._topology.intra_group_size,
         )
+
+
+def _refuse(of_torchrec: Mapping[str, Any]) -> None:
+    for name, value in of_torchrec.items():
+        if name not in _INSTEAD:
+            raise TypeError(f"CompositionalEmbeddingShardingPlanner has no argument {name!r}")
+        if value is not None:
+            raise ValueError(f"{name}={value!r}; allowed: None; {_INSTEAD[name]}")
 
 
 def _flat(placed: list[list[int] | None], option: Option, everywhere: list[int]) -> list[int]:

@@ -67,10 +67,10 @@ class Sizing:
         return CompositionalEmbeddingShardingPlanner(
             hardware.topology(spec.world_size, spec.local_world_size, spec.hbm_gib),
             spec.batch_size,
-            FixedPercentageStorageReservation(spec.storage_reserve),
-            spec.parameter_constraints(),
-            {name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
-            hardware,
+            storage_reservation=FixedPercentageStorageReservation(spec.storage_reserve),
+            constraints=spec.parameter_constraints(),
+            ranks={name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
+            hardware=hardware,
         )
 
     def of_tables(self, tables: Tables) -> "Sizing":
