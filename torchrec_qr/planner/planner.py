@@ -30,7 +30,7 @@ from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
 from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts
 from torchrec_qr.planner.proposer import Proposal, Search, most_frugal
-from torchrec_qr.planner.remedies import infeasible
+from torchrec_qr.planner.remedies import Infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
 
@@ -170,7 +170,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         tables, choices, cluster = self._problem(module, sharders)
         found = self._search(tables, choices, cluster)
         if isinstance(found, Misfit):
-            raise infeasible(tables, choices, cluster, found, self._topology, self._estimator)
+            raise Infeasible(tables, choices, cluster, found, self._topology, self._estimator).error()
         everywhere = list(range(self._topology.world_size))
         placed = [
             Placed(table, option, of_table, _flat(ranks, option, everywhere))
