@@ -32,7 +32,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 
-from benchmarks.calibration import collective_constants, lookup_constants
+from benchmarks.calibration import link_constants, lookup_constants
+from benchmarks.machine import about
 from benchmarks.two_hosts import two_hosts
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
@@ -45,10 +46,18 @@ DIM = 64
 TABLES = 12
 NUM_PLANS = 14
 ROUNDS = 9
+STEPS = 3  # of a plan, one after the other
 SEED = 0
 
-
 _OF_LOOKUPS = "TORCHREC_QR_CONSTANTS"
+# glibc returns what a step has freed to the system, or not, as its heap happens to lie; up to 9,000 page faults a step,
+# a third of its time, then are of the process and not of the plan. So it is to keep what it has.
+_ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 @dataclass(frozen=True)
@@ -166,17 +175,20 @@ def measure(found: dict[str, ShardingPlan], rounds: int) -> dict[str, float]:
             Model(collection(), features), device=torch.device("cpu"), plan=moved, sharders=sharders()
         )
         models[name] = model
-    batches = [batch(100 * dist.get_rank() + i) for i in range(3)]
+    batches = [batch(100 * dist.get_rank() + i) for i in range(STEPS)]
     times: dict[str, list[float]] = {name: [] for name in found}
+    order, generator = list(models), random.Random(SEED)
     for turn in range(rounds + 1):
-        for name, model in models.items():
-            for i in range(3):
+        # A plan is not always measured after the same other one, nor in its first step after that.
+        generator.shuffle(order)
+        for name in order:
+            for i in range(STEPS + 1):
                 dist.barrier()
                 start = time.perf_counter()
-                model(batches[i]).backward()
+                models[name](batches[i % STEPS]).backward()
                 spent = torch.tensor([(time.perf_counter() - start) * 1e3])
                 dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-                if turn:
+                if turn and i:
                     times[name].append(float(spent))
     return {name: statistics.median(of_plan) for name, of_plan in times.items()}
 
@@ -196,15 +208,16 @@ def calibrated(hosts: int, rounds: int = 9, of_lookups: str | None = None) -> Ha
     Args:
         of_lookups: those measured over loopback, as JSON: on a slow link the exchange hides the lookup.
     """
-    link, latency = collective_constants(rounds)
-    if of_lookups is not None:
-        base = Hardware(**json.loads(of_lookups))
-    else:
-        constants = {**asdict(hardware_named("cpu")), **lookup_constants(rounds, link)}
+    base = hardware_named("cpu") if of_lookups is None else Hardware(**json.loads(of_lookups))
+    link = link_constants(rounds, base)
+    if of_lookups is None:
+        constants = {**asdict(base), **lookup_constants(rounds, link["link_gb_s"])}
         base = Hardware(**{**constants, "compose_factor": 0.0, "source": "this host"})
-    if hosts > 1:
-        return replace(base, collective_ms=latency, inter_gb_s=link)
-    return replace(base, collective_ms=latency, intra_gb_s=link)
+        # Anew, with what a shard and a replica take here.
+        link = link_constants(rounds, base)
+    measured: dict[str, Any] = dict(link)
+    measured["inter_gb_s" if hosts > 1 else "intra_gb_s"] = measured.pop("link_gb_s")
+    return replace(base, **measured)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
@@ -232,7 +245,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "link": arguments.link,
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__},
+            "machine": about(),
             "hardware": {k: v for k, v in asdict(hardware).items() if k != "source"},
             "plans": {n: {"estimated_ms": estimated[n], "measured_ms": measured[n]} for n in found},
             "spearman": spearman([estimated[n] for n in drawn], [measured[n] for n in drawn]),
@@ -247,11 +260,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
             path.write_text(json.dumps(report, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -275,6 +283,7 @@ def _run(command: list[str], places: Sequence[Place], local_size: int, capture: 
         for rank, place in enumerate(places):
             environment = {
                 **os.environ,
+                **_ALLOCATOR,
                 **place.environment,
                 "OMP_NUM_THREADS": "1",
                 "MASTER_PORT": "29611",

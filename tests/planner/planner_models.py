@@ -64,12 +64,12 @@ def planner(
     device: str = "h100",
     memory_gib: float | None = None,
     batch_size: int = 8192,
-    collective_ms: float | None = None,
+    without_fixed_costs: bool = False,
     **arguments: Any,
 ) -> CompositionalEmbeddingShardingPlanner:
     hardware = hardware_named(device)
-    if collective_ms is not None:
-        hardware = replace(hardware, collective_ms=collective_ms)
+    if without_fixed_costs:
+        hardware = replace(hardware, sharding_ms=0.0, replication_ms=0.0, concat_factor=0.0)
     topology = hardware.topology(world_size, local_world_size, memory_gib)
     return CompositionalEmbeddingShardingPlanner(topology, batch_size, hardware=hardware, **arguments)
 

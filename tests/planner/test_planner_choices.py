@@ -48,7 +48,7 @@ def test_work_is_balanced_without_data_parallel(ranks: int) -> None:
 def replicated(num_collisions: int, num_embeddings: int, ranks: int = 16) -> tuple[set[str], float, float]:
     """What tables of a size all become, and what one costs a rank replicated and sharded at best."""
     tables = [qr(f"t{i}", num_embeddings, num_collisions) for i in range(ranks)]
-    placed = planner(ranks, 8, collective_ms=0).propose(collection(tables), sharders())
+    placed = planner(ranks, 8, without_fixed_costs=True).propose(collection(tables), sharders())
     choices = placed.tables[0].choices
     replicate = next(o.mean_work for o in choices if o.sharding_type == "data_parallel")
     shard = min(o.mean_work for o in choices if o.sharding_type != "data_parallel")
@@ -128,8 +128,8 @@ def test_sequences_are_planned_with_one_width_of_columns() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize(("seed", "collective_ms"), [(0, None), (1, 0.0)])
-def test_plain_tables_are_placed_no_worse_than_by_torchrec(ranks: int, seed: int, collective_ms: float | None) -> None:
+@pytest.mark.parametrize(("seed", "without_fixed_costs"), [(0, False), (1, True)])
+def test_plain_tables_are_placed_no_worse_than_by_torchrec(ranks: int, seed: int, without_fixed_costs: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(1000, 5_000_000, (12,), generator=generator).tolist()
     poolings = torch.randint(1, 60, (12,), generator=generator).tolist()
@@ -137,7 +137,7 @@ def test_plain_tables_are_placed_no_worse_than_by_torchrec(ranks: int, seed: int
         tables=[plain(f"t{i}", n, dim=(64, 128)[i % 2]) for i, n in enumerate(rows)], device=torch.device("meta")
     )
     constraints = {f"t{i}": ParameterConstraints(pooling_factors=[float(p)]) for i, p in enumerate(poolings)}
-    made = planner(ranks, constraints=constraints, collective_ms=collective_ms)
+    made = planner(ranks, constraints=constraints, without_fixed_costs=without_fixed_costs)
     stock = EmbeddingShardingPlanner(
         topology=made._topology,
         batch_size=8192,

@@ -1,10 +1,12 @@
 """Plans that cannot be: what is said of them, and that what is said to help does help."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from planner_models import collection, mlperf, plain, planner, qr, sharders
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
@@ -93,6 +95,41 @@ def test_clusters_that_are_none_are_named() -> None:
         planner(8, ranks={"t": [8]})
     with pytest.raises(ValueError, match="batch_size=0; allowed: at least 1"):
         planner(8, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("enumerator", "constraints narrow"),
+        ("proposer", "constraints tell it where"),
+        ("partitioner", "`ranks` tells it where"),
+        ("performance_model", "`topology` and `hardware`"),
+        ("stats", "`propose` returns all estimates"),
+        ("callbacks", "change the plan"),
+        ("timeout_seconds", "a number of trials"),
+        ("plan_loader", "pass a stored plan to DistributedModelParallel"),
+    ],
+)
+def test_parts_of_torchrecs_planner_are_refused_with_what_to_use_instead(argument: str, said: str) -> None:
+    planner(2, **{argument: None})
+    with pytest.raises(ValueError, match=rf"{argument}=7; allowed: None; .*{said}"):
+        planner(2, **{argument: 7})
+    # All of TorchRec's arguments are known: those of this version that are not refused are taken.
+    taken = {"self", "topology", "batch_size", "storage_reservation", "constraints", "debug"}
+    of_torchrec = set(inspect.signature(EmbeddingShardingPlanner.__init__).parameters) - taken
+    for name in of_torchrec:
+        planner(2, **{name: None})
+    with pytest.raises(TypeError, match="has no argument 'propser'"):
+        planner(2, propser=None)
+
+
+def test_debug_logs_where_tables_lie_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        planner(2).plan(collection([qr("t", 1000)]), sharders())
+        planner(2, debug=True).plan(collection([qr("t", 1000)]), sharders())
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "torchrec_qr.planner.planner"]
+    assert message.startswith("1 tables on 2 ranks: ")
+    assert "\nt: data_parallel on ranks [0, 1]; all-reduce " in message
 
 
 def test_every_table_is_in_the_plan_or_it_is_refused() -> None:

@@ -131,7 +131,8 @@ class Enumerator:
         self._topology = topology
         self._estimator = estimator
         self._rank_memory = rank_memory
-        self._hosts = max(1, topology.world_size // topology.intra_group_size)
+        # One host is all ranks, or one rank is a host.
+        self._hosts_are_alike = topology.intra_group_size in (1, topology.world_size)
 
     def options(self, table: PlannedTable) -> list[Option]:
         """Returns at least one option.
@@ -166,7 +167,7 @@ class Enumerator:
             return False
         if sharding_type == GRID_SHARD and table.config is None:
             return False
-        if sharding_type == TABLE_COLUMN_WISE or (sharding_type in HOSTED and self._hosts == 1):
+        if sharding_type == TABLE_COLUMN_WISE or (sharding_type in HOSTED and self._hosts_are_alike):
             return False  # as column-wise, row-wise and table-wise, and less free
         if sharding_type == COLUMN_WISE and not table.is_pooled:
             return False  # TorchRec lays shards of one width side by side, of all tables of a collection

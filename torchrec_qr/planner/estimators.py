@@ -84,8 +84,8 @@ class Estimator:
         self.hardware = hardware
         self._state = OptimizerState(dense_optimizer)
         self._on_cpu = topology.compute_device == "cpu"
-        self._fused_bandwidth = _device_bandwidth(topology, FUSED)
-        self._dense_bandwidth = _device_bandwidth(topology, DENSE)
+        self._fused_bandwidth = memory_bandwidth(topology)
+        self._dense_bandwidth = memory_bandwidth(topology, DENSE)
         self._comms: dict[str, tuple[float, float, float, float]] = {}
         self._stock = _TorchRecEstimators(topology, batch_size)
 
@@ -140,15 +140,16 @@ class Estimator:
             optimizer=self._state.of_compositional(table, kernel, stored),
             maps=maps,
             buffers=size,
-            reduce_ms=self.reduce_ms(size),
+            reduce_ms=self.reduce_ms(size, len(stored)),
         )
 
-    def reduce_ms(self, size: float) -> float:
-        """Milliseconds to reduce replicated gradients of so many bytes, and to apply them."""
+    def reduce_ms(self, size: float, replicas: int) -> float:
+        """Milliseconds to reduce the gradients, of so many bytes, of replicated partitions, and to apply them."""
         world, local = self.topology.world_size, self.topology.local_world_size
         bandwidth = self.topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
         passes = size * all_reduce_passes(world, local) / bandwidth
-        return passes + size * self.hardware.replica_factor / self._dense_bandwidth
+        applied = size * self.hardware.replica_factor / self._dense_bandwidth
+        return passes + applied + replicas * self.hardware.replica_ms
 
     def _replicated(self, table: PlannedTable, config: CompositionalConfig, kernel: str) -> Cost:
         stored = replicated_storage(table, DATA_PARALLEL)
@@ -160,7 +161,7 @@ class Estimator:
             maps=0 if self._on_cpu else class_map_bytes(config),
             buffers=buffers + size,
             lookup_ms=lookup_ms,
-            reduce_ms=self.reduce_ms(size),
+            reduce_ms=self.reduce_ms(size, len(stored)),
         )
 
     def _work(
@@ -348,7 +349,8 @@ class _TorchRecEstimators:
         return self._sharder_data[key]
 
 
-def _device_bandwidth(topology: Topology, kernel: str) -> float:
+def memory_bandwidth(topology: Topology, kernel: str = FUSED) -> float:
+    """Bytes per ms at which a kernel reaches a rank's memory, by TorchRec's table of kernels."""
     bandwidth = kernel_bw_lookup(
         topology.compute_device, kernel, topology.hbm_mem_bw, topology.ddr_mem_bw, topology.hbm_to_ddr_mem_bw
     )

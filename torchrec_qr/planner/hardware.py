@@ -1,7 +1,9 @@
 """What a plan's estimates take for granted of a machine: one table of constants, each with its source."""
 
+import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from torchrec.distributed.planner.types import (
     CollectiveType,
@@ -28,10 +30,18 @@ class Hardware:
         memory_gb_s: bandwidth of that memory, as far as lookups reach it.
         intra_gb_s: of a rank to the others of its node, each way.
         inter_gb_s: of a rank to other nodes, each way.
-        collective_ms: what a collective takes beside its bytes.
+        overlap_mib: of a rank's message in an all-to-all, up to which it receives while it sends: beyond, gloo does the
+            one after the other.
+        scatters_whole: whether a reduce-scatter takes what an all-reduce does, of which a part is kept, as gloo's.
+        sharding_ms: of a sharding type of a module that exchanges embeddings, beside bytes: its collectives, four or
+            more, and what prepares them.
+        replication_ms: of the reduction of what a sharding type replicates, beside bytes.
         lookup_factor: a compositional table's bytes read, by how much dearer than a plain table's.
         compose_factor: float32 values moved through memory per composed value: none in a fused kernel.
+        concat_factor: bytes moved per byte of the pooled output of a module that several sharding types share, whose
+            columns are put side by side, and their gradients taken apart.
         replica_factor: bytes moved per byte of a replicated partition's gradient: filled, reduced, scanned, applied.
+        replica_ms: of a replicated partition beside its bytes: its gradient is reduced and applied by itself.
         shard_ms: of a shard of a compositional table beside its bytes, where a kernel does not take all at once.
         source: of the figures.
 
@@ -48,10 +58,15 @@ class Hardware:
     memory_gb_s: float
     intra_gb_s: float
     inter_gb_s: float
-    collective_ms: float
+    overlap_mib: float
+    scatters_whole: bool
+    sharding_ms: float
+    replication_ms: float
     lookup_factor: float
     compose_factor: float
+    concat_factor: float
     replica_factor: float
+    replica_ms: float
     shard_ms: float
     source: str
 
@@ -77,7 +92,7 @@ class Hardware:
         if not gib > 0:
             raise ValueError(f"memory_gib={gib}; allowed: above 0")
         memory = int(gib * GIB)
-        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB)
+        bandwidths = LinkBandwidths(self.intra_gb_s * _GB, self.inter_gb_s * _GB, self.scatters_whole)
         on_cpu = self.compute_device == "cpu"
         memory_bw = self.memory_gb_s * _GB
         return TopologyFactory.create_topology(
@@ -109,8 +124,8 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
         ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)),  h = W/l
     """
 
-    def __init__(self, intra_host_bw: float, inter_host_bw: float) -> None:
-        self._intra, self._inter = intra_host_bw, inter_host_bw
+    def __init__(self, intra_host_bw: float, inter_host_bw: float, scatters_whole: bool = False) -> None:
+        self._intra, self._inter, self._scatters_whole = intra_host_bw, inter_host_bw, scatters_whole
 
     @property
     def intra_host_bw(self) -> float:
@@ -123,9 +138,11 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
     def get_bw(self, local_world_size: int, world_size: int, collective_type: CollectiveType) -> float:
         world, local = world_size, min(local_world_size, world_size)
         hosts = world / local
-        if collective_type == CollectiveType.ALL_REDUCE:
+        reduces = collective_type == CollectiveType.ALL_REDUCE
+        if reduces or (self._scatters_whole and collective_type == CollectiveType.REDUCE_SCATTER):
             ms_per_byte = 2 * (local - 1) / local / self._intra + 2 * (hosts - 1) / hosts / (local * self._inter)
-            ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
+            if reduces:
+                ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
         else:
             ms_per_byte = (local - 1) / world / self._intra + (world - local) / world / self._inter
         return 1 / ms_per_byte if ms_per_byte else float("inf")
@@ -141,12 +158,21 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
     return passes * 2 if world_size > 2 * local_world_size else passes
 
 
-_FUSED = {
+_FUSED: dict[str, Any] = {
     "lookup_factor": 1.0,
     "compose_factor": 0.0,
-    "replica_factor": 9.22,
+    "concat_factor": 4.0,  # read and written, forward and backward
+    "replica_factor": 9.22,  # TorchRec's, of its own data-parallel tables
+    "replica_ms": 0.0,
     "shard_ms": 0.0,
-}  # TorchRec's factor of its own DP tables
+}
+_COLLECTIVE_MS = 0.05
+_NCCL: dict[str, Any] = {
+    "overlap_mib": math.inf,
+    "scatters_whole": False,
+    "sharding_ms": 4 * _COLLECTIVE_MS,
+    "replication_ms": _COLLECTIVE_MS,
+}
 _NVIDIA = "NVIDIA datasheet of the SXM module; network of the DGX system, one adapter per GPU; TorchRec's factors"
 
 HARDWARE = MappingProxyType(
@@ -158,25 +184,37 @@ HARDWARE = MappingProxyType(
                 name="cpu",
                 compute_device="cpu",
                 memory_gib=128.0,
-                memory_gb_s=4.0,
-                intra_gb_s=0.3,
-                inter_gb_s=0.06,
-                collective_ms=0.6,
-                lookup_factor=0.5,
+                memory_gb_s=5.5,
+                intra_gb_s=2.5,
+                inter_gb_s=0.12,
+                overlap_mib=0.7,
+                scatters_whole=True,
+                sharding_ms=3.5,
+                replication_ms=3.2,
+                lookup_factor=0.45,
                 compose_factor=0.0,
-                replica_factor=4.0,
-                shard_ms=0.3,
-                source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s, of which 0.83 arrive",
+                concat_factor=0.8,
+                replica_factor=3.8,
+                replica_ms=0.27,
+                shard_ms=0.1,
+                source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s",
             ),
-            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, 0.05, source=_NVIDIA, **_FUSED),
-            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
-            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, 0.05, source=_NVIDIA, **_FUSED),
+            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
         )
     }
 )
 
 # Where only a topology is given: of its bandwidths, and with nothing that TorchRec does not count.
-_OF_TOPOLOGY = replace(HARDWARE["h100"], name="topology", collective_ms=0.0, source="TorchRec's topology")
+_OF_TOPOLOGY = replace(
+    HARDWARE["h100"],
+    name="topology",
+    sharding_ms=0.0,
+    replication_ms=0.0,
+    concat_factor=0.0,
+    source="TorchRec's topology",
+)
 
 
 def hardware_named(name: str) -> Hardware:

@@ -1,6 +1,6 @@
 """A model placed on ranks: the plan, and what it costs every rank."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,11 +18,8 @@ from torchrec.distributed.types import (
 from torchrec_qr.distributed.shards import DATA_PARALLEL
 from torchrec_qr.planner.costs import Cost
 from torchrec_qr.planner.enumerators import Option, Scope, shard_layout
-from torchrec_qr.planner.hardware import Hardware
 from torchrec_qr.planner.tables import PlannedTable
 
-# Of a sharding type of one module: ids and their lengths out, embeddings back, and the gradients of these.
-_COLLECTIVES = 4
 _FIELDS = tuple(Cost.__dataclass_fields__)
 _MEMORY = [_FIELDS.index(name) for name in ("parameters", "optimizer", "maps", "buffers")]
 _WORK = [_FIELDS.index(name) for name in ("lookup_ms", "exchange_ms", "reduce_ms")]
@@ -119,6 +116,7 @@ class PlacedModel:
 
     Args:
         tables: in the order of the model.
+        fixed_ms: beside the work of tables: see `torchrec_qr.planner.fixed_costs.FixedCosts`.
         reserved: bytes of each rank that tables may take.
 
     Example:
@@ -136,8 +134,19 @@ class PlacedModel:
 
     tables: list[Placed]
     topology: Topology
-    hardware: Hardware
+    fixed_ms: float
     reserved: list[float]
+
+    def __str__(self) -> str:
+        work = self.ranks.work_ms
+        lines = [
+            f"{len(self.tables)} tables on {len(work)} ranks: {self.step_ms:.3f} ms a step; work {max(work):.3f} ms, "
+            f"balance {self.ranks.balance:.3f}; {max(self.ranks.memory) / 2**30:.2f} GiB on the fullest rank"
+        ]
+        for p in self.tables:
+            name = p.table.fqn.removeprefix(".")
+            lines.append(f"{name}: {p.option.sharding_type} on ranks {sorted(set(p.ranks))}; {p.why}")
+        return "\n".join(lines)
 
     @cached_property
     def ranks(self) -> RankCosts:
@@ -159,10 +168,8 @@ class PlacedModel:
 
     @property
     def step_ms(self) -> float:
-        """Of the rank with most work, collectives included: what a step spends on embeddings."""
-        return max(self.ranks.work_ms) + fixed_ms(
-            ((p.table, p.option.sharding_type) for p in self.tables), self.hardware
-        )
+        """Of the rank with most work, with `fixed_ms`: what a step spends on embeddings."""
+        return max(self.ranks.work_ms) + self.fixed_ms
 
     def sharding_plan(self) -> ShardingPlan:
         """TorchRec's plan, for ``DistributedModelParallel``."""
@@ -201,13 +208,6 @@ class PlacedModel:
             ):
                 setattr(sharding, name, getattr(constraints, name))
         return sharding
-
-
-def fixed_ms(used: Iterable[tuple[PlannedTable, str]], hardware: Hardware) -> float:
-    """What collectives take beside their bytes: of each sharding type of each module, and of each all-reduce."""
-    kinds = {(table.path, sharding_type) for table, sharding_type in used}
-    count = sum(1 if sharding_type == DATA_PARALLEL else _COLLECTIVES for _, sharding_type in kinds)
-    return hardware.collective_ms * count
 
 
 def _reduce_ms(option: Option) -> float:

@@ -1,5 +1,6 @@
 """The planner: every table of a model in its place, by work."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,11 +25,12 @@ from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
 from torchrec_qr.planner.estimators import Estimator
+from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
-from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts, fixed_ms
-from torchrec_qr.planner.proposer import most_frugal, propose
-from torchrec_qr.planner.remedies import infeasible
+from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts
+from torchrec_qr.planner.proposer import Proposal, Search, most_frugal
+from torchrec_qr.planner.remedies import Infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
 
@@ -36,6 +38,19 @@ _RESERVED = 0.15
 # Greatest over mean work up to which ranks are even, and how much more than that counts.
 _EVEN = 1.05
 _EVENNESS = 3
+
+# Arguments of TorchRec's planner that have no meaning here, and what to use in their place.
+_INSTEAD = {
+    "enumerator": "this planner lists options of its own, which constraints narrow (sharding_types, compute_kernels)",
+    "proposer": "this planner searches by itself; constraints tell it where a table may lie",
+    "partitioner": "this planner places shards by itself; `ranks` tells it where a table may lie",
+    "performance_model": "estimates follow `topology` and `hardware`",
+    "stats": "`propose` returns all estimates, and debug=True logs them",
+    "callbacks": "change the plan that `plan` returns, of which `estimate` tells the cost",
+    "timeout_seconds": "the search ends after a number of trials",
+    "plan_loader": "pass a stored plan to DistributedModelParallel in the place of a planner",
+}
+_LOG = logging.getLogger(__name__)
 
 
 class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
@@ -55,13 +70,15 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         batch_size: of a rank; default: TorchRec's, 512.
         storage_reservation: what tables may not take; default: 15 % of each rank.
         constraints: TorchRec's, by table.
+        debug: whether plans are logged: work per rank, and where each table lies and why.
         ranks: on which a table may lie, by table.
         hardware: factors that a topology has no field for; default: by the topology's device.
         dense_optimizer: makes the optimizer of what nothing steps in backward, such as plain data-parallel tables;
             default: SGD, which has no state.
+        of_torchrec: parts of TorchRec's planner, which this one does not consist of: only None.
 
     Raises:
-        ValueError: a topology without ranks or memory; ranks that it lacks.
+        ValueError: a topology without ranks or memory; ranks that it lacks; a part of TorchRec's planner.
 
     Example:
         >>> from torchrec_qr import (
@@ -82,12 +99,16 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self,
         topology: Topology | None = None,
         batch_size: int | None = None,
+        *,
         storage_reservation: StorageReservation | None = None,
         constraints: Mapping[str, ParameterConstraints] | None = None,
+        debug: bool = False,
         ranks: Mapping[str, Sequence[int]] | None = None,
         hardware: Hardware | None = None,
         dense_optimizer: MakeOptimizer | None = None,
+        **of_torchrec: Any,
     ) -> None:
+        _refuse(of_torchrec)
         if topology is None:
             topology, hardware = _of_process_group(hardware)
         _check(topology, ranks or {})
@@ -100,6 +121,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self._ranks = dict(ranks or {})
         self._hardware = hardware or hardware_of(topology)
         self._dense_optimizer = dense_optimizer
+        self._debug = debug
 
     def plan(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> ShardingPlan:
         """Returns a plan with every table of every module that has a sharder.
@@ -108,7 +130,10 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             PlannerError: no tables; constraints of unknown tables, or that leave a table no place; nothing fits, with
                 the table, what it needs, what the ranks have left, and what would help.
         """
-        return self.propose(module, sharders).sharding_plan()
+        placed = self.propose(module, sharders)
+        if self._debug:
+            _LOG.info("%s", placed)
+        return placed.sharding_plan()
 
     def collective_plan(
         self,
@@ -142,20 +167,17 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> PlacedModel:
         """As `plan`, with the estimates behind it."""
-        tables = find_tables(module, sharders, self._constraints, self._ranks)
-        cluster = self._cluster(module, sharders)
-        enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        choices = [enumerator.options(table) for table in tables]
-        outcome = self._search(tables, choices, cluster)
-        if isinstance(outcome, Misfit):
-            raise infeasible(tables, choices, cluster, outcome, self._topology, self._estimator)
-        chosen, packing = outcome
+        tables, choices, cluster = self._problem(module, sharders)
+        found = self._search(tables, choices, cluster)
+        if isinstance(found, Misfit):
+            raise Infeasible(tables, choices, cluster, found, self._topology, self._estimator).error()
         everywhere = list(range(self._topology.world_size))
         placed = [
             Placed(table, option, of_table, _flat(ranks, option, everywhere))
-            for table, option, of_table, ranks in zip(tables, chosen, choices, packing.placed, strict=True)
+            for table, option, of_table, ranks in zip(tables, found.options, choices, found.packing.placed, strict=True)
         ]
-        return PlacedModel(placed, self._topology, self._hardware, list(cluster.memory))
+        fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in found.options)
+        return PlacedModel(placed, self._topology, fixed_ms, list(cluster.memory))
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
         """What a plan, from wherever, costs every rank.
@@ -189,30 +211,41 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def step_ms(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> float:
         """The estimated time that a step spends on embeddings under a plan, from wherever."""
-        used = ((t, _sharding_of(plan, t).sharding_type) for t in find_tables(module, sharders))
-        return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms(used, self._hardware)
+        tables = find_tables(module, sharders, self._constraints, self._ranks)
+        fixed_ms = self._fixed_costs(tables).ms(_sharding_of(plan, table).sharding_type for table in tables)
+        return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
         """Whether there is a plan at all."""
+        tables, choices, cluster = self._problem(module, sharders)
+        return not isinstance(most_frugal(choices, [table.ranks for table in tables], cluster), Misfit)
+
+    def _problem(
+        self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]
+    ) -> tuple[list[PlannedTable], list[list[Option]], Cluster]:
+        """The tables, their options, and what the ranks have room for."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         cluster = self._cluster(module, sharders)
         enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        choices = [enumerator.options(t) for t in tables]
-        return not isinstance(most_frugal(choices, [t.ranks for t in tables], cluster), Misfit)
+        return tables, [enumerator.options(table) for table in tables], cluster
 
     def _search(
         self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
-    ) -> tuple[list[Option], Packing] | Misfit:
+    ) -> Proposal | Misfit:
+        fixed = self._fixed_costs(tables)
+
         def rate(options: Sequence[Option], packing: Packing) -> float:
-            used = ((table, o.sharding_type) for table, o in zip(tables, options, strict=True))
             # Estimates err: of plans about as fast, one whose ranks are even has less to lose by that.
             uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
-            return packing.greatest * uneven**_EVENNESS + fixed_ms(used, self._hardware)
+            return packing.greatest * uneven**_EVENNESS + fixed.ms(o.sharding_type for o in options)
 
-        return propose(choices, [table.ranks for table in tables], cluster, rate)
+        return Search(choices, [table.ranks for table in tables], cluster, rate).run()
 
     def _estimator(self, topology: Topology) -> Estimator:
         return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)
+
+    def _fixed_costs(self, tables: Sequence[PlannedTable]) -> FixedCosts:
+        return FixedCosts(tables, self._hardware, self._batch_size, self._topology)
 
     def _cluster(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> Cluster:
         left = self._reservation.reserve(
@@ -225,6 +258,14 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             host_memory=tuple(float(s.ddr) for s in storages),
             group=self._topology.intra_group_size,
         )
+
+
+def _refuse(of_torchrec: Mapping[str, Any]) -> None:
+    for name, value in of_torchrec.items():
+        if name not in _INSTEAD:
+            raise TypeError(f"CompositionalEmbeddingShardingPlanner has no argument {name!r}")
+        if value is not None:
+            raise ValueError(f"{name}={value!r}; allowed: None; {_INSTEAD[name]}")
 
 
 def _flat(placed: list[list[int] | None], option: Option, everywhere: list[int]) -> list[int]:

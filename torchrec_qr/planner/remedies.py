@@ -1,8 +1,9 @@
 """What to say, and to change, where no plan fits."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -37,69 +38,65 @@ _MOST_NODES = 4096
 EstimatorFor = Callable[[Topology], Estimator]
 
 
-def infeasible(
-    tables: Sequence[PlannedTable],
-    choices: Sequence[Sequence[Option]],
-    cluster: Cluster,
-    misfit: Misfit,
-    topology: Topology,
-    estimator_for: EstimatorFor,
-) -> PlannerError:
-    """Returns the error for tables that do not fit a cluster, with what was found to help, cheapest first."""
-    table = tables[misfit.table]
-    memory = "host memory" if misfit.on_host else "memory"
-    lines = [
-        f"no plan fits: table {table.name!r} needs {_gib(misfit.needs)} of {memory} on a rank, and the ranks have left "
-        f"{_left(misfit.left)}"
-    ]
-    found = _Remedies(tables, choices, cluster, misfit, topology, estimator_for).all()
-    if found:
-        lines.append("what would help, cheapest first:")
-        lines += [f"  {i}. {remedy}" for i, remedy in enumerate(found, 1)]
-    else:
-        lines.append("neither more compression, nor another sharding type, nor more ranks would help")
-    return PlannerError("\n".join(lines), PlannerErrorType.INSUFFICIENT_STORAGE)
+@dataclass(frozen=True)
+class Infeasible:
+    """Tables that do not fit a cluster. Every remedy is tried: what is said to help lets a plan fit.
 
+    Args:
+        tables: of the model, with the ``choices`` that each has.
+        cluster: what the ranks of ``topology`` have room for.
+        misfit: the table that found no place.
+        estimator_for: a topology.
+    """
 
-class _Remedies:
-    """Each is tried: what is said to help lets a plan fit."""
+    tables: Sequence[PlannedTable]
+    choices: Sequence[Sequence[Option]]
+    cluster: Cluster
+    misfit: Misfit
+    topology: Topology
+    estimator_for: EstimatorFor
 
-    def __init__(
-        self,
-        tables: Sequence[PlannedTable],
-        choices: Sequence[Sequence[Option]],
-        cluster: Cluster,
-        misfit: Misfit,
-        topology: Topology,
-        estimator_for: EstimatorFor,
-    ) -> None:
-        self._tables, self._choices, self._cluster = tables, choices, cluster
-        self._at, self._table = misfit.table, tables[misfit.table]
-        self._topology, self._estimator_for = topology, estimator_for
-        self._enumerator = Enumerator(topology, estimator_for(topology), min(cluster.memory))
+    def error(self) -> PlannerError:
+        """Returns the error to be raised, with what was found to help, cheapest first."""
+        memory = "host memory" if self.misfit.on_host else "memory"
+        lines = [
+            f"no plan fits: table {self._table.name!r} needs {_gib(self.misfit.needs)} of {memory} on a rank, and the "
+            f"ranks have left {_left(self.misfit.left)}"
+        ]
+        found = [text for text in (self._sharding_type(), self._compression(), self._ranks()) if text is not None]
+        if found:
+            lines.append("what would help, cheapest first:")
+            lines += [f"  {i}. {remedy}" for i, remedy in enumerate(found, 1)]
+        else:
+            lines.append("neither more compression, nor another sharding type, nor more ranks would help")
+        return PlannerError("\n".join(lines), PlannerErrorType.INSUFFICIENT_STORAGE)
 
-    def all(self) -> list[str]:
-        return list(self._iterate())
+    @property
+    def _table(self) -> PlannedTable:
+        return self.tables[self.misfit.table]
 
-    def _iterate(self) -> Iterator[str]:
-        for remedy in (self._sharding_type, self._compression, self._ranks):
-            text = remedy()
-            if text is not None:
-                yield text
+    @cached_property
+    def _enumerator(self) -> Enumerator:
+        return Enumerator(self.topology, self.estimator_for(self.topology), min(self.cluster.memory))
+
+    def _with(self, options: Sequence[Option]) -> list[Sequence[Option]]:
+        """The choices, with others for the table that did not fit."""
+        at = self.misfit.table
+        return [*self.choices[:at], options, *self.choices[at + 1 :]]
 
     def _fits(self, choices: Sequence[Sequence[Option]]) -> bool:
-        return not isinstance(most_frugal(choices, [t.ranks for t in self._tables], self._cluster), Misfit)
+        return not isinstance(most_frugal(choices, [t.ranks for t in self.tables], self.cluster), Misfit)
 
     def _sharding_type(self) -> str | None:
         """Of the table itself, or else of all tables whose constraints allow some only."""
         free = _unconstrained(self._table)
         for option in sorted(self._enumerator.options(free), key=lambda o: o.mean_work):
-            if self._fits([*self._choices[: self._at], [option], *self._choices[self._at + 1 :]]):
+            if self._fits(self._with([option])):
                 return f"another sharding type: {option.sharding_type} for table {self._table.name!r}"
-        bound = [t for t in self._tables if t.constraints is not None and t.constraints.sharding_types]
+        bound = [t for t in self.tables if t.constraints is not None and t.constraints.sharding_types]
         if not bound:
             return None
-        choices = [self._enumerator.options(_unconstrained(t)) for t in self._tables]
+        choices = [self._enumerator.options(_unconstrained(t)) for t in self.tables]
         if not self._fits(choices):
             return None
         return f"other sharding types: no sharding_types in the constraints of {len(bound)} tables"
@@ -116,10 +113,10 @@ class _Remedies:
 
         def fits(rows: int) -> bool:
             return self._fits(
-                [self._options_within(t, o, rows) for t, o in zip(self._tables, self._choices, strict=True)]
+                [self._options_within(t, o, rows) for t, o in zip(self.tables, self.choices, strict=True)]
             )
 
-        rows = largest_that(fits, 1, max(t.rows for t in self._tables))
+        rows = largest_that(fits, 1, max(t.rows for t in self.tables))
         if rows is None:
             return None
         return f"more compression: at most {rows:,} rows in each table (`torchrec-qr plan --fit` writes them out)"
@@ -129,7 +126,7 @@ class _Remedies:
 
         def fits(negated: int) -> bool:
             options = self._options_of(table, QuotientRemainder(table.num_embeddings, -negated))
-            return self._fits([*self._choices[: self._at], options, *self._choices[self._at + 1 :]])
+            return self._fits(self._with(options))
 
         found = largest_that(fits, -max(math.isqrt(table.num_embeddings), 1), -2)
         return None if found is None else -found
@@ -141,24 +138,24 @@ class _Remedies:
         return self._enumerator.options(compressed(table, partitions))
 
     def _ranks(self) -> str | None:
-        group = self._topology.intra_group_size
-        nodes = self._cluster.world_size // group
-        if len(self._tables) > _TRIED_TABLES:
-            total = sum(min(o.mean_memory for o in options) for options in self._choices) * self._cluster.world_size
-            least = math.ceil(total / min(self._cluster.memory) / group)
+        group = self.topology.intra_group_size
+        nodes = self.cluster.world_size // group
+        if len(self.tables) > _TRIED_TABLES:
+            total = sum(min(o.mean_memory for o in options) for options in self.choices) * self.cluster.world_size
+            least = math.ceil(total / min(self.cluster.memory) / group)
             return (
                 f"more ranks: at least {least * group} of this memory, now {nodes * group}" if least > nodes else None
             )
 
         def fits(negated: int) -> bool:
-            topology = with_ranks(self._topology, -negated * group)
+            topology = with_ranks(self.topology, -negated * group)
             cluster = replace(
-                self._cluster,
-                memory=(min(self._cluster.memory),) * topology.world_size,
-                host_memory=(min(self._cluster.host_memory),) * topology.world_size,
+                self.cluster,
+                memory=(min(self.cluster.memory),) * topology.world_size,
+                host_memory=(min(self.cluster.host_memory),) * topology.world_size,
             )
-            enumerator = Enumerator(topology, self._estimator_for(topology), min(cluster.memory))
-            choices = [enumerator.options(replace(t, ranks=None)) for t in self._tables]
+            enumerator = Enumerator(topology, self.estimator_for(topology), min(cluster.memory))
+            choices = [enumerator.options(replace(t, ranks=None)) for t in self.tables]
             return not isinstance(most_frugal(choices, [None] * len(choices), cluster), Misfit)
 
         last = nodes

@@ -128,9 +128,10 @@ class OptimizerState:
         rule, said = self._rules[table.fqn]
         if kernel != FUSED and not said:
             return self._of_dense(stored)
-        return 4 * sum(
+        values = sum(
             _count(shape) for rows, columns, _ in stored for shape in rule.state_shapes(rows, columns).values()
         )
+        return 4 * (values + (len(stored) if rule.counts_steps else 0))
 
     def of_plain(self, table: PlannedTable, kernel: str, rows: int, columns: int) -> int:
         """FBGEMM's in backward, except of TorchRec's dense kernel, which data-parallel tables have."""

@@ -67,10 +67,10 @@ class Sizing:
         return CompositionalEmbeddingShardingPlanner(
             hardware.topology(spec.world_size, spec.local_world_size, spec.hbm_gib),
             spec.batch_size,
-            FixedPercentageStorageReservation(spec.storage_reserve),
-            spec.parameter_constraints(),
-            {name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
-            hardware,
+            storage_reservation=FixedPercentageStorageReservation(spec.storage_reserve),
+            constraints=spec.parameter_constraints(),
+            ranks={name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
+            hardware=hardware,
         )
 
     def of_tables(self, tables: Tables) -> "Sizing":
@@ -144,34 +144,20 @@ def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str |
 
 def full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
     """The table uncompressed."""
-    return EmbeddingBagConfig(
-        name=table.name,
-        feature_names=list(table.feature_names),
-        num_embeddings=table.num_embeddings,
-        embedding_dim=table.embedding_dim,
-        pooling=table.pooling,
-        data_type=table.data_type,
-        weight_init_min=table.weight_init_min,
-        weight_init_max=table.weight_init_max,
-    )
+    return EmbeddingBagConfig(**_plain_fields(table))
 
 
 def composed(table: EmbeddingBagConfig, partitions: Partitions) -> CompositionalEmbeddingBagConfig:
     """The table by other partitions, under its own operation where they leave that possible."""
     if isinstance(table, CompositionalEmbeddingBagConfig) and table.num_partitions == partitions.num_partitions:
         return replace(table, partitions=partitions)
-    plain = full(table)
-    return CompositionalEmbeddingBagConfig(
-        name=plain.name,
-        feature_names=plain.feature_names,
-        num_embeddings=plain.num_embeddings,
-        embedding_dim=plain.embedding_dim,
-        pooling=plain.pooling,
-        data_type=plain.data_type,
-        weight_init_min=plain.weight_init_min,
-        weight_init_max=plain.weight_init_max,
-        partitions=partitions,
-    )
+    return CompositionalEmbeddingBagConfig(**_plain_fields(table), partitions=partitions)
+
+
+def _plain_fields(table: EmbeddingBagConfig) -> dict[str, Any]:
+    """What a table says that does not depend on how it is stored."""
+    names = ("name", "feature_names", "num_embeddings", "embedding_dim", "pooling", "data_type")
+    return {name: getattr(table, name) for name in (*names, "weight_init_min", "weight_init_max")}
 
 
 def is_given_map(table: EmbeddingBagConfig) -> bool:
