@@ -1,6 +1,7 @@
 """The study's data sets, each made once as MLPerf's binary files, in every order of ids that is asked for."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def data_set(name: str, order: Order, folder: Path, given: Path, layers: str | N
 
 def _train(rows: int, batch_size: int, epochs: int) -> dict[str, Any]:
     """Validates twice an epoch, and ends at the first time that it is worse."""
-    half = -(-rows // batch_size) // 2
+    half = -(-(-(-rows // batch_size)) // 2)
     return {"batch_size": batch_size, "eval_batch_size": 8192, "epochs": epochs, "eval_every": half, "patience": 1}
 
 
@@ -153,10 +154,10 @@ def _by_frequency(values: Array, train: Array) -> Array:
 def _generated(prefix: Path, kind: str) -> dict[str, Any]:
     """Ids by a power law, the most frequent first, whose effects on the logit are independent of one another."""
     if kind == "multi_hot":
-        sizes, hots = [20_000, 15_000, 12_000, 100, 20], (_HOT, _HOT, _HOT, 1, 1)
+        sizes, hots = [20_000, 15_000, 12_000, 100, 20], [_HOT, _HOT, _HOT, 1, 1]
     else:
         largest = int(float(kind))
-        sizes, hots = [largest, largest // 4, max(largest // 20, 12_000), 1000, 100, 20], (1,) * 6
+        sizes, hots = [largest, largest // 4, max(largest // 20, 12_000), 1000, 100, 20], [1] * 6
     section = GeneratorSection(rows=_GENERATED_ROWS, zipf=1.1, ids_strength=2.0)
     source = GeneratorSource(section, sizes, _GENERATOR_DENSE, hots)
     rows = source.read(0, _GENERATED_ROWS, BadRows("error"))
@@ -166,7 +167,7 @@ def _generated(prefix: Path, kind: str) -> dict[str, Any]:
     return {"rows": {f"cat_{i}": s for i, s in enumerate(sizes)}, "train_rows": train_rows, **known}
 
 
-def _save(prefix: Path, dense: Array, ids: Array, labels: Array, hots: tuple[int, ...] = ()) -> None:
+def _save(prefix: Path, dense: Array, ids: Array, labels: Array, hots: Sequence[int] = ()) -> None:
     np.save(f"{prefix}_dense.npy", dense)
     np.save(f"{prefix}_labels.npy", labels.astype(np.int32))
     if any(hot > 1 for hot in hots):

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from benchmarks.quality.cells import Cell
-from torchrec_qr import ChineseRemainder, MixedRadix, QuotientRemainder
+from torchrec_qr import ChineseRemainder, CompositionalEmbeddingBagConfig, MixedRadix, QuotientRemainder
 from torchrec_qr.schema import TableSpec, load
 
 DIM = 16
@@ -58,10 +58,10 @@ def tables_of(cell: Cell, rows: Mapping[str, int], natural: Mapping[str, str] | 
 
 def parameters_of(table: Mapping[str, Any]) -> int:
     """Returns Σ_j |P_j| · columns of partition j of an entry of ``tables:``."""
-    spec = load(TableSpec, dict(table))
-    if spec.partitions is None:
-        return spec.num_embeddings * spec.embedding_dim
-    return int(spec.build().num_parameters)  # type: ignore[union-attr]
+    config = load(TableSpec, dict(table)).build()
+    if isinstance(config, CompositionalEmbeddingBagConfig):
+        return config.num_parameters
+    return config.num_embeddings * config.embedding_dim
 
 
 def _sized(cell: Cell, rows: Mapping[str, int]) -> dict[str, Sized]:

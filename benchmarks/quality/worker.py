@@ -1,4 +1,4 @@
-"""A process that trains runs, one per line of its input, and answers each by a line: ``-m benchmarks.quality.worker``."""
+"""A process that trains runs: one per line of its input, each answered by a line."""
 
 import gc
 import json
