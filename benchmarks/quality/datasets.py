@@ -1,6 +1,7 @@
 """The study's data sets, each made once as MLPerf's binary files, in every order of ids that is asked for."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ def data_set(name: str, order: Order, folder: Path, given: Path, layers: str | N
 
 def _train(rows: int, batch_size: int, epochs: int) -> dict[str, Any]:
     """Validates twice an epoch, and ends at the first time that it is worse."""
-    half = -(-(-(-rows // batch_size)) // 2)
+    half = math.ceil(math.ceil(rows / batch_size) / 2)
     return {"batch_size": batch_size, "eval_batch_size": 8192, "epochs": epochs, "eval_every": half, "patience": 1}
 
 
