@@ -8,8 +8,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.quality.cells import DATA, Cell, in_order, quick
+from benchmarks.quality.cells import DATA, Cell, cells, in_order, quick
 from benchmarks.quality.datasets import MissingDataError, data_set
+from benchmarks.quality.report import write_report
 from benchmarks.quality.study import pending, run_all
 
 _KINDS = ("criteo", "movielens", "generator")
@@ -28,6 +29,8 @@ def main() -> None:
         tasks = pending(chosen, options.seeds, options.out)
         print(f"{len(tasks)} runs pending of {len(chosen)} cells", flush=True)
         run_all(tasks, options.out, folder, options.given, options.workers)
+    planned = {name: quick(name) if options.quick else cells(name) for name in names}
+    print(write_report(options.out, options.report_to or options.out, planned, options.seeds))
 
 
 def _available(chosen: list[Cell], folder: Path, given: Path) -> list[Cell]:
@@ -53,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="folder of prepared data (default: a temporary one)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes at once (default: %(default)s)")
+    parser.add_argument("--report-to", type=Path, help="folder of tables, numbers and plots (default: that of results)")
     parser.add_argument("--report", action="store_true", help="report of what has been run, without running more")
     return parser
 
