@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,15 +19,34 @@ from launch.data.split import boundaries
 from launch.sections import CRITEO_FEATURES, GeneratorSection
 
 _CRITEO, _MOVIELENS = "criteo_kaggle_137k.tsv.gz", "movielens_1m_ratings.parquet"
-_GENERATED_ROWS = 200_000
 _GENERATOR_DENSE = 13
-_HOT = 10
 # Narrower than the paper's for the budget of a CPU, but for the cells that check what that changes.
 _LAYERS = {
     "narrow": {"bottom_mlp": [128, 64, 16], "top_mlp": [256, 128]},
     "demo": {"bottom_mlp": [64, 16], "top_mlp": [128, 64]},
     "paper": {"bottom_mlp": [512, 256, 64, 16], "top_mlp": [512, 256]},
 }
+
+
+class _Generated(NamedTuple):
+    """A generated data set: S and ids per row of each feature; rows; the generator's exponent and strength of ids."""
+
+    sizes: list[int]
+    hots: list[int]
+    rows: int = 200_000
+    zipf: float = 1.1
+    strength: float = 2.0
+
+
+_GENERATED = {
+    "multi_hot": _Generated([20_000, 15_000, 12_000, 100, 20], [10, 10, 10, 1, 1]),
+    # Small and with much in its ids, for the regression check: far more than the seeds differ by.
+    "check": _Generated([30_000, 20_000, 1000, 100], [1] * 4, rows=60_000, zipf=1.05, strength=3.0),
+}
+
+
+def _of_largest(ids: int) -> _Generated:
+    return _Generated([ids, ids // 4, max(ids // 20, 12_000), 1000, 100, 20], [1] * 6)
 
 
 class MissingDataError(RuntimeError):
@@ -154,18 +173,14 @@ def _by_frequency(values: Array, train: Array) -> Array:
 
 def _generated(prefix: Path, kind: str) -> dict[str, Any]:
     """Ids by a power law, the most frequent first, whose effects on the logit are independent of one another."""
-    if kind == "multi_hot":
-        sizes, hots = [20_000, 15_000, 12_000, 100, 20], [_HOT, _HOT, _HOT, 1, 1]
-    else:
-        largest = int(float(kind))
-        sizes, hots = [largest, largest // 4, max(largest // 20, 12_000), 1000, 100, 20], [1] * 6
-    section = GeneratorSection(rows=_GENERATED_ROWS, zipf=1.1, ids_strength=2.0)
-    source = GeneratorSource(section, sizes, _GENERATOR_DENSE, hots)
-    rows = source.read(0, _GENERATED_ROWS, BadRows("error"))
-    _save(prefix, rows.dense, rows.ids, rows.labels, hots)
-    train_rows, test = boundaries(_GENERATED_ROWS, (6 / 7, 1 / 14, 1 / 14))
-    known = source.known_quality(test, _GENERATED_ROWS)
-    return {"rows": {f"cat_{i}": s for i, s in enumerate(sizes)}, "train_rows": train_rows, **known}
+    generated = _GENERATED.get(kind) or _of_largest(int(float(kind)))
+    section = GeneratorSection(rows=generated.rows, zipf=generated.zipf, ids_strength=generated.strength)
+    source = GeneratorSource(section, generated.sizes, _GENERATOR_DENSE, generated.hots)
+    rows = source.read(0, generated.rows, BadRows("error"))
+    _save(prefix, rows.dense, rows.ids, rows.labels, generated.hots)
+    train_rows, test = boundaries(generated.rows, (6 / 7, 1 / 14, 1 / 14))
+    known = source.known_quality(test, generated.rows)
+    return {"rows": {f"cat_{i}": s for i, s in enumerate(generated.sizes)}, "train_rows": train_rows, **known}
 
 
 def _save(prefix: Path, dense: Array, ids: Array, labels: Array, hots: Sequence[int] = ()) -> None:
