@@ -1,5 +1,6 @@
 """Plots of the study as PNG and SVG, on no background: their greys and hues read on white and on black."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def _size_panel(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
             _label(axis, p, _NAMES[method], _TEXT, above=method == "natural")
     _label_lines(axis, found, name)
     axis.set_xscale("log")
-    axis.margins(x=0.15, y=0.15)
+    axis.margins(x=0.3, y=0.15)
     axis.set(title=_TITLES[name], xlabel="MiB of tables", ylabel="test log loss")
     axis.grid(color=_GRID, lw=0.5)
 
@@ -125,14 +126,13 @@ def _label(axis: Axes, point: Summary, text: str, hue: str, above: bool = True) 
 
 
 def _label_lines(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
-    """Names each line beside its smallest point, the upper ones above."""
+    """Names each line at its smallest point: the upper one above it, the others where no line runs, to its left."""
     ends = [(curve(found, name, method), method) for method in _HUES]
     ends = sorted(((c, m) for c, m in ends if c), key=lambda end: -end[0][0].mean("logloss"))
     for place, (points, method) in enumerate(ends):
-        p = points[0]
-        xy = (p.of_tables("mib"), p.mean("logloss"))
-        offset = (6, 4 if place == 0 else -10)
-        axis.annotate(_NAMES[method], xy, offset, textcoords="offset points", color=_HUES[method])
+        xy = (points[0].of_tables("mib"), points[0].mean("logloss"))
+        offset, side = ((6, 4), "left") if place == 0 else ((-6, -8), "right")
+        axis.annotate(_NAMES[method], xy, offset, textcoords="offset points", color=_HUES[method], ha=side)
 
 
 def _collisions(found: Mapping[Cell, Summary]) -> Figure | None:
@@ -143,21 +143,32 @@ def _collisions(found: Mapping[Cell, Summary]) -> Figure | None:
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, squeeze=False)
     shades = plt.get_cmap("plasma")
     for axis, method in zip(axes.flat, ("hash", "mult"), strict=True):
+        ends = []
         for i, name in enumerate(names):
             full = found[Cell(name, "full")].mean("logloss")
             points = curve(found, name, method)
             x = [p.of_tables("compression") for p in points]
             y = [100 * (p.mean("logloss") / full - 1) for p in points]
-            hue = shades(0.25 + 0.55 * i / max(len(names) - 1, 1))
+            hue = shades(0.4 + 0.4 * i / max(len(names) - 1, 1))
             axis.plot(x, y, marker="o", ms=4, lw=1.5, color=hue)
-            axis.annotate(name.replace("_", " "), (x[0], y[0]), (4, 3), textcoords="offset points", color=hue)
+            ends.append((y[0], x[0], name.replace("_", " "), hue))
+        _label_apart(axis, ends)
         axis.axhline(0, color=_TEXT, lw=0.8)
         axis.set_xscale("log")
-        axis.margins(x=0.2)
+        axis.margins(x=0.25)
         axis.set(title=_NAMES[method], xlabel="logical / stored parameters", ylabel="log loss above full tables, %")
         axis.grid(color=_GRID, lw=0.5)
     figure.tight_layout()
     return figure
+
+
+def _label_apart(axis: Axes, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Names lines to the right of their ends (y, x, name, hue), so that no two names lie on one another."""
+    low, high = axis.get_ylim()
+    gap, free = (high - low) / 18, -math.inf
+    for y, x, name, hue in sorted(ends):
+        free = max(y, free + gap)
+        axis.annotate(name, (x, free), (6, -3), textcoords="offset points", color=hue)
 
 
 def _operations(found: Mapping[Cell, Summary]) -> Figure | None:
