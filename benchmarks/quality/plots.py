@@ -168,7 +168,7 @@ def _label_apart(axis: Axes, ends: list[tuple[float, float, str, Any]]) -> None:
     gap, free = (high - low) / 18, -math.inf
     for y, x, name, hue in sorted(ends):
         free = max(y, free + gap)
-        axis.annotate(name, (x, free), (6, -3), textcoords="offset points", color=hue)
+        axis.annotate(name, (x, free), (6, -3), textcoords="offset points", color=hue, annotation_clip=False)
 
 
 def _operations(found: Mapping[Cell, Summary]) -> Figure | None:

@@ -58,8 +58,8 @@ def run_all(tasks: list[tuple[Cell, int]], out: Path, folder: Path, given: Path,
                         worker.stdin.close()
                         return
                     cell, seed = queue.pop()
-                    if cell in impossible:
-                        continue
+                    if cell in impossible or result_file(out, cell, seed).exists():
+                        continue  # the latter: another study on the same folder has run it meanwhile
                 task = {"cell": asdict(cell), "seed": seed, "folder": str(folder), "given": str(given)}
                 worker.stdin.write(json.dumps(task) + "\n")
                 worker.stdin.flush()
