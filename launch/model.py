@@ -1,6 +1,6 @@
 """The models of the job: TorchRec's DLRM family and DeepFM, and the paper's DCN, on either kind of collection."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torchrec.modules.mlp import MLP
 from launch.sections import ModelConfig
 from torchrec_qr import CompositionalEmbeddingBagCollection, FeatureGenerationEmbeddingBagCollection
 
-_COLLECTIONS = {
+Collection = Callable[..., nn.Module]
+_COLLECTIONS: dict[str, Collection] = {
     "compositional": CompositionalEmbeddingBagCollection,
     "feature_generation": FeatureGenerationEmbeddingBagCollection,
 }
@@ -74,12 +75,15 @@ class DeepFM(nn.Module):
         return self.deepfm(dense_features, sparse_features)
 
 
-def build_model(config: ModelConfig, tables: list[EmbeddingBagConfig], device: torch.device) -> nn.Module:
+def build_model(
+    config: ModelConfig, tables: list[EmbeddingBagConfig], device: torch.device, collection: Collection | None = None
+) -> nn.Module:
     """Returns the model of ``config``, (dense, ids) → logits (B, 1).
 
-    The embeddings are on the meta device, to be sharded; the dense layers on ``device``.
+    The embeddings are on the meta device, to be sharded; the dense layers on ``device``. ``collection`` makes a
+    collection of tables in the place of the one that ``config`` names.
     """
-    ebc = _COLLECTIONS[config.collection](tables=tables, device=torch.device("meta"))
+    ebc = (collection or _COLLECTIONS[config.collection])(tables=tables, device=torch.device("meta"))
     dlrm: dict[str, Any] = {
         "embedding_bag_collection": ebc,
         "dense_in_features": config.dense_in_features,

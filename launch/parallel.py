@@ -79,7 +79,10 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         storage_reservation=FixedPercentageStorageReservation(percentage=job.planner.storage_reserve),
         dense_optimizer=partial(_make, job.optimizer.sparse),
     )
-    plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
+    # Of feature generation, which every rank holds whole, there is nothing to plan.
+    shardable = {sharder.module_type for sharder in sharders}
+    planned = any(type(module) in shardable for module in task.modules())
+    plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
     bound_waits()
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}

@@ -255,6 +255,7 @@ class TrainSection:
         checkpoint_every: steps from one checkpoint to the next; 0: none.
         seed: of weights and of the order of rows.
         stop_at_auc: validation AUC at which training ends.
+        patience: validations in a row without a lower log loss after which training ends; default: no limit.
         grad_clip: greatest norm of the dense gradient.
         bf16: runs the dense layers in bfloat16, where the device can.
         tf32: allows TensorFloat-32 in matrix products.
@@ -270,6 +271,7 @@ class TrainSection:
     checkpoint_every: NotNegative = 0
     seed: NotNegative = 0
     stop_at_auc: Annotated[float, Range(0, 1)] | None = None
+    patience: Positive | None = None
     grad_clip: Annotated[float, Range(above=0)] | None = None
     bf16: bool = False
     tf32: bool = False

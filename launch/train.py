@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torchrec import EmbeddingBagConfig
 
 from launch.config import Job, read_job, write_job
 from launch.console import Output
-from launch.data.loader import open_data
+from launch.data.loader import Data, open_data
+from launch.metrics import Quality
 from launch.model import build_model
 from launch.parallel import parallelize
 from launch.process_group import start_process_group
@@ -27,7 +30,7 @@ from launch.trainer import Trainer
 def main(argv: list[str] | None = None) -> None:
     """Trains the job of a config, or continues it from its last checkpoint; writes runs/<name>/."""
     arguments = _parser().parse_args(argv)
-    _silence_the_stack()
+    silence_the_stack()
     job = read_job(arguments.config, arguments.set)
     device = start_process_group()
     rank = dist.get_rank()
@@ -45,40 +48,61 @@ def main(argv: list[str] | None = None) -> None:
 def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Output, device: torch.device) -> None:
     if folder.moved is not None:
         output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
-    torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
     tables = job_tables(job, Path(arguments.config).parent)
     data = open_data(job, dist.get_rank(), dist.get_world_size())
     output.note(
         f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
     )
-    task = TrainTask(build_model(job.model, tables, device), device, torch.bfloat16 if job.train.bf16 else None)
-    parallel = parallelize(task, job, device)
-    folder.write_text("config.yaml", write_job(job))
-    folder.write_text("plan.txt", output.tables(tables, parallel.plan))
-    with profiled(folder.root, arguments.profile) as profiler:
-        trainer = Trainer(job, task, parallel, data, folder, output, device, profiler)
-        checkpoint = trainer.resume()
-        if checkpoint is not None:
-            output.say(f"continues at step {trainer.step}, from {checkpoint}")
-        test = trainer.train()
-    known = data.known_quality()
-    speed = trainer.samples_per_s
-    numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration, "samples_per_s": speed}
-    folder.log(trainer.step, "test", auc=test.auc, **known, **numbers)
+    model = build_model(job.model, tables, device)
+    trainer, test = trained(job, tables, model, data, folder, output, device, arguments.profile)
     output.summary(
         [
             ("test AUC", f"{test.auc:.4f}"),
-            *((name.replace("_", " ").replace("auc", "AUC"), f"{value:.4f}") for name, value in known.items()),
+            *((name.replace("_", " ").replace("auc", "AUC"), f"{v:.4f}") for name, v in data.known_quality().items()),
             ("normalized entropy", f"{test.ne:.4f}"),
             ("logloss", f"{test.logloss:.4f}"),
-            ("speed", f"{speed:,.0f} samples/s, {trainer.waited_share:.1%} of the time waiting for data"),
+            (
+                "speed",
+                f"{trainer.samples_per_s:,.0f} samples/s, {trainer.waited_share:.1%} of the time waiting for data",
+            ),
             ("run", str(folder.root)),
         ]
     )
 
 
-def _silence_the_stack() -> None:
+def trained(
+    job: Job,
+    tables: list[EmbeddingBagConfig],
+    model: nn.Module,
+    data: Data,
+    folder: RunFolder,
+    output: Output,
+    device: torch.device,
+    profile: bool = False,
+) -> tuple[Trainer, Quality]:
+    """Trains ``model``, on tables ``tables``, to the end; returns the trainer and the quality on the test split.
+
+    All ranks must call it, in a process group, with the random seed set.
+    """
+    torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
+    task = TrainTask(model, device, torch.bfloat16 if job.train.bf16 else None)
+    parallel = parallelize(task, job, device)
+    folder.write_text("config.yaml", write_job(job))
+    folder.write_text("plan.txt", output.tables(tables, parallel.plan))
+    with profiled(folder.root, profile) as profiler:
+        trainer = Trainer(job, task, parallel, data, folder, output, device, profiler)
+        checkpoint = trainer.resume()
+        if checkpoint is not None:
+            output.say(f"continues at step {trainer.step}, from {checkpoint}")
+        test = trainer.train()
+    numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration}
+    known, speed = data.known_quality(), trainer.samples_per_s
+    folder.log(trainer.step, "test", auc=test.auc, **known, **numbers, samples_per_s=speed)
+    return trainer, test
+
+
+def silence_the_stack() -> None:
     """Leaves out what PyTorch and TorchRec say of one another at each start, on each rank."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
     warnings.filterwarnings("ignore", message="fbgemm::.* an autograd kernel was not registered")

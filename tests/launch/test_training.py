@@ -78,6 +78,17 @@ def test_training_ends_at_the_auc_that_was_asked_for(tmp_path: Path) -> None:
     ]
 
 
+def test_training_ends_when_validations_get_no_better(tmp_path: Path) -> None:
+    rates = ("optimizer.sparse.lr=0.5", "optimizer.dense.lr=0.05")  # overfits soon
+    run(tmp_path, *with_set(*SMALL, *rates, "train.epochs=6", "train.eval_every=4", "train.patience=2"), world_size=1)
+    *lines, test = metrics(tmp_path)
+    loss = [line["logloss"] for line in lines if line["split"] == "validation"]
+    best = loss.index(min(loss))
+    assert best < len(loss) - 1 == best + 2
+    assert all(min(loss[i : i + 2]) < min(loss[:i]) for i in range(1, best))
+    assert test["step"] < lines[-1]["step"] < 6 * 21
+
+
 def test_epochs_follow_one_another_in_different_orders(tmp_path: Path) -> None:
     run(tmp_path, *with_set(*SMALL, "train.epochs=2", "train.log_every=11"))
     lines = metrics(tmp_path / "demo")

@@ -1,0 +1,175 @@
+"""What the study trains: cells, each a method at a compression with one factor away from the default."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Method = Literal[
+    "full",
+    "hash",
+    "mult",
+    "add",
+    "concat",
+    "mixed_radix_3",
+    "chinese_remainder_2",
+    "chinese_remainder_3",
+    "path_16",
+    "path_64",
+    "feature_generation",
+    "natural",
+    "pool_first",
+]
+Order = Literal["frequency", "first_appearance", "random"]
+
+GENERATED = ("generator_1e5", "generator_1e6", "generator_1e7")
+DATA = ("criteo", *GENERATED, "generator_multi_hot", "movielens")
+COMPRESSIONS = (4, 16, 60, 250)
+# Tables of at most so many rows stay whole. At 250 what lies below 200 would alone fill the budget.
+THRESHOLD, THRESHOLD_AT_250 = 200, 20
+# How many cells of a data set the statements need most.
+_LEADING = {"criteo": 19, "generator_multi_hot": 4, "generator_1e7": 3, "movielens": 8}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination that is trained with several seeds; the defaults are the library's.
+
+    Args:
+        data: of `DATA`.
+        method: how ids become embeddings.
+        compression: logical / physical parameters of all tables together; None: as the method has it.
+        grouping: of a quotient-remainder.
+        init: the library's modes, or ``dlrm``: U[√(1/S), 1], as the reference draws.
+        order: of ids.
+        optimizer: of tables; under ``amsgrad`` of all parameters, as in the paper.
+        threshold: rows up to which a table stays whole.
+        lr_factor: multiplies the tables' learning rate.
+        epochs: most epochs, where not the data set's.
+        layers: ``paper``: of the dense part, as wide as the paper's.
+    """
+
+    data: str
+    method: Method
+    compression: int | None = None
+    grouping: Literal["strided", "adjacent"] = "strided"
+    init: Literal["identity", "balanced", "dlrm"] = "identity"
+    order: Order = "frequency"
+    optimizer: Literal["adagrad", "rowwise_adagrad", "amsgrad"] = "adagrad"
+    threshold: int = THRESHOLD
+    lr_factor: float = 1.0
+    epochs: int | None = None
+    layers: Literal["paper"] | None = None
+
+    @property
+    def key(self) -> str:
+        """Data, method, compression, and what is not as by default: a file's name.
+
+        Example:
+            >>> Cell("criteo", "mult", 4, order="random").key
+            'criteo.mult.4x.order=random'
+        """
+        plain = asdict(Cell(self.data, self.method, self.compression))
+        differing = [f"{name}={value}" for name, value in asdict(self).items() if value != plain[name]]
+        size = [] if self.compression is None else [f"{self.compression}x"]
+        return ".".join([self.data, self.method, *size, *differing])
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Cell":
+        """Returns the cell of a result's ``cell``."""
+        return cls(**fields)
+
+
+def cells(data: str) -> list[Cell]:
+    """Returns the cells of a data set, what the statements need first."""
+    match data:
+        case "criteo":
+            return _criteo()
+        case "movielens":
+            return _movielens()
+        case "generator_multi_hot":
+            return _multi_hot(data)
+    return _generated(data)
+
+
+def in_order(names: Sequence[str]) -> list[Cell]:
+    """Returns the cells of data sets: the leading ones of each, then the rest."""
+    lists = [(cells(name), _LEADING.get(name, 10)) for name in names]
+    return [c for found, n in lists for c in found[:n]] + [c for found, n in lists for c in found[n:]]
+
+
+def quick(data: str) -> list[Cell]:
+    """Returns the few cells of ``--quick``: full, hashing and multiplication at two compressions."""
+    low, high = {"movielens": (60, 250), "generator_multi_hot": (4, 16)}.get(data, (4, 60))
+    return [Cell(data, "full"), *(Cell(data, m, c) for c in (low, high) for m in ("hash", "mult"))]
+
+
+def _criteo() -> list[Cell]:
+    full, hashed, mult = Cell("criteo", "full"), Cell("criteo", "hash", 4), Cell("criteo", "mult", 4)
+    first, amsgrad = {"order": "first_appearance"}, {"optimizer": "amsgrad"}
+    found = [full, hashed, mult, replace(mult, init="balanced"), replace(mult, init="dlrm")]
+    found += [replace(cell, compression=60) for cell in (mult, hashed)]
+    found += [replace(mult, grouping="adjacent"), *_all([hashed, mult, replace(mult, grouping="adjacent")], **first)]
+    found += _all([mult, full, hashed], **amsgrad)
+    found += _all([mult, replace(mult, grouping="adjacent"), hashed], order="random")
+    found += [Cell("criteo", "path_16", 4), Cell("criteo", "path_64", 4)]
+    found += _methods("criteo", 4)
+    found += [*_methods("criteo", 60, paths=False), *_at("criteo", 16), *_at("criteo", 250)]
+    found += [replace(mult, compression=16, threshold=t) for t in (1, 20, 2000)]
+    found += _all([full, hashed, mult], optimizer="rowwise_adagrad")
+    found += [replace(mult, init="dlrm", grouping="adjacent"), replace(mult, init="balanced", grouping="adjacent")]
+    found += [replace(Cell("criteo", "add", 4), **amsgrad), replace(Cell("criteo", "add", 4), init="balanced")]  # type: ignore[arg-type]
+    found += [replace(cell, lr_factor=f) for f in (0.5, 2.0) for cell in (full, hashed, mult)]
+    found += [replace(cell, layers="paper") for cell in (full, hashed, mult)]
+    found += [replace(cell, epochs=2) for cell in (full, mult, replace(mult, init="dlrm"))]
+    found += [Cell("criteo", path, c) for c in (16, 60) for path in ("path_16", "path_64")]
+    return _with_threshold(found)
+
+
+def _generated(data: str) -> list[Cell]:
+    found = [Cell(data, "full")]
+    for compression in (60, 4, 16, 250):
+        found += _at(data, compression)
+    mult = Cell(data, "mult", 60)
+    if data == "generator_1e6":
+        found += [replace(mult, init="balanced"), replace(mult, init="dlrm"), replace(mult, grouping="adjacent")]
+        found += _all([mult, Cell(data, "hash", 60), replace(mult, grouping="adjacent")], order="random")
+        found += _all([mult, Cell(data, "hash", 60)], optimizer="amsgrad")
+        found += _methods(data, 60)
+    return _with_threshold(found)
+
+
+def _multi_hot(data: str) -> list[Cell]:
+    found = [Cell(data, "full")]
+    for compression in (16, 4):
+        found += [
+            Cell(data, "mult", compression),
+            Cell(data, "pool_first", compression),
+            Cell(data, "hash", compression),
+        ]
+    return found
+
+
+def _movielens() -> list[Cell]:
+    found = [Cell("movielens", "full"), Cell("movielens", "natural")]
+    for compression in (60, 250, 16, 4):
+        found += _at("movielens", compression)
+    return _with_threshold([*found, *_methods("movielens", 60)])
+
+
+def _at(data: str, compression: int) -> list[Cell]:
+    return [Cell(data, "hash", compression), Cell(data, "mult", compression), Cell(data, "mixed_radix_3", compression)]
+
+
+def _methods(data: str, compression: int, paths: bool = True) -> list[Cell]:
+    names: list[Method] = ["add", "concat", "mixed_radix_3", "chinese_remainder_2", "chinese_remainder_3"]
+    names += ["feature_generation", *(["path_16", "path_64"] if paths else [])]  # type: ignore[list-item]
+    return [Cell(data, name, compression) for name in names]
+
+
+def _all(cells: list[Cell], **fields: Any) -> list[Cell]:
+    return [replace(cell, **fields) for cell in cells]
+
+
+def _with_threshold(cells: list[Cell]) -> list[Cell]:
+    found = [replace(cell, threshold=THRESHOLD_AT_250) if cell.compression == 250 else cell for cell in cells]
+    return list(dict.fromkeys(found))
