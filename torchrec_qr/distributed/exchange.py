@@ -1,8 +1,9 @@
 """The exchange of pooled embeddings between processes on CPUs, and of their gradients.
 
-TorchRec's (``PooledEmbeddingsAllToAll``) copies all that is exchanged four times more than need be, which on a CPU is
+TorchRec's (``PooledEmbeddingsAllToAll``) copies more than need be, into memory that is new each time, which on a CPU is
 a good part of a step once rows are few. Here a rank's own part is not sent, others are sent theirs from where the
-lookup wrote it, and gradients are received where the backward reads them. The values are TorchRec's, to the bit.
+lookup wrote it, gradients are received where the backward reads them, and steps hand their memory on. The values are
+TorchRec's, to the bit.
 """
 
 from itertools import accumulate, pairwise
