@@ -23,7 +23,7 @@ _NAMES = {
     "mult": "QR, mult",
     "add": "QR, add",
     "concat": "QR, concat",
-    "mixed_radix_3": "mixed radix K=3, mult",
+    "mixed_radix_3": "mixed radix K=3",
     "chinese_remainder_2": "Chinese remainder K=2, mult",
     "chinese_remainder_3": "Chinese remainder K=3, mult",
     "path_16": "path, hidden 16",
@@ -131,7 +131,7 @@ def _label_lines(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
     ends = sorted(((c, m) for c, m in ends if c), key=lambda end: -end[0][0].mean("logloss"))
     for place, (points, method) in enumerate(ends):
         xy = (points[0].of_tables("mib"), points[0].mean("logloss"))
-        offset, side = ((6, 4), "left") if place == 0 else ((-6, -8), "right")
+        offset, side = ((6, 4), "left") if place == 0 else ((-6, 3 if place == 1 else -12), "right")
         axis.annotate(_NAMES[method], xy, offset, textcoords="offset points", color=_HUES[method], ha=side)
 
 
