@@ -115,7 +115,9 @@ def _size_panel(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
             _label(axis, p, _NAMES[method], _TEXT, above=method == "natural")
     _label_lines(axis, found, name)
     axis.set_xscale("log")
-    axis.margins(x=0.45, y=0.15)
+    axis.margins(x=0.15, y=0.15)
+    left, right = axis.get_xlim()
+    axis.set_xlim(left / 9, right)  # room for names
     axis.set(title=_TITLES[name], xlabel="MiB of tables", ylabel="test log loss")
     axis.grid(color=_GRID, lw=0.5)
 
