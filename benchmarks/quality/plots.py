@@ -23,7 +23,7 @@ _NAMES = {
     "mult": "QR, mult",
     "add": "QR, add",
     "concat": "QR, concat",
-    "mixed_radix_3": "mixed radix K=3, mult",
+    "mixed_radix_3": "mixed radix K=3",
     "chinese_remainder_2": "Chinese remainder K=2, mult",
     "chinese_remainder_3": "Chinese remainder K=3, mult",
     "path_16": "path, hidden 16",
@@ -115,7 +115,9 @@ def _size_panel(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
             _label(axis, p, _NAMES[method], _TEXT, above=method == "natural")
     _label_lines(axis, found, name)
     axis.set_xscale("log")
-    axis.margins(x=0.3, y=0.15)
+    axis.margins(x=0.15, y=0.15)
+    left, right = axis.get_xlim()
+    axis.set_xlim(left / 9, right)  # room for names
     axis.set(title=_TITLES[name], xlabel="MiB of tables", ylabel="test log loss")
     axis.grid(color=_GRID, lw=0.5)
 
@@ -131,7 +133,7 @@ def _label_lines(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
     ends = sorted(((c, m) for c, m in ends if c), key=lambda end: -end[0][0].mean("logloss"))
     for place, (points, method) in enumerate(ends):
         xy = (points[0].of_tables("mib"), points[0].mean("logloss"))
-        offset, side = ((6, 4), "left") if place == 0 else ((-6, -8), "right")
+        offset, side = ((6, 4), "left") if place == 0 else ((-6, 3 if place == 1 else -12), "right")
         axis.annotate(_NAMES[method], xy, offset, textcoords="offset points", color=_HUES[method], ha=side)
 
 

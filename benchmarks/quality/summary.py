@@ -59,7 +59,8 @@ def table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str:
     for cell in order:
         if (s := found.get(cell)) is None:
             continue
-        numbers = " | ".join(f"{s.mean(n):.4f} ± {s.deviation(n):.4f}" for n in NUMBERS)
+        spread = [f" ± {s.deviation(n):.4f}" if len(s.runs) > 1 else "" for n in NUMBERS]
+        numbers = " | ".join(f"{s.mean(n):.4f}{plus}" for n, plus in zip(NUMBERS, spread, strict=True))
         size = f"{s.of_tables('rows'):,} | {s.of_tables('mib'):.2f}"
         steps = f"{s.mean('cpu_ms_per_step'):.0f}"
         asked = "" if cell.compression is None else f"{cell.compression}×"
