@@ -195,7 +195,6 @@ class _PrepareIds:
         self._class_maps: dict[str, Tensor] = {}
         for at in self._places:
             if encode and at is not None and at.sharding_type in ROW_SPLIT:
-                assert at.config.partitions is not None
                 class_map = at.config.partitions.class_map
                 if class_map is not None:
                     self._class_maps[at.config.name] = class_map.to(device)

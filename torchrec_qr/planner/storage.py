@@ -108,7 +108,6 @@ def value_bytes(stored: Stored) -> int:
 
 
 def class_map_bytes(config: CompositionalConfig) -> int:
-    assert config.partitions is not None
     class_map = config.partitions.class_map
     return 0 if class_map is None else class_map.numel() * class_map.element_size()
 

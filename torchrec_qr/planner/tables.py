@@ -91,7 +91,6 @@ class PlannedTable:
     def partitions(self) -> list["StoredPartition"]:
         """What a compositional table consists of."""
         assert self.config is not None
-        assert self.config.partitions is not None
         base = self.config.base_partition
         return [
             StoredPartition(rows, columns, DTYPES[data_type], j == base)

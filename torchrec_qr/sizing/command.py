@@ -126,7 +126,7 @@ def _parameters(tables: Tables) -> int:
 def _bytes(tables: Tables) -> int:
     total = 0
     for t in tables:
-        if isinstance(t, CompositionalEmbeddingBagConfig) and t.partitions is not None:
+        if isinstance(t, CompositionalEmbeddingBagConfig):
             for rows, columns, data_type in zip(
                 t.partitions.sizes, t.partition_columns, t.partition_data_types, strict=True
             ):
