@@ -81,7 +81,7 @@ def test_training_ends_at_the_auc_that_was_asked_for(tmp_path: Path) -> None:
 def test_training_ends_when_validations_get_no_better(tmp_path: Path) -> None:
     rates = ("optimizer.sparse.lr=0.5", "optimizer.dense.lr=0.05")  # overfits soon
     run(tmp_path, *with_set(*SMALL, *rates, "train.epochs=6", "train.eval_every=4", "train.patience=2"), world_size=1)
-    *lines, test = metrics(tmp_path)
+    *lines, test = metrics(tmp_path / "demo")
     loss = [line["logloss"] for line in lines if line["split"] == "validation"]
     best = loss.index(min(loss))
     assert best < len(loss) - 1 == best + 2
