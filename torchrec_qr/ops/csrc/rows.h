@@ -31,7 +31,7 @@ QR_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0
 QR_INLINE int64_t floor_remainder(int64_t a, int64_t b) { return a % b + (a % b < 0 ? b : 0); }
 
 // Rows that take less than this lie in the caches after the first few bags: no use in fetching them early.
-constexpr int64_t kPrefetchedFrom = 256 << 10;
+constexpr int64_t kPrefetchedFrom = 16 << 10;
 
 struct PartitionRows {
     Divider divisor, modulus;
