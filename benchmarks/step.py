@@ -46,15 +46,7 @@ def main() -> None:
     parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=SHARDINGS, help="of the grid")
     parser.add_argument("--max-gib", type=float, default=6.0, help="leaves out cells whose full tables are larger")
     options = parser.parse_args()
-    cells = (
-        quick()
-        if options.quick
-        else headline()
-        if options.headline
-        else between_hosts()
-        if options.hosts == 2
-        else grid(options)
-    )
+    cells = cells_of(options)
     if options.variants:
         cells = [{**c, "variants": [v for v in c["variants"] if v in options.variants]} for c in cells]
     runs = options.runs or (1 if options.quick else 5)
@@ -65,6 +57,14 @@ def main() -> None:
         if options.hosts == 2:
             sizes["rate"] = options.rate
         options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
+
+
+def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.quick:
+        return quick()
+    if options.headline:
+        return headline()
+    return between_hosts() if options.hosts == 2 else grid(options)
 
 
 def cell(num_ids: int, dim: int, features: int, sharding: str, optimizer: str, **fields: Any) -> dict[str, Any]:

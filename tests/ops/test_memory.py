@@ -91,6 +91,13 @@ def test_memory_of_other_sizes_is_let_go() -> None:
 
 
 @linux
+def test_a_system_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    del memory._free[:]
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 9999)  # which every Linux refuses, as one without them does 14
+    assert recycled(LARGE, torch.float32).fill_(1).sum() == 1024 * 2048
+
+
+@linux
 def test_threads_never_share_memory() -> None:
     wrong = []
 

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import sys
 import weakref
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,9 @@ def _take(num_bytes: int) -> mmap.mmap:
         if num_bytes <= len(block.memory) <= 2 * num_bytes and _removed(block):
             return block.memory
     memory = mmap.mmap(-1, -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    # A hint here as well, which a system without huge pages refuses.
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
