@@ -1,6 +1,5 @@
 """Models that the planner's tests plan, on the meta device, and clusters to plan them for."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,22 +71,6 @@ def planner(
         hardware = replace(hardware, sharding_ms=0.0, replication_ms=0.0, concat_factor=0.0)
     topology = hardware.topology(world_size, local_world_size, memory_gib)
     return CompositionalEmbeddingShardingPlanner(topology, batch_size, hardware=hardware, **arguments)
-
-
-def zipf(count: int, seed: int = 0) -> tuple[list[Any], dict[str, ParameterConstraints]]:
-    """Tables whose rows and pooling factors follow Zipf's law, independently; large ones are compressed."""
-    generator = random.Random(seed)
-    sizes, poolings = list(range(count)), list(range(count))
-    generator.shuffle(sizes)
-    generator.shuffle(poolings)
-    tables: list[Any] = []
-    constraints = {}
-    for i in range(count):
-        rows = max(50, int(4e7 / (1 + sizes[i]) ** 1.05))
-        name = f"t{i}"
-        tables.append(qr(name, rows) if rows > 10_000 and i % 4 else plain(name, rows))
-        constraints[name] = ParameterConstraints(pooling_factors=[max(1.0, 1000 / (1 + poolings[i]) ** 1.05)])
-    return tables, constraints
 
 
 def mlperf() -> tuple[list[Any], dict[str, ParameterConstraints]]:

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from planner_models import SHARDED, collection, mlperf, only, plain, planner, qr, sharders, table, zipf
+from planner_models import SHARDED, collection, mlperf, only, plain, planner, qr, sharders, table
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints
 
+from benchmarks.planner_scale import zipf
 from torchrec_qr import (
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,

@@ -3,8 +3,9 @@
 import resource
 
 import pytest
-from planner_models import collection, planner, sharders, zipf
+from planner_models import collection, planner, sharders
 
+from benchmarks.planner_scale import zipf
 from torchrec_qr.planner.enumerators import Enumerator
 from torchrec_qr.planner.tables import find_tables
 
