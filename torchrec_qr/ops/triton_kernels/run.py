@@ -97,40 +97,44 @@ def _blocks(lanes: int, batch: Batch, d: Descriptors) -> int:
     return triton.cdiv(batch.num_bags(d) if batch.pooled else batch.most_ids, lanes)
 
 
-def _launch_over_bags(
-    kernel: Any, tensors: tuple[Tensor | None, ...], d: Descriptors, batch: Batch, **flags: bool
-) -> None:
-    """Launches ``kernel``, whose arguments begin with ``tensors``, for every group of entries."""
-    for group in d.groups:
-        tile = _tile(group.kernel.WIDTH)
-        grid = (_blocks(tile["LANES"], batch, d), group.size)
-        if not grid[0]:
-            continue
-        kernel[grid](
-            *(*tensors, d.entries, batch.flat_starts, batch.failure),
-            *(group.first, batch.num_bags(d), d.num_features, batch.ids.numel(), d.columns),
-            **group.kernel._asdict(),
-            OUT_ALIGN=_out_align(d),
-            POOLED=batch.pooled,
-            **flags,
-            **tile,
-        )
-
-
 def look_up(d: Descriptors, batch: Batch) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
     device = d.entries.device
     # Not pooled, offsets that do not cover the ids leave holes, and are reported.
     out = torch.empty(batch.out_shape, device=device) if batch.pooled else torch.zeros(batch.out_shape, device=device)
-    tensors = (out, batch.ids, batch.offsets, batch.weights)
-    _launch_over_bags(forward, tensors, d, batch, WEIGHTED=batch.weights is not None)
+    for group in d.groups:
+        tile = _tile(group.kernel.WIDTH)
+        grid = (_blocks(tile["LANES"], batch, d), group.size)
+        if not grid[0]:
+            continue
+        forward[grid](
+            *(out, batch.ids, batch.offsets, batch.weights, d.entries, batch.flat_starts, batch.failure),
+            *(group.first, batch.num_bags(d), d.num_features, batch.ids.numel(), d.columns),
+            **group.kernel._asdict(),
+            OUT_ALIGN=_out_align(d),
+            POOLED=batch.pooled,
+            WEIGHTED=batch.weights is not None,
+            **tile,
+        )
     return out
 
 
 def gradient_of_weights(d: Descriptors, batch: Batch, out_gradient: Tensor) -> Tensor:
     """Returns (N,) fp32: the gradient of the ids' weights."""
     of_ids = torch.zeros(batch.ids.shape, device=d.entries.device)
-    _launch_over_bags(weights_gradient, (of_ids, out_gradient, batch.ids, batch.offsets), d, batch)
+    for group in d.groups:
+        tile = _tile(group.kernel.WIDTH)
+        grid = (_blocks(tile["LANES"], batch, d), group.size)
+        if not grid[0]:
+            continue
+        weights_gradient[grid](
+            *(of_ids, out_gradient, batch.ids, batch.offsets, d.entries, batch.flat_starts, batch.failure),
+            *(group.first, batch.num_bags(d), d.num_features, batch.ids.numel(), d.columns),
+            **group.kernel._asdict(),
+            OUT_ALIGN=_out_align(d),
+            POOLED=batch.pooled,
+            **tile,
+        )
     return of_ids
 
 
