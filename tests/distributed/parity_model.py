@@ -70,6 +70,7 @@ class TableCase:
     data_type: str = "FP32"
     out_of_range: str = "error"
     plan: str = "planner"
+    hidden: int = 3
 
     @property
     def num_ids(self) -> int:
@@ -100,7 +101,7 @@ class TableCase:
             "partitions": self.of_kind().partitions,
             "operation": self.operation,
             "out_of_range": self.out_of_range,
-            "path_hidden": 3 if self.operation == "path" else None,
+            "path_hidden": self.hidden if self.operation == "path" else None,
             "path_activation": "tanh" if self.operation == "path" else "relu",
         }
         if self.operation == "concat" and self.k == 3 and self.dim == 16:

@@ -188,6 +188,14 @@ def test_more_ranks_than_base_rows() -> None:
     assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
 
 
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad", "amsgrad"])
+def test_path_wider_than_the_kernels_rows(optimizer: str) -> None:
+    """With D=16 and 32 hidden units an MLP has 2·16·32 + 32 + 16 = 1,072 parameters, all in one row."""
+    shardings = ("table_wise", "row_wise", "data_parallel")
+    run = Run(one_of_each(shardings, operation="path", hidden=32), optimizer=optimizer)
+    assert_trained_as_reference(run, run_ranks(train, 2, run))
+
+
 @pytest.mark.parametrize(("data_type", "rtol"), [("FP16", 3e-3), ("BF16", 4e-2)])
 def test_low_precision_storage(data_type: str, rtol: float) -> None:
     shardings = ("table_wise", "column_wise", "row_wise", "data_parallel")

@@ -12,6 +12,7 @@ from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, enc
 from torchrec_qr.ops.lookup import Lookup, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+NUMBERS = [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
 
 
 def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -101,7 +102,26 @@ def test_offsets_that_do_not_cover_the_ids(offsets: Tensor, message: str) -> Non
         lookup_gradients_op(out, weights, [], ints(0, 1, 2), offsets, None, tables.layout, "t", True, [True], False)
 
 
-NUMBERS = [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
+@pytest.mark.parametrize(
+    ("weight", "rows", "gradients", "message"),
+    [
+        (torch.zeros(3, 1025), ints(0), torch.zeros(1, 1025), r"\(3, 1025\), .*; allowed: rows of up to 1024"),
+        (torch.zeros(4, 3).T, ints(0), torch.zeros(1, 4), r"\(3, 4\), strides \(1, 3\); allowed: .* contiguous"),
+        (torch.zeros(3, 4), ints(0), torch.zeros(1, 5), r"gradients \(1, 5\); allowed: .* with \(n, 4\)"),
+        (torch.zeros(3, 4), ints(0, dtype=torch.int32), torch.zeros(1, 4), r"rows torch.int32 \(1,\)"),
+    ],
+)
+def test_steps_that_do_not_fit(weight: Tensor, rows: Tensor, gradients: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cpu.step_rows(weight, rows, gradients, "sgd", [], NUMBERS)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_steps_of_rows_outside(bad: int) -> None:
+    weight = torch.zeros(3, 4)
+    with pytest.raises(IndexError, match=rf"row {bad} is out of range \[0, 3\)"):
+        cpu.step_rows(weight, ints(0, bad), torch.ones(2, 4), "sgd", [], NUMBERS)
+    assert not weight.any()
 
 
 def test_a_backward_of_what_no_forward_has_seen() -> None:

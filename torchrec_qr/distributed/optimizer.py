@@ -13,6 +13,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
 from torchrec_qr.ops.arguments import RULES
+from torchrec_qr.ops.cpu_structs import MAX_WIDTH
 from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.memory import zeros
 
@@ -96,7 +97,8 @@ class RowOptimizer(FusedOptimizer):
         # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
         weight, t = tensor.data, self._advance(tensor)
         full_state = self._state_of[tensor]
-        if available(weight.device):
+        # The MLPs of `path` may be wider than any row that the kernels take.
+        if available(weight.device) and weight.shape[1] <= MAX_WIDTH:
             step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
             return
         state = {name: value.index_select(0, rows) for name, value in full_state.items()}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops.cpu_structs import MAX_STATES, Plan
+from torchrec_qr.ops.cpu_structs import MAX_STATES, MAX_WIDTH, Plan
 
 # By their numbers in csrc/lookup.h. GRADIENT: the row's gradient is returned; NOTHING: it is not needed.
 RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4, "amsgrad": 5}
@@ -87,6 +87,21 @@ def check_call(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batc
             raise ValueError(f"a class map of shape {tuple(class_map.shape)}; allowed: (K, {t.num_ids})")
         if class_map.dtype not in integers or class_map.stride(1) != 1:
             raise ValueError(f"a class map of {class_map.dtype}, strides {class_map.stride()}; allowed: contiguous ids")
+
+
+def check_step(weight: Tensor, rows: Tensor, gradients: Tensor) -> None:
+    """Raises a ValueError where ``rows`` (n,) of ``weight`` (R_j, D_j) cannot be stepped by ``gradients`` (n, D_j)."""
+    if weight.dim() != 2 or not 0 < weight.shape[1] <= MAX_WIDTH or weight.stride(1) != 1:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)}, strides {weight.stride()}; allowed: rows of up to {MAX_WIDTH} "
+            "contiguous columns"
+        )
+    expected = (rows.numel(), weight.shape[1])
+    if rows.dtype != torch.int64 or rows.dim() != 1 or tuple(gradients.shape) != expected:
+        raise ValueError(
+            f"rows {rows.dtype} {tuple(rows.shape)} with gradients {tuple(gradients.shape)}; allowed: (n,) torch.int64 "
+            f"with (n, {weight.shape[1]})"
+        )
 
 
 def check_state(state: Tensor, weight: Tensor, rule: int) -> None:

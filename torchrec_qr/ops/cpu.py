@@ -16,6 +16,7 @@ from torchrec_qr.ops.arguments import (
     Gradients,
     check_call,
     check_state,
+    check_step,
     check_touched,
     num_states,
 )
@@ -104,12 +105,8 @@ def step_rows(
     weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j)."""
+    check_step(weight, rows, gradients)
     rows, gradients = rows.contiguous(), gradients.to(torch.float32).contiguous()
-    if rows.dtype != torch.int64 or gradients.shape != (rows.numel(), weight.shape[1]) or weight.stride(1) != 1:
-        raise ValueError(
-            f"rows {rows.dtype} {tuple(rows.shape)} with gradients {tuple(gradients.shape)} of a weight of shape "
-            f"{tuple(weight.shape)}, strides {weight.stride()}; allowed: (n,) torch.int64, (n, {weight.shape[1]}), rows"
-        )
     p = np.zeros(1, PARTITION)
     p["weight"], p["rows"], p["width"] = weight.data_ptr(), weight.shape[0], weight.shape[1]
     p["row_stride"], p["weight_type"] = max(weight.stride(0), weight.shape[1]), TYPES[weight.dtype]

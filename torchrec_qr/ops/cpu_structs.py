@@ -11,7 +11,7 @@ from torchrec_qr.ops.layout import OPERATIONS, TableLayout, decode
 
 _POINTER, _INT64, _INT32, _FLOAT = np.uintp, np.int64, np.int32, np.float32
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
-MAX_PARTITIONS, MAX_WIDTH, MAX_STATES = 4, 1024, 3
+MAX_PARTITIONS, MAX_WIDTH, MAX_STATES = 4, 1024, 3  # as csrc/lookup.h has them
 
 
 def _struct(*fields: tuple[Any, ...]) -> np.dtype[np.void]:

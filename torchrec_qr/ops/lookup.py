@@ -357,7 +357,8 @@ def step_rows(
 ) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
 
-    Of a device that is `available`; ``rule`` and ``hyper`` as `torchrec_qr.ops.arguments.Gradients` has them.
+    Of a device that is `available`, and rows of up to ``MAX_WIDTH`` columns; ``rule`` and ``hyper`` as
+    `torchrec_qr.ops.arguments.Gradients` has them.
 
     Example:
         >>> weight = torch.ones(3, 4)

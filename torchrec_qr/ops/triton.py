@@ -20,6 +20,7 @@ from torchrec_qr.ops.arguments import (
     Gradients,
     check_call,
     check_state,
+    check_step,
     check_touched,
     num_states,
 )
@@ -86,12 +87,13 @@ def step_rows(
     weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:
     """As `torchrec_qr.ops.cpu.step_rows`, save that nothing checks whether ``rows`` lie within the weight."""
+    check_step(weight, rows, gradients)
     gradients = gradients.to(torch.float32).contiguous()
     number = RULES[rule]
     for state in states:
         check_state(state, weight, number)
     nothing = torch.empty(0)
-    sums = run.RowSums(gradients, rows, torch.zeros_like(rows, dtype=torch.int32))
+    sums = run.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
     run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], list(hyper)))
 
 
