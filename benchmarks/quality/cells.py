@@ -26,6 +26,8 @@ DATA = ("criteo", *GENERATED, "generator_multi_hot", "movielens")
 COMPRESSIONS = (4, 16, 60, 250)
 # Tables of at most so many rows stay whole. At 250 what lies below 200 would alone fill the budget.
 THRESHOLD, THRESHOLD_AT_250 = 200, 20
+# Factors of the learning rate among which the search takes the one that validates best, alike for every method.
+RATES = (0.5, 1.0, 2.0, 4.0)
 # How many cells of a data set the statements need most.
 _LEADING = {"criteo": 19, "generator_multi_hot": 4, "generator_1e7": 3, "movielens": 8}
 
@@ -79,6 +81,11 @@ class Cell:
         return cls(**fields)
 
 
+def at_rates(cell: Cell) -> list[Cell]:
+    """Returns a cell at all learning rates of the search."""
+    return [replace(cell, lr_factor=factor) for factor in RATES]
+
+
 def cells(data: str) -> list[Cell]:
     """Returns the cells of a data set, what the statements need first."""
     match data:
@@ -118,11 +125,12 @@ def _criteo() -> list[Cell]:
     found += _all([full, hashed, mult], optimizer="rowwise_adagrad")
     found += [replace(mult, init="dlrm", grouping="adjacent"), replace(mult, init="balanced", grouping="adjacent")]
     found += [replace(Cell("criteo", "add", 4), **amsgrad), replace(Cell("criteo", "add", 4), init="balanced")]  # type: ignore[arg-type]
-    found += [replace(cell, lr_factor=f) for f in (0.5, 2.0) for cell in (full, hashed, mult)]
     found += [replace(cell, layers="paper") for cell in (full, hashed, mult)]
     found += [replace(cell, epochs=2) for cell in (full, mult, replace(mult, init="dlrm"))]
     found += [Cell("criteo", path, c) for c in (16, 60) for path in ("path_16", "path_64")]
-    return _with_threshold(found)
+    searched = [full, *(cell for size in (4, 16, 60) for cell in _searched("criteo", size))]
+    searched += _all([full, hashed, mult], **amsgrad)
+    return _with_threshold([*found, *(cell for each in searched for cell in at_rates(each))])
 
 
 def _generated(data: str) -> list[Cell]:
@@ -135,6 +143,7 @@ def _generated(data: str) -> list[Cell]:
         found += _all([mult, Cell(data, "hash", 60), replace(mult, grouping="adjacent")], order="random")
         found += _all([mult, Cell(data, "hash", 60)], optimizer="amsgrad")
         found += _methods(data, 60)
+        found += [cell for each in (found[0], *_searched(data, 60)) for cell in at_rates(each)]
     return _with_threshold(found)
 
 
@@ -164,6 +173,12 @@ def _methods(data: str, compression: int, paths: bool = True) -> list[Cell]:
     names: list[Method] = ["add", "concat", "mixed_radix_3", "chinese_remainder_2", "chinese_remainder_3"]
     names += ["feature_generation", *(["path_16", "path_64"] if paths else [])]  # type: ignore[list-item]
     return [Cell(data, name, compression) for name in names]
+
+
+def _searched(data: str, compression: int) -> list[Cell]:
+    mult = Cell(data, "mult", compression)
+    balanced = replace(mult, init="balanced")
+    return [*_at(data, compression), Cell(data, "chinese_remainder_3", compression), balanced]
 
 
 def _all(cells: list[Cell], **fields: Any) -> list[Cell]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.quality.cells import Cell, Method
+from benchmarks.quality.cells import Cell, Method, at_rates
 from benchmarks.quality.summary import Summary
 
 Outcome = Literal["holds", "does not hold", "undecided", "not run"]
@@ -29,6 +29,7 @@ class Statement:
         right: a cell.
         factor: 1.003 for "within .3 %".
         tie: says instead that they differ by less than `EQUAL`.
+        search: each at the learning rate that validates best.
     """
 
     letter: str
@@ -37,6 +38,7 @@ class Statement:
     right: Cell
     factor: float = 1.0
     tie: bool = False
+    search: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Verdict:
 
 def judged(statement: Statement, found: Mapping[Cell, Summary]) -> Verdict:
     """Holds, or does not, where the interval about the mean difference excludes the contrary; else undecided."""
-    left, right = found.get(statement.left), found.get(statement.right)
+    of = searched if statement.search else Mapping.get
+    left, right = of(found, statement.left), of(found, statement.right)
     if left is None or right is None:
         return Verdict(statement, "not run")
     pairs = [(left.runs[s]["logloss"], right.runs[s]["logloss"]) for s in sorted(left.runs.keys() & right.runs.keys())]
@@ -77,6 +80,12 @@ def judged(statement: Statement, found: Mapping[Cell, Summary]) -> Verdict:
     return Verdict(statement, outcome, len(pairs), mean, deviation, bound)
 
 
+def searched(found: Mapping[Cell, Summary], cell: Cell) -> Summary | None:
+    """Returns the runs at the learning rate with the least mean validation loss; None unless all rates were run."""
+    runs = [found[at] for at in at_rates(cell) if at in found]
+    return min(runs, key=lambda s: s.mean("validation_logloss")) if len(runs) == len(at_rates(cell)) else None
+
+
 def statements(data: str) -> list[Statement]:
     """Returns what is said of a data set's cells."""
     match data:
@@ -84,7 +93,11 @@ def statements(data: str) -> list[Statement]:
             return _criteo()
         case "generator_multi_hot":
             return _multi_hot(data)
-    return [*_against_hashing(data), *_init_and_grouping(data)] if data == "generator_1e6" else _against_hashing(data)
+        case "generator_1e6":
+            return [*_against_hashing(data), *_path(data, (16,)), *_init_and_grouping(data), *_searching(data, (60,))]
+        case "movielens":
+            return [*_against_hashing(data), *_path(data, (16,))]
+    return _against_hashing(data)
 
 
 def _against_hashing(data: str) -> list[Statement]:
@@ -113,13 +126,38 @@ def _criteo() -> list[Statement]:
     for cell in adagrad[:3]:
         text = f"rowwise Adagrad is as good as Adagrad for {cell.method}{' at 4×' if cell.compression else ''}, to .1 %"
         found.append(Statement("d", text, replace(cell, optimizer="rowwise_adagrad"), cell, 1 + EQUAL))
-    for width in (16, 64):
-        path = Cell("criteo", "path_16" if width == 16 else "path_64", 4)
-        found.append(Statement("e", f"QR mult beats path, hidden {width}, at 4×", mult, path))
-    found += _init_and_grouping("criteo")
+    found += [*_path("criteo", (16, 64)), *_init_and_grouping("criteo"), *_searching("criteo", (4, 16, 60))]
+    for cell in adagrad[:3]:
+        text = f"AMSGrad beats Adagrad for {cell.method}{' at 4×' if cell.compression else ''}"
+        found.append(_searched("d", text, replace(cell, optimizer="amsgrad"), cell))
     first = {"order": "first_appearance"}
     text = "strided beats hashing at 4×, order of first appearance"
     return [*found, Statement("a", text, replace(mult, order="first_appearance"), replace(hashed, **first))]  # type: ignore[arg-type]
+
+
+def _path(data: str, widths: tuple[int, ...]) -> list[Statement]:
+    mult = Cell(data, "mult", 4 if data == "criteo" else 60)
+    paths = [replace(mult, method="path_16" if width == 16 else "path_64") for width in widths]
+    return [
+        Statement("e", f"QR mult beats path, hidden {width}, at {mult.compression}×", mult, path)
+        for width, path in zip(widths, paths, strict=True)
+    ]
+
+
+def _searching(data: str, sizes: tuple[int, ...]) -> list[Statement]:
+    found, full = [], Cell(data, "full")
+    for size in sizes:
+        hashed = Cell(data, "hash", size)
+        for method, name in (*_OURS, ("chinese_remainder_3", "Chinese remainder K=3, mult,")):
+            found.append(_searched("a", f"{name} beats hashing at {size}×", replace(hashed, method=method), hashed))
+        mult = replace(hashed, method="mult")
+        found.append(_searched("f", f"identity init beats balanced at {size}×", mult, replace(mult, init="balanced")))
+    mult = Cell(data, "mult", sizes[0])
+    return [*found, _searched("b", f"QR mult at {sizes[0]}× is within .3 % of full", mult, full, 1.003)]
+
+
+def _searched(letter: str, text: str, left: Cell, right: Cell, factor: float = 1.0) -> Statement:
+    return Statement(letter, f"{text}, each at its best learning rate", left, right, factor, search=True)
 
 
 def _init_and_grouping(data: str) -> list[Statement]:

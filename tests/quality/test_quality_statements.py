@@ -1,11 +1,11 @@
 """Verdicts on statements, on numbers made up to have one."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.cells import DATA, Cell, cells
+from benchmarks.quality.cells import DATA, RATES, Cell, at_rates, cells
 from benchmarks.quality.plots import draw
 from benchmarks.quality.statements import Statement, judged, listed, statements
 from benchmarks.quality.summary import Summary, impossible, summaries, table
@@ -76,7 +76,26 @@ def test_every_statement_is_of_cells_that_are_planned_or_impossible() -> None:
     for data in DATA:
         planned = set(cells(data))
         for statement in statements(data):
-            assert {statement.left, statement.right} <= planned, statement
+            of = at_rates if statement.search else lambda cell: [cell]
+            assert {*of(statement.left), *of(statement.right)} <= planned, statement
+
+
+def test_a_search_takes_the_rate_that_validates_best_whatever_it_tests_as() -> None:
+    def runs(cell: Cell, validation: list[float], test: list[float]) -> list[dict[str, object]]:
+        cells = [replace(cell, lr_factor=factor) for factor in RATES]
+        return [
+            {**result(at, seed, loss + seed / 1000), "validation_logloss": validated}
+            for at, validated, loss in zip(cells, validation, test, strict=True)
+            for seed in range(3)
+        ]
+
+    mult = runs(MULT, [0.6, 0.5, 0.4, 0.5], [0.3, 0.3, 0.52, 0.3])
+    hashed = runs(HASH, [0.4, 0.5, 0.6, 0.6], [0.51, 0.9, 0.9, 0.9])
+    statement = Statement("a", "", MULT, HASH, search=True)
+    verdict = judged(statement, summaries([*mult, *hashed]))
+    assert (verdict.outcome, verdict.mean) == ("does not hold", pytest.approx(0.01))
+    without_one_rate = [run for run in mult if run["cell"]["lr_factor"] != RATES[0]]  # type: ignore[index]
+    assert judged(statement, summaries([*without_one_rate, *hashed])).outcome == "not run"
 
 
 def test_plots_of_the_few_runs_that_there_are(tmp_path: Path) -> None:
