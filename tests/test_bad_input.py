@@ -234,7 +234,7 @@ def test_counts_that_are_no_ints(given: Any) -> None:
         ({"partitions": 4}, ["partitions=4", "a Partitions"]),
         ({"num_embeddings": 13}, ["num_embeddings=13", "12, the num_ids of its partitions"]),
         ({"operation": "mul"}, ["operation='mul'", "mult, add, concat, path"]),
-        ({"init": "zeros"}, ["init='zeros'", "identity, balanced"]),
+        ({"init": "zeros"}, ["init='zeros'", "unit, identity, balanced"]),
         ({"out_of_range": "ignore"}, ["out_of_range='ignore'", "error, clamp, wrap, unchecked"]),
         ({"path_activation": "gelu", "operation": "path"}, ["path_activation='gelu'", "relu, tanh"]),
         ({"pooling": PoolingType.NONE}, ["pooling=", "NONE", "SUM", "MEAN"]),

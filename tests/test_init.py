@@ -88,7 +88,7 @@ SHAPES = {
     [(s, DataType.FP32) for s in SHAPES]
     + [(s, DataType.BF16) for s in ("S=1e4, K=2, balanced", "S=1e6, K=3, balanced")],
 )
-@pytest.mark.parametrize("init", ["identity", "balanced"])
+@pytest.mark.parametrize("init", ["unit", "identity", "balanced"])
 @pytest.mark.parametrize("operation", ["mult", "add", "concat"])
 def test_composed_moments_are_those_of_the_full_table(
     shape: str, operation: str, init: str, data_type: DataType
@@ -100,7 +100,7 @@ def test_composed_moments_are_those_of_the_full_table(
     assert composed.variance == pytest.approx(variance, rel=0.05)
 
     # Independent draws behind the composed mean: those of the partition with fewest rows that carries the variance.
-    all_carry = init == "balanced" or operation == "concat"
+    all_carry = init == "balanced" or operation == "concat" or (init, operation) == ("unit", "mult")
     rows = min(partitions.sizes) if all_carry else partitions.sizes[partitions.main]
     columns = min(table.partition_columns)
     assert abs(composed.mean) < 3 * math.sqrt(variance / (min(rows, 2048) * columns * SEEDS))
@@ -113,8 +113,10 @@ def test_composed_moments_are_those_of_the_full_table(
 
 def expected_moments(operation: str, init: str, main: bool, k: int, variance: float) -> tuple[float, float]:
     """Mean and variance of a partition's entries, from the design's table."""
-    if operation == "concat" or (init == "identity" and main):
+    if operation == "concat" or (init != "balanced" and main):
         return 0, variance
+    if (init, operation) == ("unit", "mult"):
+        return 0, 1
     if init == "balanced":
         return 0, variance ** (1 / k) if operation == "mult" else variance / k
     return (1, 1e-4) if operation == "mult" else (0, 1e-4 * variance)
@@ -155,23 +157,39 @@ def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
     assert float(first_layer.var()) == pytest.approx(bound**2 / 3, rel=0.05)
 
 
-def test_hashing_starts_as_the_full_table_in_both_modes() -> None:
-    for init in ("identity", "balanced"):
+def test_hashing_starts_as_the_full_table_in_every_mode() -> None:
+    for init in ("unit", "identity", "balanced"):
         composed, _ = sampled(config(HashPartition(10_000, 100), init=init), ids_of(10_000, 512))
         assert composed.variance == pytest.approx(1 / 30_000, rel=0.05)
 
 
-def test_ids_of_one_main_row_start_nearly_alike_under_identity() -> None:
+def of_one_main_row(**fields: Any) -> Tensor:
     torch.manual_seed(0)
-    table = CompositionalTable(config(QuotientRemainder(10_000, 4)), torch.device("cpu"))
+    table = CompositionalTable(config(QuotientRemainder(10_000, 4), embedding_dim=1024, **fields), torch.device("cpu"))
     init_tables(table)
-    rows = table.embed(torch.tensor([7, 2507, 5007]))  # 2500 main rows
+    return table.embed(torch.tensor([7, 2507, 5007])).detach()  # 2500 main rows
+
+
+def test_ids_of_one_main_row_start_nearly_alike_under_identity() -> None:
+    rows = of_one_main_row(init="identity")
     assert not torch.equal(rows[0], rows[1])
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("init", ["unit", "balanced"])
+def test_ids_of_one_main_row_start_uncorrelated_otherwise(init: str) -> None:
+    correlations = torch.corrcoef(of_one_main_row(init=init))
+    assert float((correlations - torch.eye(3)).abs().max()) < 4 / math.sqrt(1024)
+
+
+def test_unit_is_the_default() -> None:
+    assert torch.equal(of_one_main_row(), of_one_main_row(init="unit"))
+    assert not torch.equal(of_one_main_row(), of_one_main_row(init="identity"))
+
+
 ALL = [
     {"operation": "mult"},
+    {"operation": "mult", "init": "identity"},
     {"operation": "mult", "init": "balanced"},
     {"operation": "add"},
     {"operation": "concat"},

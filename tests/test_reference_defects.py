@@ -34,7 +34,7 @@ def weights_of(ebc: CompositionalEmbeddingBagCollection, table: str = "t") -> li
     return [p.detach() for p in ebc.embedding_bags[table].parameters()]
 
 
-@pytest.mark.parametrize("init", ["identity", "balanced"])
+@pytest.mark.parametrize("init", ["unit", "identity", "balanced"])
 @pytest.mark.parametrize("operation", ["mult", "add"])
 def test_init_has_no_mean(operation: str, init: str) -> None:
     """``uniform_(w, sqrt(1/n))`` gives U[√(1/n), 1]: a mean of 1.045 (add) and .278 (mult) at n = 10,000."""

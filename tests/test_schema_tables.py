@@ -398,7 +398,7 @@ plain_fields: dict[str, Any] = {
     "weight_init_max": st.none() | st.floats(1, 2),
 }
 compositional_fields: dict[str, Any] = plain_fields | {
-    "init": st.just("identity"),
+    "init": st.just("unit"),
     "out_of_range": st.sampled_from(["error", "clamp", "wrap", "unchecked"]),
 }
 specs = st.one_of(

@@ -19,7 +19,7 @@ from torchrec_qr.partitions import Partitions
 
 Operation = Literal["mult", "add", "concat", "path"]
 PathActivation = Literal["relu", "tanh"]
-Init = Literal["identity", "balanced"]
+Init = Literal["unit", "identity", "balanced"]
 InitFn = Callable[[Tensor], Tensor | None]
 
 # FBGEMM's vector width, and the widest row that its kernels are known to return right (wider: zeros, torchrec#3673).
@@ -51,7 +51,7 @@ class _Compositional(BaseEmbeddingConfig):
     partition_dims: Sequence[int] | None = None
     path_hidden: int | None = None
     path_activation: PathActivation = "relu"
-    init: Init = "identity"
+    init: Init = "unit"
     out_of_range: OutOfRange = "error"
     # Narrower in TorchRec: one function. A sequence holds one per partition.
     init_fn: InitFn | Sequence[InitFn] | None = None  # type: ignore[assignment]
@@ -195,9 +195,10 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
         partition_dims: D_j under ``"concat"``, each a multiple of 4; default: as equal as multiples of 4 allow.
         path_hidden: width of the MLPs' hidden layer; None: the MLP is one affine map.
         path_activation: of the hidden layer, ``"relu"`` or ``"tanh"``.
-        init: ``"identity"``: the main partition starts as the full table would, U(-1/√S, 1/√S), the others at the
-            operation's identity plus a little noise; ``"balanced"``: all partitions alike. In both the composed
-            embedding has the full table's variance, 1/(3S).
+        init: ``"unit"``: the main partition starts as the full table would, U(-1/√S, 1/√S), the others of ``"mult"``
+            with variance 1, so that ids that share a row start apart; ``"identity"``: the others at the operation's
+            identity plus a little noise; ``"balanced"``: all partitions alike. In all of them the composed
+            embedding has the full table's variance, 1/(3S). `torchrec_qr.init` has the formulas.
         init_fn: fills a partition in place, overriding ``init``: one function, or one for each partition.
         out_of_range: ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or ``"unchecked"``.
 

@@ -1,18 +1,24 @@
 """Initial values of partitions, so that the composed embedding has the variance of the full table it replaces.
 
 The full table is U(low, high), TorchRec's U(-1/√S, 1/√S) unless the config says otherwise; σ² = (high - low)² / 12 is
-its variance, 1/(3S). Two modes (`CompositionalEmbeddingBagConfig.init`), per operation and partition j:
+its variance, 1/(3S). Three modes (`CompositionalEmbeddingBagConfig.init`), of which ``unit`` is the default, per
+operation and partition j:
 
-==========  =============================================  =========================================
-operation   ``"identity"``                                 ``"balanced"``
-==========  =============================================  =========================================
-mult        main: the full table; others: 1 + N(0, .01²)   all: U(-b, b), b = √3 · (σ²)^(1/2K)
-add         main: the full table; others: N(0, (.01 σ)²)   all: U(-b, b), b = √(3σ²/K)
-concat      all: the full table                            all: the full table
+==========  ==============================  ==============================  ================================
+operation   ``"unit"``                      ``"identity"``                  ``"balanced"``
+==========  ==============================  ==============================  ================================
+mult        main: the full table;           main: the full table;           all: U(-b, b),
+            others: U(-√3, √3)              others: 1 + N(0, .01²)          b = √3 · (σ²)^(1/2K)
+add         as ``"identity"``               main: the full table;           all: U(-b, b), b = √(3σ²/K)
+                                            others: N(0, (.01 σ)²)
+concat      all: the full table, in all modes
 path        partition 0: the full table; MLPs: nn.Linear's, the last layer scaled so that outputs have variance σ²
-==========  =============================================  =========================================
+==========  ==============================  ==============================  ================================
 
-Under ``identity`` a table starts as the hashing trick over its main partition and learns to tell its ids apart.
+Under ``identity`` a table starts as the hashing trick over its main partition and learns to tell its ids apart. Under
+``unit`` and ``balanced`` ids that share a row start uncorrelated: a gradient of one moves the other's embedding by a
+factor of random size and sign per column. Under ``balanced`` factors are small, and so are an embedding's steps at a
+given learning rate: about b times those under ``unit``. docs/quality.md has what that does to the quality of models.
 """
 
 import math
@@ -90,7 +96,9 @@ def _fill(config: CompositionalConfig, j: int, out: Tensor) -> Tensor:
         bound = math.sqrt(3 * variance)
         return out.uniform_(-bound, bound)
     if elementwise and j != config.base_partition:
-        return out.normal_(1, _NOISE) if config.operation == "mult" else out.normal_(0, _NOISE * sigma)
+        if config.operation == "add":
+            return out.normal_(0, _NOISE * sigma)
+        return out.normal_(1, _NOISE) if config.init == "identity" else out.uniform_(-math.sqrt(3), math.sqrt(3))
     return out.uniform_(low, high)
 
 

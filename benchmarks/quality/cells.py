@@ -27,9 +27,9 @@ COMPRESSIONS = (4, 16, 60, 250)
 # Tables of at most so many rows stay whole. At 250 what lies below 200 would alone fill the budget.
 THRESHOLD, THRESHOLD_AT_250 = 200, 20
 # Factors of the learning rate among which the search takes the one that validates best, alike for every method.
-RATES = (0.5, 1.0, 2.0, 4.0)
+RATES = (1.0, 2.0, 4.0, 8.0, 16.0)
 # How many cells of a data set the statements need most.
-_LEADING = {"criteo": 19, "generator_multi_hot": 4, "generator_1e7": 3, "movielens": 8}
+_LEADING = {"criteo": 20, "generator_multi_hot": 4, "generator_1e7": 3, "movielens": 8}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Cell:
     method: Method
     compression: int | None = None
     grouping: Literal["strided", "adjacent"] = "strided"
-    init: Literal["identity", "balanced", "dlrm"] = "identity"
+    init: Literal["unit", "identity", "balanced", "dlrm"] = "unit"
     order: Order = "frequency"
     optimizer: Literal["adagrad", "rowwise_adagrad", "amsgrad"] = "adagrad"
     threshold: int = THRESHOLD
@@ -113,7 +113,7 @@ def quick(data: str) -> list[Cell]:
 def _criteo() -> list[Cell]:
     full, hashed, mult = Cell("criteo", "full"), Cell("criteo", "hash", 4), Cell("criteo", "mult", 4)
     first, amsgrad = {"order": "first_appearance"}, {"optimizer": "amsgrad"}
-    found = [full, hashed, mult, replace(mult, init="balanced"), replace(mult, init="dlrm")]
+    found = [full, hashed, mult, *_inits(mult)]
     found += [replace(cell, compression=60) for cell in (mult, hashed)]
     found += [replace(mult, grouping="adjacent"), *_all([hashed, mult, replace(mult, grouping="adjacent")], **first)]
     found += _all([mult, full, hashed], **amsgrad)
@@ -123,11 +123,12 @@ def _criteo() -> list[Cell]:
     found += [*_methods("criteo", 60, paths=False), *_at("criteo", 16), *_at("criteo", 250)]
     found += [replace(mult, compression=16, threshold=t) for t in (1, 20, 2000)]
     found += _all([full, hashed, mult], optimizer="rowwise_adagrad")
-    found += [replace(mult, init="dlrm", grouping="adjacent"), replace(mult, init="balanced", grouping="adjacent")]
+    found += _inits(replace(mult, grouping="adjacent"))
     found += [replace(Cell("criteo", "add", 4), **amsgrad), replace(Cell("criteo", "add", 4), init="balanced")]  # type: ignore[arg-type]
     found += [replace(cell, layers="paper") for cell in (full, hashed, mult)]
     found += [replace(cell, epochs=2) for cell in (full, mult, replace(mult, init="dlrm"))]
     found += [Cell("criteo", path, c) for c in (16, 60) for path in ("path_16", "path_64")]
+    found += [replace(cell, lr_factor=0.5) for cell in (full, hashed, mult)]
     searched = [full, *(cell for size in (4, 16, 60) for cell in _searched("criteo", size))]
     searched += _all([full, hashed, mult], **amsgrad)
     return _with_threshold([*found, *(cell for each in searched for cell in at_rates(each))])
@@ -139,11 +140,11 @@ def _generated(data: str) -> list[Cell]:
         found += _at(data, compression)
     mult = Cell(data, "mult", 60)
     if data == "generator_1e6":
-        found += [replace(mult, init="balanced"), replace(mult, init="dlrm"), replace(mult, grouping="adjacent")]
+        found += [*_inits(mult), replace(mult, grouping="adjacent")]
         found += _all([mult, Cell(data, "hash", 60), replace(mult, grouping="adjacent")], order="random")
         found += _all([mult, Cell(data, "hash", 60)], optimizer="amsgrad")
         found += _methods(data, 60)
-        found += [cell for each in (found[0], *_searched(data, 60)) for cell in at_rates(each)]
+        found += [cell for each in (found[0], *_at(data, 60)) for cell in at_rates(each)]
     return _with_threshold(found)
 
 
@@ -176,9 +177,12 @@ def _methods(data: str, compression: int, paths: bool = True) -> list[Cell]:
 
 
 def _searched(data: str, compression: int) -> list[Cell]:
-    mult = Cell(data, "mult", compression)
-    balanced = replace(mult, init="balanced")
-    return [*_at(data, compression), Cell(data, "chinese_remainder_3", compression), balanced]
+    hashed, mult, mixed = _at(data, compression)
+    return [hashed, mult, mixed, *_all([mult, mixed], init="identity"), *_all([mult, mixed], init="balanced")]
+
+
+def _inits(mult: Cell) -> list[Cell]:
+    return [replace(mult, init="identity"), replace(mult, init="balanced"), replace(mult, init="dlrm")]
 
 
 def _all(cells: list[Cell], **fields: Any) -> list[Cell]:

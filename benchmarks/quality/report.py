@@ -9,7 +9,7 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.plots import draw
 from benchmarks.quality.statements import judged, listed, statements
 from benchmarks.quality.study import results
-from benchmarks.quality.summary import Summary, compact, impossible, summaries, table
+from benchmarks.quality.summary import Summary, compact, impossible, search_table, summaries, table
 
 
 def write_report(out: Path, to: Path, planned: Mapping[str, Sequence[Cell]], seeds: int) -> str:
@@ -56,7 +56,10 @@ def _section(
     missing: Sequence[str],
 ) -> str:
     verdicts = [judged(statement, found) for statement in statements(data)]
-    parts = [f"## {data}", table(found, cells), listed(verdicts)]
+    parts = [f"## {data}", table(found, cells)]
+    if (best := search_table(found, cells)) is not None:
+        parts.append(f"Each at the learning rate that validates best:\n\n{best}")
+    parts.append(listed(verdicts))
     if refused:
         parts.append("Impossible:\n\n" + "\n".join(f"- `{cell.key}`: {why}" for cell, why in refused.items()))
     if missing:

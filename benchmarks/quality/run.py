@@ -89,10 +89,10 @@ def _job(cell: Cell, data: DataSet, tables: list[dict[str, Any]], seed: int) -> 
 
 
 def _initialised(cell: Cell, config: EmbeddingBagConfig) -> EmbeddingBagConfig:
-    if cell.init == "identity" or not isinstance(config, CompositionalEmbeddingBagConfig) or config.num_partitions == 1:
+    if not isinstance(config, CompositionalEmbeddingBagConfig) or config.num_partitions == 1:
         return config
-    if cell.init == "balanced":
-        return replace(config, init="balanced")
+    if cell.init != "dlrm":
+        return replace(config, init=cell.init)
     # The reference passes √(1/S) where it means a bound on both sides.
     return replace(config, init_fn=partial(nn.init.uniform_, a=config.num_embeddings**-0.5, b=1.0))
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.quality.cells import Cell, Method, at_rates
-from benchmarks.quality.summary import Summary
+from benchmarks.quality.cells import Cell, Method
+from benchmarks.quality.summary import Summary, searched
 
 Outcome = Literal["holds", "does not hold", "undecided", "not run"]
 
@@ -80,12 +80,6 @@ def judged(statement: Statement, found: Mapping[Cell, Summary]) -> Verdict:
     return Verdict(statement, outcome, len(pairs), mean, deviation, bound)
 
 
-def searched(found: Mapping[Cell, Summary], cell: Cell) -> Summary | None:
-    """Returns the runs at the learning rate with the least mean validation loss; None unless all rates were run."""
-    runs = [found[at] for at in at_rates(cell) if at in found]
-    return min(runs, key=lambda s: s.mean("validation_logloss")) if len(runs) == len(at_rates(cell)) else None
-
-
 def statements(data: str) -> list[Statement]:
     """Returns what is said of a data set's cells."""
     match data:
@@ -147,13 +141,16 @@ def _path(data: str, widths: tuple[int, ...]) -> list[Statement]:
 def _searching(data: str, sizes: tuple[int, ...]) -> list[Statement]:
     found, full = [], Cell(data, "full")
     for size in sizes:
-        hashed = Cell(data, "hash", size)
-        for method, name in (*_OURS, ("chinese_remainder_3", "Chinese remainder K=3, mult,")):
-            found.append(_searched("a", f"{name} beats hashing at {size}×", replace(hashed, method=method), hashed))
-        mult = replace(hashed, method="mult")
-        found.append(_searched("f", f"identity init beats balanced at {size}×", mult, replace(mult, init="balanced")))
-    mult = Cell(data, "mult", sizes[0])
-    return [*found, _searched("b", f"QR mult at {sizes[0]}× is within .3 % of full", mult, full, 1.003)]
+        hashed, mult = Cell(data, "hash", size), Cell(data, "mult", size)
+        found += [
+            _searched("a", f"{name} beats hashing at {size}×", replace(hashed, method=method), hashed)
+            for method, name in _OURS
+        ]
+        found.append(_searched("b", f"QR mult at {size}× is within .3 % of full", mult, full, 1.003))
+        for init in ("identity", "balanced") if data == "criteo" else ():
+            text = f"unit init beats {init} at {size}×"
+            found.append(_searched("f", text, mult, replace(mult, init=init)))
+    return found
 
 
 def _searched(letter: str, text: str, left: Cell, right: Cell, factor: float = 1.0) -> Statement:
@@ -164,11 +161,14 @@ def _init_and_grouping(data: str) -> list[Statement]:
     size = 4 if data == "criteo" else 60
     mult = Cell(data, "mult", size)
     adjacent = replace(mult, grouping="adjacent")
-    dlrm, balanced = replace(mult, init="dlrm"), replace(mult, init="balanced")
+    identity, balanced, dlrm = (replace(mult, init=init) for init in ("identity", "balanced", "dlrm"))
     found = [
-        Statement("f", "identity init beats the reference's", mult, dlrm),
+        Statement("f", "unit init beats the reference's", mult, dlrm),
+        Statement("f", "identity init beats the reference's", identity, dlrm),
         Statement("f", "balanced init beats the reference's", balanced, dlrm),
-        Statement("f", "identity init beats balanced", mult, balanced),
+        Statement("f", "identity init beats balanced", identity, balanced),
+        Statement("f", "unit init beats identity", mult, identity),
+        Statement("f", "unit init beats balanced", mult, balanced),
         Statement("h", "strided beats adjacent, ids by frequency", mult, adjacent),
     ]
     if data == "criteo":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.quality.cells import Cell
+from benchmarks.quality.cells import Cell, at_rates
 
 Result = Mapping[str, Any]
 NUMBERS = ("logloss", "auc", "ne")
@@ -43,6 +43,24 @@ def summaries(results: Iterable[Result]) -> dict[Cell, Summary]:
         if "impossible" not in result:
             runs.setdefault(Cell.of(result["cell"]), {})[result["seed"]] = result
     return {cell: Summary(cell, dict(sorted(of_cell.items()))) for cell, of_cell in runs.items()}
+
+
+def searched(found: Mapping[Cell, Summary], cell: Cell) -> Summary | None:
+    """Returns the runs at the learning rate with the least mean validation loss; None unless all rates were run."""
+    runs = [found[at] for at in at_rates(cell) if at in found]
+    return min(runs, key=lambda s: s.mean("validation_logloss")) if len(runs) == len(at_rates(cell)) else None
+
+
+def search_table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str | None:
+    """Returns a Markdown table of the cells that were searched, each at its best rate; None if there are none."""
+    lines = ["| method | asked for | differs in | seeds | logloss | AUC |", "| --- | ---: | --- | ---: | --- | --- |"]
+    for cell in order:
+        if cell.lr_factor != 1 or (s := searched(found, cell)) is None:
+            continue
+        numbers = " | ".join(f"{s.mean(n):.4f} ± {s.deviation(n):.4f}" for n in NUMBERS[:2])
+        asked = "" if cell.compression is None else f"{cell.compression}×"
+        lines.append(f"| {cell.method} | {asked} | {difference(s.cell)} | {len(s.runs)} | {numbers} |")
+    return "\n".join(lines) if len(lines) > 2 else None
 
 
 def impossible(results: Iterable[Result]) -> dict[Cell, str]:

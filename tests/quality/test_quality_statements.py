@@ -8,7 +8,7 @@ import pytest
 from benchmarks.quality.cells import DATA, RATES, Cell, at_rates, cells
 from benchmarks.quality.plots import draw
 from benchmarks.quality.statements import Statement, judged, listed, statements
-from benchmarks.quality.summary import Summary, impossible, summaries, table
+from benchmarks.quality.summary import Summary, impossible, search_table, summaries, table
 
 MULT, HASH = Cell("criteo", "mult", 4), Cell("criteo", "hash", 4)
 
@@ -89,11 +89,17 @@ def test_a_search_takes_the_rate_that_validates_best_whatever_it_tests_as() -> N
             for seed in range(3)
         ]
 
-    mult = runs(MULT, [0.6, 0.5, 0.4, 0.5], [0.3, 0.3, 0.52, 0.3])
-    hashed = runs(HASH, [0.4, 0.5, 0.6, 0.6], [0.51, 0.9, 0.9, 0.9])
+    mult = runs(MULT, [0.6, 0.5, 0.4, 0.5, 0.6], [0.3, 0.3, 0.52, 0.3, 0.3])
+    hashed = runs(HASH, [0.4, 0.5, 0.6, 0.6, 0.6], [0.51, 0.9, 0.9, 0.9, 0.9])
     statement = Statement("a", "", MULT, HASH, search=True)
     verdict = judged(statement, summaries([*mult, *hashed]))
     assert (verdict.outcome, verdict.mean) == ("does not hold", pytest.approx(0.01))
+    lines = search_table(summaries([*mult, *hashed]), [MULT, HASH])
+    assert lines is not None
+    assert lines.splitlines()[2:] == [
+        "| mult | 4× | lr factor 4.0 | 3 | 0.5210 ± 0.0010 | 0.7000 ± 0.0000 |",
+        "| hash | 4× |  | 3 | 0.5110 ± 0.0010 | 0.7000 ± 0.0000 |",
+    ]
     without_one_rate = [run for run in mult if run["cell"]["lr_factor"] != RATES[0]]  # type: ignore[index]
     assert judged(statement, summaries([*without_one_rate, *hashed])).outcome == "not run"
 

@@ -80,7 +80,7 @@ class TableSpec:
     partition_dims: tuple[int, ...] | None = None
     path_hidden: int | None = None
     path_activation: PathActivation = "relu"
-    init: Init = "identity"
+    init: Init = "unit"
     out_of_range: OutOfRange = "error"
     weight_init_min: float | None = None
     weight_init_max: float | None = None
