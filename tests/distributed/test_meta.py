@@ -171,6 +171,7 @@ def kept_whole(rank: int, world_size: int) -> dict[str, list[float]]:
                         num_embeddings=10_000,
                         embedding_dim=8,
                         partitions=QuotientRemainder(10_000, 10),
+                        init="identity",
                     ),
                     EmbeddingBagConfig(name="plain", feature_names=["plain"], num_embeddings=100, embedding_dim=8),
                 ],
