@@ -50,13 +50,17 @@ def main() -> None:
     if options.variants:
         cells = [{**c, "variants": [v for v in c["variants"] if v in options.variants]} for c in cells]
     runs = options.runs or (1 if options.quick else 5)
-    with two_hosts(options.rate) if options.hosts == 2 else nullcontext([Host([], {})]) as hosts:
-        rows = run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps}, hosts)
-    if options.json:
-        sizes = {"runs": runs, "bags": options.bags, "hosts": options.hosts}
-        if options.hosts == 2:
-            sizes["rate"] = options.rate
-        options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    try:
+        with two_hosts(options.rate) if options.hosts == 2 else nullcontext([Host([], {})]) as hosts:
+            run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps}, hosts, rows)
+    finally:
+        # Of all cells that ended, also where a later one was too large for this machine, or was interrupted.
+        if options.json and rows:
+            sizes = {"runs": runs, "bags": options.bags, "hosts": options.hosts}
+            if options.hosts == 2:
+                sizes["rate"] = options.rate
+            options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
 
 
 def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,8 +115,8 @@ def between_hosts() -> list[dict[str, Any]]:
     return cells
 
 
-def run(cells: list[dict[str, Any]], arguments: dict[str, Any], hosts: list[Host]) -> list[dict[str, Any]]:
-    """Runs the cells on processes of their own, and returns the rows as they are printed."""
+def run(cells: list[dict[str, Any]], arguments: dict[str, Any], hosts: list[Host], rows: list[dict[str, Any]]) -> None:
+    """Runs the cells on processes of their own, and adds the rows as they are printed."""
     local_size = WORLD_SIZE // len(hosts)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows"
@@ -135,15 +139,13 @@ def run(cells: list[dict[str, Any]], arguments: dict[str, Any], hosts: list[Host
             for rank in range(WORLD_SIZE)
         ]
         try:
-            rows = _followed(out, ranks)
+            _follow(out, ranks, rows)
         finally:
             for rank in ranks:
                 rank.kill()
-        return rows
 
 
-def _followed(out: Path, ranks: list[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _follow(out: Path, ranks: list[subprocess.Popen[bytes]], rows: list[dict[str, Any]]) -> None:
     while True:
         ended = [rank.poll() for rank in ranks]
         lines = out.read_text().splitlines()
@@ -151,7 +153,7 @@ def _followed(out: Path, ranks: list[subprocess.Popen[bytes]]) -> list[dict[str,
             rows.append(json.loads(line))
             print(_line(rows[-1]), flush=True)
         if all(code == 0 for code in ended):
-            return rows
+            return
         if any(code not in (None, 0) for code in ended):
             raise SystemExit(f"a rank failed (exit codes {ended}); VERBOSE=1 shows what it said")
         try:
