@@ -114,16 +114,20 @@ def _criteo() -> list[Statement]:
     mult, hashed = Cell("criteo", "mult", 4), Cell("criteo", "hash", 4)
     found = _against_hashing("criteo")
     adagrad = [mult, Cell("criteo", "full"), hashed, Cell("criteo", "add", 4)]
-    for cell in adagrad:
-        text = f"AMSGrad beats Adagrad for {cell.method}{' at 4×' if cell.compression else ''}"
-        found.append(Statement("d", text, replace(cell, optimizer="amsgrad"), cell))
+    amsgrad = [
+        (
+            f"AMSGrad beats Adagrad for {cell.method}{' at 4×' if cell.compression else ''}",
+            replace(cell, optimizer="amsgrad"),
+            cell,
+        )
+        for cell in adagrad
+    ]
+    found += [Statement("d", *of) for of in amsgrad]
     for cell in adagrad[:3]:
         text = f"rowwise Adagrad is as good as Adagrad for {cell.method}{' at 4×' if cell.compression else ''}, to .1 %"
         found.append(Statement("d", text, replace(cell, optimizer="rowwise_adagrad"), cell, 1 + EQUAL))
     found += [*_path("criteo", (16, 64)), *_init_and_grouping("criteo"), *_searching("criteo", (4, 16, 60))]
-    for cell in adagrad[:3]:
-        text = f"AMSGrad beats Adagrad for {cell.method}{' at 4×' if cell.compression else ''}"
-        found.append(_searched("d", text, replace(cell, optimizer="amsgrad"), cell))
+    found += [_searched("d", *of) for of in amsgrad[:3]]
     first = {"order": "first_appearance"}
     text = "strided beats hashing at 4×, order of first appearance"
     return [*found, Statement("a", text, replace(mult, order="first_appearance"), replace(hashed, **first))]  # type: ignore[arg-type]

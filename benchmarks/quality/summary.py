@@ -58,8 +58,7 @@ def search_table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str | 
         if cell.lr_factor != 1 or (s := searched(found, cell)) is None:
             continue
         numbers = " | ".join(f"{s.mean(n):.4f} ± {s.deviation(n):.4f}" for n in NUMBERS[:2])
-        asked = "" if cell.compression is None else f"{cell.compression}×"
-        lines.append(f"| {cell.method} | {asked} | {difference(s.cell)} | {len(s.runs)} | {numbers} |")
+        lines.append(f"| {cell.method} | {_asked(cell)} | {difference(s.cell)} | {len(s.runs)} | {numbers} |")
     return "\n".join(lines) if len(lines) > 2 else None
 
 
@@ -81,9 +80,14 @@ def table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str:
         numbers = " | ".join(f"{s.mean(n):.4f}{plus}" for n, plus in zip(NUMBERS, spread, strict=True))
         size = f"{s.of_tables('rows'):,} | {s.of_tables('mib'):.2f}"
         steps = f"{s.mean('cpu_ms_per_step'):.0f}"
-        asked = "" if cell.compression is None else f"{cell.compression}×"
-        lines.append(f"| {cell.method} | {asked} | {difference(cell)} | {len(s.runs)} | {numbers} | {size} | {steps} |")
+        lines.append(
+            f"| {cell.method} | {_asked(cell)} | {difference(cell)} | {len(s.runs)} | {numbers} | {size} | {steps} |"
+        )
     return "\n".join(lines)
+
+
+def _asked(cell: Cell) -> str:
+    return "" if cell.compression is None else f"{cell.compression}×"
 
 
 def difference(cell: Cell) -> str:
