@@ -1,24 +1,12 @@
-"""The range check, and the deferred form that it takes where the host must not wait for the device."""
+"""The range check of ids."""
 
 import pytest
 import torch
 from batches import batch
 from torchrec import KeyedJaggedTensor
 
-from torchrec_qr.ids import DeferredChecks, IdSpace, bags_of, bounded_ids, raise_pending
-
-
-class Flag:
-    """An arrival set by hand; waiting for it sets it, as waiting for a device does."""
-
-    def __init__(self) -> None:
-        self.arrived = False
-
-    def query(self) -> bool:
-        return self.arrived
-
-    def synchronize(self) -> None:
-        self.arrived = True
+from torchrec_qr import raise_pending
+from torchrec_qr.ids import IdSpace, bags_of, bounded_ids
 
 
 def space(policy: str = "error", num_ids: int = 10, table: str = "t") -> IdSpace:
@@ -73,44 +61,6 @@ def test_nothing_is_pending_on_the_cpu() -> None:
         bounded_ids(torch.tensor([10]), space())
     raise_pending()
     raise_pending(wait=False)
-
-
-def test_deferred_checks_raise_once_they_have_arrived() -> None:
-    checks, flag = DeferredChecks(), Flag()
-    extremes = torch.zeros(2, dtype=torch.int64)
-    checks.add(space(), extremes, flag)
-    checks.raise_failed(wait=False)  # not arrived: not looked at
-    assert len(checks) == 1
-    extremes.copy_(torch.tensor([0, 10]))
-    flag.arrived = True
-    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id 10 is outside \[0, 10\)"):
-        checks.raise_failed(wait=False)
-    checks.raise_failed(wait=True)  # raised once
-    assert len(checks) == 0
-
-
-def test_deferred_checks_wait_where_asked() -> None:
-    checks, flag = DeferredChecks(), Flag()
-    checks.add(space(), torch.tensor([-3, 2]), flag)
-    with pytest.raises(IndexError, match="id -3"):
-        checks.raise_failed(wait=True)
-    assert flag.arrived
-
-
-def test_deferred_checks_go_oldest_first_and_keep_those_behind_a_failure() -> None:
-    checks, flags = DeferredChecks(), [Flag() for _ in range(4)]
-    for flag, table, largest in zip(flags, "abcd", (9, 10, 9, 11), strict=True):
-        checks.add(space(table=table), torch.tensor([0, largest]), flag)
-    flags[1].arrived = True
-    checks.raise_failed(wait=False)  # the oldest has not arrived
-    assert len(checks) == 4
-    flags[0].arrived = True
-    with pytest.raises(IndexError, match="table 'b'"):
-        checks.raise_failed(wait=False)
-    assert len(checks) == 2
-    with pytest.raises(IndexError, match="table 'd'"):
-        checks.raise_failed(wait=True)
-    assert len(checks) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchrec_qr.configs import CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
+    from torchrec_qr.late_errors import raise_pending
     from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
     from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
     from torchrec_qr.modules.feature_generation import FeatureGenerationEmbeddingBagCollection
@@ -34,6 +35,7 @@ __all__ = [
     "MixedRadix",
     "Partitions",
     "QuotientRemainder",
+    "raise_pending",
 ]
 
 _MODULES = {
@@ -42,6 +44,7 @@ _MODULES = {
     "CompositionalEmbeddingCollection": "modules.embedding_collection",
     "CompositionalEmbeddingConfig": "configs",
     "FeatureGenerationEmbeddingBagCollection": "modules.feature_generation",
+    "raise_pending": "late_errors",
 }
 
 

@@ -4,12 +4,13 @@ This is the first step of the data flow and the only one that looks at the value
 read (under sharding: on the source rank, before any bucketing), so every later step may rely on 0 <= id < S.
 """
 
-from collections import deque
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_qr.late_errors import check_later, raise_pending
 
 OutOfRange = Literal["error", "clamp", "wrap", "unchecked"]
 OUT_OF_RANGE_POLICIES: tuple[str, ...] = get_args(OutOfRange)
@@ -33,46 +34,13 @@ class Bags(NamedTuple):
     weights: Tensor | None
 
 
-class Arrival(Protocol):
-    """When a copy to the host is complete: the part of ``torch.cuda.Event`` that is used here."""
-
-    def query(self) -> bool: ...
-
-    def synchronize(self) -> None: ...
-
-
-class DeferredChecks:
-    """Range checks, oldest first, whose results are on their way from a device to the host."""
-
-    def __init__(self) -> None:
-        self._checks: deque[tuple[IdSpace, Tensor, Arrival]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._checks)
-
-    def add(self, space: IdSpace, extremes: Tensor, arrived: Arrival) -> None:
-        """Adds the check of ``extremes`` (2,) = (least id, largest id), on the host and complete once ``arrived``."""
-        self._checks.append((space, extremes, arrived))
-
-    def raise_failed(self, wait: bool) -> None:
-        """Takes the checks that have arrived (``wait``: all, waiting for them); raises at the first that failed."""
-        while self._checks and (wait or self._checks[0][2].query()):
-            space, extremes, arrived = self._checks.popleft()
-            arrived.synchronize()
-            low, high = extremes.tolist()
-            raise_if_outside(low, high, space)
-
-
-_deferred = DeferredChecks()
-
-
 def bags_of(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool) -> list[Bags]:
     """Reads one `Bags` per id space from a batch, its ids brought into [0, S) by the space's policy.
 
     Policies: ``"error"`` raises; ``"clamp"`` takes min(max(id, 0), S - 1); ``"wrap"`` takes id mod S (never
     negative); ``"unchecked"`` passes ids through and leaves their range to the caller. On a CPU ``"error"`` looks at
     the batch at once. On CUDA it must not stall the step: ids are clamped, the extremes travel to the host
-    asynchronously, and the IndexError is raised by a later batch, or by `raise_pending`.
+    asynchronously, and the IndexError is raised by a later batch, or by `torchrec_qr.raise_pending`.
 
     Raises:
         KeyError: the batch lacks a feature.
@@ -125,21 +93,12 @@ def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
     return ids
 
 
-def raise_pending(wait: bool = True) -> None:
-    """Raises the IndexError of an earlier batch on CUDA whose ids were out of range.
-
-    Args:
-        wait: wait for checks still under way; otherwise look only at those that have arrived.
-    """
-    _deferred.raise_failed(wait)
-
-
 def _clamped_with_deferred_error(ids: Tensor, space: IdSpace) -> Tensor:
-    extremes = torch.empty(2, dtype=torch.int64, pin_memory=True)
-    extremes.copy_(torch.stack(ids.aminmax()), non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    _deferred.add(space, extremes, arrived)
+    def check(extremes: Tensor) -> None:
+        low, high = extremes.tolist()
+        raise_if_outside(low, high, space)
+
+    check_later(torch.stack(ids.aminmax()), check)
     return ids.clamp(0, space.num_ids - 1)
 
 

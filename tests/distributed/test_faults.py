@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from time import monotonic
@@ -34,6 +35,7 @@ from torchrec_qr import (
     CompositionalEmbeddingConfig,
     QuotientRemainder,
     ids,
+    late_errors,
 )
 from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
@@ -262,7 +264,8 @@ def deferred(rank: int, world_size: int) -> list[str]:
         batch = batch_of(list(TABLES), 0, rank, world_size)
         before = model(batch)
         # As a batch on a GPU would leave it behind.
-        ids._deferred.add(ids.IdSpace("a", "f_a", NUM_IDS, "error"), torch.tensor([0, NUM_IDS]), Arrived())
+        space = ids.IdSpace("a", "f_a", NUM_IDS, "error")
+        late_errors._late.add(partial(ids.raise_if_outside, 0, NUM_IDS, space), Arrived())
         with pytest.raises(IndexError) as error:
             model(batch)
         messages.append(str(error.value))

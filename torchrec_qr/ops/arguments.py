@@ -66,6 +66,7 @@ def check_call(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batc
             f"ids and offsets of shapes {tuple(batch.ids.shape)}, {tuple(batch.offsets.shape)}; allowed: (N,) and "
             "(bags + 1,)"
         )
+    _check_devices(plan, weights, class_maps, batch, names)
     integers = (torch.int32, torch.int64)
     if batch.ids.dtype not in integers or batch.offsets.dtype not in integers:
         raise TypeError(
@@ -89,6 +90,34 @@ def check_call(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batc
             raise ValueError(f"a class map of {class_map.dtype}, strides {class_map.stride()}; allowed: contiguous ids")
 
 
+def _check_devices(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batch: Batch, names: str) -> None:
+    """Kernels get addresses, and one of another device is memory that is not theirs. Offsets may lie on the host."""
+    device = weights[0].device
+    host = {torch.device("cpu"), device}
+    wrong = [f"ids on {batch.ids.device}"] * (batch.ids.device != device)
+    wrong += [f"offsets on {batch.offsets.device}"] * (batch.offsets.device not in host)
+    if batch.weights is not None and batch.weights.device != device:
+        wrong.append(f"weights of ids on {batch.weights.device}")
+    if any(w.device != device for w in weights) or any(m.device != device for m in class_maps):
+        of_weights, of_maps = iter(weights), iter(class_maps)
+        for table, name in zip(plan.layouts, names.split("\n"), strict=True):
+            own = [("partition", next(of_weights)) for _ in table.partitions]
+            own += [("class map", next(of_maps))] * table.has_map
+            wrong += [f"a {what} of table {name!r} on {t.device}" for what, t in own if t.device != device]
+    if wrong:
+        first = names.split("\n")[0]
+        raise ValueError(f"{', '.join(wrong)}; allowed: {device}, where partition 0 of table {first!r} lies")
+
+
+def check_out_gradient(out_gradient: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises a ValueError where a gradient has another shape than the output, or lies on another device."""
+    if tuple(out_gradient.shape) != shape or out_gradient.device != device:
+        raise ValueError(
+            f"a gradient of shape {tuple(out_gradient.shape)} on {out_gradient.device}; allowed: {shape} on {device}, "
+            "the output's"
+        )
+
+
 def check_step(weight: Tensor, rows: Tensor, gradients: Tensor) -> None:
     """Raises a ValueError where ``rows`` (n,) of ``weight`` (R_j, D_j) cannot be stepped by ``gradients`` (n, D_j)."""
     if weight.dim() != 2 or not 0 < weight.shape[1] <= MAX_WIDTH or weight.stride(1) != 1:
@@ -102,14 +131,20 @@ def check_step(weight: Tensor, rows: Tensor, gradients: Tensor) -> None:
             f"rows {rows.dtype} {tuple(rows.shape)} with gradients {tuple(gradients.shape)}; allowed: (n,) torch.int64 "
             f"with (n, {weight.shape[1]})"
         )
+    if rows.device != weight.device or gradients.device != weight.device:
+        raise ValueError(
+            f"rows on {rows.device} with gradients on {gradients.device}; allowed: {weight.device}, as the weight"
+        )
 
 
 def check_state(state: Tensor, weight: Tensor, rule: int) -> None:
     """Raises a ValueError where ``state`` is none of ``weight`` (R_j, D_j) under ``rule``."""
     shape = weight.shape[:1] if rule == RULES["rowwise_adagrad"] else weight.shape
-    if state.shape != shape or state.dtype != torch.float32 or not state.is_contiguous():
+    fits = state.shape == shape and state.dtype == torch.float32 and state.is_contiguous()
+    if not fits or state.device != weight.device:
         raise ValueError(
-            f"state of shape {tuple(state.shape)}, {state.dtype}; allowed: contiguous, {tuple(shape)}, torch.float32"
+            f"state of shape {tuple(state.shape)}, {state.dtype} on {state.device}; allowed: contiguous, "
+            f"{tuple(shape)}, torch.float32 on {weight.device}"
         )
 
 
@@ -118,7 +153,9 @@ def check_touched(touched: Tensor, weight: Tensor) -> None:
     rows = tuple(weight.shape[:1])
     if not touched.numel():
         return
-    if touched.shape != rows or touched.dtype != torch.uint8 or not touched.is_contiguous():
+    fits = touched.shape == rows and touched.dtype == torch.uint8 and touched.is_contiguous()
+    if not fits or touched.device != weight.device:
         raise ValueError(
-            f"touched of shape {tuple(touched.shape)}, {touched.dtype}; allowed: contiguous, {rows}, torch.uint8"
+            f"touched of shape {tuple(touched.shape)}, {touched.dtype} on {touched.device}; allowed: contiguous, "
+            f"{rows}, torch.uint8 on {weight.device}"
         )

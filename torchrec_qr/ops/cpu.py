@@ -15,6 +15,7 @@ from torchrec_qr.ops.arguments import (
     Batch,
     Gradients,
     check_call,
+    check_out_gradient,
     check_state,
     check_step,
     check_touched,
@@ -70,8 +71,7 @@ def propagate(
 ) -> list[Tensor]:
     """Steps rows in place, and returns a gradient per weight and that of the batch's weights; empty where not asked."""
     call = _Call(plan_of(tuple(layout)), weights, class_maps, batch, names)
-    if tuple(out_gradient.shape) != call.out_shape:
-        raise ValueError(f"a gradient of shape {tuple(out_gradient.shape)}; allowed: {call.out_shape}, the output's")
+    check_out_gradient(out_gradient, call.out_shape, weights[0].device)
     out_gradient = out_gradient.to(torch.float32).contiguous()
     dense = [
         torch.zeros(w.shape) if rule == GRADIENT else torch.empty(0)

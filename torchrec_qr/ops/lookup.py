@@ -29,6 +29,8 @@ from torchrec_qr.ops.layout import decode, rows_of
 
 # Of weights, in the kernels; others are PyTorch's.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A graph would replay what comes from the host at every call: addresses, learning rates, and checks of ids.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 class Lookup(NamedTuple):
@@ -58,7 +60,7 @@ def _backend(device: torch.device) -> ModuleType:
     return triton
 
 
-@torch.library.custom_op("torchrec_qr::lookup", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("torchrec_qr::lookup", mutates_args=(), device_types=("cpu", "cuda"), tags=_TAGS)
 def lookup_op(
     weights: list[Tensor],
     class_maps: list[Tensor],
@@ -102,7 +104,7 @@ def _empty_gradients(
     return [*(w.new_empty(w.shape if n else 0) for w, n in zip(weights, needed, strict=True)), of_ids]
 
 
-@torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("torchrec_qr::lookup_gradients", mutates_args=(), device_types=("cpu", "cuda"), tags=_TAGS)
 def lookup_gradients_op(
     out_gradient: Tensor,
     weights: list[Tensor],
@@ -144,7 +146,10 @@ def _(
 
 
 @torch.library.custom_op(
-    "torchrec_qr::lookup_step", mutates_args=("weights", "states", "touched"), device_types=("cpu", "cuda")
+    "torchrec_qr::lookup_step",
+    mutates_args=("weights", "states", "touched"),
+    device_types=("cpu", "cuda"),
+    tags=_TAGS,
 )
 def lookup_step_op(
     out_gradient: Tensor,
@@ -265,7 +270,7 @@ def look_up(
         id_weights: (N,) w_x, or None for 1.
         pooled: whether ids are pooled.
 
-    Raises (on CUDA by a later call, since nothing waits for the device; see `torchrec_qr.ops.triton`):
+    Raises (on CUDA by a later call, since nothing waits for the device; see `torchrec_qr.raise_pending`):
         IndexError: an id outside of its table; nothing has been read there.
         ValueError: offsets that decrease, or do not end at N; sizes that do not fit.
         TypeError: ids or offsets that are not integers.

@@ -1,17 +1,18 @@
 """Calls of the Triton kernels: tensors in, tensors out, as `torchrec_qr.ops.cpu`. Nothing waits for the device.
 
 What the kernels refuse (ids out of range, offsets that are none) adds nothing to the output, and the exception, the
-CPU kernels' own, is raised by a later call, once word of it has reached the host, or by `raise_pending`.
+CPU kernels' own, is raised by a later call, once word of it has reached the host: see `torchrec_qr.late_errors`.
 """
 
-from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchrec_qr.late_errors import check_later, raise_pending
 from torchrec_qr.ops.arguments import (
     GRADIENT,
     NOTHING,
@@ -19,6 +20,7 @@ from torchrec_qr.ops.arguments import (
     Batch,
     Gradients,
     check_call,
+    check_out_gradient,
     check_state,
     check_step,
     check_touched,
@@ -32,9 +34,10 @@ from torchrec_qr.ops.triton_kernels.tables import Descriptors, Partition, Stored
 
 def look_up(weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layout: list[int], names: str) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
-    call = _Call(weights, class_maps, batch, layout, names)
-    out = run.look_up(call.descriptors, call.batch)
-    call.done()
+    with _current(weights[0].device):
+        call = _Call(weights, class_maps, batch, layout, names)
+        out = run.look_up(call.descriptors, call.batch)
+        call.done()
     return out
 
 
@@ -53,15 +56,16 @@ def propagate(
     Other than on the CPU nothing but what is returned is of size (R, D): all sums are made of the values before the
     step, in a buffer of one row per unique row and 1/32 of a row per id.
     """
-    call = _Call(weights, class_maps, batch, layout, names)
-    out_gradient = call.checked(out_gradient)
-    steps = _steps(weights, gradients)
-    of_weights = torch.empty(0, device=weights[0].device)
-    if weights_need_gradient:
-        of_weights = run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
-    wanted = [rule != NOTHING for rule in gradients.rules]
-    run.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
-    call.done()
+    with _current(weights[0].device):
+        call = _Call(weights, class_maps, batch, layout, names)
+        out_gradient = call.checked(out_gradient)
+        steps = _steps(weights, gradients)
+        of_weights = torch.empty(0, device=weights[0].device)
+        if weights_need_gradient:
+            of_weights = run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
+        wanted = [rule != NOTHING for rule in gradients.rules]
+        run.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
+        call.done()
     return [*steps.dense, of_weights]
 
 
@@ -77,62 +81,68 @@ def unique_gradients(
 
     How many rows they are is the device's to say: this waits for it.
     """
-    call = _Call(weights, class_maps, batch, layout, names)
-    sums = call.row_sums(call.checked(out_gradient), [True] * len(weights))
-    call.done()
-    return [run.unique_rows(call.descriptors, sums, i) for i in range(len(weights))]
+    with _current(weights[0].device):
+        call = _Call(weights, class_maps, batch, layout, names)
+        sums = call.row_sums(call.checked(out_gradient), [True] * len(weights))
+        call.done()
+        return [run.unique_rows(call.descriptors, sums, i) for i in range(len(weights))]
 
 
 def step_rows(
     weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:
-    """As `torchrec_qr.ops.cpu.step_rows`, save that nothing checks whether ``rows`` lie within the weight."""
+    """As `torchrec_qr.ops.cpu.step_rows`, but a row of -1 is none, and nothing checks that others are in the weight.
+
+    A caller need not ask the device how many rows there are: it may give every row, or -1 in its place.
+    """
     check_step(weight, rows, gradients)
     gradients = gradients.to(torch.float32).contiguous()
     number = RULES[rule]
     for state in states:
         check_state(state, weight, number)
     nothing = torch.empty(0)
-    sums = run.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
-    run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], list(hyper)))
+    with _current(weight.device):
+        _refuse_capture(weight.device)
+        sums = run.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
+        run.step_weights([weight], [sums], run.Steps([number], [states], [nothing], [], list(hyper)))
 
 
-def raise_pending(wait: bool = True) -> None:
-    """Raises what earlier calls on a GPU met.
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches there, and events are recorded there, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    Args:
-        wait: wait for calls still under way; otherwise look only at those that have ended.
 
-    Raises:
-        IndexError: an id outside of its table.
-        ValueError: offsets that decrease, or do not end at N.
-    """
-    while _pending and (wait or _pending[0][1].query()):
-        check, arrived = _pending.popleft()
-        arrived.synchronize()
-        check.raise_failure()
+def _refuse_capture(device: torch.device) -> None:
+    """Raises a RuntimeError in the capture of a CUDA graph, which would replay this step's rates and addresses."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a lookup of compositional tables cannot be captured in a CUDA graph, because its learning rates, checks "
+            "and descriptors of tables come from the host at every call; capture the layers behind the lookup instead"
+        )
 
 
 class _Check(NamedTuple):
-    """What a call has to say of its failure: the number that a kernel left (`report` in `triton_kernels.rows`)."""
+    """What an exception of a call names. It keeps the batch's ids and offsets alive until the verdict is known."""
 
-    failure: Tensor
     plan: Plan
-    batch: Batch
+    ids: Tensor
+    offsets: Tensor
+    pooled: bool
     class_maps: list[Tensor]
     rows: list[int]
-    names: list[str]
+    names: str
 
-    def raise_failure(self) -> None:
-        failure = int(self.failure)
+    def raise_failure(self, verdict: Tensor) -> None:
+        """Raises what the kernels left in ``verdict`` (1,), on the host: see `report` in `triton_kernels.rows`."""
+        failure = int(verdict)
         if failure == run.NO_FAILURE:
             return
-        offsets = self.batch.offsets.tolist()
+        offsets = self.offsets.tolist()
         if failure < 0:
             self._raise_offsets(offsets)
-        num_bags = (len(offsets) - 1) // self.plan.num_features if self.batch.pooled else 1
+        num_bags = (len(offsets) - 1) // self.plan.num_features if self.pooled else 1
         feature, of_maps, of_rows = 0, iter(self.class_maps), iter(self.rows)
-        for table, name in zip(self.plan.layouts, self.names, strict=True):
+        for table, name in zip(self.plan.layouts, self.names.split("\n"), strict=True):
             class_map = next(of_maps) if table.has_map else None
             rows = [next(of_rows) for _ in table.partitions]
             feature += table.num_features
@@ -140,7 +150,7 @@ class _Check(NamedTuple):
                 self._raise_id(failure, table, name, rows, class_map)
 
     def _raise_offsets(self, offsets: list[int]) -> None:
-        n = self.batch.ids.numel()
+        n = self.ids.numel()
         for position, after in enumerate(offsets):
             if after < (offsets[position - 1] if position else 0):
                 raise ValueError(f"offsets[{position}] = {after} is less than the offset before it")
@@ -150,7 +160,7 @@ class _Check(NamedTuple):
     def _raise_id(
         self, number: int, table: TableLayout, name: str, num_rows: list[int], class_map: Tensor | None
     ) -> None:
-        given = self.batch.ids[number : number + 1].cpu()
+        given = self.ids[number : number + 1].cpu()
         value = int(ids_of(table, given))
         if value >= table.num_ids >= 0 or (value < 0 and table.num_ids >= 0):
             raise IndexError(f"table {name!r}: id {value} (number {number}) is out of range [0, {table.num_ids})")
@@ -162,28 +172,24 @@ class _Check(NamedTuple):
                 )
 
 
-_pending: deque[tuple[_Check, Any]] = deque()
-
-
 class _Call:
     """One call of the kernels: what they are given, checked as far as the host sees it."""
 
     def __init__(
         self, weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layout: list[int], names: str
     ) -> None:
+        _refuse_capture(weights[0].device)
         raise_pending(wait=False)
         self._plan, self._given, self._class_maps, self._names = plan_of(tuple(layout)), batch, class_maps, names
         check_call(self._plan, weights, class_maps, batch, names)
         self._rows = [w.shape[0] for w in weights]
         places = tuple(map(Stored.of, weights)), tuple(map(Stored.of, class_maps))
-        self.descriptors = _descriptors(tuple(layout), *places, weights[0].device)
+        device = weights[0].device
+        self.descriptors = _descriptors(tuple(layout), *places, device, run.stream_of(device))
         self.batch = run.batch_of(self.descriptors, batch.ids, batch.offsets, batch.weights, batch.pooled)
 
     def checked(self, out_gradient: Tensor) -> Tensor:
-        if tuple(out_gradient.shape) != self.batch.out_shape:
-            raise ValueError(
-                f"a gradient of shape {tuple(out_gradient.shape)}; allowed: {self.batch.out_shape}, the output's"
-            )
+        check_out_gradient(out_gradient, self.batch.out_shape, self.descriptors.entries.device)
         return out_gradient.to(torch.float32).contiguous()
 
     def row_sums(self, out_gradient: Tensor, wanted: list[bool]) -> list[run.RowSums]:
@@ -196,22 +202,23 @@ class _Call:
 
     def done(self) -> None:
         """Has what failed raised: at once, where kernels are interpreted, or when a GPU has told."""
-        check = _Check(
-            *(self.batch.failure, self._plan, self._given, self._class_maps, self._rows, self._names.split("\n"))
-        )
-        if check.failure.device.type == "cpu":
-            check.raise_failure()
-            return
-        on_host = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        on_host.copy_(check.failure, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        _pending.append((check._replace(failure=on_host), arrived))
+        ids, offsets = self._given.ids, self._given.offsets
+        check = _Check(self._plan, ids, offsets, self._given.pooled, self._class_maps, self._rows, self._names)
+        if self.batch.failure.device.type == "cpu":
+            check.raise_failure(self.batch.failure)
+        else:
+            check_later(self.batch.failure, check.raise_failure)
 
 
+# The stream is part of the key: a copy on one stream is not ordered before its use on another, and the memory of an
+# entry that is dropped goes back to the stream that it was allocated on.
 @lru_cache(maxsize=256)
 def _descriptors(
-    layout: tuple[int, ...], weights: tuple[Stored, ...], class_maps: tuple[Stored, ...], device: torch.device
+    layout: tuple[int, ...],
+    weights: tuple[Stored, ...],
+    class_maps: tuple[Stored, ...],
+    device: torch.device,
+    stream: int,
 ) -> Descriptors:
     of_weights, of_maps, tables = iter(weights), iter(class_maps), []
     for table in plan_of(layout).layouts:

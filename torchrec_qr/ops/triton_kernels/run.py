@@ -97,6 +97,11 @@ def _blocks(lanes: int, batch: Batch, d: Descriptors) -> int:
     return triton.cdiv(batch.num_bags(d) if batch.pooled else batch.most_ids, lanes)
 
 
+def stream_of(device: torch.device) -> int:
+    """Returns which stream of a device launches go to, as a number; 0 on a CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
 def look_up(d: Descriptors, batch: Batch) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
     device = d.entries.device
@@ -279,7 +284,7 @@ def step_weights(weights: list[Tensor], row_sums: list[RowSums], steps: Steps) -
         numbers += [w.address, w.row_stride, kernels.index(kernel)]
         numbers += [_address(steps.dense[i]), _address(steps.touched[i]) if steps.touched else 0]
         numbers += [s.data_ptr() for s in steps.states[i]] + [0] * (3 - len(steps.states[i]))
-    described = _described(tuple(numbers), device)
+    described = _described(tuple(numbers), device, stream_of(device))
     hyper = on_device(steps.numbers or [0.0] * (7 * len(weights)), torch.float32, device)
     for own in row_sums:
         for group, kernel in enumerate(kernels):
@@ -292,8 +297,9 @@ def step_weights(weights: list[Tensor], row_sums: list[RowSums], steps: Steps) -
             )
 
 
-@lru_cache(maxsize=256)
-def _described(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+# As descriptors of tables, per stream; replicated partitions are stepped on the streams of a pool, in turn.
+@lru_cache(maxsize=4096)
+def _described(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return on_device(list(numbers), torch.int64, device)
 
 
