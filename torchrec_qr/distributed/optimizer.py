@@ -97,8 +97,7 @@ class RowOptimizer(FusedOptimizer):
         # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
         weight, t = tensor.data, self._advance(tensor)
         full_state = self._state_of[tensor]
-        # The MLPs of `path` may be wider than any row that the kernels take.
-        if available(weight.device) and weight.shape[1] <= MAX_WIDTH:
+        if self._has_kernels(weight):
             step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
             return
         state = {name: value.index_select(0, rows) for name, value in full_state.items()}
@@ -106,6 +105,21 @@ class RowOptimizer(FusedOptimizer):
         weight.index_copy_(0, rows, new.to(weight.dtype))
         for name, value in state.items():
             full_state[name].index_copy_(0, rows, value)
+
+    @torch.no_grad()
+    def update_where(self, tensor: Tensor, stepped: Tensor, grad: Tensor) -> None:
+        """Steps the rows of a stored tensor (R, columns) that a mask (R,) names by their gradients in ``grad``."""
+        if tensor.is_cuda and self._has_kernels(tensor):
+            # How many rows there are is the device's to say, so all of them are given, -1 for those that stay.
+            every = torch.arange(len(stepped), device=tensor.device)
+            self.update(tensor, every.where(stepped, -1), grad)
+        else:
+            rows = stepped.nonzero().squeeze(1)
+            self.update(tensor, rows, grad.index_select(0, rows))
+
+    def _has_kernels(self, tensor: Tensor) -> bool:
+        # The MLPs of `path` may be wider than any row that the kernels take.
+        return available(tensor.device) and tensor.shape[1] <= MAX_WIDTH
 
     def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""

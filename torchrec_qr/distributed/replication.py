@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.futures import Future, collect_all
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_qr.distributed.lookup import Replicas
@@ -56,30 +56,37 @@ def replicate_lookups(lookups: list[nn.Module], pg: dist.ProcessGroup | None) ->
 
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:
     parameters, gradients = bucket.parameters(), bucket.gradients()
+    for p, grad in zip(parameters, gradients, strict=True):
+        if reduction.average or p not in reduction.optimizer_of:
+            # Before the sum, which may be too large for fp16.
+            grad.div_(reduction.pg.size())
     masks = [reduction.touched_of[p] for p in parameters if p in reduction.touched_of]
     touched = torch.cat(masks) if masks else None
+    touched_work = None
+    if touched is not None:
+        touched_work = dist.all_reduce(touched, dist.ReduceOp.MAX, group=reduction.pg, async_op=True)
 
-    def step(_: Future[list[Future[list[Tensor]]]]) -> Tensor:
-        world_size = reduction.pg.size()
+    def step(_: Future[list[Tensor]]) -> Tensor:
         if touched is not None:
+            assert touched_work is not None
+            touched_work.wait()
+            if touched.is_cuda:
+                touched.record_stream(torch.cuda.current_stream(touched.device))
             for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
                 mask.copy_(reduced)
         for p, grad in zip(parameters, gradients, strict=True):
             optimizer = reduction.optimizer_of.get(p)
-            if optimizer is None or reduction.average:
-                grad.div_(world_size)
             if optimizer is None:
                 continue
             if p in reduction.touched_of:
-                rows = reduction.touched_of[p].nonzero().squeeze(1)
+                optimizer.update_where(p, reduction.touched_of[p].bool(), grad)
                 reduction.touched_of[p].zero_()
             else:
                 # The other rows are untouched, or as good as that under the rules that do not count steps.
-                rows = grad.ne(0).any(dim=1).nonzero().squeeze(1)
-            optimizer.update(p, rows, grad.index_select(0, rows))
+                optimizer.update_where(p, grad.ne(0).any(dim=1), grad)
         return bucket.buffer()
 
-    work = [dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True).get_future()]
-    if touched is not None:
-        work.append(dist.all_reduce(touched, dist.ReduceOp.MAX, group=reduction.pg, async_op=True).get_future())
-    return collect_all(work).then(step)
+    # NCCL's futures are complete at once. A callback of this very future runs on a stream that waits for the sum, and
+    # DDP waits for what the callback does. A future made of several futures would wait for none of them.
+    reduced = dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True).get_future()
+    return reduced.then(step)
