@@ -12,6 +12,8 @@ from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 
 from torchrec_qr.distributed.exchange import PooledExchange, exchanging_in_place
 
+CPU = torch.device("cpu")
+
 
 def output_dist(dims: list[int]) -> TwPooledEmbeddingDist:
     group = dist.group.WORLD
@@ -29,7 +31,7 @@ def exchanged(rank: int, world_size: int, dims: list[int], sizes: list[int]) -> 
     divided, out = get_gradient_division(), []
     for divide in (True, False):
         set_gradient_division(divide)
-        for made in (output_dist(dims), exchanging_in_place(output_dist(dims))):
+        for made in (output_dist(dims), exchanging_in_place(output_dist(dims), CPU)):
             given = local.clone().requires_grad_()
             result = made(given, context).wait()
             result.backward(upstream)
@@ -52,7 +54,7 @@ def test_values_and_gradients_are_those_of_torchrec(dims: list[int], sizes: list
 
 def in_flight(rank: int, world_size: int) -> list[list[list[float]]]:
     """Two batches of which the second is sent before the first is waited for, and backward in that order."""
-    made = exchanging_in_place(output_dist([2, 1]))
+    made = exchanging_in_place(output_dist([2, 1]), CPU)
     local = [torch.full((4, 2 - rank), 10.0 * rank + number, requires_grad=True) for number in (1, 2)]
     awaited = [made(x) for x in local]
     outputs = [a.wait() for a in awaited]
@@ -95,5 +97,5 @@ def test_one_process_keeps_torchrecs_exchange() -> None:
 
 
 def kept(rank: int, world_size: int) -> bool:
-    made = exchanging_in_place(output_dist([4]))
+    made = exchanging_in_place(output_dist([4]), CPU)
     return made._dist is None

@@ -22,17 +22,21 @@ from torchrec.distributed.types import Awaitable
 from torchrec_qr.ops.memory import recycled
 
 
-def exchanging_in_place(output_dist: BaseEmbeddingDist[Any, Any, Any]) -> BaseEmbeddingDist[Any, Any, Any]:
+def exchanging_in_place(
+    output_dist: BaseEmbeddingDist[Any, Any, Any], device: torch.device | None
+) -> BaseEmbeddingDist[Any, Any, Any]:
     """Returns an output dist of TorchRec's, which exchanges by `PooledExchange` where that is the same.
 
-    That is by gloo, between several processes, without codecs. TorchRec's dist makes its exchange, ``_dist``, at its
-    first batch unless it has one: the private attributes are touched here alone.
+    That is by gloo, between several processes, of embeddings on a CPU (``device``), without codecs. TorchRec's dist
+    makes its exchange, ``_dist``, at its first batch unless it has one: the private attributes are touched here alone.
     """
     if (
         isinstance(output_dist, TwPooledEmbeddingDist)
         and output_dist._codecs is None
         and output_dist._pg.size() > 1
         and dist.get_backend(output_dist._pg) == "gloo"
+        and device is not None
+        and device.type == "cpu"
         and not get_use_sync_collectives()
     ):
         callbacks = output_dist._callbacks or []

@@ -38,9 +38,11 @@ from torchrec_qr.distributed.local_shard import ReplicatedPartitions
 from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas
 from torchrec_qr.distributed.placement import Placed, place, placed
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
-from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside, raise_pending
+from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside
+from torchrec_qr.late_errors import raise_pending
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.lookup import available
+from torchrec_qr.partitions.class_map_copies import class_map_on
 
 
 class _CompositionalLookup:
@@ -138,7 +140,8 @@ class _Compositional:
         return input_dist
 
     def create_output_dist(self, device: torch.device | None = None) -> BaseEmbeddingDist[Any, Any, Any]:
-        return exchanging_in_place(super().create_output_dist(device))  # type: ignore[misc]
+        output_dist: BaseEmbeddingDist[Any, Any, Any] = super().create_output_dist(device)  # type: ignore[misc]
+        return exchanging_in_place(output_dist, device or self._device)  # type: ignore[attr-defined]
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the input dist takes, with the ids of compositional tables brought into range."""
@@ -195,21 +198,20 @@ class _PrepareIds:
         self._class_maps: dict[str, Tensor] = {}
         for at in self._places:
             if encode and at is not None and at.sharding_type in ROW_SPLIT:
-                class_map = at.config.partitions.class_map
+                class_map = class_map_on(at.config.partitions, device)
                 if class_map is not None:
-                    self._class_maps[at.config.name] = class_map.to(device)
+                    self._class_maps[at.config.name] = class_map
 
     def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         if not any(self._places):
             return features
         raise_pending(wait=False)
-        values, starts = features.values(), features.offset_per_key()
-        if available(values.device) and values.dtype == torch.int64 and all(map(self._is_only_checked, self._places)):
-            bounds = cpu.id_bounds(values, starts)
-            for at, feature, (low, high) in zip(self._places, features.keys(), bounds, strict=True):
-                if at is not None and at.config.out_of_range == "error" and low <= high:
-                    raise_if_outside(low, high, _id_space(at, feature))
+        values = features.values()
+        if values.dtype == torch.int64 and all(self._is_only_checked(at, values.device) for at in self._places):
+            if values.device.type == "cpu":
+                self._check(features)
             return features
+        starts = features.offset_per_key()
         ids = []
         # A feature comes once per column shard of its table, with the same ids.
         prepared: dict[tuple[str, str], Tensor] = {}
@@ -232,12 +234,23 @@ class _PrepareIds:
             length_per_key=features.length_per_key(),
         )
 
-    def _is_only_checked(self, at: Placed | None) -> bool:
+    def _is_only_checked(self, at: Placed | None, device: torch.device) -> bool:
         """Whether the ids of a feature pass as they are, unless they raise."""
         if at is None:
             return True
-        encoded = self._encode and at.sharding_type in ROW_SPLIT
-        return not encoded and at.config.out_of_range in ("error", "unchecked")
+        if (self._encode and at.sharding_type in ROW_SPLIT) or at.config.out_of_range not in ("error", "unchecked"):
+            return False
+        if device.type == "cpu":
+            return cpu.available()
+        # There the kernels check each id where they read its rows, so that nothing need be launched for it here.
+        return available(device) and cpu.supports(at.config.operation, at.config.partition_columns)
+
+    def _check(self, features: KeyedJaggedTensor) -> None:
+        """Looks at all ids of a batch on a CPU in one pass."""
+        bounds = cpu.id_bounds(features.values(), features.offset_per_key())
+        for at, feature, (low, high) in zip(self._places, features.keys(), bounds, strict=True):
+            if at is not None and at.config.out_of_range == "error" and low <= high:
+                raise_if_outside(low, high, _id_space(at, feature))
 
     def _prepare(self, ids: Tensor, feature: str, at: Placed) -> Tensor:
         config = at.config
