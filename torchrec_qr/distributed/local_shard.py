@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.layout import TableLayout, partition_layouts
+from torchrec_qr.partitions.class_map_copies import class_map_on
 
 
 class ReplicatedPartitions(NamedTuple):
@@ -57,10 +58,16 @@ class LocalShard(nn.Module):
         if self._code is not None:
             blocks = num_row_blocks(logical_shards(table))
             self._first_row = position_of(table) % blocks * block_rows(config, blocks)
-        class_map = config.partitions.class_map
-        self.register_buffer("class_map", None if class_map is None else class_map.to(device), persistent=False)
+        # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
+        self.class_map = class_map_on(config.partitions, device)
         self.name = config.name
         self.layout = self._as_layout()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LocalShard":
+        super()._apply(fn, recurse)
+        if self.class_map is not None:
+            self.class_map = class_map_on(self._partitions, fn(self.class_map.new_empty(0)).device)
+        return self
 
     def embed(self, ids: Tensor, replicas: ReplicatedPartitions) -> Tensor:
         """(N,) → (N, D of this shard), in PyTorch."""

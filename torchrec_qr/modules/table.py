@@ -23,6 +23,7 @@ from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, available, look_up
+from torchrec_qr.partitions.class_map_copies import class_map_on
 
 
 class _Table:
@@ -58,7 +59,7 @@ class CompositionalTable(nn.Module):
     """The K partitions of one table, each a real parameter ``partition_<j>.weight`` (|P_j|, columns of partition j).
 
     Its ``state_dict`` also holds ``fingerprint`` (see `torchrec_qr.fingerprint`); `build_tables` refuses to load that
-    of another meaning. An explicit map is a buffer outside of the ``state_dict``.
+    of another meaning. An explicit map follows the parameters to their device, and is no part of the ``state_dict``.
     """
 
     fingerprint: Tensor
@@ -73,7 +74,6 @@ class CompositionalTable(nn.Module):
             self.add_module(f"partition_{j}", _Partition(partition, device))
         self._layout = _layout(config)
         self.register_buffer("fingerprint", None)
-        self.register_buffer("class_map", None, persistent=False)
         self.set_constants(device)
         # After `load_state_dict(assign=True)`, which takes parameters off the meta device one by one.
         self.register_load_state_dict_post_hook(_restore_constants)
@@ -108,8 +108,8 @@ class CompositionalTable(nn.Module):
     def set_constants(self, device: torch.device) -> None:
         """Makes anew what follows from the config alone: fingerprint and explicit map."""
         self.fingerprint = fingerprint(self.config).to(device)
-        class_map = self._partitions.class_map
-        self.class_map = None if class_map is None else class_map.to(device)
+        # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
+        self.class_map = class_map_on(self._partitions, device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalTable":
         super()._apply(fn, recurse)
