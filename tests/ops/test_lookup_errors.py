@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchrec_qr import ExplicitPartitions
 from torchrec_qr.ops import cpu
-from torchrec_qr.ops.arguments import Gradients
+from torchrec_qr.ops.arguments import Batch, Gradients
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
 
@@ -195,3 +195,67 @@ def test_tensors_that_are_not_contiguous() -> None:
     actual = torch.autograd.grad(out, [weight, weights], upstream)
     for a, e in zip(actual, torch.autograd.grad(expected, [weight, weights], upstream), strict=True):
         torch.testing.assert_close(a, e)
+
+
+META = torch.device("meta")
+
+
+def mapped_table() -> tuple[list[int], list[Tensor], list[Tensor]]:
+    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]])
+    layout = TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)
+    return encode([layout]), [torch.ones(3, 4), torch.ones(2, 4)], [partitions.class_map]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("ids", "ids on meta; allowed: cpu, where partition 0 of table 't' lies"),
+        ("offsets", "offsets on meta"),
+        ("id weights", "weights of ids on meta"),
+        ("partition", "a partition of table 't' on meta"),
+        ("class map", "a class map of table 't' on meta"),
+        ("gradient", r"a gradient of shape \(1, 4\) on meta; allowed: \(1, 4\) on cpu"),
+        ("state", r"torch.float32 on meta; allowed: contiguous, \(3, 4\), torch.float32 on cpu"),
+        ("touched", r"torch.uint8 on meta; allowed: contiguous, \(3,\), torch.uint8 on cpu"),
+    ],
+)
+def test_a_tensor_on_another_device_is_named(where: str, message: str) -> None:
+    """Kernels are given addresses, which mean nothing, or other memory, on another device."""
+    layout, weights, class_maps = mapped_table()
+    batch = Batch(ints(0, 2), ints(0, 2), torch.ones(2), True)
+    gradient, states, touched = torch.ones(1, 4), [torch.zeros(3, 4), torch.zeros(2, 4)], [torch.zeros(3).byte()] * 2
+    touched[1] = touched[1][:2].clone()
+    match where:
+        case "ids":
+            batch = batch._replace(ids=batch.ids.to(META))
+        case "offsets":
+            batch = batch._replace(offsets=batch.offsets.to(META))
+        case "id weights":
+            batch = batch._replace(weights=torch.ones(2, device=META))
+        case "partition":
+            weights[1] = weights[1].to(META)
+        case "class map":
+            class_maps = [class_maps[0].to(META)]
+        case "gradient":
+            gradient = gradient.to(META)
+        case "state":
+            states[0] = states[0].to(META)
+        case "touched":
+            touched[0] = touched[0].to(META)
+    gradients = Gradients([2, 2], states, NUMBERS * 2, touched)
+    before = [w.clone() for w in weights]
+    with pytest.raises(ValueError, match=message):
+        cpu.propagate(gradient, weights, class_maps, batch, layout, "t", gradients, False)
+    assert all(w.is_meta or torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    if where in ("ids", "offsets", "id weights", "partition", "class map"):
+        with pytest.raises(ValueError, match=message):
+            cpu.look_up(weights, class_maps, batch, layout, "t")
+
+
+@pytest.mark.parametrize("where", ["rows", "gradients"])
+def test_rows_to_step_lie_where_the_weight_lies(where: str) -> None:
+    rows, gradients = ints(1), torch.ones(1, 4)
+    rows = rows.to(META) if where == "rows" else rows
+    gradients = gradients.to(META) if where == "gradients" else gradients
+    with pytest.raises(ValueError, match="allowed: cpu, as the weight"):
+        cpu.step_rows(torch.ones(3, 4), rows, gradients, "sgd", [], NUMBERS)
