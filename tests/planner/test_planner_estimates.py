@@ -109,7 +109,8 @@ def test_explicit_maps_are_counted_where_they_are_needed() -> None:
     options = options_of(config)
     assert options["table_wise"].blocks[0].runs[0].cost.maps == size
     assert options["table_wise"].everywhere.maps == 0
-    assert options["row_wise"].everywhere.maps == size  # the source rank encodes ids
+    assert options["row_wise"].everywhere.maps == size  # the source rank encodes ids, and a shard reads the same copy
+    assert options["row_wise"].blocks[0].runs[0].cost.maps == 0
     on_cpu = options_of(config, device="cpu")
     assert on_cpu["table_wise"].everywhere.maps == size  # one tensor in each process, whatever the plan
     assert on_cpu["table_wise"].blocks[0].runs[0].cost.maps == 0

@@ -40,6 +40,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.planner.backward_memory import backward_bytes
 from torchrec_qr.planner.costs import NO_COST, Cost
 from torchrec_qr.planner.hardware import Hardware, all_reduce_passes
 from torchrec_qr.planner.storage import (
@@ -117,8 +118,8 @@ class Estimator:
         return Cost(
             parameters=value_bytes(stored),
             optimizer=self._state.of_compositional(table, kernel, stored),
-            # One tensor per process on a CPU, shared by all that use it; on a device, one per shard.
-            maps=0 if self._on_cpu else class_map_bytes(table.config),
+            # One tensor per process, shared by all that use it. Where rows are split, every rank has it to encode ids.
+            maps=0 if self._on_cpu or sharding_type in ROW_SPLIT else class_map_bytes(table.config),
             buffers=buffers,
             lookup_ms=lookup_ms,
             exchange_ms=exchange_ms,
@@ -167,7 +168,7 @@ class Estimator:
     def _work(
         self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
     ) -> tuple[float, float, float]:
-        """Bytes of ids and outputs, ms of lookups, ms of exchange of a shard of columns [start, stop)."""
+        """Bytes of ids, outputs and backward, ms of lookups, ms of exchange of a shard of columns [start, stop)."""
         world, share = self.topology.world_size, self._share(sharding_type)
         per_sample = table.inputs_per_sample
         ids = self.batch_size * sum(per_sample)
@@ -195,13 +196,15 @@ class Estimator:
             backward += forward * WEIGHTED_KERNEL_MULTIPLIER
 
         out = rows_out * width
-        output_bytes = math.ceil(out * table.parameter.element_size())
+        buffers = id_bytes + math.ceil(out * table.parameter.element_size())
+        if not self._on_cpu:
+            buffers += backward_bytes(config, looked_up, start, stop)
         lookup_ms = forward + backward + self.hardware.shard_ms
         if sharding_type == DATA_PARALLEL:
-            return id_bytes + output_bytes, lookup_ms, 0.0
+            return buffers, lookup_ms, 0.0
         exchange = self._exchange_ms(sharding_type, out, bags, width, forward_size, backward_size)
         exchange += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
-        return id_bytes + output_bytes, lookup_ms, exchange
+        return buffers, lookup_ms, exchange
 
     def _share(self, sharding_type: str) -> int:
         """Of how many shards one gets an id, where rows are split."""
