@@ -42,7 +42,8 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     Raises:
         ValueError: a table name that occurs twice; a weighted batch without one weight per id.
         KeyError: the batch lacks a feature.
-        IndexError: an id outside [0, S), unless the table's ``out_of_range`` says otherwise.
+        IndexError: an id outside [0, S), unless the table's ``out_of_range`` says otherwise. On CUDA nothing waits for
+            the device: the id adds nothing, and a later call raises, at the latest `torchrec_qr.raise_pending`.
         TypeError: ids that are not integers.
 
     Example:
