@@ -8,6 +8,7 @@ from torchrec.distributed.embedding_types import BaseEmbeddingSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 from torchrec_qr.distributed.collection import compute_kernels
+from torchrec_qr.distributed.own_device import on_own_device
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,7 +35,7 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         """
         return self._sharded(
             module,
-            params,
+            on_own_device(params, env.rank, device),
             env,
             self.fused_params,
             device,
