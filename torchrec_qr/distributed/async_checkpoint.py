@@ -1,0 +1,134 @@
+"""Checkpoints of `torch.distributed.checkpoint` (DCP) that are written while training goes on.
+
+``torch.distributed.checkpoint.async_save`` as it is cannot be used with what TorchRec's state dicts hold:
+
+- Its stager refuses a ``ShardedTensor`` (``torch function 'data_ptr' … not supported``), of TorchRec's own tables too.
+- Its thread talks to the other ranks over the default process group, where training talks at the same time. The ranks'
+  messages then mix.
+
+`async_save` stages by itself, and wants a group of its own.
+"""
+
+import copy
+import os
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint import StorageWriter
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.remote_device import _remote_device
+from torch.distributed.tensor import DTensor
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> "Future[Any]":
+    """Saves as ``torch.distributed.checkpoint.async_save`` does: the values of this moment, written in a thread.
+
+    All values are copied into the host's memory before this returns; training may then step them in place. Wait for
+    the result before the next call, and before a checkpoint counts as written. What it wrote loads by
+    `torchrec_qr.distributed.checkpoint.load`, under any plan and world size.
+
+    Args:
+        state_dict: of modules and optimizers, or what their ``state_dict()`` returned.
+        checkpoint_id, storage_writer, no_dist: as DCP's. A URL such as ``s3://bucket/step_8`` is written by fsspec.
+        process_group: a gloo group of all ranks that nothing else uses: ``dist.new_group(backend="gloo")``, made once.
+
+    Returns:
+        A future of DCP's metadata, which raises what went wrong, on every rank.
+
+    Raises:
+        ValueError: no group, the default group, or one without gloo.
+        TypeError: a ``DTensor``, which is not copied.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torchrec_qr.distributed.async_checkpoint import async_save
+        >>> from torchrec_qr.distributed.checkpoint import load
+        >>> values = {"w": torch.ones(2)}
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saved = async_save({"model": values}, checkpoint_id=folder.name, no_dist=True)
+        >>> _ = values["w"].zero_()  # training goes on
+        >>> _ = saved.result()
+        >>> load({"model": values}, checkpoint_id=folder.name, no_dist=True)
+        >>> values["w"]
+        tensor([1., 1.])
+    """
+    if not no_dist:
+        _check_group(process_group)
+    saved: Future[Any] = dcp.async_save(  # type: ignore[assignment]
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        process_group=process_group,
+        async_stager=_HostCopies(),
+        no_dist=no_dist,
+    )
+    return saved
+
+
+def _check_group(group: dist.ProcessGroup | None) -> None:
+    allowed = "allowed: a gloo group of all ranks that nothing else uses, as dist.new_group(backend='gloo')"
+    if group is None or group is dist.GroupMember.WORLD:
+        raise ValueError(f"process_group: {group and 'the default group'}, in which training goes on; {allowed}")
+    if torch.device("cpu") not in group._device_types:
+        raise ValueError(f"process_group: one of {dist.get_backend(group)}; {allowed}")
+
+
+class _HostCopies(AsyncStager):
+    """Copies all tensors into new host memory, those that lie there already too: rows are stepped in place."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        copied: dict[str, Any] = _copied(state_dict, "")
+        return copied
+
+    def synchronize_staging(self) -> None:
+        """DCP calls this; the copies are made when `stage` returns."""
+
+    def close(self) -> None:
+        """DCP calls this; there is nothing to release."""
+
+
+def _copied(value: Any, path: str) -> Any:
+    match value:
+        case dict():
+            return {key: _copied(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_copied(item, f"{path}[{i}]") for i, item in enumerate(value))
+        case ShardedTensor():
+            return _copied_shards(value)
+        case DTensor():
+            raise TypeError(f"{path}: a DTensor; allowed: tensors and ShardedTensors, as without output_dtensor")
+        case Tensor():
+            return value.detach().to("cpu", copy=True)
+        case _:
+            return copy.deepcopy(value)
+
+
+def _copied_shards(value: ShardedTensor) -> ShardedTensor:
+    metadata = copy.deepcopy(value.metadata())
+    of_offsets = {}
+    for shard in metadata.shards_metadata:
+        assert isinstance(shard.placement, _remote_device)
+        shard.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+        of_offsets[tuple(shard.shard_offsets)] = shard
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local_shards=[
+            Shard(s.tensor.detach().to("cpu", copy=True), of_offsets[tuple(s.metadata.shard_offsets)])
+            for s in value.local_shards()
+        ],
+        sharded_tensor_metadata=metadata,
+        process_group=value._process_group,
+    )
