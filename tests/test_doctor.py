@@ -55,11 +55,11 @@ class Environment:
         self.place(fbgemm, "1.8.0", fbgemm_gpu=fbgemm_source)
         self.place("torchrec", "1.8.0", torchrec=torchrec_source)
 
-    def doctor(self) -> subprocess.CompletedProcess[str]:
+    def doctor(self, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs ``torchrec-qr doctor`` here; without PATH, so that the machine's own GPU plays no part."""
         return subprocess.run(
             [self._python, "-m", "torchrec_qr.cli", "doctor"],
-            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            env={"PYTHONPATH": str(ROOT), "PATH": path, **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -243,6 +243,57 @@ def test_files_of_an_installed_distribution_are_gone(environment: Environment) -
         "fbgemm_gpu is listed as installed, but its files are not there. "
         f"Run: {REINSTALL} fbgemm-gpu-cpu==1.8.0 && {REINSTALL} torchrec==1.8.0"
     ]
+
+
+NO_COMPILER = (
+    "Triton compiles its driver at the first lookup on a GPU, and lacks a C compiler (neither gcc nor clang on PATH). "
+    "Debian, Ubuntu: apt-get install gcc; RHEL, Fedora: dnf install gcc; or name one in CC"
+)
+
+
+def _programs(folder: Path, *names: str) -> str:
+    """Writes programs that do nothing; returns their folder."""
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+def _on_gpu(result: subprocess.CompletedProcess[str]) -> str | None:
+    lines = [line for line in result.stdout.splitlines() if line.startswith("Lookups on a GPU: ")]
+    return lines[0].removeprefix("Lookups on a GPU: ") if lines else None
+
+
+def test_a_gpu_without_a_compiler_is_a_problem(environment: Environment, tmp_path: Path) -> None:
+    environment.place_fitting("fbgemm-gpu")
+    assert problems_of(environment.doctor(_programs(tmp_path, "nvidia-smi"))) == [NO_COMPILER]
+    result = environment.doctor(_programs(tmp_path, "gcc"))
+    assert problems_of(result) == []
+    assert _on_gpu(result) == f"Triton's kernels, whose driver is compiled by {tmp_path}/gcc."
+
+
+def test_a_cuda_build_without_a_gpu_is_told_what_one_would_lack(environment: Environment, tmp_path: Path) -> None:
+    environment.place_fitting("fbgemm-gpu")
+    result = environment.doctor()
+    assert problems_of(result) == []
+    assert _on_gpu(result) == f"{NO_COMPILER}."
+    result = environment.doctor(CC="/opt/icc")
+    assert "lacks a C compiler (CC=/opt/icc is not there). Debian" in str(_on_gpu(result))
+
+
+def test_a_cpu_build_needs_no_compiler(environment: Environment) -> None:
+    environment.place_fitting()
+    result = environment.doctor()
+    assert problems_of(result) == []
+    assert _on_gpu(result) is None
+
+
+def test_a_wrong_version_comes_before_a_missing_compiler(environment: Environment, tmp_path: Path) -> None:
+    environment.place("torch", "2.13.0", torch=TORCH)
+    environment.place("fbgemm-gpu", "1.9.0", fbgemm_gpu="")
+    environment.place("torchrec", "1.8.0", torchrec="")
+    (problem,) = problems_of(environment.doctor(_programs(tmp_path, "nvidia-smi")))
+    assert "do not fit together" in problem
 
 
 def _run_pip(stack: Stack, command: str) -> Stack:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from torchrec_qr.ops.triton_compiler import c_compiler, what_is_missing
+
 FBGEMM = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 # What TorchRec needs besides, which `pip install --no-deps torchrec` leaves out; the name to install by module.
 TORCHREC_NEEDS = {
@@ -119,6 +121,7 @@ def run() -> int:
         torchx      0.7.0
         <BLANKLINE>
         OK: torch 2.13.0, fbgemm-gpu 1.8.0 and torchrec 1.8.0 fit together (tested).
+        Lookups on a GPU: Triton's kernels, whose driver is compiled by /usr/bin/gcc.
         Lookups on a CPU: kernels (avx512).
         0
     """
@@ -128,13 +131,33 @@ def run() -> int:
     print()
     # A wrong version explains the failure of an import, and its cure is the same.
     problem = version_problem(stack) or (failure and explain(failure, stack))
+    # What a GPU lacks is a problem where one is, and to be known where torch could use one.
+    for_gpu, gpu = stack.torch_build not in ("", "CPU"), shutil.which("nvidia-smi") is not None
+    on_gpu = lookup_on_gpu() if for_gpu or gpu else None
+    if for_gpu and gpu and what_is_missing():
+        problem = problem or on_gpu
     if problem:
         print(f"PROBLEM: {problem}")
         return 1
     how = "tested" if is_tested(stack) else "by their numbers; this trio is not tested"
     print(f"OK: {_described(stack)} fit together ({how}).")
+    if on_gpu:
+        print(f"Lookups on a GPU: {on_gpu}.")
     print(f"Lookups on a CPU: {lookup_on_cpu()}.")
     return 0
+
+
+def lookup_on_gpu() -> str:
+    """Returns what looks tables up on a GPU, or what that lacks on this machine.
+
+    Example:
+        >>> from torchrec_qr import doctor
+        >>> doctor.lookup_on_gpu()  # doctest: +SKIP
+        "Triton's kernels, whose driver is compiled by /usr/bin/gcc"
+    """
+    if missing := what_is_missing():
+        return f"Triton compiles its driver at the first lookup on a GPU, and lacks {missing}"
+    return f"Triton's kernels, whose driver is compiled by {c_compiler()}"
 
 
 def lookup_on_cpu() -> str:

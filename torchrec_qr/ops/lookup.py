@@ -26,6 +26,7 @@ from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
+from torchrec_qr.ops.triton_compiler import load_driver
 
 # Of weights, in the kernels; others are PyTorch's.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +58,7 @@ def _backend(device: torch.device) -> ModuleType:
     # Here, since it imports Triton, which may be missing and is of no use on a CPU.
     from torchrec_qr.ops import triton
 
+    load_driver()
     return triton
 
 
