@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from launch.waits import Waits
 from torchrec_qr.distributed import checkpoint as resharding
 
 _WHOLE = "whole.json"
@@ -28,13 +29,16 @@ class Checkpoints:
     Model and optimizer state load under another plan and world size. ``by_rank`` state (random generators) is of use
     only where the world size is the same.
 
+    Ranks talk over the hosts' group, with its long time-out: one may write for minutes longer than another.
+
     Args:
         root: folder that all ranks see.
         kept: how many of the last ones.
+        waits: of the job.
     """
 
-    def __init__(self, root: Path, kept: int) -> None:
-        self._root, self._kept = root, kept
+    def __init__(self, root: Path, kept: int, waits: Waits) -> None:
+        self._root, self._kept, self._waits = root, kept, waits
 
     def latest(self) -> Path | None:
         """Returns the newest whole checkpoint. One that was being written when the job died has no ``whole.json``."""
@@ -48,23 +52,23 @@ class Checkpoints:
             CheckpointError: the disk is full, or the like; on every rank, with what each met.
         """
         target, part = self._root / f"step_{step}", self._root / f"part_{step}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        dist.barrier()
-        with _errors_of_dcp(f"cannot write {part}"):
-            dcp.save(without_empty(state), checkpoint_id=str(part / "state"))
-        torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
-        dist.barrier()  # whole only once every rank has written
-        if dist.get_rank() == 0:
-            with (part / _WHOLE).open("w") as f:
-                json.dump({**about, "step": step, "world_size": dist.get_world_size()}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
-            self._drop_old()
-        dist.barrier()
+        with self._waits.patient():
+            if dist.get_rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            self._waits.meet()
+            with _errors_of_dcp(f"cannot write {part}"):
+                dcp.save(without_empty(state), checkpoint_id=str(part / "state"), process_group=self._waits.group)
+            torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
+            self._waits.meet()  # whole only once every rank has written
+            if dist.get_rank() == 0:
+                with (part / _WHOLE).open("w") as f:
+                    json.dump({**about, "step": step, "world_size": dist.get_world_size()}, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                part.rename(target)
+                self._drop_old()
         return target
 
     @staticmethod
@@ -73,16 +77,16 @@ class Checkpoints:
         about: dict[str, Any] = json.loads((checkpoint / _WHOLE).read_text())
         return about
 
-    @staticmethod
-    def load(checkpoint: Path, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`.
 
         Raises:
             CheckpointError: it does not fit, or cannot be read; on every rank.
             ValueError: a table of the checkpoint has another meaning here.
         """
-        with _errors_of_dcp(f"cannot load {checkpoint}"):
-            resharding.load(without_empty(state), checkpoint_id=str(checkpoint / "state"))
+        with self._waits.patient(), _errors_of_dcp(f"cannot load {checkpoint}"):
+            state_folder = str(checkpoint / "state")
+            resharding.load(without_empty(state), checkpoint_id=state_folder, process_group=self._waits.group)
 
     @staticmethod
     def load_by_rank(checkpoint: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
-from launch.process_group import bound_waits
 from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
@@ -84,7 +83,6 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     planned = any(type(module) in shardable for module in task.modules())
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})
     model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
-    bound_waits()
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
     layers = {name: p for name, p in left.items() if name not in tables}

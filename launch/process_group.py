@@ -2,34 +2,52 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-# How long a rank waits for others, which may be compiling, or reading their first rows. One that is gone is noticed at
-# once, as its connections close; one whose network is gone only so.
-TIMEOUT = timedelta(seconds=120)
-
-
-def bound_waits() -> None:
-    """Gives `TIMEOUT` to groups that others have made, as TorchRec within and across nodes, in place of 30 minutes."""
-    for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(TIMEOUT, group)
+from launch.devices import check_started_by_launcher, compare_gpus, fill_environment, gpu_name, own_device
+from launch.sections import TrainSection
+from launch.waits import step_timeout
 
 
-def start_process_group() -> torch.device:
-    """Joins the ranks of the environment, of which this is the only one where there is none; returns its device."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+def start_process_group(train: TrainSection | None = None) -> torch.device:
+    """Joins the ranks of the environment, of which this is the only one where there is none; returns its device.
+
+    Args:
+        train: of the job, which may have a time-out.
+
+    Raises:
+        DeviceError: ranks and GPUs of a node do not fit together, or the ranks do not know of one another.
+    """
+    check_started_by_launcher(os.environ)
+    fill_environment()
+    device = own_device(os.environ)
+    timeout = step_timeout(train or TrainSection(), device)
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     else:
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        store, rank, world_size = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), 0, 1
+    store.set_timeout(timeout)
+    if device.type == "cuda":
+        compare_gpus(store, rank, world_size, gpu_name(device))
+    ranks = {"store": dist.PrefixStore("default_pg", store), "rank": rank, "world_size": world_size}
+    dist.init_process_group(**ranks, **group_arguments(device, timeout))
     return device
+
+
+def group_arguments(device: torch.device, timeout: timedelta) -> dict[str, Any]:
+    """Returns what ``init_process_group`` is told beside the ranks.
+
+    With the device, NCCL connects at once, so that a wrong mapping of ranks to GPUs is an error of the start, and a
+    barrier need not guess.
+
+    Example:
+        >>> group_arguments(torch.device("cuda", 3), timedelta(minutes=10))
+        {'backend': 'nccl', 'timeout': datetime.timedelta(seconds=600), 'device_id': device(type='cuda', index=3)}
+        >>> group_arguments(torch.device("cpu"), timedelta(minutes=2))
+        {'backend': 'gloo', 'timeout': datetime.timedelta(seconds=120)}
+    """
+    arguments: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timeout}
+    return arguments | ({"device_id": device} if device.type == "cuda" else {})

@@ -259,6 +259,11 @@ class TrainSection:
         grad_clip: greatest norm of the dense gradient.
         bf16: runs the dense layers in bfloat16, where the device can.
         tf32: allows TensorFloat-32 in matrix products.
+        timeout_minutes: how long a rank waits for the others in a step; default: 2 on CPUs (gloo), 10 on GPUs (NCCL).
+        slow_timeout_minutes: likewise, where ranks take very different times: opening data, building vocabularies,
+            planning, the first step, writing and loading checkpoints.
+        triton_cache: a folder in which each node keeps its compiled kernels in a folder of its own; ``~`` and variables
+            such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own, ``~/.triton/cache``.
     """
 
     name: str = "run"
@@ -275,6 +280,9 @@ class TrainSection:
     grad_clip: Annotated[float, Range(above=0)] | None = None
     bf16: bool = False
     tf32: bool = False
+    timeout_minutes: Annotated[float, Range(above=0)] | None = None
+    slow_timeout_minutes: Annotated[float, Range(above=0)] = 60.0
+    triton_cache: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):

@@ -5,8 +5,6 @@ import signal
 import torch
 import torch.distributed as dist
 
-from launch.process_group import TIMEOUT
-
 
 class Terminated(SystemExit):
     """SIGTERM came. Exit code 143, as a shell reports that signal."""
@@ -20,10 +18,13 @@ class Termination:
 
     The ranks' flags are reduced while the next step runs, on the host alone: no rank waits, and no device. So the
     decision comes a step late.
+
+    Args:
+        group: of all ranks, on gloo.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
         self._told = False
         self._flag = torch.zeros(1)
         self._reduced: dist.Work | None = None

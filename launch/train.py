@@ -24,6 +24,7 @@ from launch.run_folder import RunFolder
 from launch.tables import job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
+from launch.waits import Waits
 
 
 @record
@@ -32,30 +33,34 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     silence_the_stack()
     job = read_job(arguments.config, arguments.set)
-    device = start_process_group()
+    device = start_process_group(job.train)
+    waits = Waits(job.train, device)
     rank = dist.get_rank()
     random.seed(job.train.seed + rank)
     torch.manual_seed(job.train.seed + rank)
-    folder = RunFolder(Path(arguments.runs) / (arguments.name or job.train.name), rank)
-    dist.barrier()  # the folder is there
+    with waits.patient():  # at its end the folder is there
+        folder = RunFolder(Path(arguments.runs) / (arguments.name or job.train.name), rank)
     try:
-        _run(job, arguments, folder, Output(rank, arguments.quiet), device)
+        _run(job, arguments, folder, Output(rank, arguments.quiet), device, waits)
     finally:
         folder.close()
     dist.destroy_process_group()
 
 
-def _run(job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Output, device: torch.device) -> None:
+def _run(
+    job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Output, device: torch.device, waits: Waits
+) -> None:
     if folder.moved is not None:
         output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
-    tables = job_tables(job, Path(arguments.config).parent)
-    data = open_data(job, dist.get_rank(), dist.get_world_size())
+    with waits.patient():
+        tables = job_tables(job, Path(arguments.config).parent)
+        data = open_data(job, dist.get_rank(), dist.get_world_size())
     output.note(
         f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
     )
     model = build_model(job.model, tables, device)
-    trainer, test = trained(job, tables, model, data, folder, output, device, arguments.profile)
+    trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile)
     output.summary(
         [
             ("test AUC", f"{test.auc:.4f}"),
@@ -79,6 +84,7 @@ def trained(
     folder: RunFolder,
     output: Output,
     device: torch.device,
+    waits: Waits,
     profile: bool = False,
 ) -> tuple[Trainer, Quality]:
     """Trains ``model``, on tables ``tables``, to the end; returns the trainer and the quality on the test split.
@@ -87,11 +93,12 @@ def trained(
     """
     torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
     task = TrainTask(model, device, torch.bfloat16 if job.train.bf16 else None)
-    parallel = parallelize(task, job, device)
+    with waits.patient():
+        parallel = parallelize(task, job, device)
     folder.write_text("config.yaml", write_job(job))
     folder.write_text("plan.txt", output.tables(tables, parallel.plan))
     with profiled(folder.root, profile) as profiler:
-        trainer = Trainer(job, task, parallel, data, folder, output, device, profiler)
+        trainer = Trainer(job, task, parallel, data, folder, output, device, waits, profiler)
         checkpoint = trainer.resume()
         if checkpoint is not None:
             output.say(f"continues at step {trainer.step}, from {checkpoint}")

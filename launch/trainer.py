@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from launch.run_folder import RunFolder
 from launch.schedule import Schedule
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
+from launch.waits import Waits
+from torchrec_qr import raise_pending
 from torchrec_qr.schema import dump
 
 
@@ -37,6 +40,7 @@ class Trainer:
         folder: of the run.
         output: what a person sees.
         device: of this rank.
+        waits: of the job.
         profiler: is told of every step; default: none.
 
     Attributes:
@@ -52,14 +56,16 @@ class Trainer:
         folder: RunFolder,
         output: Output,
         device: torch.device,
+        waits: Waits,
         profiler: torch.profiler.profile | None = None,
     ) -> None:
         self._job, self._task, self._parallel, self._data = job, task, parallel, data
         self._folder, self._output, self._device, self._profiler = folder, output, device, profiler
-        self._checkpoints = Checkpoints(folder.checkpoints, kept=2)
-        self._best_checkpoint = Checkpoints(folder.best, kept=1)
+        self._waits = waits
+        self._checkpoints = Checkpoints(folder.checkpoints, kept=2, waits=waits)
+        self._best_checkpoint = Checkpoints(folder.best, kept=1, waits=waits)
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
-        self._termination = Termination()
+        self._termination = Termination(waits.group)
         self.step = 0
         self._epoch = 0
         self._batch = 0  # trained of this epoch
@@ -71,6 +77,7 @@ class Trainer:
         self._samples = 0
         self._seconds = self._waited = 0.0  # in training steps; of these, for data
         self._cpu_seconds = 0.0
+        self._stepped = False
 
     @property
     def samples_per_s(self) -> float:
@@ -91,12 +98,14 @@ class Trainer:
         """Runs to the end and returns the quality on the test split, of the step that validated best.
 
         Raises:
+            IndexError: an id outside of its table; on a GPU some steps late, but before anything is saved or reported.
             NonFiniteLossError: names the step, the learning rate, and the likely cause.
             Terminated: after SIGTERM, when a checkpoint has been written.
         """
         self._output.start(self._total_steps(), self.step)
         try:
             self._train_epochs()
+            raise_pending()
         finally:
             self._output.stop()
         if self._validated != self.step:
@@ -165,7 +174,9 @@ class Trainer:
             self._task.checks_loss = self._device.type == "cpu" or (self.step + 1) % train.log_every == 0
             started, cpu_started = time.perf_counter(), time.process_time()
             try:
-                predicted = pipeline.progress(batches)
+                # The first step compiles kernels, as long as it takes each rank.
+                with nullcontext() if self._stepped else self._waits.patient():
+                    predicted = pipeline.progress(batches)
             except StopIteration:
                 return
             except NonFiniteLossError as error:
@@ -173,6 +184,7 @@ class Trainer:
                 kept_text = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
                 text = f"step {self.step + 1}: {error}; the learning rate is {self._schedule.lr:g}; {kept_text}"
                 raise NonFiniteLossError(text) from None
+            self._stepped = True
             self._seconds += time.perf_counter() - started
             self._cpu_seconds += time.process_time() - cpu_started
             self.step, self._batch = self.step + 1, self._batch + 1
@@ -236,6 +248,7 @@ class Trainer:
                 _, predicted = model(batch.to(self._device))
                 predictions.add(*predicted)
         model.train()
+        raise_pending()
         return quality(*predictions.gather(self._device))
 
     def _done(self) -> bool:
@@ -249,6 +262,7 @@ class Trainer:
 
     def _save(self, to: Checkpoints | None = None) -> None:
         """Writes a checkpoint of this step; all ranks must call it."""
+        raise_pending()  # what a GPU has found wrong must not become a checkpoint
         about = {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -274,7 +288,7 @@ class Trainer:
         self._parallel.dense.init_state()
         self._parallel.dense.zero_grad()
         state = self._state()
-        Checkpoints.load(checkpoint, state)
+        self._checkpoints.load(checkpoint, state)
         self._parallel.model.load_state_dict(state["model"])
         self._parallel.sparse.load_state_dict(state["sparse"])
         self._parallel.dense.load_state_dict(state["dense"])

@@ -23,6 +23,7 @@ from launch.model import build_model
 from launch.run_folder import RunFolder
 from launch.tables import job_tables
 from launch.train import trained
+from launch.waits import Waits
 from torchrec_qr import CompositionalEmbeddingBagConfig
 from torchrec_qr.schema import load
 
@@ -46,10 +47,11 @@ def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) 
     opened = open_data(job, rank=0, world_size=1)
     collection = PoolFirstEmbeddingBagCollection if cell.method == "pool_first" else None
     model = build_model(job.model, configs, device, collection)
+    waits = Waits(job.train, device)
     with tempfile.TemporaryDirectory() as root:
         runs = RunFolder(Path(root) / "run", rank=0)
         try:
-            trainer, test = trained(job, configs, model, opened, runs, Output(rank=1, quiet=True), device)
+            trainer, test = trained(job, configs, model, opened, runs, Output(rank=1, quiet=True), device, waits)
         finally:
             runs.close()
         lines = [json.loads(line) for line in (runs.root / "metrics.jsonl").read_text().splitlines()]

@@ -60,8 +60,20 @@ class Ranks:
         return "\n".join(path.read_text() for path in self.outputs)
 
 
-def start(folder: Path, *arguments: str, world_size: int = 2, config: Path = DEMO, max_file_bytes: int = 0) -> Ranks:
-    """Starts the ranks of a job whose runs lie in ``folder``; ``max_file_bytes`` is as if the disk were that full."""
+def start(
+    folder: Path,
+    *arguments: str,
+    world_size: int = 2,
+    config: Path = DEMO,
+    max_file_bytes: int = 0,
+    prepare: Callable[[int], None] | None = None,
+) -> Ranks:
+    """Starts the ranks of a job whose runs lie in ``folder``.
+
+    Args:
+        max_file_bytes: as if the disk were that full.
+        prepare: called with the rank in each process, before the job.
+    """
     folder.mkdir(exist_ok=True, parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,7 +89,7 @@ def start(folder: Path, *arguments: str, world_size: int = 2, config: Path = DEM
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        target = (environment, argv, ranks.outputs[rank], max_file_bytes)
+        target = (environment, argv, ranks.outputs[rank], max_file_bytes, prepare)
         process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
         process.start()
         ranks.processes.append(process)
@@ -96,7 +108,13 @@ def with_set(*assignments: str) -> tuple[str, ...]:
     return tuple(f"--set={assignment}" for assignment in assignments)
 
 
-def _rank(environment: dict[str, str], argv: list[str], output: Path, max_file_bytes: int) -> None:
+def _rank(
+    environment: dict[str, str],
+    argv: list[str],
+    output: Path,
+    max_file_bytes: int,
+    prepare: Callable[[int], None] | None,
+) -> None:
     os.environ.update(environment)
     with output.open("w", buffering=1) as text:
         os.dup2(text.fileno(), 1)
@@ -110,6 +128,8 @@ def _rank(environment: dict[str, str], argv: list[str], output: Path, max_file_b
 
         torch.set_num_threads(1)
         try:
+            if prepare is not None:
+                prepare(int(environment["RANK"]))
             main(argv)
         except Exception:
             traceback.print_exc()

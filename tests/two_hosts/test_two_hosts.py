@@ -13,13 +13,13 @@ from hosts import Host, two_hosts
 from run_metrics import metrics
 from torchx_job import SMALL, SMALL_STEPS, started
 
-from launch.process_group import TIMEOUT
+from launch.waits import GLOO_TIMEOUT
 
 pytestmark = pytest.mark.timeout(600)
 
 Hosts = tuple[Host, Host]
 # Beyond the time-out of a collective: what torchrun takes to end what is left.
-AT_MOST_S = TIMEOUT.total_seconds() + 60
+AT_MOST_S = GLOO_TIMEOUT.total_seconds() + 60
 
 
 @pytest.fixture(scope="module")
