@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
-from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
@@ -20,10 +18,12 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
+from launch.out_of_memory import bytes_on_rank, tables_named
 from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
+from launch.topology import planned_topology
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
-from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner
 
 _FUSED: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
@@ -44,11 +44,12 @@ _DENSE: dict[str, Any] = {
 @dataclass(frozen=True)
 class Parallel:
     """A model on its ranks, its plan, and its optimizers: of embeddings, which are fused but for TorchRec's own
-    data-parallel tables, and of all else.
+    data-parallel tables, and of all else. ``held``: bytes of values of each table on this rank.
     """
 
     model: DistributedModelParallel
     plan: ShardingPlan
+    held: dict[str, int]
     sparse: KeyedOptimizer
     dense: KeyedOptimizer
 
@@ -62,7 +63,8 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
 
     Raises:
         PlannerError: no plan fits.
-        ValueError: a parameter that no optimizer steps, or two do.
+        ValueError: a parameter that no optimizer steps, or two do; a card with less memory than the config names.
+        OutOfMemoryError: torch's; names the tables of this rank, and what would fit.
     """
     rule = job.optimizer.sparse
     fused_params = {**_FUSED[rule.name], "learning_rate": rule.lr, "eps": rule.eps}
@@ -71,7 +73,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
     ]
     planner = CompositionalEmbeddingShardingPlanner(
-        topology=_topology(job, device),
+        topology=planned_topology(job, device),
         batch_size=job.train.batch_size,
         constraints=job.planner.parameter_constraints(),
         ranks={name: c.ranks for name, c in job.planner.constraints.items() if c.ranks is not None},
@@ -82,7 +84,9 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     shardable = {sharder.module_type for sharder in sharders}
     planned = any(type(module) in shardable for module in task.modules())
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})
-    model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
+    held = bytes_on_rank(task, plan, dist.get_rank())
+    with tables_named("placing the model", held, device):
+        model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
     layers = {name: p for name, p in left.items() if name not in tables}
@@ -91,18 +95,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     if job.train.grad_clip is not None:
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
     optimizer_of_each_parameter(model, [*of_tables, dense])
-    return Parallel(model, plan, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
-
-
-def _topology(job: Job, device: torch.device) -> Topology | None:
-    """That of the job's planner section where it names the device that this is; None: as the planner finds it."""
-    name = job.planner.device
-    if name is None or hardware_named(name).compute_device != device.type:
-        name = "cpu" if device.type == "cpu" and job.planner.hbm_gib is not None else None
-    if name is None:
-        return None
-    world_size = dist.get_world_size()
-    return hardware_named(name).topology(world_size, get_local_size(world_size), job.planner.hbm_gib)
+    return Parallel(model, plan, held, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

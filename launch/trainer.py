@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from launch.config import Job
 from launch.console import Output
 from launch.data.loader import Batches, Data
 from launch.metrics import Predictions, Quality, quality
+from launch.out_of_memory import tables_named
 from launch.parallel import Parallel
 from launch.run_folder import RunFolder
 from launch.schedule import Schedule
@@ -175,7 +176,8 @@ class Trainer:
             started, cpu_started = time.perf_counter(), time.process_time()
             try:
                 # The first step compiles kernels, as long as it takes each rank.
-                with nullcontext() if self._stepped else self._waits.patient():
+                patient = nullcontext() if self._stepped else self._waits.patient()
+                with patient, self._memory(f"step {self.step + 1}"):
                     predicted = pipeline.progress(batches)
             except StopIteration:
                 return
@@ -243,13 +245,16 @@ class Trainer:
         model = self._parallel.model
         model.eval()
         predictions = Predictions()
-        with torch.no_grad(), batches:
+        with self._memory(f"evaluating at step {self.step}"), torch.no_grad(), batches:
             for batch in batches:
                 _, predicted = model(batch.to(self._device))
                 predictions.add(*predicted)
         model.train()
         raise_pending()
         return quality(*predictions.gather(self._device))
+
+    def _memory(self, doing: str) -> AbstractContextManager[None]:
+        return tables_named(doing, self._parallel.held, self._device)
 
     def _done(self) -> bool:
         most, patience = self._job.train.max_steps, self._job.train.patience
@@ -285,10 +290,11 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> None:
         # An optimizer may make its state at its first step: until then there is nothing to load into.
-        self._parallel.dense.init_state()
-        self._parallel.dense.zero_grad()
-        state = self._state()
-        self._checkpoints.load(checkpoint, state)
+        with self._memory(f"loading {checkpoint}"):
+            self._parallel.dense.init_state()
+            self._parallel.dense.zero_grad()
+            state = self._state()
+            self._checkpoints.load(checkpoint, state)
         self._parallel.model.load_state_dict(state["model"])
         self._parallel.sparse.load_state_dict(state["sparse"])
         self._parallel.dense.load_state_dict(state["dense"])

@@ -21,7 +21,7 @@ from torchrec_qr.distributed.shard_run import FeatureRange, runs_of
 from torchrec_qr.distributed.shards import is_replicated, stored_shards
 from torchrec_qr.distributed.update_rules import update_rule
 from torchrec_qr.ops.lookup import available
-from torchrec_qr.ops.memory import zeros
+from torchrec_qr.ops.out_of_memory import named_zeros
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):
@@ -60,7 +60,8 @@ class Replicas(nn.Module):
                 if not is_replicated(config, j, sharding_type):
                     continue
                 size = (rows, config.partition_columns[j])
-                p = nn.Parameter(zeros(size, DTYPES[config.partition_data_types[j]], device))
+                what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
+                p = nn.Parameter(named_zeros(what, size, dtype, device))
                 self.parameters_of[config.name, j] = p
                 self._names[p] = f"{config.name}.partition_{j}"
                 stored.append(StoredPartition(self._names[p], size, [p]))
@@ -162,7 +163,8 @@ class CompositionalKernel(BaseEmbedding):
             if not here:
                 continue
             sizes = [tuple(shard.shard_sizes) for _, shard in here]
-            flat = zeros(sum(a * b for a, b in sizes), DTYPES[config.partition_data_types[j]], device)
+            what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
+            flat = named_zeros(what, sum(a * b for a, b in sizes), dtype, device)
             exposed = nn.Parameter(flat.view(-1, sizes[0][1]) if len({b for _, b in sizes}) == 1 else flat)
             starts = [0, *accumulate(a * b for a, b in sizes)]
             pieces = [flat[start : start + a * b].view(a, b) for start, (a, b) in zip(starts, sizes, strict=False)]

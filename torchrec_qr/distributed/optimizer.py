@@ -15,7 +15,7 @@ from torchrec_qr.distributed.update_rules import UpdateRule
 from torchrec_qr.ops.arguments import RULES
 from torchrec_qr.ops.cpu_structs import MAX_WIDTH
 from torchrec_qr.ops.lookup import available, step_rows
-from torchrec_qr.ops.memory import zeros
+from torchrec_qr.ops.out_of_memory import named_zeros
 
 
 @dataclass
@@ -76,7 +76,9 @@ class RowOptimizer(FusedOptimizer):
         local: dict[str, list[Tensor]] = {name: [] for name in self.rule.state_shapes(0, 0)}
         for tensor in p.tensors:
             shapes = self.rule.state_shapes(tensor.shape[0], tensor.shape[1])
-            own = {name: zeros(shape, torch.float32, tensor.device) for name, shape in shapes.items()}
+            table, _, j = p.name.rpartition(".partition_")
+            what = f"table {table!r}, state of partition {j}"
+            own = {name: named_zeros(what, shape, torch.float32, tensor.device) for name, shape in shapes.items()}
             self._state_of[tensor] = own
             for name, value in own.items():
                 local[name].append(value)

@@ -1,0 +1,118 @@
+"""Memory that does not suffice: which tables lie on this rank, and what would fit."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+
+from torchrec_qr import CompositionalEmbeddingBagConfig
+from torchrec_qr.configs import DTYPES
+from torchrec_qr.distributed.shards import stored_shards
+from torchrec_qr.ops.out_of_memory import bytes_wanted, free_text, in_units, is_out_of_memory
+
+_SHOWN = 5
+_WOULD_FIT = (
+    "more ranks; other sharding types or ranks of the largest tables (planner.constraints); fewer rows of them "
+    "(partitions with more compression, or num_embeddings); a smaller train.batch_size. `torchrec-qr plan --config "
+    "FILE --topology NxM --device NAME --fit` finds the least compression that fits, without a GPU"
+)
+
+
+@contextmanager
+def tables_named(doing: str, held: Mapping[str, int], device: torch.device) -> Iterator[None]:
+    """Adds to an error of memory what this rank holds and what would fit.
+
+    Args:
+        doing: what the rank is at.
+        held: bytes of values per table of this rank; see `bytes_on_rank`.
+        device: of this rank.
+
+    Raises:
+        OutOfMemoryError: torch's, also for a CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        text = described(doing, error, held, f"{device}, which has {free_text(device)} free")
+        raise torch.OutOfMemoryError(f"rank {dist.get_rank()}, {text}") from error
+
+
+def described(doing: str, error: BaseException, held: Mapping[str, int], place: str) -> str:
+    """Returns the message.
+
+    Example:
+        >>> error = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB")
+        >>> held = {"t_country": 2**20, "t_user": 60 * 2**30}
+        >>> print(described("step 3", error, held, "cuda:0, which has 1.2 GiB free"))  # doctest: +ELLIPSIS
+        step 3: out of memory: 2.00 GiB wanted of cuda:0, which has 1.2 GiB free. Tables of this rank, largest first,
+        values alone: t_user 60.0 GiB, t_country 1.0 MiB; in all 60.0 GiB. What would fit: more ranks; ...
+    """
+    largest = sorted(held.items(), key=lambda item: -item[1])
+    tables = ", ".join(f"{name} {in_units(size)}" for name, size in largest[:_SHOWN]) or "none"
+    if rest := largest[_SHOWN:]:
+        tables += f", and {len(rest)} more"
+    return (
+        f"{doing}: out of memory: {_cause(error)}{bytes_wanted(error) or 'memory'} wanted of {place}. Tables of this "
+        f"rank, largest first, values alone: {tables}; in all {in_units(sum(held.values()))}. What would fit: "
+        f"{_WOULD_FIT}"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The table, where the library has named it."""
+    text = str(error)
+    return f"{text.partition(':')[0]}, " if text.startswith("table ") else ""
+
+
+def bytes_on_rank(task: nn.Module, plan: ShardingPlan, rank: int) -> dict[str, int]:
+    """Returns the bytes of values of each table that a rank stores under a plan. What no plan places is replicated."""
+    shardings: dict[str, ParameterSharding] = {}
+    for of_module in plan.plan.values():
+        assert isinstance(of_module, EmbeddingModuleShardingPlan)
+        shardings.update(of_module)
+    out: dict[str, int] = {}
+    for table in _tables(task):
+        sharding = shardings.get(table.name)
+        spec = None if sharding is None else sharding.sharding_spec
+        shards = spec.shards if isinstance(spec, EnumerableShardingSpec) else None
+        sharding_type = "data_parallel" if sharding is None or shards is None else sharding.sharding_type
+        out[table.name] = _bytes_of(table, sharding_type, shards or [], rank)
+    return out
+
+
+def _tables(module: nn.Module) -> list[EmbeddingBagConfig]:
+    """Those of the outermost collections: feature generation has one within, of the partitions."""
+    if isinstance(module, EmbeddingBagCollectionInterface):
+        return module.embedding_bag_configs()
+    return [table for child in module.children() for table in _tables(child)]
+
+
+def _bytes_of(table: EmbeddingBagConfig, sharding_type: str, shards: list[Any], rank: int) -> int:
+    if not isinstance(table, CompositionalEmbeddingBagConfig):
+        values = table.num_embeddings * table.embedding_dim
+        if sharding_type != "data_parallel":
+            values = _values(shards, rank)
+        return values * DTYPES[table.data_type].itemsize
+    total = 0
+    for j, (rows, columns) in enumerate(zip(table.partitions.sizes, table.partition_columns, strict=True)):
+        of_partition = stored_shards(table, j, sharding_type, shards)
+        values = rows * columns if of_partition is None else _values(of_partition, rank)
+        total += values * DTYPES[table.partition_data_types[j]].itemsize
+    return total
+
+
+def _values(shards: list[Any], rank: int) -> int:
+    return sum(s.shard_sizes[0] * s.shard_sizes[1] for s in shards if s.placement.rank() == rank)
