@@ -6,6 +6,7 @@ ptxas-blackwell from sm_90 or from sm_100 on. It is asked of Triton, and the tar
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def cases(width: int) -> list[Case]:
         Case(forward.weights_gradient, _of(width, **heavy), "weights_gradient"),
         Case(occurrences.keys_of_ids, _of(width, TARGET=1, LANES=128, CODED=True), "keys_of_ids"),
         Case(occurrences.chunks_of_keys, {"BLOCK": 256}, "chunks_of_keys"),
-        Case(sums.sum_chunks, _of(width, TARGET=3, **heavy), "sum_chunks"),
+        Case(sums.sum_chunks, _of(width, TARGET=3, **heavy, **run._chunk_tile(width)), "sum_chunks"),
         Case(sums.sum_supers, cut, "sum_supers"),
         Case(sums.sum_runs, cut, "sum_runs"),
     ]
@@ -114,6 +115,22 @@ def test_compiles_without_spills(case: Case, architecture: int, tmp_path: Path) 
     ptx = compiled(case, architecture).asm["ptx"]
     stack, registers = spills(ptx, architecture, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in stack, registers
+
+
+NARROW = [
+    pytest.param(width, mult, weighted, pooled, id=f"{width}-{'mult' if mult else 'add'}-{'w' * weighted}{pooled}")
+    for i, width in enumerate((4, 8, 12, 16, 32))
+    for j, (mult, weighted, pooled) in enumerate(product((True, False), repeat=3))
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("width", "mult", "weighted", "pooled"), NARROW)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_of_narrow_rows_compile(width: int, mult: bool, weighted: bool, pooled: bool, architecture: int) -> None:
+    """With more lanes than the launch takes, which is what narrow rows would have, they do not."""
+    form = {"MULT": mult, "WEIGHTED": weighted, "POOLED": pooled, "TARGET": 1, **run._chunk_tile(width)}
+    assert compiled(Case(sums.sum_chunks, _of(width, **form), ""), architecture).asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", [forward.forward, sums.sum_chunks], ids=["forward", "sum_chunks"])

@@ -88,6 +88,16 @@ def _tile(width: int) -> dict[str, int]:
     return {"LANES": max(1, min(64, 1024 // block)), "BLOCK_D": block}
 
 
+def _chunk_tile(width: int) -> dict[str, int]:
+    """`_tile` of `sum_chunks`, of at most 16 lanes.
+
+    Do not take more, because Triton 3.6.0 and 3.7.1 then fail to compile its loop for some tables: a pass that removes
+    conversions of layouts leaves a load with a mask of another layout.
+    """
+    tile = _tile(width)
+    return {**tile, "LANES": min(tile["LANES"], 16)}
+
+
 def _out_align(d: Descriptors) -> int:
     """Floats at whose multiples every entry's columns begin."""
     return gcd(WIDEST_READ // 4, *(width for of in d.shapes for width in of.widths))
@@ -211,7 +221,7 @@ def sum_rows(
         BLOCK=256,
     )
     for group, target in _targets(d, number):
-        tile = _tile(group.kernel.WIDTH)
+        tile = _chunk_tile(group.kernel.WIDTH)
         sum_chunks[(triton.cdiv(capacity, tile["LANES"]),)](
             *(sums, out_gradient, batch.ids, batch.offsets, batch.weights, order, bag_of, starts, entry_of_chunk),
             *(chunk_numbers, entry_of, d.entries, batch.flat_starts),
