@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import random
 import warnings
 from pathlib import Path
@@ -24,7 +25,9 @@ from launch.run_folder import RunFolder
 from launch.tables import job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
+from launch.triton_cache import cache_named, use_node_cache
 from launch.waits import Waits
+from torchrec_qr.distributed.warm_up import warm_up
 
 
 @record
@@ -33,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     silence_the_stack()
     job = read_job(arguments.config, arguments.set)
+    use_node_cache(job.train.triton_cache, os.environ)
     device = start_process_group(job.train)
     waits = Waits(job.train, device)
     rank = dist.get_rank()
@@ -95,6 +99,8 @@ def trained(
     task = TrainTask(model, device, torch.bfloat16 if job.train.bf16 else None)
     with waits.patient():
         parallel = parallelize(task, job, device)
+        with cache_named():
+            warm_up(parallel.model)
     folder.write_text("config.yaml", write_job(job))
     folder.write_text("plan.txt", output.tables(tables, parallel.plan))
     with profiled(folder.root, profile) as profiler:

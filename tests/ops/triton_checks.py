@@ -10,8 +10,10 @@ from torch import Tensor
 from torchrec_qr.ops import cpu, triton
 from torchrec_qr.ops.arguments import GRADIENT, NOTHING, RULES, Batch, Gradients, num_states
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode
+from torchrec_qr.ops.lookup import Lookup
 from torchrec_qr.ops.triton_kernels import run
 from torchrec_qr.ops.triton_kernels.tables import Partition, Stored, Table, describe
+from torchrec_qr.ops.warm_up import launch_every_kernel
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -> None:
@@ -233,3 +235,20 @@ def nothing_to_look_up() -> None:
         assert torch.equal(out, torch.zeros(shape))
         gradient, _ = triton.propagate(out, [weight], [], batch, tables.layout, "t", rule, False)
         assert torch.equal(gradient, torch.zeros(5, 4))
+
+
+def a_warm_up_changes_nothing() -> None:
+    """Of weights, states and marks; nor is a word said of ids that the table may lack."""
+    for rule, number in RULES.items():
+        for pooled in (True, False):
+            weights, layout, _, _ = two_tables()
+            shapes = [w.shape[:1] if rule == "rowwise_adagrad" else w.shape for w in weights[:3]]
+            states = [torch.full(s, 0.5) for s in shapes for _ in range(num_states(number))]
+            touched = [torch.zeros(len(w), dtype=torch.uint8) for w in weights]
+            steps = Gradients([number] * 3 + [GRADIENT], states, [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, -1.0] * 4, touched)
+            held = [*weights, *states, *touched]
+            before = [t.clone() for t in held]
+            launch_every_kernel(Lookup(layout, ["a", "b"], []), weights, steps, pooled, weighted=True)
+            assert all(map(torch.equal, held, before)), rule
+    weight, empty = torch.ones(2, 4), encode([TableLayout("add", (PartitionLayout(4, 1, 2),), num_ids=0)])
+    launch_every_kernel(Lookup(empty, ["t"], []), [weight], Gradients([GRADIENT], [], [0.0] * 7, []), True, False)

@@ -91,6 +91,11 @@ class Replicas(nn.Module):
         # Not in place: under ``add`` the sibling partitions have the same tensor as their gradient.
         return grad * self.gradient_scale
 
+    def warm_up(self) -> None:
+        """Has the kernels that step the parameters compiled, where they run on a GPU."""
+        for p, optimizer in self.optimizer_of.items():
+            optimizer.warm_up(p)
+
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         for p, name in self._names.items():
             optimizer = self.optimizer_of.get(p)
@@ -205,6 +210,12 @@ class CompositionalKernel(BaseEmbedding):
             else:
                 outputs += run.in_pytorch(part, self.replicas)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
+
+    def warm_up(self, replicas: ReplicatedPartitions) -> None:
+        """Has the kernels of a step compiled, where they run on a GPU."""
+        for run in self._runs:
+            if run.has_kernels:
+                run.warm_up(replicas, self._config.is_weighted)
 
     def uses(self) -> set[tuple[str, int]]:
         """The partitions, by table and number, that the output depends on."""

@@ -13,7 +13,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
 from torchrec_qr.ops.arguments import RULES
-from torchrec_qr.ops.cpu_structs import MAX_WIDTH
+from torchrec_qr.ops.cpu_structs import HYPER, MAX_WIDTH
 from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.out_of_memory import named_zeros
 
@@ -127,6 +127,17 @@ class RowOptimizer(FusedOptimizer):
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
         t = self._advance(tensor)
         return RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
+
+    def kernel_rule(self, tensor: Tensor) -> tuple[int, list[Tensor]]:
+        """The number of the rule, and the state of a stored tensor, without a step."""
+        return RULES[self.rule.name], list(self._state_of[tensor].values())
+
+    def warm_up(self, tensor: Tensor) -> None:
+        """Has the step of a replicated partition compiled, where a GPU takes it."""
+        if tensor.is_cuda and self._has_kernels(tensor):
+            rows, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
+            _, states = self.kernel_rule(tensor)
+            step_rows(tensor.data, rows, gradients, self.rule.name, states, [0.0] * len(HYPER))
 
     def _advance(self, tensor: Tensor) -> int:
         if tensor not in self._count_of:

@@ -12,6 +12,7 @@ from torchrec_qr.ops.arguments import GRADIENT, Gradients
 from torchrec_qr.ops.cpu_structs import HYPER
 from torchrec_qr.ops.layout import encode
 from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.warm_up import warm_up
 
 _NO_STEP: tuple[int, list[Tensor], list[float]] = (GRADIENT, [], [0.0] * len(HYPER))
 
@@ -60,9 +61,7 @@ class ShardRun:
 
     def in_kernels(self, features: FeatureRange, replicas: ReplicatedPartitions) -> Tensor:
         """Returns (B, ΣD), or for sequences the (N, D) of all features end to end, flat."""
-        maps = [shard.class_map for shard in self._shards if shard.class_map is not None]
-        tables = Lookup(self._layout, [shard.name for shard in self._shards], maps)
-        weights = [weight for shard in self._shards for weight in shard.weights(replicas)]
+        tables, weights = self._tables(), self._weights(replicas)
         offsets = features.feature_offsets if self._sequence else features.bag_offsets
 
         def steps() -> Gradients:
@@ -82,6 +81,25 @@ class ShardRun:
                     outputs.append(shard.sum(ids, offsets, weights, replicas))
         return outputs
 
+    def warm_up(self, replicas: ReplicatedPartitions, weighted: bool) -> None:
+        """Has the kernels of a lookup and of its step compiled, where they run on a GPU."""
+        steps = Gradients([], [], [], [])
+        for shard in self._shards:
+            for step, touched in zip(shard.steps(), shard.touched(replicas), strict=True):
+                rule, states = (GRADIENT, []) if step is None else step[0].kernel_rule(step[1])
+                steps.rules.append(rule)
+                steps.states.extend(states)
+                steps.hyper.extend(_NO_STEP[2])
+                steps.touched.append(_mask(touched))
+        warm_up(self._tables(), self._weights(replicas), steps, not self._sequence, weighted)
+
+    def _tables(self) -> Lookup:
+        maps = [shard.class_map for shard in self._shards if shard.class_map is not None]
+        return Lookup(self._layout, [shard.name for shard in self._shards], maps)
+
+    def _weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
+        return [weight for shard in self._shards for weight in shard.weights(replicas)]
+
     def _steps(self, replicas: ReplicatedPartitions) -> Gradients:
         out = Gradients([], [], [], [])
         for shard in self._shards:
@@ -93,8 +111,12 @@ class ShardRun:
                 out.rules.append(rule)
                 out.states.extend(states)
                 out.hyper.extend(numbers)
-                out.touched.append(torch.empty(0, dtype=torch.uint8) if touched is None else touched)
+                out.touched.append(_mask(touched))
         return out
+
+
+def _mask(touched: Tensor | None) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8) if touched is None else touched
 
 
 def runs_of(shards: list[LocalShard], sequence: bool) -> list[ShardRun]:

@@ -77,6 +77,15 @@ class _CompositionalLookup:
             out = out + weights[i][:0].sum()
         return out
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Has the kernels of a step compiled, where they run on a GPU; see `torchrec_qr.distributed.warm_up`."""
+        replicas = self._replicas()
+        weights = {key: p.detach() for key, p in replicas.parameters_of.items()}
+        for kernel in self.kernels():
+            kernel.warm_up(ReplicatedPartitions(weights, replicas.touched_of))
+        replicas.warm_up()
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

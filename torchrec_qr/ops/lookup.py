@@ -53,8 +53,11 @@ def _has_triton() -> bool:
 
 
 def _backend(device: torch.device) -> ModuleType:
-    if device.type == "cpu":
-        return cpu
+    return cpu if device.type == "cpu" else gpu_kernels()
+
+
+def gpu_kernels() -> ModuleType:
+    """Returns `torchrec_qr.ops.triton`, once Triton can launch."""
     # Here, since it imports Triton, which may be missing and is of no use on a CPU.
     from torchrec_qr.ops import triton
 

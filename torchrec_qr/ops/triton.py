@@ -88,6 +88,24 @@ def unique_gradients(
         return [run.unique_rows(call.descriptors, sums, i) for i in range(len(weights))]
 
 
+def launch_every_kernel(
+    weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layout: list[int], names: str, gradients: Gradients
+) -> None:
+    """Launches every kernel of `look_up` and `propagate`, so that they are compiled.
+
+    Nothing is changed, and nothing is said of ids that the tables lack: the rows to step are none, and the verdict on
+    the batch is dropped.
+    """
+    with _current(weights[0].device):
+        call = _Call(weights, class_maps, batch, layout, names)
+        out_gradient = torch.zeros_like(run.look_up(call.descriptors, call.batch))
+        if batch.weights is not None:
+            run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
+        sums = call.row_sums(out_gradient, [rule != NOTHING for rule in gradients.rules])
+        none = [own._replace(rows=torch.full_like(own.rows, -1)) for own in sums]
+        run.step_weights(weights, none, _steps(weights, gradients))
+
+
 def step_rows(
     weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
 ) -> None:

@@ -1,0 +1,42 @@
+"""Warming up a sharded model changes nothing of it; on a CPU it compiles nothing either."""
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from ranks import run_ranks
+from sharded_model import shard, state_of, tables, train, unsharded, weights_of
+
+from torchrec_qr.distributed import shard_run
+from torchrec_qr.distributed.warm_up import warm_up
+
+PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+
+
+def warm_up_between_steps(rank: int, world_size: int, optimizer: EmbOptimType) -> int:
+    calls = 0
+    for plan in PLANS:
+        models = [shard(tables(), plan, optimizer, values=unsharded(tables())) for _ in range(2)]
+        given = []
+        told, shard_run.warm_up = shard_run.warm_up, lambda *call, given=given: given.append(call)
+        warm_up(models[0])
+        shard_run.warm_up = told
+        calls += len(given)
+        for lookup, weights, steps, pooled, weighted in given:
+            assert pooled
+            assert not weighted
+            assert len(steps.rules) == len(weights) == len(steps.touched) == len(steps.hyper) // 7
+            assert len(lookup.names) <= len(weights)
+        for step in range(2):
+            warm_up(models[0])
+            for model in models:
+                train(model, tables(), range(step, step + 1))
+        for of in (weights_of, state_of):  # the number of Adam's steps among them
+            warmed, plain = map(of, models)
+            for name, value in plain.items():
+                assert torch.equal(warmed[name], value), f"{plan}: {name}"
+    return calls
+
+
+@pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.ADAM], ids=str)
+def test_a_warm_up_changes_nothing(optimizer: EmbOptimType) -> None:
+    assert all(run_ranks(warm_up_between_steps, 2, optimizer))

@@ -1,0 +1,40 @@
+"""After the warm-up, the steps of a job compile nothing. None of this needs a GPU: see `warm_up_case`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.timeout(300)
+CASE = Path(__file__).parent / "warm_up_case.py"
+KERNELS = ["chunks_of_keys", "forward", "keys_of_ids", "step_rows", "sum_chunks", "sum_runs", "sum_supers"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "pooling", "weights"),
+    [
+        ("adagrad", "float32", "pooled", "plain"),
+        ("adam", "bfloat16", "pooled", "weighted"),
+        ("rowwise_adagrad", "float16", "sequences", "plain"),
+    ],
+)
+def test_steps_compile_nothing_after_the_warm_up(
+    rule: str, dtype: str, pooling: str, weights: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(CASE), rule, dtype, pooling, weights],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert compiled["steps"] == []
+    assert compiled["warm_up"] == sorted([*KERNELS, *(["weights_gradient"] if weights == "weighted" else [])])
