@@ -75,6 +75,8 @@ def dlrm(
         python: the Python that runs the job; by default the one that runs TorchX, and in an image its ``python``
     """
     _check_config(config)
+    if "://" in runs:
+        raise ComponentValidationException(f"--runs {runs}: a URL; allowed: a folder that all nodes see")
     command = ["launch.train", "--config", config, "--runs", runs, *args]
     node = _resource(h, cpu, gpu, memMB)
     role = _role("dlrm", command, j, node, image, env, max_retries, mounts, rdzv_port, python)

@@ -131,10 +131,24 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set model.embedding_dim=32"
     )
     parser.add_argument("--name", help="the run's folder in --runs; default: train.name of the config")
-    parser.add_argument("--runs", default="runs", help="where run folders lie (default: %(default)s)")
+    parser.add_argument(
+        "--runs",
+        type=_folder,
+        default="runs",
+        help="the folder of run folders, which all nodes see (default: %(default)s)",
+    )
     parser.add_argument("--profile", action="store_true", help="write a Chrome trace of some steps, one file per rank")
     parser.add_argument("--quiet", action="store_true", help="print validations and the summary alone")
     return parser
+
+
+def _folder(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL; allowed: a folder that all nodes see. A program of your own writes checkpoints to URLs, "
+            "by torchrec_qr.distributed.async_checkpoint"
+        )
+    return text
 
 
 if __name__ == "__main__":

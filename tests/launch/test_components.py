@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,16 @@ def test_the_config_goes_along_with_the_workspace(workspace: Path) -> None:
         assert message.startswith(
             f"--config {config}: not in the copy of the workspace that goes to the cluster; allowed"
         )
+
+
+def test_a_url_is_no_folder_of_runs() -> None:
+    expected = "--runs s3://bucket/runs: a URL; allowed: a folder that all nodes see"
+    assert refusal("local_cwd", "dlrm", *DEMO, "--runs", "s3://bucket/runs") == expected
+    command = [sys.executable, "-m", "launch.train", *DEMO, "--runs", "s3://bucket/runs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "argument --runs: s3://bucket/runs is a URL; allowed: a folder that all nodes see." in done.stderr
+    assert not Path("s3:").exists()
 
 
 def test_results_do_not_go_with_a_container() -> None:
