@@ -1,4 +1,4 @@
-"""The commands of README and docs/launch.md are ones that the components take."""
+"""The commands of README, docs/launch.md and docs/cluster.md are ones that the components take."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ import pytest
 from torchx_job import ROOT, dryrun
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "launch.md")
+CLUSTER = ROOT / "docs" / "cluster.md"
 
 
 def commands(page: Path) -> list[str]:
@@ -17,7 +18,7 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if "launch/components.py:" in line]
 
 
-@pytest.mark.parametrize("command", [line for page in PAGES for line in commands(page)])
+@pytest.mark.parametrize("command", [line for page in (*PAGES, CLUSTER) for line in commands(page)])
 def test_the_component_takes_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
