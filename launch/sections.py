@@ -261,7 +261,7 @@ class TrainSection:
         tf32: allows TensorFloat-32 in matrix products.
         timeout_minutes: how long a rank waits for the others in a step; default: 2 on CPUs (gloo), 10 on GPUs (NCCL).
         slow_timeout_minutes: likewise, where ranks take very different times: opening data, building vocabularies,
-            planning, the first step, writing and loading checkpoints.
+            planning, the first step of a pass over a split, writing and loading checkpoints.
         triton_cache: a folder in which each node keeps its compiled kernels in a folder of its own; ``~`` and variables
             such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own, ``~/.triton/cache``.
     """

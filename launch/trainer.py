@@ -78,7 +78,6 @@ class Trainer:
         self._samples = 0
         self._seconds = self._waited = 0.0  # in training steps; of these, for data
         self._cpu_seconds = 0.0
-        self._stepped = False
 
     @property
     def samples_per_s(self) -> float:
@@ -168,16 +167,14 @@ class Trainer:
                     self._validate()
 
     def _steps(self, pipeline: Any, batches: Batches) -> Iterator[Predicted]:
-        train = self._job.train
+        train, first = self._job.train, True
         while True:
             self._schedule.set(self.step)
             # Free on a CPU; elsewhere only where the host waits for the device anyway.
             self._task.checks_loss = self._device.type == "cpu" or (self.step + 1) % train.log_every == 0
             started, cpu_started = time.perf_counter(), time.process_time()
             try:
-                # The first step compiles kernels, as long as it takes each rank.
-                patient = nullcontext() if self._stepped else self._waits.patient()
-                with patient, self._memory(f"step {self.step + 1}"):
+                with self._patient_at(first), self._memory(f"step {self.step + 1}"):
                     predicted = pipeline.progress(batches)
             except StopIteration:
                 return
@@ -186,7 +183,7 @@ class Trainer:
                 kept_text = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
                 text = f"step {self.step + 1}: {error}; the learning rate is {self._schedule.lr:g}; {kept_text}"
                 raise NonFiniteLossError(text) from None
-            self._stepped = True
+            first = False
             self._seconds += time.perf_counter() - started
             self._cpu_seconds += time.process_time() - cpu_started
             self.step, self._batch = self.step + 1, self._batch + 1
@@ -246,12 +243,17 @@ class Trainer:
         model.eval()
         predictions = Predictions()
         with self._memory(f"evaluating at step {self.step}"), torch.no_grad(), batches:
-            for batch in batches:
-                _, predicted = model(batch.to(self._device))
+            for i, batch in enumerate(batches):
+                with self._patient_at(i == 0):
+                    _, predicted = model(batch.to(self._device))
                 predictions.add(*predicted)
         model.train()
         raise_pending()
         return quality(*predictions.gather(self._device))
+
+    def _patient_at(self, first: bool) -> AbstractContextManager[None]:
+        """Kernels are compiled in the first step of a pass, and rows sought, as long as it takes each rank."""
+        return self._waits.patient() if first else nullcontext()
 
     def _memory(self, doing: str) -> AbstractContextManager[None]:
         return tables_named(doing, self._parallel.held, self._device)
