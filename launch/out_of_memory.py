@@ -58,7 +58,7 @@ def described(doing: str, error: BaseException, held: Mapping[str, int], place: 
         >>> held = {"t_country": 2**20, "t_user": 60 * 2**30}
         >>> print(described("step 3", error, held, "cuda:0, which has 1.2 GiB free"))  # doctest: +ELLIPSIS
         step 3: out of memory: 2.00 GiB wanted of cuda:0, which has 1.2 GiB free. Tables of this rank, largest first,
-        values alone: t_user 60.0 GiB, t_country 1.0 MiB; in all 60.0 GiB. What would fit: more ranks; ...
+        values alone: t_user 60.0 GiB, t_country 1.0 MiB; in all 60.0 GiB. These would fit: more ranks; ...
     """
     largest = sorted(held.items(), key=lambda item: -item[1])
     tables = ", ".join(f"{name} {in_units(size)}" for name, size in largest[:_SHOWN]) or "none"
@@ -66,7 +66,7 @@ def described(doing: str, error: BaseException, held: Mapping[str, int], place: 
         tables += f", and {len(rest)} more"
     return (
         f"{doing}: out of memory: {_cause(error)}{bytes_wanted(error) or 'memory'} wanted of {place}. Tables of this "
-        f"rank, largest first, values alone: {tables}; in all {in_units(sum(held.values()))}. What would fit: "
+        f"rank, largest first, values alone: {tables}; in all {in_units(sum(held.values()))}. These would fit: "
         f"{_WOULD_FIT}"
     )
 
@@ -78,7 +78,7 @@ def _cause(error: BaseException) -> str:
 
 
 def bytes_on_rank(task: nn.Module, plan: ShardingPlan, rank: int) -> dict[str, int]:
-    """Returns the bytes of values of each table that a rank stores under a plan. What no plan places is replicated."""
+    """Returns the bytes of values of each table that a rank stores under a plan. A table without a plan is on all."""
     shardings: dict[str, ParameterSharding] = {}
     for of_module in plan.plan.values():
         assert isinstance(of_module, EmbeddingModuleShardingPlan)

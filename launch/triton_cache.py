@@ -1,4 +1,4 @@
-"""Where Triton keeps compiled kernels: a folder of the node where the job says so, else Triton's own."""
+"""The folder in which Triton keeps compiled kernels: one of the node if the job says so, else Triton's own."""
 
 import os
 import socket
@@ -25,8 +25,8 @@ def use_node_cache(folder: str | None, environment: MutableMapping[str, str]) ->
         environment: of this process, in which TRITON_CACHE_DIR is set.
 
     Raises:
-        CacheError: a variable that is not set; a folder that cannot be made or written, or that others can write:
-            what lies there is loaded as code.
+        CacheError: a variable that is not set; a folder that cannot be made or written, or that others can write,
+            since its files are loaded as code.
 
     Example:
         >>> import tempfile

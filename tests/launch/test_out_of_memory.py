@@ -64,7 +64,7 @@ def test_a_table_that_cannot_be_allocated_is_named(sharding_type: str) -> None:
     )
     assert "Tables of this rank, largest first, values alone: hash 256.0 TiB, plain 12.5 KiB, qr " in job_says
     for remedy in ("planner.constraints", "compression", "num_embeddings", "train.batch_size", "torchrec-qr plan"):
-        assert remedy in job_says.partition("What would fit: ")[2]
+        assert remedy in job_says.partition("These would fit: ")[2]
     shape = 64 * ROWS if sharding_type == "table_wise" else (ROWS, 64)
     assert library_says.startswith(f"table 'hash', partition 0: {shape} of float32 wants 256.0 TiB of cpu, which ")
 
@@ -112,7 +112,7 @@ def test_a_step_without_memory_ends_the_job_and_says_what_would_fit(tmp_path: Pa
     text = ranks.text()
     assert "OutOfMemoryError: rank 0, step 3: out of memory: 20.50 GiB wanted of cpu, which has " in text
     assert "largest first, values alone: cat_" in text
-    assert "What would fit: more ranks; " in text
+    assert "These would fit: more ranks; " in text
     assert "Tried to allocate 20.50 GiB" in text  # the cause is there, too
 
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def timeouts() -> set[timedelta]:
-    """Of all groups of this process."""
+    """Returns those of all groups of this process."""
     groups = [group._get_backend(CPU) for group in distributed_c10d._world.pg_map]
     return {backend.options._timeout for backend in groups}
 

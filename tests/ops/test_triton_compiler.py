@@ -1,4 +1,4 @@
-"""What Triton needs to compile its driver is named where it is missing. None of this needs a GPU.
+"""A compiler and a header that Triton lacks for its driver are named. None of this needs a GPU.
 
 PyTorch is told that there is a GPU, so that Triton goes the way that it goes on one; it ends at its compiler.
 """
@@ -37,7 +37,7 @@ def program(folder: Path, name: str, source: str) -> str:
 
 
 def first_lookup(cache: Path, path: str, include: Path | None = None, **environment: str) -> str:
-    """What the first lookup on a GPU says, on a machine with an empty cache and these programs and headers."""
+    """Returns what the first lookup on a GPU says, on a machine with an empty cache and these programs and headers."""
     if include is None:
         include = cache
         (cache / "Python.h").write_text("")

@@ -238,7 +238,7 @@ def nothing_to_look_up() -> None:
 
 
 def a_warm_up_changes_nothing() -> None:
-    """Of weights, states and marks; nor is a word said of ids that the table may lack."""
+    """Neither weights nor states nor marks move, and nothing is said of ids that the table lacks."""
     for rule, number in RULES.items():
         for pooled in (True, False):
             weights, layout, _, _ = two_tables()

@@ -36,8 +36,8 @@ def async_save(
     """Saves as ``torch.distributed.checkpoint.async_save`` does: the values of this moment, written in a thread.
 
     All values are copied into the host's memory before this returns; training may then step them in place. Wait for
-    the result before the next call, and before a checkpoint counts as written. What it wrote loads by
-    `torchrec_qr.distributed.checkpoint.load`, under any plan and world size.
+    the result before the next call, and before a checkpoint counts as written. The
+    checkpoint loads by `torchrec_qr.distributed.checkpoint.load`, under any plan and world size.
 
     Args:
         state_dict: of modules and optimizers, or what their ``state_dict()`` returned.

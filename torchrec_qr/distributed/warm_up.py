@@ -12,7 +12,7 @@ def warm_up(model: nn.Module) -> None:
     """Has Triton compile the lookups of a sharded model and their steps; nothing else changes.
 
     Otherwise the first step compiles, on each rank as long as its own tables take, while the ranks that have finished
-    spin in a collective. On a CPU there is nothing to compile. What PyTorch or FBGEMM run is not compiled here.
+    spin in a collective. On a CPU there is nothing to compile. Kernels of PyTorch and FBGEMM come compiled.
 
     Args:
         model: as ``DistributedModelParallel`` has made it.
