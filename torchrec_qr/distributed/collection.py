@@ -94,6 +94,9 @@ class LogicalView:
     def use_gather_select_per_sharding(self) -> None:
         return None
 
+    def use_sorted_select(self) -> bool:
+        return False
+
     def __getattr__(self, name: str) -> Any:
         # is_weighted, need_indices, embedding_dim, embedding_names_by_table, …: as the module says.
         return getattr(self._module, name)
@@ -161,7 +164,7 @@ class CompositionalState:
             setattr(self, self._configs_attribute, saved[1])
             self._in_physical = False
 
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+    def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
         if self._output_dtensor:
             # Also what `DMPCollection` asks for: its replicas are synchronised by FBGEMM's kernel, which is not ours.
             raise NotImplementedError(
@@ -170,7 +173,7 @@ class CompositionalState:
                 "False, with DistributedModelParallel"
             )
         with self._physical():
-            super()._initialize_torch_state(skip_registering)  # type: ignore[misc]
+            super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
         for config in self._compositional_configs():
             table = getattr(self, self._tables_attribute)[config.name]
             table.register_buffer("fingerprint", fingerprint(config).to(self._device))  # type: ignore[attr-defined]

@@ -48,6 +48,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         _check_column_widths(table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        replicate_lookups(self)
         # As TorchRec's collection of sequences, which keeps the values of a module on a CPU, unlike the pooled one.
         if module.device.type != "meta":
             self.load_state_dict(module.state_dict())
@@ -77,10 +78,6 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         if sharding_type != ShardingType.DATA_PARALLEL.value:
             kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
         return SEQUENCE_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
-
-    def init_data_parallel(self) -> None:
-        super().init_data_parallel()
-        replicate_lookups(self._lookups, self._env.process_group)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         features = checked_features(features)

@@ -71,6 +71,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         }
         view = LogicalView(module, configs, "embedding_bags", module.embedding_bags)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        replicate_lookups(self)
         # As TorchRec's pooled collection, which draws the values of a module on a CPU anew.
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict())
@@ -97,10 +98,6 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         if sharding_type in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
             kwargs["permute_embeddings"] = permute_embeddings
         return POOLED_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
-
-    def init_data_parallel(self) -> None:
-        super().init_data_parallel()
-        replicate_lookups(self._lookups, self._env.process_group)
 
     def create_context(self) -> CompositionalContext:
         return CompositionalContext()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec_qr.distributed.lookup import Replicas
 from torchrec_qr.distributed.optimizer import RowOptimizer
 from torchrec_qr.distributed.sharding import PooledLookup, SequenceLookup
+from torchrec_qr.distributed.shards import DATA_PARALLEL
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,54 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     return module
 
 
-def replicate_lookups(lookups: list[nn.Module], pg: dist.ProcessGroup | None) -> None:
-    """Prepares the lookups of a sharded collection, of which TorchRec has wrapped the data-parallel ones in DDP."""
-    assert pg is not None
-    for lookup in lookups:
-        if isinstance(lookup, DistributedDataParallel):
+def replicate_lookups(collection: Any) -> None:
+    """Prepares the lookups of a sharded collection, of which TorchRec has wrapped the data-parallel ones in DDP.
+
+    It has not if ``mark_data_parallel_skip_grad_sync`` of TorchRec 1.9 asks for no reduction of their gradients: each
+    rank then steps its replicas of data-parallel tables alone.
+
+    Raises:
+        RuntimeError: TorchRec has left a data-parallel lookup unwrapped, and nobody asked for that.
+    """
+    pg: dist.ProcessGroup = collection._env.process_group
+    is_marked: bool = getattr(collection, "_skip_data_parallel_grad_sync", False)
+    for lookup in collection._lookups:
+        own = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+        assert isinstance(own, PooledLookup | SequenceLookup)
+        if not own.is_data_parallel:
+            own.replicate(partial(replicate, pg=pg, average=False))
+        elif isinstance(lookup, DistributedDataParallel):
             replicate(lookup, pg, average=True)
-        elif isinstance(lookup, PooledLookup | SequenceLookup):
-            lookup.replicate(partial(replicate, pg=pg, average=False))
+        elif is_marked:
+            step_alone(own)
+        else:
+            plan = collection.module_sharding_plan
+            tables = [name for name, sharding in plan.items() if sharding.sharding_type == DATA_PARALLEL]
+            raise RuntimeError(
+                f"{type(collection).__name__}: TorchRec {metadata.version('torchrec')} has not wrapped the lookup of "
+                f"data_parallel tables {tables} in DistributedDataParallel, which would reduce their gradients; "
+                "allowed: a version of TorchRec that `torchrec-qr doctor` calls tested"
+            )
+
+
+def step_alone(module: nn.Module) -> None:
+    """Has the replicas in ``module`` stepped by this rank's gradients, which nobody reduces."""
+    for child in module.modules():
+        if isinstance(child, Replicas):
+            for key, p in child.parameters_of.items():
+                if p in child.optimizer_of:
+                    hook = partial(_step_alone, child.optimizer_of[p], child.touched_of.get(key))
+                    p.register_post_accumulate_grad_hook(hook)
+
+
+def _step_alone(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor) -> None:
+    grad = p.grad
+    assert grad is not None
+    rows = (grad.ne(0).any(dim=1) if touched is None else touched).nonzero().squeeze(1)
+    optimizer.update(p, rows, grad.index_select(0, rows))
+    p.grad = None
+    if touched is not None:
+        touched.zero_()
 
 
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -51,6 +51,8 @@ class _CompositionalLookup:
     _sequence: bool
     _emb_modules: nn.ModuleList
     _replicated: nn.Module
+    # Whether ranks hold these tables whole and look up their own samples: set by `_Compositional.create_lookup`.
+    is_data_parallel: bool
 
     def add_replicas(self, tables: list[ShardedEmbeddingTable], device: torch.device | None) -> None:
         """``tables``: the compositional tables of this sharding type on all ranks, each once."""
@@ -179,6 +181,7 @@ class _Compositional:
                 scale_weight_gradients=not data_parallel,
                 sharding_type=next((t for cls, t in _LOOKUP_TYPES if isinstance(self, cls)), None),
             )
+        lookup.is_data_parallel = data_parallel
         lookup.add_replicas(self._compositional_tables(), common["device"])
         return lookup
 
