@@ -1,141 +1,124 @@
-"""TorchRec still has, and still uses, every hook that the sharded collections override or lean on."""
+"""TorchRec has every name that the sharded collections rely upon, calls what they override, and a lack is an error."""
 
-import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
-from torchrec.distributed import embedding, embedding_lookup, embedding_sharding, embeddingbag
-from torchrec.distributed.embedding_kernel import BaseEmbedding
-from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_types import ShardedEmbeddingTable
-from torchrec.distributed.fp_embeddingbag import (
-    FeatureProcessedEmbeddingBagCollectionSharder,
-    ShardedFeatureProcessedEmbeddingBagCollection,
-)
-from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
-from torchrec.distributed.sharding.dp_sharding import BaseDpEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding
-from torchrec.distributed.sharding.tw_sharding import BaseTwEmbeddingSharding
-from torchrec.distributed.sharding.twrw_sharding import BaseTwRwEmbeddingSharding
-from torchrec.distributed.types import Awaitable
-from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
-from torchrec.optim.fused import FusedOptimizer
+from parity_model import Run, TableCase, train
+from ranks import run_ranks
 
-from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
+from torchrec_qr.distributed.embedding import ShardedCompositionalEmbeddingCollection
+from torchrec_qr.distributed.embeddingbag import ShardedCompositionalEmbeddingBagCollection
+from torchrec_qr.distributed.hooks import HOOKS, Hook, _functions, require
+from torchrec_qr.distributed.lookup import CompositionalKernel
+from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS, PooledLookup, SequenceLookup
 
-BAG, SEQUENCE = embeddingbag.ShardedEmbeddingBagCollection, embedding.ShardedEmbeddingCollection
-
-# (class, method of it that we override or call, parameters that we pass or take)
-METHODS: list[tuple[type, str, set[str]]] = [
-    (BAG, "__init__", {"module", "table_name_to_parameter_sharding", "env", "fused_params", "device", "module_fqn"}),
-    (BAG, "create_grouped_sharding_infos", {"module"}),
-    (BAG, "create_embedding_bag_sharding", {"sharding_infos", "env", "device", "permute_embeddings"}),
-    (BAG, "init_data_parallel", set()),
-    (BAG, "_initialize_torch_state", {"skip_registering"}),
-    (BAG, "_pre_load_state_dict_hook", {"state_dict", "prefix"}),
-    (BAG, "reset_parameters", set()),
-    (BAG, "create_context", set()),
-    (BAG, "input_dist", {"ctx", "features"}),
-    (BAG, "output_dist", {"ctx", "output"}),
-    (BAG, "compute_and_output_dist", {"ctx", "input"}),
-    (BAG, "update_shards", set()),
-    (SEQUENCE, "__init__", {"module", "table_name_to_parameter_sharding", "env", "fused_params", "use_index_dedup"}),
-    (SEQUENCE, "create_grouped_sharding_infos", {"module"}),
-    (SEQUENCE, "create_embedding_sharding", {"sharding_type", "sharding_infos", "env", "device"}),
-    (SEQUENCE, "init_data_parallel", set()),
-    (SEQUENCE, "_initialize_torch_state", {"skip_registering"}),
-    (SEQUENCE, "_pre_load_state_dict_hook", {"state_dict", "prefix"}),
-    (SEQUENCE, "reset_parameters", set()),
-    (SEQUENCE, "input_dist", {"ctx", "features"}),
-    (GroupedPooledEmbeddingsLookup, "_create_embedding_kernel", {"config", "pg", "device"}),
-    (GroupedEmbeddingsLookup, "_create_embedding_kernel", {"config", "pg", "device"}),
-    (GroupedPooledEmbeddingsLookup, "named_parameters_by_table", set()),
-    (GroupedEmbeddingsLookup, "named_parameters_by_table", set()),
-    (BaseEmbedding, "forward", {"features"}),
-    (BaseEmbedding, "config", set()),
-    (FeatureProcessedEmbeddingBagCollectionSharder, "__init__", {"ebc_sharder"}),
-    (FeatureProcessedEmbeddingBagCollectionSharder, "shard", {"module", "params", "env", "device", "module_fqn"}),
-    (FeatureProcessedEmbeddingBagCollectionSharder, "shardable_parameters", {"module"}),
-    (BaseManagedCollisionEmbeddingCollectionSharder, "shard", {"module"}),
-    (BaseManagedCollisionEmbeddingCollectionSharder, "shardable_parameters", {"module"}),
-    (FusedOptimizer, "__init__", {"params", "state", "param_groups"}),
-    *[
-        (sharding.__mro__[2], name, parameters)
-        for sharding in (*POOLED_SHARDINGS.values(), *SEQUENCE_SHARDINGS.values())
-        for name, parameters in (
-            ("_shard", {"sharding_infos"}),
-            ("create_input_dist", {"device"}),
-            ("create_lookup", {"device", "fused_params", "feature_processor"}),
-        )
-    ],
-]
-
-# (where it is used, text of its source)
-USES: list[tuple[Any, str]] = [
-    (BAG.__init__, "self.create_grouped_sharding_infos("),
-    (BAG.__init__, "self.create_embedding_bag_sharding("),
-    (BAG.__init__, "self._initialize_torch_state("),
-    (BAG.__init__, "module.embedding_bag_configs()"),
-    (BAG.__init__, "module.device"),
-    (BAG.create_grouped_sharding_infos, "module.state_dict()"),
-    (BAG.create_grouped_sharding_infos, "module.named_parameters()"),
-    (BAG._initialize_torch_state, "self.embedding_bags: nn.ModuleDict = nn.ModuleDict()"),
-    (BAG._initialize_torch_state, "for table_name in self._table_names"),
-    (BAG._initialize_torch_state, "self.module_sharding_plan"),
-    (BAG._initialize_torch_state, "self._table_name_to_config"),
-    (BAG._initialize_torch_state, "for table in self._embedding_bag_configs"),
-    (BAG._initialize_torch_state, "lookup.named_parameters_by_table()"),
-    (BAG._initialize_torch_state, "lookup.state_dict()"),
-    (BAG._initialize_torch_state, "self.reset_parameters()"),
-    (BAG._initialize_torch_state, "_pre_load_state_dict_hook"),
-    (BAG._pre_load_state_dict_hook, "_model_parallel_name_to_local_shards"),
-    (BAG.reset_parameters, "table_config.init_fn("),
-    (BAG.update_shards, "env.output_dtensor"),
-    (Awaitable, "callbacks"),
-    (SEQUENCE.__init__, "self.create_grouped_sharding_infos("),
-    (SEQUENCE.__init__, "self.create_embedding_sharding("),
-    (SEQUENCE.__init__, "self._initialize_torch_state("),
-    (SEQUENCE._initialize_torch_state, "self.embeddings: nn.ModuleDict = nn.ModuleDict()"),
-    (SEQUENCE._initialize_torch_state, "self._embedding_configs"),
-    (SEQUENCE._initialize_torch_state, "lookup.named_parameters_by_table()"),
-    (SEQUENCE._initialize_torch_state, "_pre_load_state_dict_hook"),
-    (ShardedFeatureProcessedEmbeddingBagCollection.__init__, "ebc_sharder.shard("),
-    (FeatureProcessedEmbeddingBagCollectionSharder.shardable_parameters, "module._embedding_bag_collection"),
-    (BaseManagedCollisionEmbeddingCollectionSharder.shardable_parameters, "module._embedding_module"),
-    (BaseManagedCollisionEmbeddingCollection.__init__, "self._embedding_module.embedding_configs()"),
-    (embedding_lookup.GroupedPooledEmbeddingsLookup, "self._create_embedding_kernel("),
-    (embedding_lookup.GroupedPooledEmbeddingsLookup, "self._emb_modules"),
-    (embedding_lookup.GroupedEmbeddingsLookup, "self._create_embedding_kernel("),
-    (embedding_lookup.GroupedEmbeddingsLookup, "self._emb_modules"),
-    (embedding_sharding.group_tables, "_batch_key"),
-    (BaseTwEmbeddingSharding, "self._grouped_embedding_configs_per_rank"),
-    (BaseRwEmbeddingSharding, "self._grouped_embedding_configs_per_rank"),
-    (BaseRwEmbeddingSharding, "num_embeddings"),
-    (BaseDpEmbeddingSharding, "self._grouped_embedding_configs_per_rank"),
-    (BaseTwRwEmbeddingSharding, "self._grouped_embedding_configs_per_node"),
-]
+HERE = Path(__file__).parent
+# Pipelines call the first, quantisation and virtual tables ask for the kernel's config, and the others are dynamic
+# resharding's.
+UNCALLED_OF_BAGS = {
+    f"ShardedCompositionalEmbeddingBagCollection.{name}"
+    for name in ("output_dist", "unsharded_module_type", "update_shards")
+}
 
 
-@pytest.mark.parametrize(("owner", "name", "parameters"), METHODS, ids=lambda v: getattr(v, "__name__", str(v)))
-def test_torchrec_has_the_hook(owner: type, name: str, parameters: set[str]) -> None:
-    hook = f"TorchRec's {owner.__module__}.{owner.__qualname__}.{name}"
-    assert hasattr(owner, name), f"{hook} is gone: see who overrides or calls {name} in torchrec_qr/distributed"
-    if parameters:
-        taken = set(inspect.signature(getattr(owner, name)).parameters)
-        assert parameters <= taken or "kwargs" in taken, f"{hook} no longer takes {parameters - taken}"
+def test_this_version_has_all() -> None:
+    require(HOOKS)
 
 
-@pytest.mark.parametrize(("where", "text"), USES, ids=lambda v: getattr(v, "__qualname__", str(v)))
-def test_torchrec_uses_the_hook(where: Any, text: str) -> None:
-    assert text in inspect.getsource(where), (
-        f"TorchRec's {where.__module__}.{where.__qualname__} no longer has {text!r}, on which torchrec_qr counts"
+def renamed(code: CodeType, name: str) -> CodeType:
+    """Code, and the functions within, with another name in place of ``name``."""
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, tuple | frozenset):
+            return type(value)(constant(v) for v in value)
+        return renamed(value, name) if isinstance(value, CodeType) else "gone" if value == name else value
+
+    names, variables = (tuple("gone" if n == name else n for n in ns) for ns in (code.co_names, code.co_varnames))
+    return code.replace(co_names=names, co_varnames=variables, co_consts=constant(code.co_consts))
+
+
+def _id(value: Any) -> str:
+    return value.owner.__name__ if isinstance(value, Hook) else str(value)
+
+
+@pytest.mark.parametrize(("hook", "name"), [(hook, name) for hook in HOOKS for name in hook.defined], ids=_id)
+def test_a_method_that_is_gone_is_named(hook: Hook, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cls in hook.owner.__mro__:
+        if name in vars(cls):
+            monkeypatch.delattr(cls, name)
+    with pytest.raises(ImportError, match=rf"lacks .*\b{hook.owner.__name__}\.{name}\b"):
+        require([hook])
+
+
+@pytest.mark.parametrize(("hook", "name"), [(hook, name) for hook in HOOKS for name in hook.used], ids=_id)
+def test_an_attribute_that_is_gone_is_named(hook: Hook, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in set(_functions(hook.owner)):
+        monkeypatch.setattr(function, "__code__", renamed(function.__code__, name))
+    with pytest.raises(ImportError, match=rf"lacks .*\b{hook.owner.__name__}\.{name}\b"):
+        require([hook])
+
+
+def test_the_import_fails_where_a_hook_is_gone() -> None:
+    """As it did on TorchRec 1.6 in silence, where ``init_data_parallel`` was not there to be overridden."""
+    code = (
+        "from torchrec.distributed.embedding import ShardedEmbeddingCollection as collection\n"
+        "del collection.reset_parameters\n"
+        "import torchrec_qr.distributed"
     )
-
-
-def test_descriptions_of_shards_take_what_we_attach() -> None:
-    """`place` and `attach` set an attribute beside the fields; `_shard` changes two fields."""
-    table = ShardedEmbeddingTable(num_embeddings=1, embedding_dim=4)
-    table.compositional = table.fused_params = None  # type: ignore[attr-defined]
-    assert {"global_metadata", "local_metadata", "fused_params", "compute_kernel"} <= set(vars(table)), (
-        "a field of TorchRec's ShardedEmbeddingTable is gone"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, timeout=120, check=False
     )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: torchrec ")
+    assert "lacks torchrec.distributed.embedding.ShardedEmbeddingCollection.reset_parameters" in last
+
+
+def functions_called(rank: int, world_size: int, run: Run) -> dict[str, set[str]]:
+    """Per override, the packages that called it while a model was sharded, loaded, trained and saved."""
+    callers: dict[CodeType, set[str]] = {}
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_back is not None:
+            package = frame.f_back.f_globals.get("__name__", "").split(".")[0]
+            callers.setdefault(frame.f_code, set()).add(package)
+
+    sys.setprofile(note)
+    train(rank, world_size, run)
+    sys.setprofile(None)
+    return {name: callers.get(code, set()) for name, code in overrides(run.pooled).items()}
+
+
+def overrides(pooled: bool) -> dict[str, CodeType]:
+    """The methods of our classes that TorchRec's have too, by name."""
+    collection = ShardedCompositionalEmbeddingBagCollection if pooled else ShardedCompositionalEmbeddingCollection
+    lookup = PooledLookup if pooled else SequenceLookup
+    sharding = (POOLED_SHARDINGS if pooled else SEQUENCE_SHARDINGS)["row_wise"]
+    out = {}
+    for leaf in (collection, lookup, sharding, CompositionalKernel):
+        ours = [cls for cls in leaf.__mro__ if cls.__module__.startswith("torchrec_qr.")]
+        theirs = [cls for cls in leaf.__mro__ if cls.__module__.startswith("torchrec.")]
+        for cls in ours:
+            for name, value in vars(cls).items():
+                function = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
+                if (
+                    name != "__init__"
+                    and isinstance(function, FunctionType)
+                    and any(name in vars(base) for base in theirs)
+                ):
+                    out[f"{cls.__name__}.{name}"] = function.__code__
+    return out
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "sequences"])
+def test_torchrec_calls_every_override(pooled: bool) -> None:
+    """A seam that TorchRec goes around would leave its own tables in the place of compositional ones."""
+    shardings = POOLED_SHARDINGS if pooled else SEQUENCE_SHARDINGS
+    tables = tuple(TableCase(name, "strided", name, plan="hand") for name in shardings)
+    ranks = run_ranks(functions_called, 2, Run(tables, pooled=pooled, index_dedup=not pooled))
+    called = {name for rank in ranks for name, packages in rank.items() if packages & {"torch", "torchrec"}}
+    assert set(ranks[0]) - called == (UNCALLED_OF_BAGS if pooled else set()) | {"CompositionalKernel.config"}

@@ -7,6 +7,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.hooks import HOOKS, require
 from torchrec_qr.distributed.neighbours import with_compositional_inside
 from torchrec_qr.distributed.stepped_by import optimizer_of_each_parameter
 
@@ -16,6 +17,8 @@ __all__ = [
     "get_default_sharders",
     "optimizer_of_each_parameter",
 ]
+
+require(HOOKS)
 
 
 def get_default_sharders() -> list[ModuleSharder[Any]]:

@@ -1,0 +1,178 @@
+"""The names of TorchRec and torch that this package overrides, calls or reads, though their authors may rename them.
+
+A renamed one need not raise: an override is then never called, or an attribute that we set never read, and tables do
+not train. `require` therefore looks up all of them when `torchrec_qr.distributed` is imported.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
+from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_kernel import BaseEmbedding
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_sharding import group_tables
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.sharding.cw_sequence_sharding import CwSequenceEmbeddingSharding
+from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
+from torchrec.distributed.sharding.dp_sequence_sharding import DpSequenceEmbeddingSharding
+from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
+from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
+from torchrec.distributed.sharding.tw_sequence_sharding import TwSequenceEmbeddingSharding
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist, TwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.types import Awaitable
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
+from torchrec.optim.keyed import KeyedOptimizerWrapper, OptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+
+class Hook(NamedTuple):
+    """Names that ``owner``, a class, function or module of others, must have.
+
+    ``defined`` are attributes of the owner itself, as methods are. ``used`` occur in its code: attributes of its
+    instances, which exist only in an instance, and keys of dictionaries.
+    """
+
+    owner: Any
+    defined: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+
+
+_COLLECTION = (
+    *("_lookups", "_env", "_device", "_table_names", "_table_name_to_config", "module_sharding_plan"),
+    *("_output_dtensor", "_model_parallel_name_to_local_shards"),
+)
+_STATE = ("_initialize_torch_state", "_pre_load_state_dict_hook", "reset_parameters", "create_grouped_sharding_infos")
+_SHARDING = ("_shard", "create_input_dist", "create_output_dist", "create_lookup", "feature_names")
+_OF_A_SHARDING = ("_env", "_device", "_grouped_embedding_configs_per_rank")
+
+HOOKS = (
+    Hook(
+        ShardedEmbeddingBagCollection,
+        defined=(
+            *(*_STATE, "create_embedding_bag_sharding", "create_context", "input_dist", "output_dist"),
+            *("compute_and_output_dist", "update_shards", "unsharded_module_type"),
+        ),
+        used=(*_COLLECTION, "embedding_bags", "_embedding_bag_configs", "_embedding_names", *_STATE[:3]),
+    ),
+    Hook(
+        ShardedEmbeddingCollection,
+        defined=(*_STATE, "create_embedding_sharding", "create_context", "input_dist", "_dedup_indices"),
+        used=(*_COLLECTION, "embeddings", "_embedding_configs", "_sharding_type_to_sharding", *_STATE[:3]),
+    ),
+    Hook(EmbeddingBagCollectionContext, defined=("record_stream",)),
+    Hook(EmbeddingCollectionContext, used=("input_features", "reverse_indices")),
+    *(
+        Hook(
+            lookup,
+            defined=("_create_embedding_kernel", "named_parameters", "named_parameters_by_table", "forward"),
+            used=("_create_embedding_kernel", "_emb_modules"),
+        )
+        for lookup in (GroupedPooledEmbeddingsLookup, GroupedEmbeddingsLookup)
+    ),
+    Hook(BaseEmbedding, defined=("forward", "config")),
+    *(
+        Hook(sharding, defined=_SHARDING, used=(*_OF_A_SHARDING, "_pg"))
+        for sharding in (
+            *(TwPooledEmbeddingSharding, CwPooledEmbeddingSharding, TwCwPooledEmbeddingSharding),
+            *(RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding),
+            *(TwSequenceEmbeddingSharding, CwSequenceEmbeddingSharding, RwSequenceEmbeddingSharding),
+        )
+    ),
+    *(
+        Hook(sharding, defined=_SHARDING, used=_OF_A_SHARDING)
+        for sharding in (DpPooledEmbeddingSharding, DpSequenceEmbeddingSharding)
+    ),
+    Hook(TwRwPooledEmbeddingSharding, used=("_grouped_embedding_configs_per_node",)),
+    Hook(GridPooledEmbeddingSharding, used=("_grouped_embedding_configs_per_node",)),
+    Hook(group_tables, used=("_batch_key",)),
+    Hook(ShardedEmbeddingTable, used=("global_metadata", "local_metadata", "fused_params", "compute_kernel")),
+    Hook(TwPooledEmbeddingDist, used=("_codecs", "_pg", "_callbacks", "_dim_sum_per_rank", "_dist")),
+    Hook(Awaitable, defined=("callbacks",)),
+    Hook(FeatureProcessedEmbeddingBagCollection, used=("_embedding_bag_collection",)),
+    Hook(FeatureProcessedEmbeddingBagCollectionSharder, defined=("shard", "shardable_parameters")),
+    Hook(BaseManagedCollisionEmbeddingCollection, used=("_embedding_module", "_managed_collision_collection")),
+    Hook(BaseManagedCollisionEmbeddingCollectionSharder, defined=("shard", "shardable_parameters")),
+    Hook(EmbeddingFusedOptimizer, used=("_emb_module",)),
+    Hook(KeyedOptimizerWrapper, used=("_optimizer",)),
+    Hook(OptimizerWrapper, used=("_optimizer",)),
+    Hook(in_backward_optimizer_filter, used=("_in_backward_optimizers",)),
+    Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
+    Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",)),
+    Hook(nn.Module, defined=("_apply",), used=("_apply", "_modules")),
+)
+
+
+def require(hooks: Iterable[Hook]) -> None:
+    """Looks up every name of ``hooks``.
+
+    Raises:
+        ImportError: names that the installed version lacks.
+
+    Example:
+        >>> import torch
+        >>> from torchrec_qr.distributed.hooks import Hook, require
+        >>> require([Hook(torch.nn.Linear, defined=("forward",), used=("in_features",))])
+        >>> require([Hook(torch.nn.Linear, defined=("backward",))])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ImportError: torch ... lacks torch.nn.modules.linear.Linear.backward, on which torchrec_qr relies: ...
+    """
+    lacking = [f"{_path(hook.owner)}.{name}" for hook in hooks for name in _lacking(hook)]
+    if lacking:
+        package = lacking[0].split(".")[0]
+        raise ImportError(
+            f"{package} {metadata.version(package)} lacks {', '.join(lacking)}, on which torchrec_qr relies: with this "
+            "version, tables might silently not train; `torchrec-qr doctor` names the versions that are tested"
+        )
+
+
+def _lacking(hook: Hook) -> list[str]:
+    used = {name for function in _functions(hook.owner) for name in _names(function.__code__)} if hook.used else set()
+    return [
+        *(name for name in hook.defined if not hasattr(hook.owner, name)),
+        *(name for name in hook.used if name not in used),
+    ]
+
+
+def _functions(owner: Any) -> Iterator[FunctionType]:
+    """A function itself, or the methods of a class and of its bases in that package, without what decorates them."""
+    package = owner.__module__.split(".")[0]
+    classes = [cls for cls in getattr(owner, "__mro__", ()) if cls.__module__.split(".")[0] == package]
+    for member in [value for cls in classes for value in vars(cls).values()] or [owner]:
+        member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if callable(member) and isinstance(function := inspect.unwrap(member), FunctionType):
+            yield function
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names, arguments and strings of a function's code, and of the functions within."""
+    names = {*code.co_names, *code.co_varnames}
+    constants = list(code.co_consts)
+    while constants:
+        constant = constants.pop()
+        if isinstance(constant, str):
+            names.add(constant)
+        elif isinstance(constant, tuple | frozenset):
+            constants += constant
+        elif isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _path(owner: Any) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}"
