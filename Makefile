@@ -1,9 +1,13 @@
 # Everything happens in .venv, with the exact versions of requirements/. `make help` lists the targets.
+# `make test TRIO=2.11` takes the torch, FBGEMM and TorchRec of requirements/trio-2.11.txt, in .venv-2.11.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-VENV := .venv
+TRIO ?= 2.13
+LOCK := requirements/trio-$(TRIO).txt
+$(if $(wildcard $(LOCK)),,$(error TRIO=$(TRIO): allowed are $(patsubst requirements/trio-%.txt,%,$(wildcard requirements/trio-*.txt))))
+VENV := .venv$(addprefix -,$(filter-out 2.13,$(TRIO)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 # The CUDA set where a driver answers, else the CPU set; `make test DEVICE=cpu` overrides.
@@ -62,17 +66,17 @@ typecheck: $(INSTALLED)  ## Check types
 ci:  ## Run what CI runs
 	bash .ci/run
 
-clean:  ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) $(VENV)-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
+clean:  ## Remove .venv and its like, caches and build outputs
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock gets a new venv, as pip leaves in place what a lock no longer names. The stamp comes last, so an install
 # that was interrupted starts over. TorchRec goes in with --no-deps: on every machine it asks for the CUDA build of FBGEMM.
-$(LOCKED): requirements/base.txt requirements/torchrec.txt requirements/cuda-libraries.txt requirements/$(DEVICE).txt
+$(LOCKED): requirements/base.txt requirements/torchrec.txt requirements/$(DEVICE).txt $(LOCK)
 	@.ci/create_venv $(VENV) $(PYTHON)
-	@echo "Installing the $(DEVICE) set of requirements/, once; this takes some minutes."
-	@$(PIP) -r requirements/$(DEVICE).txt
-	@$(PIP) --no-deps -r requirements/torchrec.txt
+	@echo "Installing the $(DEVICE) set of requirements/ for torch $(TRIO), once; this takes some minutes."
+	@$(PIP) -r requirements/$(DEVICE).txt -c $(LOCK)
+	@$(PIP) --no-deps -r requirements/torchrec.txt -c $(LOCK)
 	@touch $@
 
 $(INSTALLED): $(LOCKED) pyproject.toml

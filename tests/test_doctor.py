@@ -6,14 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import venv
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from torchrec_qr.doctor import TESTED, TORCHREC_NEEDS, Stack, version_problem
+from torchrec_qr.doctor import TESTED, TORCHREC_NEEDS, Stack, Trio, version_problem
 from torchrec_qr.ops import cpu_library
 
 ROOT = Path(__file__).parents[1]
@@ -317,14 +319,14 @@ def _run_pip(stack: Stack, command: str) -> Stack:
 @pytest.mark.parametrize("build", ["CPU", "CUDA 13.0"])
 def test_advice_leads_to_a_stack_that_fits(build: str) -> None:
     """Whatever is installed, what is left after running the advised commands has no version problem."""
-    old_to_new = [None, "1.7.0", "1.8.0", "1.9.0", "1.10.0"]
+    old_to_new = [None, "1.6.1", "1.7.0", "1.8.0", "1.9.0", "1.10.0"]
     fbgemms = [
         {name: version for name, version in zip(("fbgemm-gpu", "fbgemm-gpu-cpu"), pair, strict=True) if version}
         for pair in itertools.product(old_to_new, repeat=2)
     ]
     fitting = 0
     for torch, fbgemm, torchrec in itertools.product(
-        [None, "2.12.1", "2.13.0", "2.14.1", "2.15.0"], fbgemms, old_to_new
+        [None, "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"], fbgemms, old_to_new
     ):
         before = after = Stack(torch, build if torch else "", fbgemm, torchrec)
         problem = version_problem(before)
@@ -336,8 +338,22 @@ def test_advice_leads_to_a_stack_that_fits(build: str) -> None:
         assert version_problem(after) is None, (before, problem)
         if torch in [trio.torch for trio in TESTED]:
             assert after.torch == torch
-    # Four trios fit by their numbers, with either FBGEMM under a CUDA torch and with the CPU one under a CPU torch.
-    assert fitting == (4 if build == "CPU" else 8)
+    # Five trios fit by their numbers, with either FBGEMM under a CUDA torch and with the CPU one under a CPU torch.
+    assert fitting == (5 if build == "CPU" else 10)
+
+
+def test_tested_trios_are_those_with_a_lock_and_the_ranges_hold_them() -> None:
+    locks = [
+        dict(line.split("==") for line in path.read_text().splitlines() if not line.startswith("#"))
+        for path in sorted((ROOT / "requirements").glob("trio-*.txt"))
+    ]
+    assert [Trio(lock["torch"], lock["fbgemm-gpu"], lock["torchrec"]) for lock in locks] == list(TESTED)
+    assert all(lock["fbgemm-gpu-cpu"] == lock["fbgemm-gpu"] for lock in locks)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for name in ("numpy", "torch", "torchrec"):
+        assert all(lock[name] in ranges[name] for lock in locks), name
+    assert all(version not in ranges["torch"] for version in ("2.10.0", "2.12.1", "2.15.0"))
 
 
 def test_help_is_instant() -> None:

@@ -60,7 +60,8 @@ class Trio:
     torchrec: str
 
 
-TESTED = (Trio("2.13.0", "1.8.0", "1.8.0"), Trio("2.14.1", "1.9.0", "1.9.2"))
+# The versions of requirements/trio-*.txt, old to new.
+TESTED = (Trio("2.11.0", "1.6.0", "1.6.1"), Trio("2.13.0", "1.8.0", "1.8.0"), Trio("2.14.1", "1.9.0", "1.9.2"))
 
 
 @dataclass(frozen=True)
