@@ -47,9 +47,9 @@ def _id(value: Any) -> str:
 
 @pytest.mark.parametrize(("hook", "name"), [(hook, name) for hook in HOOKS for name in hook.defined], ids=_id)
 def test_a_method_that_is_gone_is_named(hook: Hook, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cls in hook.owner.__mro__:
-        if name in vars(cls):
-            monkeypatch.delattr(cls, name)
+    for owner in getattr(hook.owner, "__mro__", (hook.owner,)):
+        if name in vars(owner):
+            monkeypatch.delattr(owner, name)
     with pytest.raises(ImportError, match=rf"lacks .*\b{hook.owner.__name__}\.{name}\b"):
         require([hook])
 

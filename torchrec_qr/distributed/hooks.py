@@ -7,10 +7,12 @@ not train. `require` therefore looks up all of them when `torchrec_qr.distribute
 import inspect
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
@@ -43,8 +45,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 class Hook(NamedTuple):
     """Names that ``owner``, a class, function or module of others, must have.
 
-    ``defined`` are attributes of the owner itself, as methods are. ``used`` occur in its code: attributes of its
-    instances, which exist only in an instance, and keys of dictionaries.
+    ``defined`` are attributes of the owner itself, as methods are. ``used`` occur in the code of a class or function:
+    attributes of instances, which a class does not show, and keys of dictionaries.
     """
 
     owner: Any
@@ -112,7 +114,10 @@ HOOKS = (
     Hook(OptimizerWrapper, used=("_optimizer",)),
     Hook(in_backward_optimizer_filter, used=("_in_backward_optimizers",)),
     Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
-    Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",)),
+    Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",), used=("_process_group",)),
+    Hook(dist.ProcessGroup, defined=("_device_types",)),
+    # Of the application in launch/, which changes the time-outs of groups that exist.
+    Hook(distributed_c10d, defined=("_world", "_set_pg_timeout")),
     Hook(nn.Module, defined=("_apply",), used=("_apply", "_modules")),
 )
 
@@ -175,4 +180,4 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _path(owner: Any) -> str:
-    return f"{owner.__module__}.{owner.__qualname__}"
+    return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
