@@ -10,6 +10,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
+from torchrec_qr.planner.error_kinds import NOT_IN_PLAN
 
 
 def message_of(tables: list[object], made: CompositionalEmbeddingShardingPlanner) -> str:
@@ -140,4 +141,4 @@ def test_every_table_is_in_the_plan_or_it_is_refused() -> None:
     del plan.plan[""]["t3"]  # type: ignore[attr-defined]
     with pytest.raises(PlannerError, match="table 't3' of module '' is not in the plan") as caught:
         made.estimate(plan, collection(tables), sharders())
-    assert caught.value.error_type == PlannerErrorType.MISSING_MODULE_IN_PLAN
+    assert caught.value.error_type == NOT_IN_PLAN

@@ -30,12 +30,11 @@ from torchrec.distributed.planner.types import (
     ParameterConstraints,
     Perf,
     Shard,
-    SharderData,
     ShardEstimator,
     ShardingOption,
     Topology,
 )
-from torchrec.distributed.planner.utils import build_sharder_data, extract_comm_data_type_size
+from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ShardingType
 
 from torchrec_qr.configs import CompositionalConfig
@@ -43,6 +42,7 @@ from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_colu
 from torchrec_qr.planner.backward_memory import backward_bytes
 from torchrec_qr.planner.costs import NO_COST, Cost
 from torchrec_qr.planner.hardware import Hardware, all_reduce_passes
+from torchrec_qr.planner.sharder_view import comm_sizes, sharder_view
 from torchrec_qr.planner.storage import (
     DENSE,
     FUSED,
@@ -245,7 +245,7 @@ class Estimator:
         """Bytes of a value that travels forward and backward, after the codecs of the sharder."""
         if table.fqn not in self._comms:
             option = self._stock.option(table, sharding_type, DENSE, [[table.rows, table.columns]])
-            self._comms[table.fqn] = extract_comm_data_type_size(option, self._stock.sharder_data(table))
+            self._comms[table.fqn] = comm_sizes(option, self._stock.sharder(table))
         to_all, back_to_all, scattered, gathered = self._comms[table.fqn]
         if sharding_type in _BY_GROUP or (sharding_type == _ROW_WISE and table.is_pooled):
             return scattered, gathered
@@ -283,7 +283,7 @@ class _TorchRecEstimators:
     def __init__(self, topology: Topology, batch_size: int) -> None:
         self._topology = topology
         self._batch_size = batch_size
-        self._sharder_data: dict[int, SharderData] = {}
+        self._sharders: dict[int, Any] = {}
         # Theirs by reference: making an estimator takes TorchRec milliseconds on many ranks.
         self._constraints: dict[str, ParameterConstraints] = {}
         self._perf: ShardEstimator = EmbeddingPerfEstimatorFactory.create(
@@ -307,9 +307,9 @@ class _TorchRecEstimators:
         option = self.option(table, sharding_type, kernel, [[rows, columns]])
         self._constraints.clear()
         self._constraints[table.name] = constraints
-        data = {option.module_type_key: self.sharder_data(table)}
+        sharders: dict[str, Any] = {sharder_name(type(table.module)): self.sharder(table)}
         for estimator in (self._perf, self._storage):
-            estimator.estimate([option], data)
+            estimator.estimate([option], sharders)
         (shard,) = option.shards
         assert shard.perf is not None
         assert shard.storage is not None
@@ -345,11 +345,12 @@ class _TorchRecEstimators:
             key_value_params=constraints.key_value_params,
         )
 
-    def sharder_data(self, table: PlannedTable) -> SharderData:
+    def sharder(self, table: PlannedTable) -> Any:
+        """The table's sharder, as TorchRec's estimators see it."""
         key = id(table.sharder)
-        if key not in self._sharder_data:
-            self._sharder_data[key] = build_sharder_data(table.sharder)
-        return self._sharder_data[key]
+        if key not in self._sharders:
+            self._sharders[key] = sharder_view(table.sharder)
+        return self._sharders[key]
 
 
 def memory_bandwidth(topology: Topology, kernel: str = FUSED) -> float:

@@ -24,6 +24,7 @@ from torchrec.distributed.utils import get_device_type
 from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
+from torchrec_qr.planner.error_kinds import NOT_IN_PLAN
 from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
@@ -281,9 +282,7 @@ def _flat(placed: list[list[int] | None], option: Option, everywhere: list[int])
 def _sharding_of(plan: ShardingPlan, table: PlannedTable) -> Any:
     of_module: Any = plan.plan.get(table.path, {})
     if table.name not in of_module:
-        raise PlannerError(
-            f"table {table.name!r} of module {table.path!r} is not in the plan", PlannerErrorType.MISSING_MODULE_IN_PLAN
-        )
+        raise PlannerError(f"table {table.name!r} of module {table.path!r} is not in the plan", NOT_IN_PLAN)
     return of_module[table.name]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +35,10 @@ _SHOWN_RANKS = 16
 # For more tables, the number of ranks is one that is needed, not one that was tried.
 _TRIED_TABLES = 2000
 _MOST_NODES = 4096
+# TorchRec 1.8 came to warn of topologies that its factory has not made, unless told that it has.
+_WITHOUT_WARNING: dict[str, Any] = {
+    name: True for name in ("created_by_factory",) if name in signature(Topology).parameters
+}
 
 EstimatorFor = Callable[[Topology], Estimator]
 
@@ -233,7 +238,7 @@ def with_ranks(topology: Topology, world_size: int) -> Topology:
         weighted_feature_bwd_compute_multiplier=topology.weighted_feature_bwd_compute_multiplier,
         uneven_sharding_perf_multiplier=topology.uneven_sharding_perf_multiplier,
         generalized_comms_bandwidths=topology.comms_bandwidths,
-        created_by_factory=True,
+        **_WITHOUT_WARNING,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType, ShardingOption
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder
 from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
@@ -21,6 +21,7 @@ from torchrec_qr.configs import (
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
 )
+from torchrec_qr.planner.error_kinds import WRONG_INPUT
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def find_tables(
         raise PlannerError(
             f"no tables: no module of the {type(model).__name__} has a sharder and a table; sharders: "
             f"{', '.join(s.__class__.__name__ for s in sharders) or 'none'}",
-            PlannerErrorType.INPUT_VALIDATION,
+            WRONG_INPUT,
         )
     known = {t.name for t in tables}
     unknown = sorted((set(constraints) | set(ranks)) - known)
@@ -179,7 +180,7 @@ def find_tables(
         raise PlannerError(
             f"constraints of tables {', '.join(map(repr, unknown))}, which the model does not have; allowed: "
             f"{_some(sorted(known))}",
-            PlannerErrorType.INPUT_VALIDATION,
+            WRONG_INPUT,
         )
     return tables
 
