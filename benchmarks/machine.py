@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,9 +12,10 @@ _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "triton", "num
 
 
 def about() -> dict[str, Any]:
-    """Returns date, processor, its threads, how busy they are, and versions."""
+    """Returns date, commit, processor, its threads, how busy they are, and versions."""
     return {
         "date": date.today().isoformat(),
+        "commit": _commit(),
         "processor": _processor(),
         "threads": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -25,6 +27,15 @@ def about() -> dict[str, Any]:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+
+
+def _commit() -> str | None:
+    """That of this checkout, with a mark where files differ from it; None where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:

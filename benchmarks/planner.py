@@ -12,11 +12,10 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 
 from benchmarks.calibration import link_constants, lookup_constants
+from benchmarks.local_ranks import THIS_HOST, run_ranks
 from benchmarks.machine import about
 from benchmarks.two_hosts import two_hosts
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
@@ -58,14 +58,6 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs: before its command, and in its environment."""
-
-    prefix: list[str]
-    environment: dict[str, str]
 
 
 class Model(nn.Module):
@@ -265,40 +257,13 @@ def run_rank(arguments: argparse.Namespace) -> None:
 def launch(arguments: argparse.Namespace) -> int:
     """Starts the ranks, and waits for them."""
     command = [sys.executable, "-m", "benchmarks.planner", "--rank"]
-    local = [Place([], {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"})] * WORLD_SIZE
     if arguments.link == "loopback":
-        return _run([*command, *sys.argv[1:]], local, WORLD_SIZE)[0]
-    code, constants = _run([*command, "--calibrate"], local, WORLD_SIZE, capture=True)
+        return run_ranks([*command, *sys.argv[1:]], [THIS_HOST], WORLD_SIZE, _ALLOCATOR)[0]
+    code, constants = run_ranks([*command, "--calibrate"], [THIS_HOST], WORLD_SIZE, _ALLOCATOR, capture=True)
     if code:
         return code
     with two_hosts() as hosts:
-        places = [Place(h.prefix, {**h.environment, _OF_LOOKUPS: constants}) for h in hosts]
-        return _run([*command, *sys.argv[1:]], places, 1)[0]
-
-
-def _run(command: list[str], places: Sequence[Place], local_size: int, capture: bool = False) -> tuple[int, str]:
-    """The exit code, and what rank 0 printed if that is captured."""
-    processes = []
-    try:
-        for rank, place in enumerate(places):
-            environment = {
-                **os.environ,
-                **_ALLOCATOR,
-                **place.environment,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_PORT": "29611",
-                "WORLD_SIZE": str(WORLD_SIZE),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank % local_size),
-                "LOCAL_WORLD_SIZE": str(local_size),
-            }
-            out = subprocess.PIPE if capture and rank == 0 else None
-            processes.append(subprocess.Popen([*place.prefix, *command], env=environment, stdout=out, text=True))
-        printed, _ = processes[0].communicate(timeout=1800)
-        return max(process.wait(timeout=60) for process in processes), printed or ""
-    finally:
-        for process in processes:
-            process.kill()
+        return run_ranks([*command, *sys.argv[1:]], hosts, 1, {**_ALLOCATOR, _OF_LOOKUPS: constants})[0]
 
 
 def main() -> int:

@@ -1,176 +1,173 @@
-"""Step times: uncompressed tables, TorchRec's stock parts, dlrm's QR bag, and ours: ``python -m benchmarks.step``.
+"""Times of a step of embeddings, from ids to stepped rows: ``torchrun ... -m benchmarks.step --suite NAME``.
 
-Two gloo processes of one thread each train tables on random ids: forward, backward and optimizer. All variants of a
-cell are timed in turn in one run, so that a ratio to ``full`` holds on a busy machine; a run gives a median, and the
-figures are medians of the runs' medians, with the least and the largest ratio. Before and after, a step of every
-variant is compared with float64. ``--hosts 2``: each process is in a network namespace of its own, on a link of
-``--rate``.
+It uses the ranks that it is started with, each with a GPU of its own where there are any, else with gloo. The suites:
+
+- headline: uncompressed tables, TorchRec's stock parts, dlrm's QR bag, and ours, all table-wise;
+- grid: uncompressed tables and ours, of many widths and sizes, under several shardings;
+- hosts: where bytes between hosts decide;
+- dlrm: MLPerf's 26 tables, placed by TorchRec's planner and by ours;
+- dynamicemb: 10 tables and Zipf's ids, as NVIDIA's dynamicemb is measured;
+- tbe: our lookup against FBGEMM's of full tables, on one rank.
+
+Without torchrun, headline and grid start two ranks on this machine, hosts starts two in network namespaces (root), and
+the others run on one. Variants of a cell take turns, so that a ratio to full tables holds on a busy machine. Before and
+after, a step of each is compared with float64: one whose values are wrong gets no times, and the exit code is 1.
 """
 
 import argparse
-import itertools
 import json
 import logging
-import math
 import os
-import subprocess
 import sys
-import tempfile
-from contextlib import nullcontext
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from benchmarks.local_ranks import THIS_HOST, run_ranks
 from benchmarks.machine import about
-from benchmarks.two_hosts import Host, two_hosts
+from benchmarks.step_device import copy_gb_s
+from benchmarks.step_plan import device_name, memory_gib
+from benchmarks.step_rank import measure
+from benchmarks.step_suites import SUITES, cells_of
+from benchmarks.step_variants import VARIANTS
+from benchmarks.two_hosts import two_hosts
+from launch.process_group import start_process_group
 
-WORLD_SIZE = 2
-DIMS, SIZES = [16, 64, 128], [200_000, 10_000_000]
-SHARDINGS = ["table_wise", "column_wise", "data_parallel"]
-ALL = ["full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused_alone", "fused", "fallback"]
+_LOCAL_RANKS = 2
+# Options that not all suites have.
+_OF_SUITES = {
+    "quick": ("headline",),
+    "rate": ("hosts",),
+    "dims": ("headline", "grid", "tbe"),
+    "num_ids": ("headline", "grid", "tbe"),
+    "shardings": ("grid",),
+    "max_gib": ("grid", "dlrm", "tbe"),
+    "max_rows": ("dlrm",),
+    "scale": ("dynamicemb",),
+}
 
 
-def main() -> None:
-    """Measures the grid, or ``--quick`` a part of it, and prints a line per row."""
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__)
-    parser.add_argument("--json", type=Path, help="writes the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="full and fused, table-wise, D=64, S=2e5, SGD; a minute")
-    parser.add_argument("--headline", action="store_true", help="all variants, table-wise, D=64, S=2e5")
-    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2 needs root and iproute2")
-    parser.add_argument("--rate", default="1gbit", help="of the link between two hosts, as tc takes it")
-    parser.add_argument("--runs", type=int, help="default: 5, --quick: 1")
-    parser.add_argument("--steps", type=int, default=11, help="timed steps per run and variant")
-    parser.add_argument("--bags", type=int, default=2048, help="local batch")
-    parser.add_argument("--variants", nargs="+", choices=ALL, help="of those of each cell; default: all")
-    parser.add_argument("--dims", nargs="+", type=int, choices=DIMS, default=DIMS, help="of the grid")
-    parser.add_argument("--num-ids", nargs="+", type=int, choices=SIZES, default=SIZES, help="of the grid")
-    parser.add_argument("--shardings", nargs="+", choices=SHARDINGS, default=SHARDINGS, help="of the grid")
-    parser.add_argument("--max-gib", type=float, default=6.0, help="leaves out cells whose full tables are larger")
-    options = parser.parse_args()
-    cells = cells_of(options)
-    if options.variants:
-        cells = [{**c, "variants": [v for v in c["variants"] if v in options.variants]} for c in cells]
-    runs = options.runs or (1 if options.quick else 5)
-    rows: list[dict[str, Any]] = []
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures a suite, prints a line per row, and returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = parsed(argv)
+    if "RANK" not in os.environ and options.suite in ("headline", "grid", "hosts"):
+        return _on_this_machine(options, argv)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    device = start_process_group()
     try:
-        with two_hosts(options.rate) if options.hosts == 2 else nullcontext([Host([], {})]) as hosts:
-            run(cells, {"bags": options.bags, "runs": runs, "steps": options.steps}, hosts, rows)
+        return _as_rank(options, device)
     finally:
-        # Of all cells that ended, also where a later one was too large for this machine, or was interrupted.
-        if options.json and rows:
-            sizes = {"runs": runs, "bags": options.bags, "hosts": options.hosts}
-            if options.hosts == 2:
-                sizes["rate"] = options.rate
-            options.json.write_text(json.dumps({**about(), **sizes, "rows": rows}, indent=1) + "\n")
+        dist.destroy_process_group()
 
 
-def cells_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if options.quick:
-        return quick()
-    if options.headline:
-        return headline()
-    return between_hosts() if options.hosts == 2 else grid(options)
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES, default="headline")
+    parser.add_argument("--json", type=Path, help="rank 0 writes the rows to this file, anew after each")
+    parser.add_argument("--runs", type=_positive, help="default: 5, --quick: 1")
+    parser.add_argument("--steps", type=_positive, default=11, help="timed steps per run and variant")
+    parser.add_argument("--bags", type=_positive, help="local batch; default: 2048, dynamicemb: 104857 times --scale")
+    parser.add_argument("--zipf", type=_not_negative, help="exponent of ids; default: 0, dlrm and dynamicemb: 1.05")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of those of the suite; default: all")
+    parser.add_argument("--quick", action="store_true", default=None, help="headline: full and fused, SGD; a minute")
+    parser.add_argument("--dims", nargs="+", type=_positive, help="headline, grid, tbe: D")
+    parser.add_argument("--num-ids", nargs="+", type=_positive, help="headline, grid, tbe: S of all tables")
+    parser.add_argument("--shardings", nargs="+", choices=("table_wise", "column_wise", "data_parallel"), help="grid")
+    parser.add_argument("--max-gib", type=float, help="grid, dlrm, tbe: full tables on a rank; default: 40 % of memory")
+    parser.add_argument("--max-rows", type=_positive, help="dlrm: of a table; default: by --max-gib")
+    parser.add_argument("--scale", type=_positive_float, help="dynamicemb: of rows and batch; default: 1, CPU: 0.01")
+    parser.add_argument("--rate", help="hosts, without torchrun: of the link, as tc takes it; default: 1gbit")
+    options = parser.parse_args(argv)
+    for name, suites in _OF_SUITES.items():
+        if getattr(options, name) is not None and options.suite not in suites:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} with --suite {options.suite}; allowed: with {', '.join(suites)}")
+    return options
 
 
-def cell(num_ids: int, dim: int, features: int, sharding: str, optimizer: str, **fields: Any) -> dict[str, Any]:
-    tables = {"num_ids": num_ids, "dim": dim, "num_features": features, "sharding": sharding, "optimizer": optimizer}
-    return {"tables": tables, "ms": [4, math.isqrt(num_ids)], "hots": [1, 10], "variants": ALL, **fields}
+def _on_this_machine(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    command = [sys.executable, "-m", "benchmarks.step", *argv]
+    gpus = torch.cuda.device_count()
+    ranks = min(_LOCAL_RANKS, gpus) if gpus else _LOCAL_RANKS
+    if options.suite != "hosts":
+        return run_ranks(command, [THIS_HOST], ranks)[0]
+    with two_hosts(options.rate or "1gbit") as hosts:
+        return run_ranks(command, hosts, 1)[0]
 
 
-def quick() -> list[dict[str, Any]]:
-    return [cell(200_000, 64, 26, "table_wise", "sgd", variants=["full", "fused"])]
-
-
-def headline() -> list[dict[str, Any]]:
-    return [cell(200_000, 64, 26, "table_wise", o, variants=_of(o)) for o in ("sgd", "rowwise_adagrad")]
-
-
-def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All shardings, optimizers and widths asked for, with as many features of the largest tables as fit."""
-    cells = []
-    for dim, num_ids in itertools.product(options.dims, options.num_ids):
-        fitting = int(options.max_gib * 2**30 / (num_ids * dim * 4))
-        features = 26 if num_ids == 200_000 else min(4, fitting // 2 * 2)
-        if features and features <= fitting:
-            cells += [
-                cell(num_ids, dim, features, sharding, optimizer, variants=["full", "fused"])
-                for sharding in options.shardings
-                for optimizer in ("sgd", "rowwise_adagrad")
-            ]
-    return cells
-
-
-def _of(optimizer: str) -> list[str]:
-    # torch has no rowwise Adagrad for sparse gradients.
-    return [v for v in ALL if v != "dlrm_bag" or optimizer == "sgd"]
-
-
-def between_hosts() -> list[dict[str, Any]]:
-    """Table-wise, and data-parallel against full tables table-wise: where bytes decide."""
-    cells = []
-    for optimizer in ("sgd", "rowwise_adagrad"):
-        cells.append(cell(200_000, 64, 26, "table_wise", optimizer, variants=["full", "fused"]))
-        # With 4 ids a row the gradients alone are 333 MB.
-        few_rows = [math.isqrt(200_000)]
-        cells.append(cell(200_000, 64, 26, "data_parallel", optimizer, ms=few_rows, variants=["full", "fused"]))
-    return cells
-
-
-def run(cells: list[dict[str, Any]], arguments: dict[str, Any], hosts: list[Host], rows: list[dict[str, Any]]) -> None:
-    """Runs the cells on processes of their own, and adds the rows as they are printed."""
-    local_size = WORLD_SIZE // len(hosts)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows"
-        out.touch()
-        job = json.dumps({"cells": cells, "arguments": arguments, "out": str(out), "store": f"{folder}/store"})
-        ranks = [
-            subprocess.Popen(
-                [*hosts[rank // local_size].prefix, sys.executable, "-m", "benchmarks.step_worker", job],
-                env={
-                    **os.environ,
-                    **hosts[rank // local_size].environment,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(WORLD_SIZE),
-                    "LOCAL_RANK": str(rank % local_size),
-                    "LOCAL_WORLD_SIZE": str(local_size),
-                    "OMP_NUM_THREADS": "1",
-                },
-                stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
-            )
-            for rank in range(WORLD_SIZE)
-        ]
-        try:
-            _follow(out, ranks, rows)
-        finally:
-            for rank in ranks:
-                rank.kill()
-
-
-def _follow(out: Path, ranks: list[subprocess.Popen[bytes]], rows: list[dict[str, Any]]) -> None:
-    while True:
-        ended = [rank.poll() for rank in ranks]
-        lines = out.read_text().splitlines()
-        for line in lines[len(rows) :]:
-            rows.append(json.loads(line))
-            print(_line(rows[-1]), flush=True)
-        if all(code == 0 for code in ended):
-            return
-        if any(code not in (None, 0) for code in ended):
-            raise SystemExit(f"a rank failed (exit codes {ended}); VERBOSE=1 shows what it said")
-        try:
-            ranks[0].wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            continue
+def _as_rank(options: argparse.Namespace, device: torch.device) -> int:
+    world_size, first = dist.get_world_size(), dist.get_rank() == 0
+    cells = cells_of(options, memory_gib(device), world_size, device.type == "cpu")
+    if not cells:
+        raise SystemExit(f"--suite {options.suite}: no tables fit; allowed: smaller --num-ids, larger --max-gib")
+    runs = options.runs or (1 if options.quick else 5)
+    copy = copy_gb_s(device)
+    rows: list[dict[str, Any]] = []
+    report = {
+        **about(),
+        "suite": options.suite,
+        "world_size": world_size,
+        "backend": dist.get_backend(),
+        "device": device_name(device),
+        "threads_of_rank": torch.get_num_threads(),
+        "copy_gb_s": round(copy, 2),
+        "runs": runs,
+        "steps": options.steps,
+        "rows": rows,
+    }
+    if options.rate is not None:
+        report["rate"] = options.rate
+    for cell in cells:
+        for row in measure(cell, runs, options.steps, copy, device):
+            rows.append(row)
+            if first:
+                print(_line(row), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    dist.barrier()
+    return int(any("wrong" in row for row in rows))
 
 
 def _line(row: dict[str, Any]) -> str:
-    ratio = "" if row["ratio_to_full"] is None else f"{row['ratio_to_full']:6.2f} of full {row['ratio_spread']}"
-    return (
-        f"{row['variant']:15} {row['sharding']:14} m={row['m']:<5} hot={row['hot']:<3} D={row['dim']:<4} "
-        f"S={row['num_ids']:<9} {row['optimizer']:16} {row['median_ms']:8.1f} ms, CPU {row['median_cpu_ms']:8.1f} "
-        f"{ratio}"
-    )
+    hot = row["hot"] if isinstance(row["hot"], int) else "many"
+    text = f"{row['variant']:17} m={row['m']:<5} hot={hot:<4} D={row['dim']:<4} {row['optimizer']:15}"
+    if "wrong" in row:
+        return f"{text} WRONG {row['wrong']}"
+    step, spread = row["step"], ""
+    if step["to_full"] is not None:
+        spread = f"{step['to_full']:6.2f} of {row['full_is']} {step['to_full_spread']}"
+    parts = " ".join(f"{phase} {row[phase]['p50_ms']:.2f}" for phase in ("forward", "backward", "eval"))
+    return f"{text} {step['p50_ms']:9.2f} ms ({parts}) {step['gb_s']:7.2f} GB/s {spread}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: 1 and more")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: above 0")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: 0 and more")
+    return value
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    main()
+    raise SystemExit(main())

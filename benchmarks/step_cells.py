@@ -13,34 +13,86 @@ OPTIMIZERS = {"sgd": EmbOptimType.EXACT_SGD, "rowwise_adagrad": EmbOptimType.EXA
 
 @dataclass(frozen=True)
 class Tables:
-    """Equal tables, one per feature, and how they are sharded and stepped. ``m``: ids that share a row."""
+    """One table per feature, and how they are sharded and stepped.
 
-    num_ids: int
+    Args:
+        sizes: number of ids of each.
+        dim: D of all.
+        optimizer: one of `OPTIMIZERS`.
+        sharding: TorchRec's sharding type of all tables; None: a planner chooses for each.
+        threshold: a table of no more ids is never compressed.
+    """
+
+    sizes: tuple[int, ...]
     dim: int
-    num_features: int
-    sharding: str
     optimizer: str
+    sharding: str | None = None
+    threshold: int = 0
 
     @property
     def features(self) -> list[str]:
-        return [f"f{i}" for i in range(self.num_features)]
+        return [f"f{i}" for i in range(len(self.sizes))]
 
     @property
     def fused_params(self) -> dict[str, object]:
         return {"optimizer": OPTIMIZERS[self.optimizer], "learning_rate": LR, "eps": EPS}
 
 
-def batch(tables: Tables, hot: int, bags: int, rank: int, number: int) -> Tensor:
-    """(F·B·hot,) ids of a rank's batch, uniform, feature after feature; the same on every rank that asks for it."""
-    generator = torch.Generator().manual_seed(1000 * rank + number)
-    return torch.randint(0, tables.num_ids, (tables.num_features * bags * hot,), generator=generator)
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank looks up in a step: ``bags`` of each feature, which have ``hots[f]`` ids each.
+
+    Ids are in order of frequency: that of id k is in proportion to (k + 1) ** -``exponent``. 0 makes all alike.
+    """
+
+    bags: int
+    hots: tuple[int, ...]
+    exponent: float = 0.0
 
 
-def upstream(tables: Tables, bags: int, rank: int) -> Tensor:
+@dataclass(frozen=True)
+class Cell:
+    """Variants that are measured in turn; ``ms``: numbers of ids that share a row."""
+
+    tables: Tables
+    ms: tuple[int, ...]
+    traffics: tuple[Traffic, ...]
+    variants: tuple[str, ...]
+
+
+class Batch:
+    """``ids[f]`` (B, hots[f]); the same as one tensor ``values``, with ``lengths`` and ``offsets`` of its bags."""
+
+    def __init__(self, tables: Tables, traffic: Traffic, rank: int, number: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(1000 * rank + number)
+        bags, hots = traffic.bags, traffic.hots
+        drawn = [_draw(n, bags * hot, traffic.exponent, generator) for n, hot in zip(tables.sizes, hots, strict=True)]
+        lengths = torch.tensor(hots).repeat_interleave(bags)
+        self.values = torch.cat(drawn).to(device)
+        self.lengths = lengths.to(device)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
+        self.ids = [x.view(bags, -1) for x in self.values.split([bags * hot for hot in hots])]
+        self._features = tables.features
+
+    def kjt(self) -> KeyedJaggedTensor:
+        """A new one each time, as of a new batch: TorchRec keeps in it what it has computed from it."""
+        return KeyedJaggedTensor(keys=self._features, values=self.values, lengths=self.lengths)
+
+
+def upstream(tables: Tables, bags: int, rank: int, device: torch.device) -> Tensor:
     """(B, F·D), the gradient of a rank's output."""
     generator = torch.Generator().manual_seed(77 + rank)
-    return torch.rand(bags, tables.num_features * tables.dim, generator=generator)
+    return torch.rand(bags, len(tables.sizes) * tables.dim, generator=generator).to(device)
 
 
-def kjt(keys: list[str], ids: Tensor, bags: int, hot: int) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(keys=keys, values=ids, lengths=torch.full((len(keys) * bags,), hot, dtype=torch.int64))
+def _draw(num_ids: int, count: int, exponent: float, generator: torch.Generator) -> Tensor:
+    if not exponent:
+        return torch.randint(0, num_ids, (count,), generator=generator)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    # The continuous density x ** -exponent on [1, num_ids + 1), rounded down.
+    if exponent == 1:
+        x = (num_ids + 1) ** uniform
+    else:
+        power = 1 - exponent
+        x = (1 + uniform * ((num_ids + 1) ** power - 1)) ** (1 / power)
+    return x.long().sub_(1).clamp_(0, num_ids - 1)

@@ -1,56 +1,83 @@
-"""Checks a timed variant: one step of it against float64, outputs and stepped rows, on some features."""
+"""Checks a timed variant: one step of it against float64, all outputs of this rank, and all rows that were stepped.
 
-from typing import Any
+The reference gathers the rows that the batches of all ranks look up, and computes on them in plain PyTorch.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.step_cells import EPS, LR, Tables, batch, upstream
-from benchmarks.step_variants import Full, Variant
+from benchmarks.step_cells import EPS, LR, Batch, Tables, Traffic, upstream
+from benchmarks.step_variants import Variant
 
-# Features looked at: the first and the last, which lie on different ranks under table-wise.
-_FEATURES = (0, -1)
+# Of what float32 may be off: an output, in proportion to the absolute values that it sums up; a row's step, in
+# proportion to the step, and to the row, whose last digits the step rounds.
+_OF_SUM, _OF_STEP, _OF_ROW = 1e-5, 1e-3, 1e-6
+_BAGS_AT_ONCE = 512  # of which the reference has a row per id
 
 
-def check(variant: Variant, bags: int, hot: int, number: int) -> float:
-    """Runs one step on batch ``number``; returns the largest error relative to the largest value.
+class Verdict(NamedTuple):
+    """The largest error of all ranks, over what is allowed there; and, where that is above 1, what differs."""
 
-    Raises:
-        AssertionError: an error above 1e-4.
-    """
-    tables, rank, world_size = variant.tables, dist.get_rank(), dist.get_world_size()
-    features = [f % tables.num_features for f in _FEATURES]
-    ranks = range(world_size) if variant.divides_by_ranks else [rank]
-    ids = {r: batch(tables, hot, bags, r, number).view(tables.num_features, bags, hot) for r in ranks}
-    gradients = {r: upstream(tables, bags, r).view(bags, tables.num_features, tables.dim).double() for r in ranks}
-    before = {f: _rows_of(variant, f, ids) for f in features}
-    sums = {f: _sums_of(variant, f, ids) for f in features} if tables.optimizer != "sgd" else {}
-    out = variant.step(ids[rank].reshape(-1), bags, hot, upstream(tables, bags, rank))
-    errors = [0.0]
-    for f in features:
-        weights = [w.clone().requires_grad_() for w, _ in before[f]]
-        total = torch.zeros((), dtype=torch.float64)
+    error: float
+    wrong: str | None
+
+
+class _Rows(NamedTuple):
+    """The rows of one tensor that the batches look up, in float64, and per rank the place of each id's among them."""
+
+    weight: Tensor
+    places: dict[int, Tensor]
+
+
+def check(variant: Variant, traffic: Traffic, number: int) -> Verdict:
+    """Runs one step on batch ``number`` of every rank, all of which must call this together."""
+    tables, device, rank = variant.tables, variant.device, dist.get_rank()
+    ranks = range(dist.get_world_size()) if variant.divides_by_ranks else [rank]
+    batches = {r: Batch(tables, traffic, r, number, device) for r in ranks}
+    gradients = {r: upstream(tables, traffic.bags, r, device) for r in ranks}
+    before = _rows_of(variant, batches)
+    sums = _sums_of(variant, batches) if tables.optimizer != "sgd" else None
+    out = variant.step(batches[rank], gradients[rank]).view(traffic.bags, len(tables.sizes), tables.dim)
+    after = _rows_of(variant, batches)
+    worst = Verdict(0.0, None)
+    for f, name in enumerate(tables.features):
+        weights = [rows.weight.clone().requires_grad_() for rows in before[f]]
         for r in ranks:
-            expected = _pooled(variant, weights, [places[r] for _, places in before[f]])
-            if r == rank:
-                actual = out.view(bags, tables.num_features, -1)[:, f].double()
-                errors.append(_error(actual, expected.detach()))
-            total = total + (expected * gradients[r][:, f]).sum() / len(ranks)
-        total.backward()
-        for j, (after, _) in enumerate(_rows_of(variant, f, ids)):
-            gradient = weights[j].grad
-            assert gradient is not None
-            if tables.optimizer == "sgd":
-                moved = LR * gradient
-            else:
-                h = sums[f][j] + _mean_of_squares(gradient, tables, variant)
-                moved = LR * gradient / (h.sqrt() + EPS)
-            # Of the step itself, not of the rows, which are much larger.
-            errors.append(_error(weights[j].detach() - after, moved, floor=1e-7))
-    worst = max(errors)
-    assert worst < 2e-3, f"{type(variant).__name__}: {worst} off the float64 step"
-    return worst
+            of_rank = gradients[r].view(out.shape)[:, f].double() / len(ranks)
+            for bags in torch.arange(traffic.bags).split(_BAGS_AT_ONCE):
+                span = slice(int(bags[0]), int(bags[-1]) + 1)
+                places = [rows.places[r][span] for rows in before[f]]
+                expected = _pooled(variant, weights, places)
+                if r == rank:
+                    mass = _pooled(variant, [w.detach().abs() for w in weights], places)
+                    worst = _worse(worst, f"output of {name}", out[span, f], expected.detach(), _OF_SUM * mass)
+                (expected * of_rank[span]).sum().backward()
+        for j, (table, weight, old, new) in enumerate(zip(variant.names(f), weights, before[f], after[f], strict=True)):
+            assert weight.grad is not None
+            moved = LR * weight.grad
+            if sums is not None:
+                moved /= (sums[f][j] + _mean_of_squares(weight.grad, tables)).sqrt() + EPS
+            expected = old.weight - moved
+            size = old.weight.abs() + expected.abs()
+            allowed = (_OF_STEP * moved.abs() + _OF_ROW * size).amax(dim=1, keepdim=True)
+            worst = _worse(worst, f"rows of {table} after a step", new.weight, expected, allowed)
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, worst)
+    verdict: Verdict = max(of_all, key=lambda of_rank: of_rank.error)
+    return verdict
+
+
+def _worse(worst: Verdict, what: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> Verdict:
+    off = ((actual.double() - expected).abs() / allowed.clamp(min=1e-30)).nan_to_num(nan=torch.inf)
+    error = float(off.max())
+    if error <= worst.error:
+        return worst
+    at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    wrong = f"{what}, at {at}: {float(actual[at]):.9g}; float64: {float(expected[at]):.9g}" if error > 1 else None
+    return Verdict(error, wrong)
 
 
 def _pooled(variant: Variant, weights: list[Tensor], places: list[Tensor]) -> Tensor:
@@ -61,55 +88,60 @@ def _pooled(variant: Variant, weights: list[Tensor], places: list[Tensor]) -> Te
     return rows[0].sum(1) * rows[1].sum(1) if variant.pools_first else (rows[0] * rows[1]).sum(1)
 
 
-def _classes(variant: Variant, ids: Tensor) -> list[Tensor]:
-    return [ids] if isinstance(variant, Full) else variant.partitions.class_rows(ids)
+def _looked_up(variant: Variant, f: int, batches: dict[int, Batch]) -> list[tuple[str, Tensor, dict[int, Tensor]]]:
+    """Per tensor of a feature's table: its name, the rows that batches look up, and the places of ids among them."""
+    of_ranks = [variant.classes(f, batch.ids[f]) for batch in batches.values()]
+    found = []
+    for name, classes in zip(variant.names(f), zip(*of_ranks, strict=True), strict=True):
+        unique, inverse = torch.stack(classes).unique(return_inverse=True)
+        found.append((name, unique, dict(zip(batches, inverse, strict=True))))
+    return found
 
 
-def _rows_of(variant: Variant, f: int, ids: dict[int, Tensor]) -> list[tuple[Tensor, dict[int, Tensor]]]:
-    """Per table of a feature: the rows that the batch looks up, and per rank each id's place among them."""
+def _rows_of(variant: Variant, batches: dict[int, Batch]) -> list[list[_Rows]]:
+    """Per feature, and per tensor of its table; a collective where ranks share tables."""
     state = variant.state()
-    out = []
-    for j, name in enumerate(variant.names(variant.tables.features[f])):
-        classes = {r: _classes(variant, x[f])[j] for r, x in ids.items()}
-        unique, inverse = torch.cat([c.reshape(-1) for c in classes.values()]).unique(return_inverse=True)
-        places = dict(zip(classes, inverse.view(len(classes), *next(iter(classes.values())).shape), strict=True))
-        out.append((_gathered(state[name], unique, variant.tables.dim, variant.divides_by_ranks), places))
-    return out
+    return [
+        [_Rows(_gathered(state[name], rows, variant), places) for name, rows, places in _looked_up(variant, f, batches)]
+        for f in range(len(variant.tables.sizes))
+    ]
 
 
-def _gathered(value: Any, rows: Tensor, dim: int, shared: bool) -> Tensor:
-    """Rows of a tensor in float64, from the ranks that hold them."""
+def _gathered(value: Any, rows: Tensor, variant: Variant) -> Tensor:
+    """Rows of a tensor in float64, from the ranks that hold them; of a replicated one, this rank's."""
     if not hasattr(value, "local_shards"):
-        return value.detach()[rows].double()
-    out = torch.zeros(len(rows), dim, dtype=torch.float64)
+        own: Tensor = value.detach()[rows].double()
+        return own
+    out = torch.zeros(len(rows), variant.tables.dim, dtype=torch.float64, device=rows.device)
     for shard in value.local_shards():
-        (_, column), (_, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        out[:, column : column + columns] = shard.tensor[rows].double()
-    if shared:
-        dist.all_reduce(out)
+        (first, column), (size, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        here = (rows >= first) & (rows < first + size)
+        out[here, column : column + columns] = shard.tensor[rows[here] - first].double()
+    dist.all_reduce(out)
     return out
 
 
-def _sums_of(variant: Variant, f: int, ids: dict[int, Tensor]) -> list[Tensor]:
-    """Per table of a feature, the accumulators of the rows that the batch looks up, one per column."""
+def _sums_of(variant: Variant, batches: dict[int, Batch]) -> list[list[Tensor]]:
+    """As `_rows_of`, rowwise Adagrad's accumulators, one per column, under shardings that do not split rows."""
     state, tables = variant.sums(), variant.tables
-    out = []
-    for j, name in enumerate(variant.names(variant.tables.features[f])):
-        rows = torch.cat([_classes(variant, x[f])[j].reshape(-1) for x in ids.values()]).unique()
-        value = state.get(name)  # None on a rank that stores nothing of the table
-        total = torch.zeros(len(rows), tables.dim, dtype=torch.float64)
-        if value is not None and not hasattr(value, "local_shards"):
-            out.append(value.detach()[rows].double().unsqueeze(1).expand_as(total))
-            continue
-        if value is not None:
-            blocks = _blocks(tables)
-            size = sum(s.shard_sizes[0] for s in value.metadata().shards_metadata) // len(blocks)
-            for shard in value.local_shards():
-                a, b = blocks[shard.metadata.shard_offsets[0] // size]
-                total[:, a:b] = shard.tensor.view(-1)[rows].double().unsqueeze(1)
-        if variant.divides_by_ranks:
-            dist.all_reduce(total)
-        out.append(total)
+    out: list[list[Tensor]] = []
+    for f in range(len(tables.sizes)):
+        out.append([])
+        for name, rows, _ in _looked_up(variant, f, batches):
+            value = state.get(name)  # None on a rank that stores nothing of the table
+            total = torch.zeros(len(rows), tables.dim, dtype=torch.float64, device=rows.device)
+            if value is not None and not hasattr(value, "local_shards"):
+                out[-1].append(value.detach()[rows].double().unsqueeze(1).expand_as(total))
+                continue
+            if value is not None:
+                blocks = _blocks(tables)
+                size = sum(s.shard_sizes[0] for s in value.metadata().shards_metadata) // len(blocks)
+                for shard in value.local_shards():
+                    a, b = blocks[shard.metadata.shard_offsets[0] // size]
+                    total[:, a:b] = shard.tensor.view(-1)[rows].double().unsqueeze(1)
+            if variant.divides_by_ranks:
+                dist.all_reduce(total)
+            out[-1].append(total)
     return out
 
 
@@ -121,12 +153,8 @@ def _blocks(tables: Tables) -> list[tuple[int, int]]:
     return [(a, a + width) for a in range(0, tables.dim, width)]
 
 
-def _mean_of_squares(gradient: Tensor, tables: Tables, variant: Variant) -> Tensor:
+def _mean_of_squares(gradient: Tensor, tables: Tables) -> Tensor:
     out = torch.empty_like(gradient)
     for a, b in _blocks(tables):
         out[:, a:b] = gradient[:, a:b].square().mean(dim=1, keepdim=True)
     return out
-
-
-def _error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    return float((actual - expected).abs().max() / (expected.abs().max() + floor))

@@ -1,20 +1,33 @@
 """The variants of the step benchmark: each a step from a rank's ids to stepped tables."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    KeyedTensor,
+)
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from benchmarks.step_cells import EPS, LR, Tables, kjt
+from benchmarks.step_cells import EPS, LR, OPTIMIZERS, Batch, Tables, Traffic
+from benchmarks.step_plan import plan
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.ops.arguments import RULES, Gradients
@@ -23,32 +36,45 @@ from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 from torchrec_qr.ops.memory import zeros
 
-VARIANTS = ("full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused_alone", "fused", "fallback")
-
 
 class Variant:
-    """One way to look up, compose, pool and step; ``per_partition`` names the tables of each feature."""
+    """One way to look up, compose, pool and step. ``traffic`` is what a planner takes into account."""
 
+    compresses = True
     # Whether it multiplies pooled rows, which for several ids a bag is not what the others compute.
     pools_first = False
     divides_by_ranks = True  # or each rank trains tables of its own, alone
+    plan: dict[str, int]  # how many tables have which sharding type
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        self.tables, self.m = tables, m
-        self.partitions = QuotientRemainder(tables.num_ids, num_collisions=m)
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        self.tables, self.traffic, self.device, self.plan = tables, traffic, device, {}
+        self.partitions = [
+            QuotientRemainder(n, num_collisions=m) if self.compresses and n > tables.threshold else None
+            for n in tables.sizes
+        ]
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
+    def out(self, batch: Batch) -> Tensor:
         """(B, F·D)."""
         raise NotImplementedError
 
-    def step(self, ids: Tensor, bags: int, hot: int, gradient: Tensor) -> Tensor:
-        out = self.out(ids, bags, hot)
+    def backward(self, out: Tensor, gradient: Tensor) -> None:
+        """Steps the rows as well."""
         out.backward(gradient)
+
+    def step(self, batch: Batch, gradient: Tensor) -> Tensor:
+        out = self.out(batch)
+        self.backward(out, gradient)
         return out.detach()
 
-    def names(self, feature: str) -> list[str]:
-        """Of what a feature's tables are called in `state`."""
-        return [f"{feature}.partition_{j}" for j in range(2)]
+    def names(self, f: int) -> list[str]:
+        """What the tables of feature f are called in `state`."""
+        name = self.tables.features[f]
+        return [name] if self.partitions[f] is None else [f"{name}.partition_{j}" for j in range(2)]
+
+    def classes(self, f: int, ids: Tensor) -> list[Tensor]:
+        """The row of each id in each of these."""
+        partitions = self.partitions[f]
+        return [ids] if partitions is None else partitions.class_rows(ids)
 
     def state(self) -> dict[str, Any]:
         """Weights by name."""
@@ -63,34 +89,63 @@ def _uniform(weight: Tensor) -> Tensor:
     return nn.init.uniform_(weight, 0.5, 1.0)
 
 
-def _sharded(module: nn.Module, sharder: Any, tables: Tables, names: list[str]) -> DistributedModelParallel:
-    constraints = {
-        name: ParameterConstraints(sharding_types=[tables.sharding], min_partition=max(tables.dim // 2, 4))
-        for name in names
-    }
-    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    model = _Root(module)
-    plan = planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
-
-
 class _Root(nn.Module):
-    """Replicated parameters need a root that returns tensors."""
+    """Replicated parameters need a root that returns tensors; pooled ones have the columns of features in order."""
 
-    def __init__(self, collection: nn.Module) -> None:
+    def __init__(self, collection: nn.Module, features: list[str]) -> None:
         super().__init__()
         self.collection = collection
+        self._features = features
 
     def forward(self, features: Any) -> Any:
         out = self.collection(features)
         out = out.wait() if hasattr(out, "wait") else out
-        return out.values() if hasattr(out, "values") and not isinstance(out, dict) else out
+        if not isinstance(out, KeyedTensor):
+            return out
+        # Under a plan of several sharding types, those of one type lie together.
+        return out.values() if out.keys() == self._features else KeyedTensor.regroup([out], [self._features])[0]
 
 
 class _Dmp(Variant):
-    dmp: DistributedModelParallel
+    """A collection under ``DistributedModelParallel``, by TorchRec's planner or by this project's."""
+
     prefix = "collection.embedding_bags."
+    our_planner = False
+    _dense: torch.optim.Optimizer | None
+
+    def _shard(self, collection: Any, sharder: Any, hots: dict[str, int]) -> None:
+        """Places a collection on the ranks; ``hots``: ids a bag of each of its tables."""
+        pooled = hasattr(collection, "embedding_bag_configs")
+        configs = collection.embedding_bag_configs() if pooled else collection.embedding_configs()
+        tables = self.tables
+        constraints = {
+            name: ParameterConstraints(
+                sharding_types=None if tables.sharding is None else [tables.sharding],
+                min_partition=max(tables.dim // 2, 4),
+                pooling_factors=[float(hot)],
+            )
+            for name, hot in hots.items()
+        }
+        root = _Root(collection, [name for c in configs for name in c.feature_names])
+        found = plan(root, sharder, constraints, self.traffic.bags, self.device, self.our_planner)
+        of_tables: Any = found.plan["collection"]
+        self.plan = dict(Counter(table.sharding_type for table in of_tables.values()))
+        self.dmp = DistributedModelParallel(root, device=self.device, plan=found, sharders=[sharder])
+        # TorchRec's own data-parallel tables, which its fused optimizer does not step.
+        left = list(dict(in_backward_optimizer_filter(self.dmp.named_parameters())).values())
+        if left and tables.optimizer != "sgd":
+            raise NotImplementedError(f"data-parallel plain tables under {tables.optimizer}; allowed: sgd")
+        self._dense = torch.optim.SGD(left, lr=LR) if left else None
+
+    def out(self, batch: Batch) -> Tensor:
+        out: Tensor = self.dmp(batch.kjt())
+        return out
+
+    def backward(self, out: Tensor, gradient: Tensor) -> None:
+        out.backward(gradient)
+        if self._dense is not None:
+            self._dense.step()
+            self._dense.zero_grad()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -105,53 +160,49 @@ class _Dmp(Variant):
             key.removeprefix(self.prefix).removesuffix(".weight"): next(iter(of.values())) for key, of in state.items()
         }
 
+    def _hots(self) -> dict[str, int]:
+        return dict(zip(self.tables.features, self.traffic.hots, strict=True))
+
 
 class Full(_Dmp):
     """TorchRec's ``EmbeddingBagCollection`` of uncompressed tables."""
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        configs = [
-            EmbeddingBagConfig(
-                name=f, num_embeddings=tables.num_ids, embedding_dim=tables.dim, feature_names=[f], init_fn=_uniform
-            )
-            for f in tables.features
-        ]
-        collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-        sharder = EmbeddingBagCollectionSharder(fused_params=tables.fused_params)
-        self.dmp = _sharded(collection, sharder, tables, tables.features)
+    compresses = False
 
-    def names(self, feature: str) -> list[str]:
-        return [feature]
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        collection = EmbeddingBagCollection(tables=_configs(self), device=torch.device("meta"))
+        self._shard(collection, EmbeddingBagCollectionSharder(fused_params=tables.fused_params), self._hots())
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        out: Tensor = self.dmp(kjt(self.tables.features, ids, bags, hot))
-        return out
+
+class FullOurPlanner(Full):
+    our_planner = True
 
 
 class Ours(_Dmp):
     """`CompositionalEmbeddingBagCollection`, quotient-remainder, ``mult``."""
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        configs = [
-            CompositionalEmbeddingBagConfig(
-                name=f,
-                num_embeddings=tables.num_ids,
-                embedding_dim=tables.dim,
-                feature_names=[f],
-                partitions=self.partitions,
-                init_fn=_uniform,
-            )
-            for f in tables.features
-        ]
-        collection = CompositionalEmbeddingBagCollection(tables=list(configs), device=torch.device("meta"))
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        collection = CompositionalEmbeddingBagCollection(tables=_configs(self), device=torch.device("meta"))
         sharder = CompositionalEmbeddingBagCollectionSharder(fused_params=tables.fused_params)
-        self.dmp = _sharded(collection, sharder, tables, tables.features)
+        self._shard(collection, sharder, self._hots())
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        out: Tensor = self.dmp(kjt(self.tables.features, ids, bags, hot))
-        return out
+
+class OursOurPlanner(Ours):
+    our_planner = True
+
+
+def _configs(variant: Variant) -> list[EmbeddingBagConfig]:
+    configs: list[EmbeddingBagConfig] = []
+    tables = variant.tables
+    for f, size, partitions in zip(tables.features, tables.sizes, variant.partitions, strict=True):
+        fields: dict[str, Any] = {"name": f, "num_embeddings": size, "embedding_dim": tables.dim, "feature_names": [f]}
+        if partitions is None:
+            configs.append(EmbeddingBagConfig(**fields, init_fn=_uniform))
+        else:
+            configs.append(CompositionalEmbeddingBagConfig(**fields, partitions=partitions, init_fn=_uniform))
+    return configs
 
 
 class FusedAlone(Variant):
@@ -159,21 +210,24 @@ class FusedAlone(Variant):
 
     divides_by_ranks = False
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        layout = TableLayout(
-            "mult", partition_layouts(self.partitions, dict.fromkeys(range(2), tables.dim)), num_ids=tables.num_ids
-        )
-        self._lookup = Lookup(encode([layout] * tables.num_features), tables.features, [])
-        sizes = list(self.partitions.sizes) * tables.num_features
-        self._weights = [_uniform(zeros((n, tables.dim), torch.float32, None)).requires_grad_() for n in sizes]
-        self._sums = [torch.zeros(n) for n in sizes] if tables.optimizer == "rowwise_adagrad" else []
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        partitions = [p for p in self.partitions if p is not None]
+        layouts = [
+            TableLayout("mult", partition_layouts(p, dict.fromkeys(range(2), tables.dim)), num_ids=n)
+            for p, n in zip(partitions, tables.sizes, strict=True)
+        ]
+        self._lookup = Lookup(encode(layouts), tables.features, [])
+        sizes = [n for p in partitions for n in p.sizes]
+        self._weights = [_uniform(zeros((n, tables.dim), torch.float32, device)).requires_grad_() for n in sizes]
+        self._sums = [torch.zeros(n, device=device) for n in sizes] if tables.optimizer == "rowwise_adagrad" else []
         hyper = [LR, EPS, 0, 0, 1, 1, -1] * len(sizes)
         self._gradients = Gradients([RULES[tables.optimizer]] * len(sizes), self._sums, hyper, [])
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        offsets = torch.arange(0, ids.numel() + 1, hot)
-        return stepped_lookup(self._lookup, self._weights, lambda: self._gradients, ids, offsets, None, True)
+    def out(self, batch: Batch) -> Tensor:
+        return stepped_lookup(
+            self._lookup, self._weights, lambda: self._gradients, batch.values, batch.offsets, None, True
+        )
 
     def state(self) -> dict[str, Any]:
         return self._by_name([w.detach() for w in self._weights])
@@ -182,22 +236,54 @@ class FusedAlone(Variant):
         return self._by_name(self._sums)
 
     def _by_name(self, tensors: list[Tensor]) -> dict[str, Any]:
-        return dict(zip((name for f in self.tables.features for name in self.names(f)), tensors, strict=True))
+        names = (name for f in range(len(self.tables.sizes)) for name in self.names(f))
+        return dict(zip(names, tensors, strict=True))
+
+
+class Tbe(Variant):
+    """FBGEMM's table-batched embedding of the uncompressed tables, as `FusedAlone` runs; SGD."""
+
+    compresses = False
+    divides_by_ranks = False
+
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        on_gpu = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+        place = on_gpu if device.type == "cuda" else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+        self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            [(n, tables.dim, *place) for n in tables.sizes],
+            optimizer=OPTIMIZERS[tables.optimizer],
+            learning_rate=LR,
+            device=device,
+        )
+        for weight in self._tbe.split_embedding_weights():
+            _uniform(weight)
+
+    def out(self, batch: Batch) -> Tensor:
+        out: Tensor = self._tbe(batch.values, batch.offsets)
+        return out
+
+    def state(self) -> dict[str, Any]:
+        return dict(zip(self.tables.features, self._tbe.split_embedding_weights(), strict=True))
 
 
 class Fallback(Ours):
-    """`Ours` with PyTorch in the place of the kernels."""
+    """`Ours` with PyTorch in the place of the kernels of a CPU."""
 
-    def step(self, ids: Tensor, bags: int, hot: int, gradient: Tensor) -> Tensor:
+    def out(self, batch: Batch) -> Tensor:
         with without_kernels():
-            return super().step(ids, bags, hot, gradient)
+            return super().out(batch)
+
+    def backward(self, out: Tensor, gradient: Tensor) -> None:
+        with without_kernels():
+            super().backward(out, gradient)
 
 
 class _Stock(_Dmp):
     """A TorchRec table per partition, composed after the output dist."""
 
-    def names(self, feature: str) -> list[str]:
-        return [f"{feature}_partition_{j}" for j in range(2)]
+    def names(self, f: int) -> list[str]:
+        return [name.replace(".", "_") for name in super().names(f)]
 
     def _tables(self, make: Callable[..., Any]) -> list[Any]:
         return [
@@ -205,49 +291,58 @@ class _Stock(_Dmp):
                 name=self.names(f)[j],
                 num_embeddings=rows,
                 embedding_dim=self.tables.dim,
-                feature_names=[f"{f}.{j}"],
+                feature_names=[f"{feature}.{j}"],
                 init_fn=_uniform,
             )
-            for f in self.tables.features
-            for j, rows in enumerate(self.partitions.sizes)
+            for f, feature in enumerate(self.tables.features)
+            for j, rows in enumerate(self._partitions_of(f).sizes)
         ]
 
-    def _expanded(self, ids: Tensor, bags: int, hot: int) -> Any:
-        rows = torch.stack(self.partitions.class_rows(ids.view(self.tables.num_features, -1)), dim=1)
+    def _shard_tables(self, collection: nn.Module, sharder: Any) -> None:
+        hots = {name: hot for f, hot in enumerate(self.traffic.hots) for name in self.names(f)}
+        self._shard(collection, sharder, hots)
+
+    def _expanded(self, batch: Batch) -> KeyedJaggedTensor:
+        rows = [row.flatten() for f, ids in enumerate(batch.ids) for row in self.classes(f, ids)]
+        lengths = batch.lengths.view(len(batch.ids), 1, -1).expand(-1, 2, -1)
         keys = [f"{f}.{j}" for f in self.tables.features for j in range(2)]
-        return kjt(keys, rows.reshape(-1), bags, hot)
+        return KeyedJaggedTensor(keys=keys, values=torch.cat(rows), lengths=lengths.reshape(-1))
+
+    def _partitions_of(self, f: int) -> QuotientRemainder:
+        partitions = self.partitions[f]
+        assert partitions is not None
+        return partitions
 
 
 class StockPooled(_Stock):
     pools_first = True
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        configs = self._tables(EmbeddingBagConfig)
-        collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-        sharder = EmbeddingBagCollectionSharder(fused_params=tables.fused_params)
-        self.dmp = _sharded(collection, sharder, tables, [c.name for c in configs])
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        collection = EmbeddingBagCollection(tables=self._tables(EmbeddingBagConfig), device=torch.device("meta"))
+        self._shard_tables(collection, EmbeddingBagCollectionSharder(fused_params=tables.fused_params))
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        pooled = self.dmp(self._expanded(ids, bags, hot)).view(bags, self.tables.num_features, 2, self.tables.dim)
-        first, second = pooled.unbind(2)
-        return (first * second).view(bags, -1)
+    def out(self, batch: Batch) -> Tensor:
+        out: Tensor = self.dmp(self._expanded(batch))
+        first, second = out.view(len(out), len(batch.ids), 2, self.tables.dim).unbind(2)
+        return (first * second).view(len(out), -1)
 
 
 class StockUnpooled(_Stock):
     prefix = "collection.embeddings."
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        configs = self._tables(EmbeddingConfig)
-        collection = EmbeddingCollection(tables=configs, device=torch.device("meta"))
-        sharder = EmbeddingCollectionSharder(fused_params=tables.fused_params)
-        self.dmp = _sharded(collection, sharder, tables, [c.name for c in configs])
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        collection = EmbeddingCollection(tables=self._tables(EmbeddingConfig), device=torch.device("meta"))
+        self._shard_tables(collection, EmbeddingCollectionSharder(fused_params=tables.fused_params))
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        of = self.dmp(self._expanded(ids, bags, hot))
-        outputs = [of[f"{f}.0"].values() * of[f"{f}.1"].values() for f in self.tables.features]
-        return torch.cat([x.view(bags, hot, -1).sum(1) for x in outputs], dim=1)
+    def out(self, batch: Batch) -> Tensor:
+        of = self.dmp(self._expanded(batch))
+        outputs = [
+            (of[f"{f}.0"].values() * of[f"{f}.1"].values()).view(*ids.shape, -1).sum(1)
+            for f, ids in zip(self.tables.features, batch.ids, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
 
 
 class DlrmBag(Variant):
@@ -257,36 +352,43 @@ class DlrmBag(Variant):
     pools_first = True
     divides_by_ranks = False
 
-    def __init__(self, tables: Tables, m: int) -> None:
-        super().__init__(tables, m)
-        make = partial(nn.EmbeddingBag, mode="sum", sparse=True, include_last_offset=True)
-        self._bags = [[make(rows, tables.dim) for rows in self.partitions.sizes] for _ in tables.features]
+    def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(tables, m, traffic, device)
+        make = partial(nn.EmbeddingBag, mode="sum", sparse=True, device=device)
+        self._bags = [[make(rows, tables.dim) for rows in p.sizes] for p in self.partitions if p is not None]
         for bag in (bag for of in self._bags for bag in of):
             _uniform(bag.weight.data)
         self._optimizer = torch.optim.SGD([bag.weight for of in self._bags for bag in of], lr=LR)
 
-    def out(self, ids: Tensor, bags: int, hot: int) -> Tensor:
-        offsets = torch.arange(0, bags * hot + 1, hot)
+    def out(self, batch: Batch) -> Tensor:
         outputs = []
-        for of, x in zip(self._bags, ids.view(self.tables.num_features, -1), strict=True):
-            first, second = self.partitions.class_rows(x)
-            outputs.append(of[0](first, offsets) * of[1](second, offsets))
+        for f, (of, ids) in enumerate(zip(self._bags, batch.ids, strict=True)):
+            first, second = self.classes(f, ids)
+            outputs.append(of[0](first) * of[1](second))
         return torch.cat(outputs, dim=1)
 
-    def step(self, ids: Tensor, bags: int, hot: int, gradient: Tensor) -> Tensor:
-        out = super().step(ids, bags, hot, gradient)
+    def backward(self, out: Tensor, gradient: Tensor) -> None:
+        out.backward(gradient)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return out
 
     def state(self) -> dict[str, Any]:
         return {
-            f"{f}.partition_{j}": bag.weight.data
-            for f, of in zip(self.tables.features, self._bags, strict=True)
-            for j, bag in enumerate(of)
+            name: bag.weight.data
+            for f, of in enumerate(self._bags)
+            for name, bag in zip(self.names(f), of, strict=True)
         }
 
 
-def make(variant: str, tables: Tables, m: int) -> Variant:
-    classes = (Full, StockPooled, StockUnpooled, DlrmBag, FusedAlone, Ours, Fallback)
-    return dict(zip(VARIANTS, classes, strict=True))[variant](tables, m)
+VARIANTS: dict[str, type[Variant]] = {
+    "full": Full,
+    "full_our_planner": FullOurPlanner,
+    "stock_pooled": StockPooled,
+    "stock_unpooled": StockUnpooled,
+    "dlrm_bag": DlrmBag,
+    "tbe": Tbe,
+    "fused_alone": FusedAlone,
+    "fused": Ours,
+    "fused_our_planner": OursOurPlanner,
+    "fallback": Fallback,
+}
