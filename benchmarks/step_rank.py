@@ -148,7 +148,7 @@ def _summary(times: Times, of_full: Times | None, required: dict[str, float], co
         p20, p50, p80 = steps.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
         gb_s = required[phase] / p50 / 1e6
         of_phase = {"p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4)}
-        of_phase |= {"required_mb": round(required[phase] / 1e6, 3), "gb_s": round(gb_s, 3)}
+        of_phase |= {"required_bytes": round(required[phase]), "gb_s": round(gb_s, 3)}
         summary[phase] = {**of_phase, "to_copy": round(gb_s / copy_gb_s, 4), "to_full": None, "to_full_spread": None}
         if of_full:
             ratios = [

@@ -24,6 +24,7 @@ from torchx.specs.finder import ComponentValidationException
 
 _MAX_WORKSPACE_MIB = 100
 _NO_GPU = ("", "-1", "NoDevFiles")
+_SUITES = ("headline", "grid", "hosts", "dlrm", "dynamicemb", "tbe")
 # Read by the job's own code, where that is installed beside TorchX; where it is not, the job itself reads its config.
 _READ_JOB = """
 import sys
@@ -86,6 +87,7 @@ def dlrm(
 
 def bench(
     *args: str,
+    suite: str = "headline",
     j: str = "1x1",
     h: Optional[str] = None,
     cpu: int = 2,
@@ -101,6 +103,7 @@ def bench(
 
     Args:
         args: arguments of benchmarks.step, after ``--``
+        suite: what is measured: headline, grid, hosts, dlrm, dynamicemb or tbe
         j: NxM, nodes times ranks per node
         h: a named resource of TorchX for each node, instead of cpu, gpu and memMB
         cpu: CPUs of a node
@@ -114,8 +117,12 @@ def bench(
     """
     if not os.path.isfile("benchmarks/step.py"):
         raise ComponentValidationException(f"benchmarks/step.py: not in {os.getcwd()}; allowed: TorchX in the checkout")
+    if suite not in _SUITES:
+        raise ComponentValidationException(f"--suite {suite}: allowed: {', '.join(_SUITES)}")
     node = _resource(h, cpu, gpu, memMB)
-    role = _role("bench", ["benchmarks.step", *args], j, node, image, env, 0, mounts, rdzv_port, python)
+    role = _role(
+        "bench", ["benchmarks.step", "--suite", suite, *args], j, node, image, env, 0, mounts, rdzv_port, python
+    )
     return specs.AppDef(name="bench", roles=[role])
 
 

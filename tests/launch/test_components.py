@@ -12,6 +12,8 @@ import yaml
 from torchx.specs.finder import ComponentValidationException
 from torchx_job import ROOT, dryrun, torchx, without_id
 
+from benchmarks.step_suites import SUITES
+
 DEMO = ("--config", "configs/demo.yaml")
 
 
@@ -115,8 +117,14 @@ def test_bench_runs_the_benchmark_of_steps(tmp_path: Path, monkeypatch: pytest.M
     assert refusal("local_cwd", "bench") == f"benchmarks/step.py: not in {tmp_path}; allowed: TorchX in the checkout"
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "step.py").write_text("")
-    (replica,) = dryrun("local_cwd", "bench", "-j", "1x2", "--", "--steps", "3").request.role_params["bench"]
-    assert replica.args[2].endswith("--nproc-per-node=2 --tee=3 --role= -m benchmarks.step --steps 3 >&2")
+    options = ("-j", "1x2", "--suite", "dlrm", "--", "--steps", "3")
+    (replica,) = dryrun("local_cwd", "bench", *options).request.role_params["bench"]
+    assert replica.args[2].endswith("--nproc-per-node=2 --tee=3 --role= -m benchmarks.step --suite dlrm --steps 3 >&2")
+
+
+def test_bench_knows_the_suites_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert refusal("local_cwd", "bench", "--suite", "dlmr") == f"--suite dlmr: allowed: {', '.join(SUITES)}"
 
 
 @pytest.mark.parametrize(
