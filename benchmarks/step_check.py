@@ -15,7 +15,7 @@ from benchmarks.step_variants import Variant
 # Of what float32 may be off: an output, in proportion to the absolute values that it sums up; a row's step, in
 # proportion to the step, and to the row, whose last digits the step rounds.
 _OF_SUM, _OF_STEP, _OF_ROW = 1e-5, 1e-3, 1e-6
-_BAGS_AT_ONCE = 512  # of which the reference has a row per id
+_IDS_AT_ONCE = 2**16  # of which the reference has a row each
 
 
 class Verdict(NamedTuple):
@@ -47,7 +47,7 @@ def check(variant: Variant, traffic: Traffic, number: int) -> Verdict:
         weights = [rows.weight.clone().requires_grad_() for rows in before[f]]
         for r in ranks:
             of_rank = gradients[r].view(out.shape)[:, f].double() / len(ranks)
-            for bags in torch.arange(traffic.bags).split(_BAGS_AT_ONCE):
+            for bags in torch.arange(traffic.bags).split(max(1, _IDS_AT_ONCE // traffic.hots[f])):
                 span = slice(int(bags[0]), int(bags[-1]) + 1)
                 places = [rows.places[r][span] for rows in before[f]]
                 expected = _pooled(variant, weights, places)
