@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.step_cells import EPS, LR, Batch, Tables, Traffic, upstream
 from benchmarks.step_variants import Variant
+from torchrec_qr import raise_pending
 
 # Of what float32 may be off: an output, in proportion to the absolute values that it sums up; a row's step, in
 # proportion to the step, and to the row, whose last digits the step rounds.
@@ -33,7 +34,11 @@ class _Rows(NamedTuple):
 
 
 def check(variant: Variant, traffic: Traffic, number: int) -> Verdict:
-    """Runs one step on batch ``number`` of every rank, all of which must call this together."""
+    """Runs one step on batch ``number`` of every rank, all of which must call this together.
+
+    Raises:
+        IndexError: on CUDA, an id that a kernel has found outside of its table.
+    """
     tables, device, rank = variant.tables, variant.device, dist.get_rank()
     ranks = range(dist.get_world_size()) if variant.divides_by_ranks else [rank]
     batches = {r: Batch(tables, traffic, r, number, device) for r in ranks}
@@ -41,6 +46,7 @@ def check(variant: Variant, traffic: Traffic, number: int) -> Verdict:
     before = _rows_of(variant, batches)
     sums = _sums_of(variant, batches) if tables.optimizer != "sgd" else None
     out = variant.step(batches[rank], gradients[rank]).view(traffic.bags, len(tables.sizes), tables.dim)
+    raise_pending()
     after = _rows_of(variant, batches)
     worst = Verdict(0.0, None)
     for f, name in enumerate(tables.features):
