@@ -85,6 +85,14 @@ def test_two_ranks_of_torchrun(tmp_path: Path, suite: str, options: tuple[str, .
     assert set(report(file, 2, suite)) == variants
 
 
+def test_without_torchrun_two_ranks_start_on_this_machine(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    options = ("--quick", "--num-ids", "60", "--dims", "16", "--steps", "1", "--json", str(file))
+    code, output = output_of("benchmarks.step", *options, CUDA_VISIBLE_DEVICES="-1")
+    assert code == 0, output
+    assert set(report(file, 2, "headline")) == {"full", "fused"}
+
+
 def test_lookups_alone_and_the_bytes_that_they_need(tmp_path: Path) -> None:
     file = tmp_path / "tbe.json"
     options = ("--num-ids", "4", "--dims", "16", "--bags", "64", "--runs", "1", "--steps", "2", "--json", str(file))
