@@ -26,7 +26,7 @@ _PHASES = ("forward", "backward", "step", "eval")
 
 
 def measure(cell: Cell, runs: int, steps: int, copy_gb_s: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yields, on every rank, a row per variant, m and traffic; see `_row`."""
+    """Yields, on every rank, a row per variant, m and traffic; docs/launch.md says what is in it."""
     tables = cell.tables
     uncompressed: dict[str, Variant] = {}
     for name in cell.variants:

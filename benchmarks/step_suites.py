@@ -115,7 +115,7 @@ def dynamicemb(options: argparse.Namespace, room: int, world_size: int, on_cpu: 
     """
     scale = options.scale or (0.01 if on_cpu else 1.0)
     num_ids, bags = max(1, round(1_677_721 * scale)), options.bags or max(1, round(104_857 * scale))
-    tables = Tables((num_ids,) * 10, 128, "sgd", sharding="table_wise")
+    tables = Tables((num_ids,) * 10, 128, "sgd", sharding="table_wise" if world_size <= 10 else "column_wise")
     traffic = Traffic(bags, (1,) * 10, 1.05 if options.zipf is None else options.zipf)
     variants = ("full", "fused", *(_ALONE if world_size == 1 else ()))
     return [Cell(tables, _collisions(num_ids), (traffic,), variants)]

@@ -87,7 +87,7 @@ def test_two_ranks_of_torchrun(tmp_path: Path, suite: str, options: tuple[str, .
 
 def test_without_torchrun_two_ranks_start_on_this_machine(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    options = ("--quick", "--num-ids", "60", "--dims", "16", "--steps", "1", "--json", str(file))
+    options = ("--quick", "--num-ids", "60", "--dims", "16", "--bags", "8", "--steps", "1", "--json", str(file))
     code, output = output_of("benchmarks.step", *options, CUDA_VISIBLE_DEVICES="-1")
     assert code == 0, output
     assert set(report(file, 2, "headline")) == {"full", "fused"}
