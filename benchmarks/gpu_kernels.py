@@ -125,14 +125,14 @@ class Lookup:
         self.run.step_weights(self.weights, sums, steps)
 
     def class_rows(self, f: int, i: int) -> tuple[Tensor, Tensor]:
-        """Of each id of a feature, (B, hot)."""
+        """The row of each id of a feature in both partitions, (B, hot)."""
         before = self.case.bags * sum(self.case.hots[:f])
         ids = self.batches[i].ids[before : before + self.case.bags * self.case.hots[f]].view(self.case.bags, -1)
         first = self.case.rows(f)[0]
         return ids % first, ids // first
 
     def required_bytes(self) -> tuple[int, int]:
-        """Of the forward and of the backward with its step, for the first batch."""
+        """Those of the forward, and of the backward with its step, for the first batch."""
         rows = 0
         for f, dim in enumerate(self.case.dims):
             rows += 4 * dim * sum(of.unique().numel() for of in self.class_rows(f, 0))

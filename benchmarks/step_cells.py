@@ -40,7 +40,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank looks up in a step: ``bags`` of each feature, which have ``hots[f]`` ids each.
+    """The lookups of a rank in a step: ``bags`` of each feature, which have ``hots[f]`` ids each.
 
     Ids are in order of frequency: that of id k is in proportion to (k + 1) ** -``exponent``. 0 makes all alike.
     """
@@ -75,7 +75,7 @@ class Batch:
         self._features = tables.features
 
     def kjt(self) -> KeyedJaggedTensor:
-        """A new one each time, as of a new batch: TorchRec keeps in it what it has computed from it."""
+        """Returns a new one each time, since TorchRec keeps in it what it has computed from it."""
         return KeyedJaggedTensor(keys=self._features, values=self.values, lengths=self.lengths)
 
 
@@ -89,7 +89,7 @@ def _draw(num_ids: int, count: int, exponent: float, generator: torch.Generator)
     if not exponent:
         return torch.randint(0, num_ids, (count,), generator=generator)
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    # The continuous density x ** -exponent on [1, num_ids + 1), rounded down.
+    # Round x of the continuous density x ** -exponent on [1, num_ids + 1) down, since its inverse is a formula.
     if exponent == 1:
         x = (num_ids + 1) ** uniform
     else:

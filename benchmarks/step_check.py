@@ -13,10 +13,10 @@ from benchmarks.step_cells import EPS, LR, Batch, Tables, Traffic, upstream
 from benchmarks.step_variants import Variant
 from torchrec_qr import raise_pending
 
-# Of what float32 may be off: an output, in proportion to the absolute values that it sums up; a row's step, in
-# proportion to the step, and to the row, whose last digits the step rounds.
+# Allow what float32 may be off. An output errs in proportion to the absolute values that it sums up; a row's step errs
+# in proportion to the step, and to the row, whose last digits the step rounds.
 _OF_SUM, _OF_STEP, _OF_ROW = 1e-5, 1e-3, 1e-6
-_IDS_AT_ONCE = 2**16  # of which the reference has a row each
+_IDS_AT_ONCE = 2**16  # bounds the memory of the reference, which has a row for each
 
 
 class Verdict(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the step benchmark asks of a rank's device: times, memory, and how fast it copies.
+"""Measures times, memory and copies of a rank's device, for the step benchmark.
 
 On a CPU a moment is read from the processor's clock, and ranks meet at the end of every step. On a GPU it is an event
 of the stream, and a burst of steps is queued without waiting between them. No GPU has run this yet.

@@ -1,4 +1,4 @@
-"""Where the tables of a variant lie: TorchRec's planner or this project's, on the devices that there are."""
+"""Plans where the tables of a variant lie, by TorchRec's planner or by this project's."""
 
 import os
 from collections.abc import Mapping

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.step_cells import Cell, Tables, Traffic
 
-# As MLPerf's DLRM-DCNv2 has them: rows of each table, and ids a bag. `configs/mlperf_dcnv2_qr.yaml` compresses
-# likewise: 4 ids share a row, in tables of more than 10,000.
+# MLPerf's DLRM-DCNv2 has these rows of each table, and these ids a bag. `configs/mlperf_dcnv2_qr.yaml` has the same, and
+# compresses as the suite does: 4 ids share a row, in tables of more than 10,000.
 # fmt: off
 MLPERF_ROWS = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,
@@ -17,7 +17,7 @@ MLPERF_ROWS = (
 MLPERF_HOTS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 # fmt: on
 _ALONE = ("tbe", "fused_alone")
-_LARGEST = 0.4  # of a rank's memory, for full tables
+_SHARE = 0.4  # of a rank's memory that full tables may take
 _SHARDINGS = ("table_wise", "column_wise", "data_parallel")
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
 
@@ -31,7 +31,7 @@ def cells_of(options: argparse.Namespace, memory_gib: float, world_size: int, on
         world_size: number of ranks.
         on_cpu: whether ranks run on a CPU.
     """
-    room = _LARGEST * memory_gib if options.max_gib is None else options.max_gib
+    room = _SHARE * memory_gib if options.max_gib is None else options.max_gib
     cells = SUITES[options.suite](options, int(room * 2**30), world_size, on_cpu)
     chosen = []
     for cell in cells:

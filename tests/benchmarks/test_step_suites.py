@@ -134,6 +134,11 @@ def test_values_that_are_wrong_on_another_rank_only(tmp_path: Path) -> None:
     assert rows["fused"]["step"]["to_full"] is None
 
 
+def test_rows_that_are_split_over_ranks_are_checked() -> None:
+    code, output = torchrun(2, str(Path(__file__).parent / "row_wise_check.py"))
+    assert code == 0, output
+
+
 def test_an_option_of_another_suite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         step.parsed(["--suite", "dlrm", "--scale", "0.5"])
