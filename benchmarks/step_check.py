@@ -128,7 +128,7 @@ def _gathered(value: Any, rows: Tensor, variant: Variant) -> Tensor:
 
 
 def _sums_of(variant: Variant, batches: dict[int, Batch]) -> list[list[Tensor]]:
-    """As `_rows_of`, rowwise Adagrad's accumulators, one per column, under shardings that do not split rows."""
+    """Rowwise Adagrad's accumulators as `_rows_of` has rows, one per column; the sharding must not split rows."""
     state, tables = variant.sums(), variant.tables
     out: list[list[Tensor]] = []
     for f in range(len(tables.sizes)):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.step_cells import Cell, Tables, Traffic
 
-# MLPerf's DLRM-DCNv2 has these rows of each table, and these ids a bag. `configs/mlperf_dcnv2_qr.yaml` has the same, and
-# compresses as the suite does: 4 ids share a row, in tables of more than 10,000.
+# MLPerf's DLRM-DCNv2 has these rows of each table, and these ids a bag. `configs/mlperf_dcnv2_qr.yaml` has the same,
+# and compresses as the suite does: 4 ids share a row, in tables of more than 10,000.
 # fmt: off
 MLPERF_ROWS = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,

@@ -67,7 +67,7 @@ class Variant:
         return out.detach()
 
     def names(self, f: int) -> list[str]:
-        """What the tables of feature f are called in `state`."""
+        """The names of the tables of feature f in `state`."""
         name = self.tables.features[f]
         return [name] if self.partitions[f] is None else [f"{name}.partition_{j}" for j in range(2)]
 
