@@ -61,10 +61,10 @@ def cases(width: int) -> list[Case]:
     out = [
         Case(forward.forward, _of(width, **heavy), "forward"),
         Case(forward.forward, _of(width, **sequence), "forward-sequence"),
-        Case(forward.weights_gradient, _of(width, **heavy), "weights_gradient"),
+        Case(forward.weights_gradient, _of(width, **heavy, **run._short_tile(width)), "weights_gradient"),
         Case(occurrences.keys_of_ids, _of(width, TARGET=1, LANES=128, CODED=True), "keys_of_ids"),
         Case(occurrences.chunks_of_keys, {"BLOCK": 256}, "chunks_of_keys"),
-        Case(sums.sum_chunks, _of(width, TARGET=3, **heavy, **run._chunk_tile(width)), "sum_chunks"),
+        Case(sums.sum_chunks, _of(width, TARGET=3, **heavy, **run._short_tile(width)), "sum_chunks"),
         Case(sums.sum_supers, cut, "sum_supers"),
         Case(sums.sum_runs, cut, "sum_runs"),
     ]
@@ -129,8 +129,15 @@ NARROW = [
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sums_of_narrow_rows_compile(width: int, mult: bool, weighted: bool, pooled: bool, architecture: int) -> None:
     """With more lanes than the launch takes, which is what narrow rows would have, they do not."""
-    form = {"MULT": mult, "WEIGHTED": weighted, "POOLED": pooled, "TARGET": 1, **run._chunk_tile(width)}
+    form = {"MULT": mult, "WEIGHTED": weighted, "POOLED": pooled, "TARGET": 1, **run._short_tile(width)}
     assert compiled(Case(sums.sum_chunks, _of(width, **form), ""), architecture).asm["ptx"]
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["bags", "sequences"])
+@pytest.mark.parametrize("width", [4, 16, 32])
+def test_other_loops_over_narrow_rows_compile(width: int, pooled: bool) -> None:
+    for kernel, tile in ((forward.forward, run._tile(width)), (forward.weights_gradient, run._short_tile(width))):
+        assert compiled(Case(kernel, _of(width, POOLED=pooled, **tile), ""), 90).asm["cubin"]
 
 
 @pytest.mark.parametrize("kernel", [forward.forward, sums.sum_chunks], ids=["forward", "sum_chunks"])

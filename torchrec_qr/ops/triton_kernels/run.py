@@ -88,11 +88,11 @@ def _tile(width: int) -> dict[str, int]:
     return {"LANES": max(1, min(64, 1024 // block)), "BLOCK_D": block}
 
 
-def _chunk_tile(width: int) -> dict[str, int]:
-    """`_tile` of `sum_chunks`, of at most 16 lanes.
+def _short_tile(width: int) -> dict[str, int]:
+    """As `_tile`, of at most 16 lanes.
 
-    Do not take more, because Triton 3.6.0 and 3.7.1 then fail to compile its loop for some tables: a pass that removes
-    conversions of layouts leaves a load with a mask of another layout.
+    Do not take more in a loop over rows of few columns, because Triton 3.6.0 and 3.7.1 then fail to compile it for some
+    tables: a pass that removes conversions of layouts leaves a load with a mask of another layout.
     """
     tile = _tile(width)
     return {**tile, "LANES": min(tile["LANES"], 16)}
@@ -138,7 +138,7 @@ def gradient_of_weights(d: Descriptors, batch: Batch, out_gradient: Tensor) -> T
     """Returns (N,) fp32: the gradient of the ids' weights."""
     of_ids = torch.zeros(batch.ids.shape, device=d.entries.device)
     for group in d.groups:
-        tile = _tile(group.kernel.WIDTH)
+        tile = _short_tile(group.kernel.WIDTH)
         grid = (_blocks(tile["LANES"], batch, d), group.size)
         if not grid[0]:
             continue
@@ -221,7 +221,7 @@ def sum_rows(
         BLOCK=256,
     )
     for group, target in _targets(d, number):
-        tile = _chunk_tile(group.kernel.WIDTH)
+        tile = _short_tile(group.kernel.WIDTH)
         sum_chunks[(triton.cdiv(capacity, tile["LANES"]),)](
             *(sums, out_gradient, batch.ids, batch.offsets, batch.weights, order, bag_of, starts, entry_of_chunk),
             *(chunk_numbers, entry_of, d.entries, batch.flat_starts),
