@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 def failures() -> dict[str, str]:
     """Per test, the traceback of its failure, or an empty string."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *inherited])
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "ops" / "triton_cases.py"],
         env=environment,
