@@ -17,7 +17,6 @@ from device_refusals import CALLS
 from fake_cuda import FakeCuda
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torch.distributed.remote_device import _remote_device
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import sharding_plan
 from torchrec.distributed.types import (
@@ -106,9 +105,6 @@ def plan(case: DeviceCase, module: nn.Module, sharder: Any) -> EmbeddingModuleSh
         sharding = make(parameters[name], fake_ranks.LOCAL_WORLD_SIZE, fake_ranks.WORLD_SIZE, "cuda", sharder)
         kernel = "dense" if case.sharding == "data_parallel" else "fused"
         out[name] = replace(sharding, sharding_type=case.sharding, compute_kernel=kernel)
-        for shard in getattr(sharding.sharding_spec, "shards", []):
-            if case.device and shard.placement.rank() == 0:
-                shard.placement = _remote_device(f"rank:0/cuda:{case.device}")
     return out
 
 

@@ -252,23 +252,23 @@ class Recorder(TorchDispatchMode):
             out = pytree.tree_map(
                 lambda v: torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Tensor) else v, values
             )
-        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        if any(t.is_sparse for t in (*made, *tensors)):
+        made = pytree.tree_leaves(out)
+        if any(isinstance(t, Tensor) and t.is_sparse for t in (*made, *tensors)):
             return out
         before = {t.untyped_storage()._cdata for t in tensors}
-        new = [t.untyped_storage()._cdata not in before for t in made]
+        new = [isinstance(t, Tensor) and t.untyped_storage()._cdata not in before for t in made]
         for t in (t for t, is_new in zip(made, new, strict=True) if is_new):
             self._memory.forget(t)
             # A copy to the host that does not wait is into memory that ATen has pinned.
-            if kwargs.get("pin_memory") or (name == "_to_copy" and t.device.type == "cpu"):
+            to_host = name == "_to_copy" and t.device.type == "cpu" and tensors[0].device.type == "cuda"
+            if kwargs.get("pin_memory") or (to_host and kwargs.get("non_blocking")):
                 self._memory.pin(t)
-        if not any(t.dtype in _INTEGERS for t in (*made, *mutated)):
+        if not any(isinstance(t, Tensor) and t.dtype in _INTEGERS for t in (*made, *mutated)):
             return out
         if values is None:
             values = self._values(func, args, kwargs)
-        of_made = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
-        for t, v, is_new in zip(made, of_made, new, strict=True):
-            if is_new and t.dtype in _INTEGERS:
+        for t, v, is_new in zip(made, pytree.tree_leaves(values), new, strict=True):
+            if is_new and t.dtype in _INTEGERS and isinstance(v, Tensor):
                 self._memory.write(t, v)
         return out
 

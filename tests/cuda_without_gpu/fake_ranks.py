@@ -57,6 +57,8 @@ def _replace_in_ddp() -> None:
     ddp._verify_param_shape_across_processes = lambda *args, **kwargs: None
     reducer: Any = c10d.Reducer
     reducer._rebuild_buckets = lambda self: False
+    # It counts iterations, of which some are timed by events of CUDA.
+    reducer.prepare_for_forward = lambda self: None
     logger: Any = c10d.Logger
     logger.set_runtime_stats_and_log = lambda self: None
 
