@@ -178,14 +178,16 @@ class Batch:
 def global_batch(run: Run, step: int) -> Batch:
     """Jagged, with empty bags, and of few ids, so that rows stay untouched; on step 1 only the first bags have ids.
 
-    On step 2 the first feature has no ids on any rank. ``wild_ids``: outside of [0, S), too.
+    On step 2 the first feature has no ids on any rank. ``wild_ids``: outside of [0, S), too, where
+    the table takes them.
     """
     rng = random.Random(f"batch {step}")
     sizes = {f: t.num_ids for t in reversed(run.tables) for f in t.feature_names}
+    policies = {f: t.out_of_range for t in reversed(run.tables) for f in t.feature_names}
     batch = Batch()
     for i, feature in enumerate(reversed(list(sizes))):  # in another order than the tables'
         pool = rng.sample(range(sizes[feature]), min(12, sizes[feature] - 2))
-        if run.wild_ids:
+        if run.wild_ids and policies[feature] in ("clamp", "wrap"):
             pool += [sizes[feature], -1, 3 * sizes[feature] + 5]
         bags = [rng.choices(pool, k=rng.choice([0, 1, 2, 3, 5])) for _ in range(run.bags)]
         if step == 1:

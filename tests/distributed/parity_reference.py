@@ -45,7 +45,7 @@ class Reference:
         self._sums: dict[tuple[str, int], list[Tensor]] = {}
         self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._steps = 0
-        self.lr, self.max_gradient = LR, float("inf")
+        self.lr, self.eps, self.max_gradient = LR, EPS, float("inf")
 
     def forward(self, batch: Batch) -> Tensor:
         """Outputs as `Model` returns them."""
@@ -89,13 +89,13 @@ class Reference:
         elif self.run.optimizer == "adagrad":
             (sums,) = self._sums.setdefault((case.name, j), [torch.zeros_like(weight)])
             sums += grad**2
-            weight -= self.lr * grad / (sums.sqrt() + EPS)
+            weight -= self.lr * grad / (sums.sqrt() + self.eps)
         else:
             blocks = self._blocks(case, j)
             sums_of = self._sums.setdefault((case.name, j), [torch.zeros(len(weight)).double() for _ in blocks])
             for (a, b), sums in zip(blocks, sums_of, strict=True):
                 sums += (grad[:, a:b] ** 2).mean(dim=1)
-                weight[:, a:b] -= self.lr * grad[:, a:b] / (sums.sqrt() + EPS).unsqueeze(1)
+                weight[:, a:b] -= self.lr * grad[:, a:b] / (sums.sqrt() + self.eps).unsqueeze(1)
 
     def _update_adam(self, key: tuple[str, int], weight: Tensor, grad: Tensor, rows: list[int]) -> None:
         """Of the rows that were looked up alone; bias correction by the number of steps."""
@@ -110,7 +110,7 @@ class Reference:
             largest.copy_(torch.maximum(largest, v))
             bound = largest if params.get("amsgrad") else v
             root = (bound / (1 - b2**self._steps)).sqrt()
-            weight[r] -= self.lr * (m / (1 - b1**self._steps)) / (root + EPS)
+            weight[r] -= self.lr * (m / (1 - b1**self._steps)) / (root + self.eps)
 
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""

@@ -1,4 +1,4 @@
-"""Runs a function on real gloo ranks: one process each, one thread each."""
+"""Runs a function on real ranks, of gloo unless said otherwise: one process each, one thread each."""
 
 import multiprocessing as mp
 import os
@@ -9,18 +9,35 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
 
+import torch
+
+# The type of device that the ranks of a test compute on; set where `run_ranks` is told another than a CPU.
+_DEVICE = "TORCHREC_QR_RANK_DEVICE"
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
 
 
+def own_device() -> torch.device:
+    """The device of this rank: a CPU, or, where `run_ranks` was told so, the GPU that the rank has set."""
+    kind = os.environ.get(_DEVICE, "cpu")
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, local_world_size: int | None = None, timeout: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    local_world_size: int | None = None,
+    timeout: float = 120,
+    backend: str | Callable[[], str] = "gloo",
+    device: str = "cpu",
 ) -> list[Any]:
     """Returns ``[function(rank, world_size, *args) for each rank]``, run in as many processes.
 
     ``function`` is a module's top-level function; it and its results must pickle. ``local_world_size`` simulates nodes
-    of so many ranks. The first rank to fail ends the others, and its traceback is raised.
+    of so many ranks. The first rank to fail ends the others, and its traceback is raised. ``backend`` may be a function
+    that registers one, and returns its name. With ``device`` "cuda" the ranks share the GPUs in turn (`own_device`).
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, tuple[int, Any]] = {}
@@ -31,8 +48,9 @@ def run_ranks(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(rank % (local_world_size or world_size)),
                 "LOCAL_WORLD_SIZE": str(local_world_size or world_size),
+                _DEVICE: device,
             }
-            target = (sender, environment, f"{folder}/store", function, args)
+            target = (sender, environment, f"{folder}/store", backend, function, args)
             process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
             process.start()
             sender.close()
@@ -68,16 +86,23 @@ def _results(ranks: dict[Connection, tuple[int, Any]], deadline: float) -> list[
 
 
 def _rank(
-    sender: Connection, environment: dict[str, str], store: str, function: Callable[..., Any], args: tuple[Any, ...]
+    sender: Connection,
+    environment: dict[str, str],
+    store: str,
+    backend: str | Callable[[], str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(environment)
-    import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        if environment[_DEVICE] == "cuda":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        name = backend if isinstance(backend, str) else backend()
+        dist.init_process_group(name, init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *args)
         dist.barrier()  # nobody leaves while others still talk to it
         sender.send((False, result))

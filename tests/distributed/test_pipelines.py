@@ -21,7 +21,7 @@ from sharded_model import (
     weights_of,
 )
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import (
     CommType,
     QCommsConfig,
@@ -78,8 +78,10 @@ def batches(rank: int, world_size: int, weighted: bool) -> list[Batch]:
     ]
 
 
-def mixed_model(weighted: bool) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    configs = tables()
+def mixed_model(
+    weighted: bool, configs: list[EmbeddingBagConfig] | None = None
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    configs = tables() if configs is None else configs
     plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, 2) for i, c in enumerate(configs)}
     model = shard(configs, plan, values=unsharded(configs, is_weighted=weighted), is_weighted=weighted, wrap=WithLoss)
     dense = KeyedOptimizerWrapper(

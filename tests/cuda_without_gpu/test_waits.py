@@ -1,0 +1,60 @@
+"""Nothing is read before it has arrived: tables of every kind train on poison as on gloo, and as the reference does.
+
+See `poison_group`. One rank shows every missing wait of this project's own; two and four have something to reduce,
+ranks that own none of a table, and an order of collectives that must be the same on all of them.
+"""
+
+from functools import cache
+
+import pytest
+from parity_model import Run, TableCase
+from poison_compare import Exact, assert_same, assert_same_order
+from poison_group import register
+from poison_tables import FACTORS, SEQUENCE_FACTORS, Outcome, runs_of, train_all
+from ranks import run_ranks
+from test_parity_pooled import feasible_pairs, pairs_of, pairwise
+
+RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)
+WORLD_SIZES = (1, 2, 4)
+TABLES = [pytest.param(name, t, id=f"{name}-{t.name}") for name, run in RUNS.items() for t in run.tables]
+
+
+@cache
+def outcomes(world_size: int, backend: str) -> list[dict[str, Outcome]]:
+    """Of each rank, by run; four ranks are two nodes."""
+    made = register if backend == "poison" else backend
+    return run_ranks(train_all, world_size, RUNS, local_world_size=min(world_size, 2), backend=made)
+
+
+@cache
+def exact(world_size: int, name: str) -> Exact:
+    return Exact(RUNS[name], [rank[name] for rank in outcomes(world_size, "poison")])
+
+
+@pytest.mark.parametrize("factors", [FACTORS, SEQUENCE_FACTORS], ids=["bags", "sequences"])
+def test_every_pair_of_values_occurs(factors: dict[str, tuple[object, ...]]) -> None:
+    assert set(feasible_pairs(factors)) == {pair for case in pairwise(factors) for pair in pairs_of(case)}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("name", "table"), TABLES)
+def test_a_table_trains_as_on_gloo(world_size: int, name: str, table: TableCase) -> None:
+    run: Run = RUNS[name]
+    for poisoned, plain in zip(outcomes(world_size, "poison"), outcomes(world_size, "gloo"), strict=True):
+        assert_same(poisoned[name], plain[name], run, table)
+    exact(world_size, name).assert_close(table)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", RUNS)
+def test_tensors_under_way_are_left_alone(world_size: int, name: str) -> None:
+    """Neither what is sent is changed, nor is anything written to where a result will arrive."""
+    for rank in outcomes(world_size, "poison"):
+        assert rank[name].issued or world_size == 1
+        assert rank[name].violations == []
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_issue_the_same_collectives_in_the_same_order(world_size: int, name: str) -> None:
+    assert_same_order([rank[name].issued for rank in outcomes(world_size, "poison")])

@@ -1,0 +1,50 @@
+"""Ranks that own no table take part in every collective, in the order of the others: with NCCL they would hang."""
+
+import pytest
+from parity_model import Run, TableCase
+from poison_compare import Exact, assert_same, assert_same_order
+from poison_group import register
+from poison_tables import Outcome, train
+from ranks import run_ranks
+
+# Of these the first rank or node owns everything, and of the others each rank something.
+OWNED_BY_FIRST = ("table_wise", "table_row_wise")
+POOLED = (
+    *(TableCase(f"{s}_{op}", "strided", s, operation=op) for s in OWNED_BY_FIRST for op in ("mult", "add")),
+    TableCase("map", "explicit", "table_row_wise", pooling="mean"),
+    TableCase("path", "strided", "table_row_wise", operation="path"),
+)
+ON_ALL = (TableCase("row_wise", "strided", "row_wise"), TableCase("data_parallel", "strided", "data_parallel"))
+SEQUENCES = (TableCase("table_wise", "strided", "table_wise"), *ON_ALL)
+RUNS = {
+    "one type": Run(POOLED[:2]),
+    "nodes": Run(POOLED[2:], optimizer="adagrad"),
+    "both": Run(POOLED, optimizer="adam"),
+    "all": Run((*POOLED, *ON_ALL, TableCase("grid", "strided", "grid_shard")), optimizer="adam", weighted=True),
+    "dense": Run((*POOLED, *ON_ALL), optimizer="dense_sgd"),
+    "sequences": Run(SEQUENCES, pooled=False, optimizer="adam"),
+    "unique ids": Run(SEQUENCES, pooled=False, index_dedup=True),
+}
+
+
+def train_all(rank: int, world_size: int) -> dict[str, Outcome]:
+    """Runs on a rank."""
+    return {name: train(rank, world_size, run, on_first=True) for name, run in RUNS.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_without_tables_keep_step(world_size: int) -> None:
+    plain, poisoned = (run_ranks(train_all, world_size, local_world_size=2, backend=b) for b in ("gloo", register))
+    for name, run in RUNS.items():
+        outcomes = [rank[name] for rank in poisoned]
+        exact = Exact(run, outcomes)
+        for table in run.tables:
+            exact.assert_close(table)
+            for found, expected in zip(outcomes, plain, strict=True):
+                assert_same(found, expected[name], run, table)
+        assert_same_order([outcome.issued for outcome in outcomes])
+        assert [outcome.violations for outcome in outcomes] == [[]] * world_size
+        if name == "one type":
+            held = [sum(v.size for pieces in o.state.values() for _, _, v in pieces) for o in outcomes]
+            assert held[0] > 0
+            assert held[1:] == [0] * (world_size - 1), "the other ranks own a part after all"
