@@ -216,6 +216,10 @@ class PoisonGroup(dist.ProcessGroup):
         return tuple(n * (tensor.numel() // len(tensor) if len(tensor) else 0) for n in splits)
 
     @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    @property
     def group_name(self) -> str:
         return self._name
 

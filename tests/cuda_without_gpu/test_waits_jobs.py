@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parity_model import EPS, LR, OPTIMIZERS, Run, TableCase
-from poison_compare import Exact, assert_same, assert_same_order
+from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
-from poison_tables import Outcome
-from poison_tables import train as train_tables
+from poison_tables import Journaled, train_journaled
 from ranks import run_ranks
 from sharded_model import DIM, Model, batch_of, placement, shard, state_of, tables, train, unsharded, weights_of
 from test_checkpoints import contents
@@ -25,6 +24,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs, get_qcomm_codecs_registry
 from torchrec.distributed.types import CommOp
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from varied_reference import Exact
 
 OF_SEQUENCES = ("table_wise", "column_wise", "row_wise", "data_parallel")
 PRECISIONS = {"fp16": CommType.FP16, "bf16": CommType.BF16}
@@ -60,20 +60,15 @@ def test_quantised_communication_of_sequences(precision: str) -> None:
     compare(run, codecs={CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)})
 
 
-def compare(run: Run, **arguments: Any) -> list[Outcome]:
+def compare(run: Run, **arguments: Any) -> list[Journaled]:
     """Two ranks train the tables on poison as on gloo."""
-    plain, poisoned = (run_ranks(train_with, 2, run, arguments, backend=b) for b in ("gloo", register))
+    plain, poisoned = (run_ranks(train_journaled, 2, run, arguments, backend=b) for b in ("gloo", register))
     for found, expected in zip(poisoned, plain, strict=True):
         assert found.violations == []
         for table in run.tables:
             assert_same(found, expected, run, table)
     assert_same_order([outcome.issued for outcome in poisoned])
     return poisoned
-
-
-def train_with(rank: int, world_size: int, run: Run, arguments: dict[str, Any]) -> Outcome:
-    """Runs on a rank."""
-    return train_tables(rank, world_size, run, **arguments)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])

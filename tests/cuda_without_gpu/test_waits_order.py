@@ -2,10 +2,11 @@
 
 import pytest
 from parity_model import Run, TableCase
-from poison_compare import Exact, assert_same, assert_same_order
+from poison_compare import assert_same, assert_same_order
 from poison_group import register
-from poison_tables import Outcome, train
+from poison_tables import train_all_journaled
 from ranks import run_ranks
+from varied_reference import Exact
 
 # Of these the first rank or node owns everything, and of the others each rank something.
 OWNED_BY_FIRST = ("table_wise", "table_row_wise")
@@ -27,14 +28,12 @@ RUNS = {
 }
 
 
-def train_all(rank: int, world_size: int) -> dict[str, Outcome]:
-    """Runs on a rank."""
-    return {name: train(rank, world_size, run, on_first=True) for name, run in RUNS.items()}
-
-
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_without_tables_keep_step(world_size: int) -> None:
-    plain, poisoned = (run_ranks(train_all, world_size, local_world_size=2, backend=b) for b in ("gloo", register))
+    plain, poisoned = (
+        run_ranks(train_all_journaled, world_size, RUNS, {"on_first": True}, local_world_size=2, backend=b)
+        for b in ("gloo", register)
+    )
     for name, run in RUNS.items():
         outcomes = [rank[name] for rank in poisoned]
         exact = Exact(run, outcomes)
