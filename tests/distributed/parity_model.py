@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from own_placements import on_devices_of_ranks
+from ranks import own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import sharding_plan
@@ -242,10 +244,10 @@ def hand_plan(
             "grid_shard": _grid,
             "data_parallel": sharding_plan.data_parallel(),
         }[table.sharding]
-        sharding = make(parameters[table.name], local_size, world_size, "cpu", sharder)
+        sharding = make(parameters[table.name], local_size, world_size, own_device().type, sharder)
         kernel = "dense" if table.sharding == "data_parallel" else "fused"
         plan[table.name] = dataclasses.replace(sharding, sharding_type=table.sharding, compute_kernel=kernel)
-    return plan
+    return on_devices_of_ranks(plan)
 
 
 def _grid(p: Tensor, local_size: int, world_size: int, *_: Any) -> ParameterSharding:
@@ -280,7 +282,7 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     constraints = {
         t.name: ParameterConstraints(sharding_types=[t.sharding], min_partition=PLANNED_WIDTH) for t in run.tables
     }
-    topology = Topology(world_size=world_size, local_world_size=local_size, compute_device="cpu")
+    topology = Topology(world_size=world_size, local_world_size=local_size, compute_device=own_device().type)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharder = sharders[0 if run.pooled else 1]
@@ -290,6 +292,7 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     # Column shards of sequences are all of one width, in TorchRec: those by hand as wide as the planner's.
     width = 4 if run.pooled else PLANNED_WIDTH
     module_plan.update(hand_plan(model.collection, by_hand, sharder, width))
+    on_devices_of_ranks(module_plan)
     assert {name: s.sharding_type for name, s in module_plan.items()} == {t.name: t.sharding for t in run.tables}
     return plan
 
@@ -300,7 +303,7 @@ def shard(run: Run, sharders: list[Any] | None = None, collection: nn.Module | N
     model = Model(run.collection("meta") if collection is None else collection, names, run.pooled)
     sharders = sharders or sharders_of(run)
     plan = plan_of(run, model, sharders)
-    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    dmp = DistributedModelParallel(model, device=own_device(), plan=plan, sharders=sharders)
     dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
     return dmp
 
@@ -317,7 +320,7 @@ def pieces_of(value: Any) -> Pieces:
 
 
 def _numpy(value: Tensor) -> Any:
-    return value.detach().double().numpy().copy()
+    return value.detach().double().cpu().numpy().copy()
 
 
 @dataclass
@@ -342,7 +345,7 @@ def trained(
     outputs = []
     for step in range(run.steps):
         dmp.fused_optimizer.zero_grad()
-        out = dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted, run.int32))
+        out = dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted, run.int32).to(own_device()))
         outputs.append(_numpy(out))
         loss_of(out, world_size).backward()
         dmp.fused_optimizer.step()

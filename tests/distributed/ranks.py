@@ -14,8 +14,10 @@ import torch
 # The type of device that the ranks of a test compute on; set where `run_ranks` is told another than a CPU.
 _DEVICE = "TORCHREC_QR_RANK_DEVICE"
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
+_FORKED = mp.get_context("forkserver")
+_FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
+# Not where they use a GPU: CUDA does not survive a fork from a process that has so much as counted the devices.
+_CONTEXTS: dict[str, Any] = {"cpu": _FORKED, "cuda": mp.get_context("spawn")}
 
 
 def own_device() -> torch.device:
@@ -39,10 +41,11 @@ def run_ranks(
     of so many ranks. The first rank to fail ends the others, and its traceback is raised. ``backend`` may be a function
     that registers one, and returns its name. With ``device`` "cuda" the ranks share the GPUs in turn (`own_device`).
     """
+    context = _CONTEXTS[device]
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, tuple[int, Any]] = {}
         for rank in range(world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             environment = {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
@@ -51,7 +54,7 @@ def run_ranks(
                 _DEVICE: device,
             }
             target = (sender, environment, f"{folder}/store", backend, function, args)
-            process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
+            process = context.Process(target=_rank, args=target, daemon=True)
             process.start()
             sender.close()
             ranks[receiver] = rank, process

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from own_placements import on_devices_of_ranks
+from ranks import own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -114,7 +116,7 @@ def batch_of(configs: list[EmbeddingBagConfig], seed: int, rank: int, world_size
         values=torch.cat(values),
         lengths=torch.cat(lengths),
         weights=torch.cat(weights) if weighted else None,
-    )
+    ).to(own_device())
 
 
 def placement(sharding: str, i: int, config: EmbeddingBagConfig, world_size: int) -> ParameterShardingGenerator:
@@ -187,11 +189,14 @@ def shard(
     if isinstance(sharding, str):
         sharding = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    plan = construct_module_sharding_plan(collection, dict(sharding), sharder, local_size, world_size, "cpu")
+    plan = construct_module_sharding_plan(
+        collection, dict(sharding), sharder, local_size, world_size, own_device().type
+    )
+    on_devices_of_ranks(plan)
     path = "model." if wrap else ""
     model = DistributedModelParallel(
         wrap(Model(collection)) if wrap else Model(collection),
-        device=torch.device("cpu"),
+        device=own_device(),
         plan=ShardingPlan(plan={f"{path}ebc": plan}),
         sharders=[sharder, EmbeddingBagCollectionSharder(fused_params=fused)],
         **dmp_arguments,
@@ -216,7 +221,7 @@ def whole(value: Any) -> Tensor:
     """A tensor of a state dict, put together from all ranks (which call this together)."""
     if not hasattr(value, "local_shards"):
         return value.detach().clone()
-    out = torch.zeros(value.size(), dtype=torch.float32)
+    out = torch.zeros(value.size(), dtype=torch.float32, device=own_device())
     for piece in value.local_shards():
         start, size = piece.metadata.shard_offsets, piece.metadata.shard_sizes
         out[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = piece.tensor.detach().float()
@@ -243,6 +248,6 @@ def state_of(model: DistributedModelParallel) -> dict[str, Tensor]:
         elif plain is not None:
             out[name] = plain
         else:
-            out[name] = torch.zeros(size)
+            out[name] = torch.zeros(size, device=own_device())
             dist.all_reduce(out[name])
     return out

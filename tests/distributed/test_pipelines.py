@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import own_device, run_ranks
 from sharded_model import (
     DIM,
     NUM_IDS,
@@ -55,7 +55,8 @@ class Batch(Pipelineable):
         return Batch(self.features.to(device, non_blocking=non_blocking), self.labels.to(device))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        pass
+        self.features.record_stream(stream)
+        self.labels.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
         return self
@@ -73,7 +74,7 @@ class WithLoss(nn.Module):
 
 def batches(rank: int, world_size: int, weighted: bool) -> list[Batch]:
     return [
-        Batch(features, torch.arange(features.stride()) / SAMPLES)
+        Batch(features, torch.arange(features.stride(), device=own_device()) / SAMPLES)
         for features in (batch_of(tables(), step, rank, world_size, weighted) for step in range(STEPS))
     ]
 
@@ -99,8 +100,13 @@ def step(model: nn.Module, optimizer: CombinedOptimizer, batch: Batch) -> Tensor
 
 
 def drain(progress: Callable[[Iterator[Batch]], Any], data: list[Batch]) -> list[Tensor]:
-    it = iter(data)
+    it = from_host(data)
     return [progress(it).detach() for _ in data]
+
+
+def from_host(data: list[Batch]) -> Iterator[Batch]:
+    """As a loader has them: a pipeline brings them to the device."""
+    return (batch.to(CPU) for batch in data)
 
 
 def assert_all_equal(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -116,7 +122,7 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
 
     for pipeline_type in (TrainPipelineBase, TrainPipelineSparseDist):
         model, optimizer = mixed_model(weighted)
-        pipeline = pipeline_type(model, optimizer, CPU)
+        pipeline = pipeline_type(model, optimizer, own_device())
         assert_all_equal(drain(pipeline.progress, data), expected, pipeline_type.__name__)
         for name, value in weights_of(model).items():
             assert torch.equal(value, weights[name]), (pipeline_type.__name__, name)
@@ -125,7 +131,7 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
 
     # Detached halfway, the model trains on without the pipeline.
     model, optimizer = mixed_model(weighted)
-    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+    pipeline = TrainPipelineSparseDist(model, optimizer, own_device())
     outputs = drain(pipeline.progress, data[: STEPS // 2])
     detached = pipeline.detach()
     outputs += [step(detached, optimizer, batch) for batch in data[STEPS // 2 :]]
@@ -133,8 +139,8 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
 
     # Detached, evaluated while two batches wait in the pipeline, and attached again.
     model, optimizer = mixed_model(weighted)
-    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
-    it = iter(data)
+    pipeline = TrainPipelineSparseDist(model, optimizer, own_device())
+    it = from_host(data)
     outputs = [pipeline.progress(it).detach() for _ in range(2)]
     detached = pipeline.detach().eval()
     plain, optimizer = mixed_model(weighted)
@@ -151,13 +157,13 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
     with torch.no_grad():
         model.eval()
         expected = [model(batch)[1] for batch in data]
-        evaluation = EvalPipelineSparseDist(model, optimizer, CPU)
+        evaluation = EvalPipelineSparseDist(model, optimizer, own_device())
         assert_all_equal(drain_eval(evaluation, data), expected, "EvalPipelineSparseDist")
 
 
 def drain_eval(pipeline: EvalPipelineSparseDist, data: list[Batch]) -> list[Tensor]:
     """Until the pipeline ends, as a loop over it would."""
-    it = iter(data)
+    it = from_host(data)
     outputs = []
     while True:
         try:

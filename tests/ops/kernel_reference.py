@@ -8,7 +8,7 @@ from typing import Any
 
 import oracle
 import torch
-from cases import Kind, kind_of
+from kinds import Kind, kind_of
 from torch import Tensor
 
 from torchrec_qr import MixedRadix

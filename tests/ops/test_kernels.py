@@ -43,7 +43,7 @@ STEPS = 10
 def close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.double(), expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m: f"{what}: {m}"
+        actual.double().cpu(), expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m: f"{what}: {m}"
     )
 
 

@@ -1,0 +1,33 @@
+"""Which device these tests compute on, and on which ranks."""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+_VARIABLE = "TORCHREC_QR_GPU_TESTS_DEVICE"
+DEVICE = os.environ.get(_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE not in ("cuda", "cpu") or (DEVICE == "cuda" and not torch.cuda.is_available()):
+    raise RuntimeError(f"{_VARIABLE}={DEVICE}: allowed: cpu, or cuda where torch finds a GPU")
+
+
+class Setup(NamedTuple):
+    """Ranks of one backend. gloo has two share a GPU, which NCCL refuses."""
+
+    backend: str
+    world_size: int
+
+    def __str__(self) -> str:
+        return f"{self.backend}_{self.world_size}"
+
+
+def _setups() -> list[Setup]:
+    if DEVICE == "cpu":
+        return [Setup("gloo", 2)]
+    several = [Setup("nccl", 2)] if torch.cuda.device_count() > 1 else []
+    return [Setup("nccl", 1), *several, Setup("gloo", 2)]
+
+
+SETUPS = _setups()
+# Those of several ranks; on one GPU, gloo's.
+OF_SEVERAL = [setup for setup in SETUPS if setup.world_size > 1]

@@ -1,0 +1,67 @@
+"""Every sharding of every kind of table on ranks of the device, NCCL's and gloo's, trains as the reference does."""
+
+from functools import cache
+
+import pytest
+from gpu_setups import DEVICE, SETUPS, Setup
+from parity_model import Run, TableCase, global_batch, shard
+from ranks import own_device, run_ranks
+from test_parity_pooled import SHARDINGS
+from varied_reference import Exact
+from varied_runs import FACTORS, SEQUENCE_FACTORS, Outcome, runs_of, train_all
+
+from torchrec_qr import raise_pending
+
+RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)
+each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
+
+
+@cache
+def together(setup: Setup) -> list[dict[str, Outcome]] | None:
+    """All runs in one start of the ranks; None where one of them fails, and may take the others along."""
+    try:
+        return run_ranks(train_all, setup.world_size, RUNS, backend=setup.backend, device=DEVICE, timeout=280)
+    except Exception:
+        return None
+
+
+def trained(setup: Setup, name: str) -> list[Outcome]:
+    """What each rank has at the end of a run."""
+    ranks = together(setup)
+    if ranks is None:
+        one = {name: RUNS[name]}
+        ranks = run_ranks(train_all, setup.world_size, one, backend=setup.backend, device=DEVICE, timeout=240)
+    return [rank[name] for rank in ranks]
+
+
+@each_setup
+@pytest.mark.parametrize("name", RUNS)
+def test_trains_as_reference(setup: Setup, name: str) -> None:
+    exact = Exact(RUNS[name], trained(setup, name))
+    for table in RUNS[name].tables:
+        exact.assert_close(table)
+
+
+def out_of_range(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, str]:
+    """What is raised at the latest by `raise_pending`, by run, where all ranks have the same bad id."""
+    messages = {}
+    for name, run in runs.items():
+        dmp = shard(run)
+        batch = global_batch(run, 0)
+        batch.ids[f"f_{run.tables[0].name}"][0] = [100]
+        try:
+            dmp(batch.kjt(weighted=False).to(own_device()))
+            raise_pending()
+            messages[name] = "nothing"
+        except IndexError as error:
+            messages[name] = str(error)
+        raise_pending()
+    return messages
+
+
+def test_an_id_out_of_range_is_raised_by_raise_pending_at_the_latest() -> None:
+    runs = {s: Run((TableCase(s, "strided", s),)) for s in SHARDINGS}
+    (messages,) = run_ranks(out_of_range, 1, runs, backend=SETUPS[0].backend, device=DEVICE)
+    for sharding, message in messages.items():
+        assert f"table '{sharding}'" in message
+        assert "id 100" in message

@@ -1,0 +1,41 @@
+"""Kinds of partitions, each with the oracle's description of the same. Needs neither TorchRec nor Hypothesis."""
+
+from dataclasses import dataclass
+
+import oracle
+import torch
+
+from torchrec_qr import (
+    ChineseRemainder,
+    ExplicitPartitions,
+    HashPartition,
+    MixedRadix,
+    Partitions,
+    QuotientRemainder,
+)
+
+COPRIME = {1: [101], 2: [11, 10], 3: [5, 7, 3], 4: [3, 5, 7, 2]}
+RADIX = {1: [101], 2: [12, 9], 3: [6, 5, 4], 4: [4, 3, 3, 3]}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of partitions over ids [0, num_ids), in the library's words and in the oracle's."""
+
+    label: str
+    partitions: Partitions
+    rows_of: oracle.RowsOf
+
+
+def kind_of(label: str, k: int, num_ids: int = 100) -> Kind:
+    """Kinds that exist for K partitions only; `num_ids` up to 100."""
+    if label == "hash":
+        return Kind(label, HashPartition(num_ids, 17), lambda x: (x % 17,))
+    if label in ("strided", "adjacent"):
+        return Kind(label, QuotientRemainder(num_ids, 7, label), oracle.quotient_remainder(num_ids, 7, label))
+    if label == "mixed_radix":
+        return Kind(label, MixedRadix(num_ids, RADIX[k]), oracle.mixed_radix(RADIX[k]))
+    if label == "chinese_remainder":
+        return Kind(label, ChineseRemainder(num_ids, COPRIME[k]), oracle.chinese_remainder(COPRIME[k]))
+    classes = [[oracle.mixed_radix(RADIX[k])((37 * x + 11) % num_ids)[j] for x in range(num_ids)] for j in range(k)]
+    return Kind("explicit", ExplicitPartitions(torch.tensor(classes)), oracle.explicit(classes))
