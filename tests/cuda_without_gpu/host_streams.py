@@ -21,6 +21,12 @@ class HostStream:
     def wait_stream(self, other: "HostStream") -> None:
         """Does nothing, because the other's work is done."""
 
+    def wait_event(self, event: torch.cpu.Event) -> None:
+        """Does nothing, likewise."""
+
+    def record_event(self) -> torch.cpu.Event:
+        return torch.cpu.Event()
+
 
 _MODULE = SimpleNamespace(
     current_stream=HostStream,
