@@ -26,15 +26,19 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 
-.PHONY: help install test test-slurm test-ray test-two-hosts train lint format typecheck ci clean
+.PHONY: help install test test-gpu test-slurm test-ray test-two-hosts train lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## Create .venv: the locked versions and this package
 
-test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# On the CPU, whatever the machine has: jobs that the tests start on two ranks would look for two GPUs.
+test: $(INSTALLED)  ## Run the tests, on the CPU
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## Run the tests of GPUs, on the GPUs of this machine
+	TORCHREC_QR_GPU_TESTS_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 # These three need root: clusters start jobs as their users, and namespaces are the kernel's. Each undoes what it did.
 test-slurm: $(INSTALLED)  ## Run jobs on a Slurm cluster of two nodes, set up on this host (root; Debian, Ubuntu)

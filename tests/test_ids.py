@@ -61,13 +61,3 @@ def test_nothing_is_pending_on_the_cpu() -> None:
         bounded_ids(torch.tensor([10]), space())
     raise_pending()
     raise_pending(wait=False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_an_error_surfaces_at_the_next_synchronisation_and_ids_are_clamped_until_then() -> None:
-    ids = torch.tensor([-1, 3, 10], device="cuda")
-    assert bounded_ids(ids, space()).tolist() == [0, 3, 9]
-    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id -1 is outside \[0, 10\)"):
-        raise_pending()
-    assert bounded_ids(ids[1:2], space()).tolist() == [3]
-    raise_pending()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# The type of device that the ranks of a test compute on; set where `run_ranks` is told another than a CPU.
+# Set where `run_ranks` is told another device than a CPU: "cuda:0", or "cuda" for GPUs in turn.
 _DEVICE = "TORCHREC_QR_RANK_DEVICE"
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _FORKED = mp.get_context("forkserver")
@@ -20,10 +20,17 @@ _FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed
 _CONTEXTS: dict[str, Any] = {"cpu": _FORKED, "cuda": mp.get_context("spawn")}
 
 
+def device_of(rank: int) -> torch.device:
+    """Where a rank computes: on a CPU, unless `run_ranks` was told otherwise."""
+    device = torch.device(os.environ.get(_DEVICE, "cpu"))
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return device
+
+
 def own_device() -> torch.device:
-    """The device of this rank: a CPU, or, where `run_ranks` was told so, the GPU that the rank has set."""
-    kind = os.environ.get(_DEVICE, "cpu")
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    """Where this rank computes."""
+    return device_of(int(os.environ.get("RANK", "0")))
 
 
 def run_ranks(
@@ -39,9 +46,9 @@ def run_ranks(
 
     ``function`` is a module's top-level function; it and its results must pickle. ``local_world_size`` simulates nodes
     of so many ranks. The first rank to fail ends the others, and its traceback is raised. ``backend`` may be a function
-    that registers one, and returns its name. With ``device`` "cuda" the ranks share the GPUs in turn (`own_device`).
+    that registers one, and returns its name. With ``device`` "cuda" ranks have the GPUs in turn, with "cuda:0" that one.
     """
-    context = _CONTEXTS[device]
+    context = _CONTEXTS[device.partition(":")[0]]
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, tuple[int, Any]] = {}
         for rank in range(world_size):
@@ -102,8 +109,8 @@ def _rank(
     torch.set_num_threads(1)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
-        if environment[_DEVICE] == "cuda":
-            torch.cuda.set_device(rank % torch.cuda.device_count())
+        if own_device().type == "cuda":
+            torch.cuda.set_device(own_device())
         name = backend if isinstance(backend, str) else backend()
         dist.init_process_group(name, init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *args)

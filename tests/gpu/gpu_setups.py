@@ -12,10 +12,11 @@ if DEVICE not in ("cuda", "cpu") or (DEVICE == "cuda" and not torch.cuda.is_avai
 
 
 class Setup(NamedTuple):
-    """Ranks of one backend. gloo has two share a GPU, which NCCL refuses."""
+    """Ranks of one backend, each on a device of its own or all on one, as gloo can and NCCL cannot."""
 
     backend: str
     world_size: int
+    device: str
 
     def __str__(self) -> str:
         return f"{self.backend}_{self.world_size}"
@@ -23,11 +24,13 @@ class Setup(NamedTuple):
 
 def _setups() -> list[Setup]:
     if DEVICE == "cpu":
-        return [Setup("gloo", 2)]
-    several = [Setup("nccl", 2)] if torch.cuda.device_count() > 1 else []
-    return [Setup("nccl", 1), *several, Setup("gloo", 2)]
+        return [Setup("gloo", 2, "cpu")]
+    several = [Setup("nccl", 2, "cuda")] if torch.cuda.device_count() > 1 else []
+    return [Setup("nccl", 1, "cuda"), *several, Setup("gloo", 2, "cuda:0")]
 
 
 SETUPS = _setups()
 # Those of several ranks; on one GPU, gloo's.
 OF_SEVERAL = [setup for setup in SETUPS if setup.world_size > 1]
+# gloo copies CUDA tensors to the host, for which the host waits. In a rehearsal gloo takes NCCL's place.
+OF_NCCL = [setup for setup in SETUPS if setup.backend == "nccl"] or SETUPS

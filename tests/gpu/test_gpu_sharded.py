@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from gpu_setups import DEVICE, SETUPS, Setup
+from gpu_setups import SETUPS, Setup
 from parity_model import Run, TableCase, global_batch, shard
 from ranks import own_device, run_ranks
 from test_parity_pooled import SHARDINGS
@@ -20,7 +20,7 @@ each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
 def together(setup: Setup) -> list[dict[str, Outcome]] | None:
     """All runs in one start of the ranks; None where one of them fails, and may take the others along."""
     try:
-        return run_ranks(train_all, setup.world_size, RUNS, backend=setup.backend, device=DEVICE, timeout=280)
+        return run_ranks(train_all, setup.world_size, RUNS, backend=setup.backend, device=setup.device, timeout=280)
     except Exception:
         return None
 
@@ -30,7 +30,7 @@ def trained(setup: Setup, name: str) -> list[Outcome]:
     ranks = together(setup)
     if ranks is None:
         one = {name: RUNS[name]}
-        ranks = run_ranks(train_all, setup.world_size, one, backend=setup.backend, device=DEVICE, timeout=240)
+        ranks = run_ranks(train_all, setup.world_size, one, backend=setup.backend, device=setup.device, timeout=240)
     return [rank[name] for rank in ranks]
 
 
@@ -61,7 +61,7 @@ def out_of_range(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, 
 
 def test_an_id_out_of_range_is_raised_by_raise_pending_at_the_latest() -> None:
     runs = {s: Run((TableCase(s, "strided", s),)) for s in SHARDINGS}
-    (messages,) = run_ranks(out_of_range, 1, runs, backend=SETUPS[0].backend, device=DEVICE)
+    (messages,) = run_ranks(out_of_range, 1, runs, backend=SETUPS[0].backend, device=SETUPS[0].device)
     for sharding, message in messages.items():
         assert f"table '{sharding}'" in message
         assert "id 100" in message
