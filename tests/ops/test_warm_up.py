@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.timeout(300)
 CASE = Path(__file__).parent / "warm_up_case.py"
+TESTS = CASE.parents[1]
 KERNELS = ["chunks_of_keys", "forward", "keys_of_ids", "step_rows", "sum_chunks", "sum_runs", "sum_supers"]
 
 
@@ -26,9 +27,10 @@ KERNELS = ["chunks_of_keys", "forward", "keys_of_ids", "step_rows", "sum_chunks"
 def test_steps_compile_nothing_after_the_warm_up(
     rule: str, dtype: str, pooling: str, weights: str, tmp_path: Path
 ) -> None:
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS / "cuda_without_gpu")])
     done = subprocess.run(
         [sys.executable, str(CASE), rule, dtype, pooling, weights],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

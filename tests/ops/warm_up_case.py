@@ -6,17 +6,11 @@ the kernels that each part has compiled.
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
 import torch
+from dry_launch import DryLaunches
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from torchrec_qr.ops import triton, warm_up
 from torchrec_qr.ops.arguments import GRADIENT, RULES, Batch, Gradients, num_states
@@ -24,60 +18,6 @@ from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
 from torchrec_qr.ops.lookup import Lookup
 
 FEATURES = 3
-
-
-class NoLaunch:
-    """A kernel that is bound and not launched."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __call__(self, *_: Any) -> None:
-        pass
-
-
-class CompilesOnly:
-    """A driver of a GPU that is not there: what it is asked to run has been compiled for sm_90."""
-
-    launcher_cls = NoLaunch
-
-    def __init__(self) -> None:
-        self.utils = self
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65_536}
-
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        return 0, 0, 32, 0, 1024
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@contextmanager
-def compiled() -> Iterator[list[str]]:
-    """Lists the kernels that are compiled meanwhile."""
-    names: list[str] = []
-    compile_one = jit.JITFunction._do_compile
-
-    def listed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names.append(self.fn.__name__)
-        return compile_one(self, *args, **kwargs)
-
-    jit.JITFunction._do_compile = listed
-    try:
-        yield names
-    finally:
-        jit.JITFunction._do_compile = compile_one
 
 
 def tables_of(dtype: torch.dtype) -> tuple[Lookup, list[Tensor]]:
@@ -108,15 +48,14 @@ def step(tables: Lookup, weights: list[Tensor], steps: Gradients, bags: int, poo
 
 
 def main(rule: str, dtype: str, pooled: bool, weighted: bool) -> None:
-    driver.set_active(CompilesOnly())
+    dry = DryLaunches()
     tables, weights = tables_of(getattr(torch, dtype))
     steps = steps_of(rule, weights)
-    with compiled() as before:
-        warm_up.launch_every_kernel(tables, weights, steps, pooled, weighted)
-    with compiled() as after:
-        for bags in (16, 17, 1_000):
-            step(tables, weights, steps, bags, pooled, weighted)
-    print(json.dumps({"warm_up": sorted(set(before)), "steps": after}))
+    warm_up.launch_every_kernel(tables, weights, steps, pooled, weighted)
+    before, dry.compilations = dict(dry.compilations), Counter()
+    for bags in (16, 17, 1_000):
+        step(tables, weights, steps, bags, pooled, weighted)
+    print(json.dumps({"warm_up": sorted(before), "steps": sorted(dry.compilations)}))
 
 
 if __name__ == "__main__":
