@@ -36,7 +36,8 @@ except ModuleNotFoundError:
 try:
     read_job(sys.argv[1], sys.argv[2:])
 except (ConfigError, OSError) as error:
-    sys.exit(str(error))
+    print(error)
+    sys.exit(1)
 """
 
 
@@ -284,7 +285,8 @@ def _check_job(config: str, overrides: List[str]) -> None:
     command = [sys.executable, "-c", _READ_JOB, config, *overrides]
     read = subprocess.run(command, capture_output=True, text=True, check=False)
     if read.returncode:
-        raise ComponentValidationException(f"--config {config}: {read.stderr.strip()}")
+        # What libraries say at their import goes to stderr, and so would an exception that nobody foresaw.
+        raise ComponentValidationException(f"--config {config}: {read.stdout.strip() or read.stderr.strip()}")
 
 
 def _check_runs(role: _CheckedRole, scheduler: str) -> None:

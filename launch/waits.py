@@ -80,6 +80,7 @@ class Waits:
 
 
 def _set_everywhere(timeout: timedelta) -> None:
-    # PyTorch has no public way to change the time-out of a group that is there.
+    # PyTorch lists groups in a private place alone, and has no public way to change their time-outs before 2.14.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)
