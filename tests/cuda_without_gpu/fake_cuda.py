@@ -180,6 +180,12 @@ class Recorder(TorchDispatchMode):
             # Not the operator's fake: the host code of the backend is to be seen.
             with self:
                 return _implementation(name)(*args, **kwargs)
+        if namespace == "aten":
+            # Below autograd operations come whole that are made of others, such as ``to`` of a copy.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if name != "lift_fresh":
             args, kwargs = pytree.tree_map_only(Tensor, self._as_fake, (args, kwargs))
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
