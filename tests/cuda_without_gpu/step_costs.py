@@ -1,7 +1,7 @@
 """What a step costs the host, as a committed table that may only shrink: ``step_costs.json``.
 
-Run as a program it measures all and writes the table anew: ``python tests/cuda_without_gpu/step_costs.py``. It refuses
-to write more than there was, save for cases that are new, unless it is told ``--allow-more``.
+Run as a program it measures all and writes the table anew: ``.venv/bin/python tests/cuda_without_gpu/step_costs.py``.
+It refuses to write more than there was, save for cases that are new, unless it is told ``--allow-more``.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "step_costs.json"
-UPDATE = "python tests/cuda_without_gpu/step_costs.py"
+UPDATE = ".venv/bin/python tests/cuda_without_gpu/step_costs.py"
 # What is not the library's own depends on these.
 STACK = ("torch", "torchrec")
 OWN = "torchrec_qr"
