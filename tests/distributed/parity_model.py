@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from own_placements import on_devices_of_ranks
-from ranks import own_device
+from ranks import device_of, own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import sharding_plan
@@ -247,7 +246,7 @@ def hand_plan(
         sharding = make(parameters[table.name], local_size, world_size, own_device().type, sharder)
         kernel = "dense" if table.sharding == "data_parallel" else "fused"
         plan[table.name] = dataclasses.replace(sharding, sharding_type=table.sharding, compute_kernel=kernel)
-    return on_devices_of_ranks(plan)
+    return plan
 
 
 def _grid(p: Tensor, local_size: int, world_size: int, *_: Any) -> ParameterSharding:
@@ -260,7 +259,7 @@ def _grid(p: Tensor, local_size: int, world_size: int, *_: Any) -> ParameterShar
             first = min(i * rows, p.shape[0])
             size = [min(rows, p.shape[0] - first), columns]
             rank = (hosts - 1 - block) * local_size + i
-            shards.append(ShardMetadata([first, block * columns], size, f"rank:{rank}/cpu"))
+            shards.append(ShardMetadata([first, block * columns], size, f"rank:{rank}/{device_of(rank)}"))
     ranks = [rank for block in range(hosts)[::-1] for rank in range(block * local_size, (block + 1) * local_size)]
     return ParameterSharding("grid_shard", "fused", ranks, EnumerableShardingSpec(shards))
 
@@ -292,7 +291,6 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     # Column shards of sequences are all of one width, in TorchRec: those by hand as wide as the planner's.
     width = 4 if run.pooled else PLANNED_WIDTH
     module_plan.update(hand_plan(model.collection, by_hand, sharder, width))
-    on_devices_of_ranks(module_plan)
     assert {name: s.sharding_type for name, s in module_plan.items()} == {t.name: t.sharding for t in run.tables}
     return plan
 

@@ -46,7 +46,7 @@ def run_ranks(
 
     ``function`` is a module's top-level function; it and its results must pickle. ``local_world_size`` simulates nodes
     of so many ranks. The first rank to fail ends the others, and its traceback is raised. ``backend`` may be a function
-    that registers one, and returns its name. With ``device`` "cuda" ranks have the GPUs in turn, with "cuda:0" it.
+    that registers one, and returns its name. ``device`` "cuda" gives ranks the GPUs in turn, "cuda:0" all of them one.
     """
     context = _CONTEXTS[device.partition(":")[0]]
     with tempfile.TemporaryDirectory() as folder:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from own_placements import on_devices_of_ranks
-from ranks import own_device
+from ranks import device_of, own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -153,7 +152,7 @@ def grid_of(hosts: list[int]) -> ParameterShardingGenerator:
             ShardMetadata(
                 shard_offsets=[row, block * columns],
                 shard_sizes=[min(rows, param.shape[0] - row), columns],
-                placement=f"rank:{host * local_size + i}/cpu",
+                placement=f"rank:{host * local_size + i}/{device_of(host * local_size + i)}",
             )
             for block, host in enumerate(hosts)
             for i, row in enumerate(range(0, param.shape[0], rows))
@@ -192,7 +191,6 @@ def shard(
     plan = construct_module_sharding_plan(
         collection, dict(sharding), sharder, local_size, world_size, own_device().type
     )
-    on_devices_of_ranks(plan)
     path = "model." if wrap else ""
     model = DistributedModelParallel(
         wrap(Model(collection)) if wrap else Model(collection),

@@ -52,7 +52,7 @@ class Batch(Pipelineable):
     labels: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        return Batch(self.features.to(device, non_blocking=non_blocking), self.labels.to(device))
+        return Batch(self.features.to(device, non_blocking), self.labels.to(device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.features.record_stream(stream)
