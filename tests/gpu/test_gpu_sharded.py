@@ -13,6 +13,7 @@ from varied_runs import FACTORS, SEQUENCE_FACTORS, Outcome, runs_of, train_all
 from torchrec_qr import raise_pending
 
 RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)
+pytestmark = pytest.mark.timeout(600)
 each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
 
