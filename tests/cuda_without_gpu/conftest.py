@@ -1,4 +1,4 @@
-"""What these tests share with those of real ranks lies in `tests/distributed`."""
+"""These tests share helpers with those of real ranks, in `tests/distributed`."""
 
 import sys
 from pathlib import Path

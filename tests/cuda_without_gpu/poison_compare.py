@@ -1,4 +1,4 @@
-"""What poison must not change, the values of gloo to the bit, and what ranks must agree upon."""
+"""Poison must leave gloo's values as they are, to the bit, and ranks must agree upon their collectives."""
 
 from collections.abc import Iterator
 

@@ -1,9 +1,10 @@
 """A process group on a CPU whose collectives order memory as NCCL's do, so that a missing wait shows.
 
-NCCL's collectives are complete as soon as they are issued, to the host. What they write may be read by whoever has
-waited for that very work or future, or is called back by that very future; a future made of others carries no such
-order. Here gloo computes the result aside, and the destination holds poison until somebody waits: NaN, or of integers a
-value that no count, id or mask has. Whoever reads early computes with poison.
+To the host, NCCL's collectives are complete as soon as they are issued. Their results may be read after a wait for that
+very work or future, or in a callback of that very future. A future made of others carries no such order.
+
+Here gloo computes the result aside, and the destination holds poison until somebody waits. Floats are NaN, and integers
+a value that no count, id or mask has. A reader that does not wait computes with poison.
 """
 
 import sys
@@ -33,7 +34,7 @@ class Collective:
 
 @dataclass
 class Journal:
-    """What this process has issued since `clear`, and what it did to tensors that were under way."""
+    """The collectives of this process since `clear`, and what was done to tensors that were under way."""
 
     issued: list[Collective] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -47,7 +48,7 @@ JOURNAL = Journal()
 
 
 class _Work(dist._Work):
-    """Complete at once; its values arrive in the destinations when somebody waits, `land`.
+    """A work that is complete at once. Its values arrive in the destinations when somebody waits (`land`).
 
     Args:
         name: says which collective it is, where something is wrong with it.
@@ -103,7 +104,7 @@ class _Work(dist._Work):
 
 
 class _Future(torch.futures.Future):  # type: ignore[type-arg]
-    """Complete from the start. Only its own `wait` and callbacks see the values."""
+    """A future that is complete from the start. Only its own `wait` and callbacks see the values."""
 
     def __init__(self, work: _Work) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class PoisonGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> _Work:
         return self._work("barrier", [], [], self._gloo.barrier(*_given(opts)))
 
-    # As newer versions of torch call them.
+    # Newer versions of torch call them so.
     all_to_all_single = alltoall_base
     all_gather_single = _allgather_base
     reduce_scatter_single = _reduce_scatter_base
@@ -210,7 +211,7 @@ class PoisonGroup(dist.ProcessGroup):
         return _Work(f"{kind} over ranks {self._ranks}", aside, destinations, results, sources)
 
     def _elements(self, tensor: Tensor, splits: list[int]) -> tuple[int, ...]:
-        """What goes to, or comes from, each rank."""
+        """Returns how many elements go to, or come from, each rank."""
         if not splits:
             return (tensor.numel() // self._size,) * self._size
         return tuple(n * (tensor.numel() // len(tensor) if len(tensor) else 0) for n in splits)
@@ -240,7 +241,7 @@ class PoisonGroup(dist.ProcessGroup):
 
 
 def register() -> str:
-    """Makes a backend of ``torch.distributed`` in this process; returns its name."""
+    """Registers a backend of ``torch.distributed`` in this process, and returns its name."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(
             BACKEND, lambda options, _: PoisonGroup(options), extended_api=True, devices=["cpu"]
@@ -261,7 +262,7 @@ def _given(options: Any) -> tuple[Any, ...]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers, because a NaN does not equal itself."""
+    """Returns the bytes, because a NaN does not equal itself."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 

@@ -16,7 +16,7 @@ Values = dict[str, Tensor]
 
 @dataclass
 class Report:
-    """What a job came to on one rank: its values as arrays, because a tensor's memory would go with its process."""
+    """The end of a job on one rank. Its values are arrays, because a tensor's memory would go with its process."""
 
     values: dict[str, Any]
     issued: list[Collective]

@@ -10,7 +10,7 @@ from varied_runs import Outcome, train_varied
 
 @dataclass
 class Journaled(Outcome):
-    """What a rank has at the end, what it issued, and what was done to tensors under way."""
+    """The outcome of a rank, what it issued, and what was done to tensors under way."""
 
     issued: list[Collective]
     violations: list[str]

@@ -23,7 +23,7 @@ TABLES = [pytest.param(name, t, id=f"{name}-{t.name}") for name, run in RUNS.ite
 
 @cache
 def ended(world_size: int, backend: str) -> list[dict[str, Journaled]] | Exception:
-    """Of each rank, by run; four ranks are two nodes. What failed is not tried again for each table."""
+    """Returns the outcomes of each rank by run. Four ranks are two nodes. A failure is kept, not tried again."""
     made = register if backend == "poison" else backend
     try:
         return run_ranks(train_all_journaled, world_size, RUNS, local_world_size=min(world_size, 2), backend=made)

@@ -16,7 +16,7 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8)
 
 
 def early_and_late(rank: int, world_size: int) -> list[str]:
-    """Which reads of a sum see poison; the sum over ranks is 3."""
+    """Returns the reads without a wait that see the sum over ranks, 3, all the same."""
     seen = []
     for dtype in (*FLOATS, *INTEGERS):
 

@@ -8,7 +8,7 @@ from poison_tables import train_all_journaled
 from ranks import run_ranks
 from varied_reference import Exact
 
-# Of these the first rank or node owns everything, and of the others each rank something.
+# The first rank, or the first node, owns all tables of these types. Every rank owns a part of the others.
 OWNED_BY_FIRST = ("table_wise", "table_row_wise")
 POOLED = (
     *(TableCase(f"{s}_{op}", "strided", s, operation=op) for s in OWNED_BY_FIRST for op in ("mult", "add")),

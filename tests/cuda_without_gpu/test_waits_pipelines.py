@@ -73,7 +73,7 @@ def test_pipelines_give_the_outputs_of_a_plain_loop(weighted: bool) -> None:
 def a_step_behind(rank: int, world_size: int) -> Values:
     """The semi-synchronous pipeline, and by hand what it is: a batch is looked up before the last one's backward."""
     data = batches(rank, world_size, weighted=False)
-    # Without the plain one, whose kernel for a CPU refuses the backward of a lookup from before its last step.
+    # Leave the plain table out, because its CPU kernel refuses the backward of a lookup from before its last step.
     configs = tables()[:-1]
 
     def pipeline(model: nn.Module, optimizer: Any) -> list[Tensor]:

@@ -16,12 +16,12 @@ _DEVICE = "TORCHREC_QR_RANK_DEVICE"
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _FORKED = mp.get_context("forkserver")
 _FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
-# Not where they use a GPU: CUDA does not survive a fork from a process that has so much as counted the devices.
+# Start ranks with a GPU afresh, because CUDA does not survive a fork from a process that has counted the devices.
 _CONTEXTS: dict[str, Any] = {"cpu": _FORKED, "cuda": mp.get_context("spawn")}
 
 
 def device_of(rank: int) -> torch.device:
-    """Where a rank computes: on a CPU, unless `run_ranks` was told otherwise."""
+    """Returns the device of a rank: a CPU, unless `run_ranks` was told otherwise."""
     device = torch.device(os.environ.get(_DEVICE, "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", rank % torch.cuda.device_count())
@@ -29,7 +29,7 @@ def device_of(rank: int) -> torch.device:
 
 
 def own_device() -> torch.device:
-    """Where this rank computes."""
+    """Returns the device of this rank."""
     return device_of(int(os.environ.get("RANK", "0")))
 
 

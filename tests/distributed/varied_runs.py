@@ -28,7 +28,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-# Of a dense optimizer, the rule that the reference knows it by.
+# The reference knows a dense optimizer by the rule of a fused one.
 DENSE = {"dense_sgd": "sgd", "dense_adagrad": "adagrad"}
 # Its state is of the type of the table, and 1e-8 is zero in fp16.
 DENSE_EPS = 1e-3
@@ -70,7 +70,7 @@ def runs_of(factors: dict[str, tuple[Any, ...]], pooled: bool) -> dict[str, Run]
 
 @dataclass
 class Outcome:
-    """What a rank has at the end, and its outputs by name and step."""
+    """The tables of a rank at the end, and its outputs by name and step."""
 
     outputs: dict[str, list[Any]]
     state: dict[str, Pieces]
@@ -145,7 +145,7 @@ def _dense_optimizer(name: str) -> Any:
 
 
 def parts_of(run: Run, batch: Batch, out: Tensor) -> list[Tensor]:
-    """What `Model` lays end to end, or the reference does, by output."""
+    """Takes apart what `Model`, or the reference, lays end to end."""
     if run.pooled:
         return list(out.split([table.dim for _, table, _ in run.outputs()], dim=1))
     return list(out.split([table.dim * _ids(batch, feature) for _, table, feature in run.outputs()]))

@@ -1,7 +1,7 @@
 """Tests for a machine with GPUs, which reuse what tests of a CPU have. Elsewhere they are a rehearsal on the CPU.
 
-``TORCHREC_QR_GPU_TESTS_DEVICE`` may be "cuda" or "cpu"; by default it is whichever there is. What only a GPU can do is
-skipped in a rehearsal.
+``TORCHREC_QR_GPU_TESTS_DEVICE`` may be "cuda" or "cpu"; by default it is whichever there is. A rehearsal skips
+what only a GPU can do.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Which device these tests compute on, and on which ranks."""
+"""The device that these tests compute on, and the ranks."""
 
 import os
 from typing import NamedTuple

@@ -100,7 +100,7 @@ def test_bad_input_is_raised_by_raise_pending_at_the_latest(
 
     with pytest.raises(error, match=message):
         look_up_bad_input()
-    # Told once, and what is right goes on.
+    # The error is told once, and a right batch is looked up.
     raise_pending()
     out = look_up(tables, [stored], ints(0, 4), ints(0, 2), None, True)
     raise_pending()

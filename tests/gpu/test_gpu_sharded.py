@@ -27,7 +27,7 @@ def together(setup: Setup) -> list[dict[str, Outcome]] | None:
 
 
 def trained(setup: Setup, name: str) -> list[Outcome]:
-    """What each rank has at the end of a run."""
+    """Returns the outcome of a run on each rank."""
     ranks = together(setup)
     if ranks is None:
         one = {name: RUNS[name]}
@@ -44,7 +44,7 @@ def test_trains_as_reference(setup: Setup, name: str) -> None:
 
 
 def out_of_range(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, str]:
-    """What is raised at the latest by `raise_pending`, by run, where all ranks have the same bad id."""
+    """Returns, by run, the error that `raise_pending` raises at the latest. All ranks have the same bad id."""
     messages = {}
     for name, run in runs.items():
         dmp = shard(run)
