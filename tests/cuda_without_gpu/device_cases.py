@@ -38,7 +38,7 @@ class DeviceCase:
 
     @property
     def id(self) -> str:
-        """What differs from a bag of an fp32 product of two, summed and stepped by Adagrad."""
+        """Its fields, save those of a bag of an fp32 product of two that is summed and stepped by Adagrad."""
         usual = DeviceCase(self.sharding)
         words = [self.sharding, "bags" if self.pooled else "sequences"]
         for name in self.__dataclass_fields__:
@@ -101,7 +101,7 @@ _OF_TWO_DEVICES = [
 def cases() -> list[DeviceCase]:
     """Every case once."""
     every = [*REFERENCE, *_ELSEWHERE, *_OF_TWO_DEVICES, *_cases(True), *_cases(False)]
-    # What unsharded collections do not have.
+    # Unsharded collections have no fused optimizer.
     every = [replace(c, optimizer="EXACT_ADAGRAD") if c.sharding == UNSHARDED else c for c in every]
     return list({case.id: case for case in every}.values())
 
@@ -125,4 +125,27 @@ REFUSED = {
     "collection: features on another device": "ids on cuda:1",
     "collection: a partition on the host": "a partition of table 't' on cpu; allowed: cuda:0",
     "collection: a class map on another device": "a class map of table 't' on cuda:1; allowed: cuda:0",
+}
+
+# The recorder sees this of each of `device_faults`: the kind and the operation, or the error.
+SEEN = {
+    "an item": "host synchronisations, item",
+    "a list": "host synchronisations, tolist",
+    "a condition": "host synchronisations, item",
+    "rows that are not zero": "host synchronisations, nonzero",
+    "unique ids": "host synchronisations, unique2",
+    "rows by a mask": "host synchronisations, index",
+    "a stream": "host synchronisations, stream",
+    "a list on the device": "blocking copies, to the device",
+    "a copy to the device": "blocking copies, to the device",
+    "a copy to the host": "blocking copies, to the host",
+    "a copy to the host below autograd": "blocking copies, to the host",
+    "a copy of memory that is not pinned": "blocking copies, to the device, by memory that is not pinned",
+    "a copy of pinned memory": "",
+    "an address on the host": "DevicePointerOnHostError",
+    "a sum over devices": "cuda:0",
+    "a launch beside the current device": "WrongDeviceError",
+    "a launch on memory of the host": "WrongDeviceError",
+    "an id out of range": "IndexError: table 't', feature 'f': id 10 is outside [0, 10)",
+    "a grid that the device knows": "a grid of",
 }

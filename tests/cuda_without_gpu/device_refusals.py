@@ -75,7 +75,7 @@ def _collection(features: torch.device = HERE, move: str = "", to: torch.device 
     collection(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
 
 
-# What each call of `device_cases.REFUSED` is.
+# The calls of `device_cases.REFUSED`.
 CALLS: dict[str, Callable[[], None]] = {
     "operator: ids on another device": lambda: _look_up(_batch(ids=OTHER)),
     "operator: ids on the host": lambda: _look_up(_batch(ids=HOST)),

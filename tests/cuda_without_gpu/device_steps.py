@@ -13,6 +13,7 @@ import fake_ranks
 import torch
 import torch.distributed as dist
 from device_cases import UNSHARDED, DeviceCase, cases
+from device_faults import FAULTS
 from device_refusals import CALLS
 from fake_cuda import FakeCuda
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -152,10 +153,11 @@ def _values(jagged: JaggedTensor) -> Tensor:
 
 
 def run(cuda: FakeCuda, case: DeviceCase) -> dict[str, dict[str, dict[str, int]]]:
-    """What the second step costs: by library, kind and site."""
+    """Runs two steps, and returns the costs of the second by library, kind and place."""
     device = torch.device("cuda", case.device)
     tables, unsharded = configs(case), case.sharding == UNSHARDED
     logical = None if unsharded else collection(case, tables, torch.device("meta"))
+    cuda.devices.with_events.clear()
     with cuda.tensors():
         try:
             module = collection(case, tables, device) if logical is None else sharded(case, logical, device)
@@ -171,8 +173,9 @@ def run(cuda: FakeCuda, case: DeviceCase) -> dict[str, dict[str, dict[str, int]]
                     optimizer.zero_grad()
             costs = cuda.counts.by_library()
         finally:
-            assert torch.cuda.current_device() == 0, "a guard that was left changes the current device back"
+            assert torch.cuda.current_device() == 0, "a guard did not change the current device back"
         torchrec_qr.raise_pending()
+    assert cuda.devices.with_events <= {case.device}, f"events of devices {cuda.devices.with_events}"
     return costs
 
 
@@ -193,10 +196,27 @@ def run_all(library: ctypes.CDLL, chosen: list[str]) -> None:
     for name, call in CALLS.items():
         if not chosen or name in chosen:
             print(json.dumps({"case": name, "error": refused(cuda, call)}), flush=True)
+    for name, fault in FAULTS.items():
+        if not chosen or name in chosen:
+            print(json.dumps({"case": name, "seen": seen(cuda, fault)}), flush=True)
+
+
+def seen(cuda: FakeCuda, call: Callable[[], object]) -> str:
+    """Returns for what a call waited, as the recorder saw it, or the error that it ended with."""
+    cuda.counts.clear()
+    try:
+        with cuda.tensors():
+            call()
+    except BaseException:
+        return traceback.format_exc()
+    waits = ("host synchronisations", "blocking copies")
+    return "; ".join(
+        f"{kind}, {place.removeprefix('autograd ')}" for kind in waits for _, place in cuda.counts.of[kind]
+    )
 
 
 def refused(cuda: FakeCuda, call: Callable[[], None]) -> str | None:
-    """The ValueError that a call raises, or how else it ended."""
+    """Returns the message of the ValueError that a call raises, or how else it ended."""
     try:
         with cuda.tensors():
             call()

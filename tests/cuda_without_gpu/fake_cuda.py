@@ -10,7 +10,7 @@ Import `noop_cuda` and call ``load`` before this module.
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -97,7 +98,7 @@ class Counts:
             counter.clear()
 
     def by_library(self) -> dict[str, dict[str, dict[str, int]]]:
-        """As ``of``, the library first: ``[library][kind][place]``."""
+        """Returns ``of`` with the library first: ``[library][kind][place]``."""
         out: dict[str, dict[str, dict[str, int]]] = {}
         for kind, counter in self.of.items():
             for (library, place), number in sorted(counter.items()):
@@ -106,10 +107,15 @@ class Counts:
 
 
 class Devices:
-    """The current device, which is a thread's own, as the library of `noop_cuda` keeps it."""
+    """The current device, which is a thread's own, as the library of `noop_cuda` keeps it.
+
+    Attributes:
+        with_events: those that were current when an event was recorded.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.with_events: set[int] = set()
 
     def current(self) -> int:
         return int(self._library.current_device())
@@ -179,7 +185,7 @@ class Recorder(TorchDispatchMode):
         if namespace == "torchrec_qr":
             # Not the operator's fake: the host code of the backend is to be seen.
             with self:
-                return _implementation(name)(*args, **kwargs)
+                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
         if namespace == "aten":
             # Below autograd operations come whole that are made of others, such as ``to`` of a copy.
             with self:
@@ -313,16 +319,6 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(written) if isinstance(t, Tensor)]
 
 
-def _implementation(name: str) -> Callable[..., Any]:
-    from torchrec_qr.ops import lookup
-
-    return {
-        "lookup": lookup.lookup_op,
-        "lookup_gradients": lookup.lookup_gradients_op,
-        "lookup_step": lookup.lookup_step_op,
-    }[name]._init_fn
-
-
 class FakeCuda:
     """Puts, for the rest of the process, fakes where the library asks torch or Triton for what only CUDA has."""
 
@@ -369,7 +365,7 @@ class FakeCuda:
                 self._asked = False
 
             def record(self, stream: Any = None) -> None:
-                pass
+                devices.with_events.add(devices.current())
 
             def wait(self, stream: Any = None) -> None:
                 pass

@@ -31,7 +31,7 @@ WORLD_SIZE, LOCAL_WORLD_SIZE = 4, 2
 def start() -> None:
     """Makes the process the first of four ranks on two hosts."""
     os.environ.update(RANK="0", WORLD_SIZE=str(WORLD_SIZE), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(LOCAL_WORLD_SIZE))
-    # Under a name of its own, because TorchRec leaves out half of its constructor under the name "fake".
+    # Give it a name of its own, because TorchRec leaves out half of its constructor under the name "fake".
     dist.Backend.register_backend(
         "idle",
         lambda common, options: c10d.FakeProcessGroup._create_internal(common.group_rank, common.group_size, options),
@@ -82,7 +82,7 @@ _LIBRARY = torch.library.Library("fbgemm", "IMPL")
 
 
 class PlainKernel(BaseEmbedding):
-    """In place of FBGEMM's: the same shapes, by operations of PyTorch."""
+    """Takes the place of FBGEMM's: the same shapes, by operations of PyTorch."""
 
     def __init__(
         self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None, pooled: bool

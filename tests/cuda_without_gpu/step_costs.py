@@ -1,4 +1,4 @@
-"""What a step costs the host, as a committed table that may only shrink: ``step_costs.json``.
+"""The committed table of what a step costs the host, ``step_costs.json``, which may only shrink.
 
 Run as a program it measures all and writes the table anew: ``.venv/bin/python tests/cuda_without_gpu/step_costs.py``.
 It refuses to write more than there was, save for cases that are new, unless it is told ``--allow-more``.
@@ -14,14 +14,14 @@ from typing import Any
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "step_costs.json"
 UPDATE = ".venv/bin/python tests/cuda_without_gpu/step_costs.py"
-# What is not the library's own depends on these.
+# Costs of other libraries than this depend on these versions.
 STACK = ("torch", "torchrec")
 OWN = "torchrec_qr"
 
 Costs = dict[str, Any]
 
 
-def run_program(name: str, *args: str, timeout: float = 280) -> dict[str, Costs]:
+def run_program(name: str, *args: str, timeout: float = 550) -> dict[str, Costs]:
     """Runs a program of this folder, which prints a line of JSON per case; returns the lines by case."""
     command = [sys.executable, str(FOLDER / name), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

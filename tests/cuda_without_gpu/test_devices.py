@@ -1,14 +1,19 @@
 """The CUDA path on fake tensors: devices are not mixed up, the host reads no device memory, and no step gets dearer."""
 
+from shutil import which
 from typing import Any
 
+import noop_cuda
 import pytest
 import step_costs
-from device_cases import REFERENCE, REFUSED, cases
+from device_cases import REFERENCE, REFUSED, SEEN, cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(which(noop_cuda.COMPILER) is None, reason="no C++ compiler"),
+]
 
 CASES = [case.id for case in cases()]
 
@@ -41,3 +46,25 @@ def test_a_step_costs_what_the_table_says(measured: dict[str, Any], case: str) -
 @pytest.mark.parametrize(("call", "message"), REFUSED.items())
 def test_tensors_on_several_devices_are_refused_by_name(results: dict[str, Any], call: str, message: str) -> None:
     assert message in str(results[call]["error"])
+
+
+@pytest.mark.parametrize(("fault", "what"), SEEN.items())
+def test_the_recorder_sees(results: dict[str, Any], fault: str, what: str) -> None:
+    """Each fault by itself, so that an empty table means that there is none."""
+    seen = results[fault]["seen"]
+    assert what in seen if "Traceback" in seen else seen == what
+
+
+def test_more_and_less_than_the_table_are_told() -> None:
+    before = {"torchrec_qr, launches, a": 2, "torchrec_qr, launches, b": 1, "torchrec, launches, in all": 9}
+    now = {"torchrec_qr, launches, a": 3, "torchrec_qr, launches, c": 1, "torchrec, launches, in all": 10}
+    more, less = step_costs.differences(before, now, own_only=True)
+    assert more == [
+        "torchrec_qr, launches, a: 3; allowed: at most 2",
+        "torchrec_qr, launches, c: 1; allowed: at most 0",
+    ]
+    assert less == ["torchrec_qr, launches, b: 0; in the table: 1"]
+    assert (
+        step_costs.differences(before, now, own_only=False)[0][0]
+        == "torchrec, launches, in all: 10; allowed: at most 9"
+    )

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from torchrec_qr.ops.triton_kernels import run
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 BOUND = [name for name, _ in dry_steps.dry_cases() if name.startswith("bound")]
 
