@@ -88,12 +88,17 @@ def step_alone(module: nn.Module) -> None:
 
 
 def _step_alone(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor) -> None:
-    grad = p.grad
-    assert grad is not None
-    rows = (grad.ne(0).any(dim=1) if touched is None else touched).nonzero().squeeze(1)
-    optimizer.update(p, rows, grad.index_select(0, rows))
+    assert p.grad is not None
+    _step(optimizer, touched, p, p.grad)
     p.grad = None
-    if touched is not None:
+
+
+def _step(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor, grad: Tensor) -> None:
+    if touched is None:
+        # The other rows are untouched, or as good as that under the rules that do not count steps.
+        optimizer.update_where(p, grad.ne(0).any(dim=1), grad)
+    else:
+        optimizer.update_where(p, touched.bool(), grad)
         touched.zero_()
 
 
@@ -118,15 +123,8 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
             for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
                 mask.copy_(reduced)
         for p, grad in zip(parameters, gradients, strict=True):
-            optimizer = reduction.optimizer_of.get(p)
-            if optimizer is None:
-                continue
-            if p in reduction.touched_of:
-                optimizer.update_where(p, reduction.touched_of[p].bool(), grad)
-                reduction.touched_of[p].zero_()
-            else:
-                # The other rows are untouched, or as good as that under the rules that do not count steps.
-                optimizer.update_where(p, grad.ne(0).any(dim=1), grad)
+            if p in reduction.optimizer_of:
+                _step(reduction.optimizer_of[p], reduction.touched_of.get(p), p, grad)
         return bucket.buffer()
 
     # NCCL's futures are complete at once. A callback of this very future runs on a stream that waits for the sum, and
