@@ -275,7 +275,8 @@ def test_counts_that_are_no_ints(given: Any) -> None:
             ["weight_init_max=1.0", "-weight_init_min", "init='balanced'"],
         ),
     ],
-    ids=str,
+    # Without addresses: processes of pytest-xdist must agree on the names of tests.
+    ids=lambda given: re.sub(r" at 0x\w+", "", str(given)),
 )
 def test_configs(fields: dict[str, Any], parts: list[str]) -> None:
     with refused(ValueError, "table 't_user'", *parts):
