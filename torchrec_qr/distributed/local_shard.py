@@ -10,11 +10,12 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
 from torchrec_qr.distributed.codes import RowCode
 from torchrec_qr.distributed.optimizer import RowOptimizer
-from torchrec_qr.distributed.placement import compositional, is_fused, logical_shards, position_of
+from torchrec_qr.distributed.placement import compositional, logical_shards, position_of
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks, stored_columns
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.layout import TableLayout, partition_layouts
+from torchrec_qr.ops.read_rows import RowGradients
 from torchrec_qr.partitions.class_map_copies import class_map_on
 
 
@@ -47,7 +48,6 @@ class LocalShard(nn.Module):
         self.num_features = len(table.feature_names)
         self._composition = Composition(config.operation, config.path_hidden, config.path_activation)
         self._stored = stored
-        self._sparse = is_fused(table)
         # Of what is stored here, if that is stepped in backward.
         self._optimizer = optimizer
         start = table.local_metadata.shard_offsets[1] if table.local_metadata is not None else 0
@@ -73,13 +73,13 @@ class LocalShard(nn.Module):
         """(N,) → (N, D of this shard), in PyTorch."""
         rows = self._rows(ids)
         weights = self._marking(self.weights(replicas), rows, replicas)
-        return compositional_embedding(self._composition, weights, rows, self._sparse_gradients())
+        return compositional_embedding(self._composition, weights, rows, self._into())
 
     def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, replicas: ReplicatedPartitions) -> Tensor:
         """(N,) → (B, D of this shard), in PyTorch."""
         rows = self._rows(ids)
         stored = self._marking(self.weights(replicas), rows, replicas)
-        return compositional_bag(self._composition, stored, rows, offsets, weights, self._sparse_gradients())
+        return compositional_bag(self._composition, stored, rows, offsets, weights, self._into())
 
     def uses(self) -> set[tuple[str, int]]:
         """The partitions that this shard's output depends on."""
@@ -139,8 +139,13 @@ class LocalShard(nn.Module):
             marking.append(weight)
         return marking
 
-    def _sparse_gradients(self) -> list[bool]:
-        return [self._sparse and j in self._stored for j in self._columns]
+    def _into(self) -> list[RowGradients | None]:
+        """Per weight, what takes its gradients if its rows are stepped in backward."""
+        optimizer = self._optimizer
+        return [
+            optimizer.gradients_of(self._stored[j]()) if optimizer is not None and j in self._stored else None
+            for j in self._columns
+        ]
 
 
 def _mark(touched: Tensor, rows: Tensor, grad: Tensor) -> None:

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import DTYPES
 from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
-from torchrec_qr.distributed.optimizer import RowOptimizer, StoredPartition, step_in_backward
+from torchrec_qr.distributed.optimizer import RowOptimizer, StoredPartition
 from torchrec_qr.distributed.placement import compositional, is_fused, stored_shard_of
 from torchrec_qr.distributed.shard_run import FeatureRange, runs_of
 from torchrec_qr.distributed.shards import is_replicated, stored_shards
@@ -106,7 +106,7 @@ class Replicas(nn.Module):
 class CompositionalKernel(BaseEmbedding):
     """Looks up a group of compositional shards: maps ids to rows, looks up, composes, and pools unless ``sequence``.
 
-    Stores the partitions that are not replicated. Fused ones are leaves with sparse gradients that are stepped as
+    Stores the partitions that are not replicated. Fused ones are leaves that are stepped as
     soon as their gradient is complete; others are plain parameters.
     """
 
@@ -136,7 +136,7 @@ class CompositionalKernel(BaseEmbedding):
             optimizers[tables[0].name] = optimizer
             for partition in stored:
                 for leaf in partition.tensors:
-                    step_in_backward(leaf, optimizer)
+                    optimizer.step_in_backward(leaf)
             self._exposed = [
                 (name, _in_backward(p.data, optimizer) if name in {s.name for s in stored} else p)
                 for name, p in self._exposed

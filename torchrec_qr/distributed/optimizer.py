@@ -16,6 +16,7 @@ from torchrec_qr.ops.arguments import RULES
 from torchrec_qr.ops.cpu_structs import HYPER, MAX_WIDTH
 from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.out_of_memory import named_zeros
+from torchrec_qr.ops.read_rows import RowGradients
 
 
 @dataclass
@@ -64,6 +65,7 @@ class RowOptimizer(FusedOptimizer):
         self.rule = rule
         self._state_of: dict[Tensor, dict[str, Tensor]] = {}
         self._count_of: dict[Tensor, tuple[_StepCount, int]] = {}
+        self._gradients_of: dict[Tensor, RowGradients] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
         for p in partitions:
@@ -123,6 +125,22 @@ class RowOptimizer(FusedOptimizer):
         # The MLPs of `path` may be wider than any row that the kernels take.
         return available(tensor.device) and tensor.shape[1] <= MAX_WIDTH
 
+    def step_in_backward(self, leaf: Tensor) -> None:
+        """Has a stored tensor stepped as soon as a backward has all gradients of its rows (`gradients_of`)."""
+        gradients = self._gradients_of[leaf] = RowGradients()
+
+        def hook(leaf: Tensor) -> None:
+            leaf.grad = None
+            # Otherwise the kernels have stepped the rows, and given no gradient.
+            if (summed := gradients.take()) is not None:
+                self.update(leaf, *summed)
+
+        leaf.register_post_accumulate_grad_hook(hook)
+
+    def gradients_of(self, leaf: Tensor) -> RowGradients:
+        """What takes the gradients of the rows of a stored tensor, after `step_in_backward`."""
+        return self._gradients_of[leaf]
+
     def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
         t = self._advance(tensor)
@@ -176,22 +194,6 @@ class _StepCount:
             self.steps += done
             self._ahead = [n - done for n in self._ahead]
         return t
-
-
-def step_in_backward(tensor: Tensor, optimizer: RowOptimizer) -> None:
-    """Has a leaf stepped as soon as a backward has its whole gradient, a sparse one, which is then dropped."""
-
-    def hook(leaf: Tensor) -> None:
-        grad = leaf.grad
-        if grad is None:
-            return  # stepped by the kernels, which give no gradient
-        # A dense one would not tell the rows that were looked up from the others.
-        assert grad.is_sparse
-        leaf.grad = None
-        grad = grad.coalesce()
-        optimizer.update(tensor, grad.indices()[0], grad.values())
-
-    tensor.register_post_accumulate_grad_hook(hook)
 
 
 def _sharded(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_qr.ops.path import apply_class_mlps
+from torchrec_qr.ops.read_rows import RowGradients, read_rows
 
 
 class Composition(NamedTuple):
@@ -22,7 +23,7 @@ def compositional_embedding(
     composition: Composition,
     weights: list[Tensor],
     rows: list[Tensor],
-    sparse_gradients: Sequence[bool] | None = None,
+    stepped: Sequence[RowGradients | None] | None = None,
 ) -> Tensor:
     """Returns (N, D) fp32: e_n = compose_j(W_j[rows_j[n]]).
 
@@ -30,7 +31,7 @@ def compositional_embedding(
         composition: ``mult`` Π_j, ``add`` Σ_j, ``concat`` (W_1[…], …, W_K[…]), or ``path``.
         weights: K tensors (|P_j|, D_j), fp32, fp16 or bf16; composed in fp32.
         rows: K tensors (N,) int64, in [0, |P_j|).
-        sparse_gradients: per weight, whether its gradient is sparse, of the rows looked up; default: dense.
+        stepped: per weight, what takes the gradients of its rows in place of its dense gradient; default: nothing.
 
     Example:
         >>> w0, w1 = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 10.0]])
@@ -38,13 +39,13 @@ def compositional_embedding(
         tensor([[30., 40.],
                 [10., 20.]])
     """
-    sparse = sparse_gradients or [False] * len(weights)
+    into = stepped or [None] * len(weights)
     if composition.operation == "path":
-        x = F.embedding(rows[0], weights[0], sparse=sparse[0]).float()
-        for mlps, classes, is_sparse in zip(weights[1:], rows[1:], sparse[1:], strict=True):
-            x = apply_class_mlps(x, mlps, classes, composition.path_hidden, composition.path_activation, is_sparse)
+        x = read_rows(weights[0], rows[0], into[0])
+        for mlps, classes, gradients in zip(weights[1:], rows[1:], into[1:], strict=True):
+            x = apply_class_mlps(x, mlps, classes, composition.path_hidden, composition.path_activation, gradients)
         return x
-    parts = [F.embedding(r, w, sparse=s).float() for r, w, s in zip(rows, weights, sparse, strict=True)]
+    parts = [read_rows(w, r, gradients) for r, w, gradients in zip(rows, weights, into, strict=True)]
     return _combine(composition.operation, parts)
 
 
@@ -54,7 +55,7 @@ def compositional_bag(
     rows: list[Tensor],
     offsets: Tensor,
     per_sample_weights: Tensor | None = None,
-    sparse_gradients: Sequence[bool] | None = None,
+    stepped: Sequence[RowGradients | None] | None = None,
 ) -> Tensor:
     """Returns (B, D) fp32: out_b = Σ_{n in bag b} w_n · compose_j(W_j[rows_j[n]]): composed, weighted, then summed.
 
@@ -62,7 +63,7 @@ def compositional_bag(
     not (pooling first is the error of the reference implementation, dlrm#366).
 
     Args:
-        composition, weights, rows, sparse_gradients: as `compositional_embedding`.
+        composition, weights, rows, stepped: as `compositional_embedding`.
         offsets: (B + 1,) int64; bag b holds ids offsets[b] to offsets[b + 1].
         per_sample_weights: (N,) w_n; default 1. Receives a gradient.
 
@@ -75,34 +76,40 @@ def compositional_bag(
                 [30.]])
     """
     if composition.operation in ("add", "concat"):
-        sparse = sparse_gradients or [False] * len(weights)
+        into = stepped or [None] * len(weights)
         pooled = [
-            _sum_rows(w, r, offsets, per_sample_weights, s) for w, r, s in zip(weights, rows, sparse, strict=True)
+            sum_rows(w, r, offsets, per_sample_weights, gradients)
+            for w, r, gradients in zip(weights, rows, into, strict=True)
         ]
         return _combine(composition.operation, pooled)
-    composed = compositional_embedding(composition, weights, rows, sparse_gradients)
+    composed = compositional_embedding(composition, weights, rows, stepped)
     return sum_bags(composed, offsets, per_sample_weights)
 
 
 def sum_bags(values: Tensor, offsets: Tensor, per_sample_weights: Tensor | None) -> Tensor:
-    """Returns (B, D): Σ_{n in bag b} w_n · values_n."""
-    return _sum_rows(values, torch.arange(values.shape[0], device=values.device), offsets, per_sample_weights)
+    """Returns (B, D): Σ_{n in bag b} w_n · values_n, of values in fp32."""
+    return _pooled(values, torch.arange(values.shape[0], device=values.device), offsets, per_sample_weights)
 
 
-def _sum_rows(
-    weight: Tensor, rows: Tensor, offsets: Tensor, per_sample_weights: Tensor | None, sparse: bool = False
+def sum_rows(
+    weight: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    per_sample_weights: Tensor | None,
+    into: RowGradients | None = None,
 ) -> Tensor:
+    """Returns (B, D) fp32: Σ_{n in bag b} w_n · W[rows_n], with weights of ids, sums and gradients in fp32."""
+    if weight.dtype == torch.float32 and into is None:
+        return _pooled(weight, rows, offsets, per_sample_weights)
+    return sum_bags(read_rows(weight, rows, into), offsets, per_sample_weights)
+
+
+def _pooled(weight: Tensor, rows: Tensor, offsets: Tensor, per_sample_weights: Tensor | None) -> Tensor:
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(weight.dtype)
     return F.embedding_bag(
-        rows,
-        weight,
-        offsets,
-        mode="sum",
-        sparse=sparse,
-        include_last_offset=True,
-        per_sample_weights=per_sample_weights,
-    ).float()
+        rows, weight, offsets, mode="sum", include_last_offset=True, per_sample_weights=per_sample_weights
+    )
 
 
 def _combine(operation: str, parts: list[Tensor]) -> Tensor:
@@ -114,6 +121,8 @@ def _combine(operation: str, parts: list[Tensor]) -> Tensor:
     return out
 
 
-# Data-dependent shapes: `torch.fx` records these two as calls; everything else it traces through.
+# They look at shapes or types of their data, so `torch.fx` records them as calls. It traces through everything else.
 torch.fx.wrap("apply_class_mlps")
+torch.fx.wrap("read_rows")
 torch.fx.wrap("sum_bags")
+torch.fx.wrap("sum_rows")

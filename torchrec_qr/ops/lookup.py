@@ -26,6 +26,7 @@ from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
+from torchrec_qr.ops.transforms import is_transformed
 from torchrec_qr.ops.triton_compiler import load_driver
 
 # Of weights, in the kernels; others are PyTorch's.
@@ -238,7 +239,7 @@ lookup_op.register_autograd(_backward, setup_context=_save)
 def _in_pytorch(
     tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
 ) -> Tensor:
-    """`look_up` where the operators have no implementation: on other devices, and in other types."""
+    """`look_up` where the operators have no implementation: other devices, other types, and transforms."""
     outputs, layouts = [], decode(tables.layout)
     remaining, class_maps = list(weights), iter(tables.class_maps)
     num_bags = (offsets.numel() - 1) // sum(t.num_features for t in layouts) if pooled else 1
@@ -293,7 +294,7 @@ def look_up(
     """
     if offsets is None:
         offsets = torch.tensor([0, ids.shape[0]])
-    if not available(weights[0].device) or any(w.dtype not in DTYPES for w in weights):
+    if is_transformed() or not available(weights[0].device) or any(w.dtype not in DTYPES for w in weights):
         return _in_pytorch(tables, weights, ids, offsets, id_weights, pooled)
     out: Tensor = lookup_op(
         weights, tables.class_maps, ids, offsets, id_weights, tables.layout, "\n".join(tables.names), pooled

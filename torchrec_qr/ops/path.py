@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrec_qr.ops.read_rows import RowGradients, read_rows
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 def apply_class_mlps(
-    x: Tensor, mlps: Tensor, classes: Tensor, hidden: int | None, activation: str, sparse_gradient: bool = False
+    x: Tensor, mlps: Tensor, classes: Tensor, hidden: int | None, activation: str, into: RowGradients | None = None
 ) -> Tensor:
     """Returns y (N, D), y_n = MLP_{c_n}(x_n): each input through the MLP of its own class.
 
@@ -23,7 +25,7 @@ def apply_class_mlps(
         classes: (N,) int64, c_n.
         hidden: H or None.
         activation: φ, ``"relu"`` or ``"tanh"``.
-        sparse_gradient: whether the gradient of ``mlps`` is sparse, of the classes that occur.
+        into: takes the gradients of ``mlps``, of the classes that occur; see `torchrec_qr.ops.read_rows`.
 
     Example:
         >>> double_plus_one = torch.tensor([[2.0, 0.0, 0.0, 2.0, 1.0, 1.0]])
@@ -33,7 +35,7 @@ def apply_class_mlps(
     # Inputs sorted by class make one matrix product per class that occurs, with no (N, P) gather of MLPs.
     present, sorted_class, counts = classes.unique(return_inverse=True, return_counts=True)
     order = sorted_class.argsort(stable=True)
-    used = F.embedding(present, mlps, sparse=sparse_gradient).to(x.dtype)
+    used = read_rows(mlps, present, into)
     outputs = [
         _mlp(inputs, flat, hidden, activation)
         for inputs, flat in zip(x[order].split(counts.tolist()), used.unbind(0), strict=True)
