@@ -64,7 +64,7 @@ def test_forward_mode_raises_as_torchrecs_does(operation: str, data_type: DataTy
     module = collection(operation, data_type)
     with forward_ad.dual_level():
         parameters = duals(dict(module.named_parameters()))
-        with pytest.raises(NotImplementedError, match="forward AD|jvp"):
+        with pytest.raises(NotImplementedError, match=r"forward AD|jvp"):
             values_of(module, parameters)
 
 

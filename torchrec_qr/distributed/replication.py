@@ -103,10 +103,12 @@ def _step(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor, grad: Tens
 
 
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:
-    parameters, gradients = bucket.parameters(), bucket.gradients()
+    parameters, buffer = bucket.parameters(), bucket.buffer()
+    # A sum over many ranks in the storage type stops growing, and in fp16 it may overflow.
+    summed = buffer.float()
+    gradients = [summed[g.storage_offset() :][: g.numel()].view_as(g) for g in bucket.gradients()]
     for p, grad in zip(parameters, gradients, strict=True):
         if reduction.average or p not in reduction.optimizer_of:
-            # Before the sum, which may be too large for fp16.
             grad.div_(reduction.pg.size())
     masks = [reduction.touched_of[p] for p in parameters if p in reduction.touched_of]
     touched = torch.cat(masks) if masks else None
@@ -115,19 +117,19 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
         touched_work = dist.all_reduce(touched, dist.ReduceOp.MAX, group=reduction.pg, async_op=True)
 
     def step(_: Future[list[Tensor]]) -> Tensor:
+        for tensor in (summed, touched):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if touched is not None:
             assert touched_work is not None
             touched_work.wait()
-            if touched.is_cuda:
-                touched.record_stream(torch.cuda.current_stream(touched.device))
             for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
                 mask.copy_(reduced)
         for p, grad in zip(parameters, gradients, strict=True):
             if p in reduction.optimizer_of:
                 _step(reduction.optimizer_of[p], reduction.touched_of.get(p), p, grad)
-        return bucket.buffer()
+        return buffer if summed is buffer else buffer.copy_(summed)
 
     # NCCL's futures are complete at once. A callback of this very future runs on a stream that waits for the sum, and
     # DDP waits for what the callback does. A future made of several futures would wait for none of them.
-    reduced = dist.all_reduce(bucket.buffer(), group=reduction.pg, async_op=True).get_future()
-    return reduced.then(step)
+    return dist.all_reduce(summed, group=reduction.pg, async_op=True).get_future().then(step)
