@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from torchrec import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType
 
 from launch.config import Job
 from torchrec_qr import CompositionalEmbeddingBagConfig, MixedRadix
@@ -14,13 +15,17 @@ _OURS_ALONE = ("adam", "amsgrad")
 def job_tables(job: Job, folder: Path) -> list[EmbeddingBagConfig]:
     """Returns the configs of ``job.tables``; files that they name are relative to ``folder``.
 
-    Under Adam and AMSGrad a plain table becomes a compositional one of a single partition, p(x) = x, which is the same
-    function: FBGEMM has no AMSGrad, and no Adam on a CPU.
+    A plain table that TorchRec's kernels would not train alike everywhere becomes a compositional one of a single
+    partition, p(x) = x, which is the same function. FBGEMM has no AMSGrad, no Adam on a CPU, and no bf16 there. A
+    data-parallel table in fp16 would be stepped in fp16, where an eps of 1e-8 is 0.
     """
-    tables = build_tables(job.tables, folder)
-    if job.optimizer.sparse.name not in _OURS_ALONE:
-        return tables
-    return [t if isinstance(t, CompositionalEmbeddingBagConfig) else _single_partition(t) for t in tables]
+    return [_single_partition(t) if _is_ours(t, job) else t for t in build_tables(job.tables, folder)]
+
+
+def _is_ours(table: EmbeddingBagConfig, job: Job) -> bool:
+    if isinstance(table, CompositionalEmbeddingBagConfig):
+        return False
+    return job.optimizer.sparse.name in _OURS_ALONE or table.data_type != DataType.FP32
 
 
 def _single_partition(table: EmbeddingBagConfig) -> CompositionalEmbeddingBagConfig:

@@ -18,6 +18,7 @@ from ranks import run_ranks
 from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table, unsharded
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec import EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
@@ -28,6 +29,7 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
+from torchrec.modules.embedding_configs import DataType
 
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
@@ -41,7 +43,7 @@ from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
 )
-from torchrec_qr.distributed.collection import check_plan
+from torchrec_qr.distributed.collection import check_plain_types, check_plan
 from torchrec_qr.ops.cpu_library import without_kernels
 
 JOB = Path(__file__).with_name("faulty_job.py")
@@ -89,6 +91,16 @@ def test_other_compute_kernels_are_refused(kernel: str) -> None:
     }
     with pytest.raises(NotImplementedError, match=f"table 'a': compute kernel '{kernel}' .*allowed: fused, dense"):
         check_plan({"a": TABLES[0]}, plan)
+
+
+def test_a_plain_table_in_bf16_is_refused_on_a_cpu() -> None:
+    plain = EmbeddingBagConfig(num_embeddings=9, embedding_dim=8, name="p", data_type=DataType.BF16)
+    match = r"table 'p': data_type=BF16 .* one partition, MixedRadix\(9, \(9,\)\)"
+    for device in (None, torch.device("cpu")):
+        with pytest.raises(NotImplementedError, match=match):
+            check_plain_types([TABLES[0], plain], device)
+    check_plain_types([plain], torch.device("cuda"))
+    check_plain_types([replace(plain, data_type=DataType.FP16), replace(TABLES[0], data_type=DataType.BF16)], None)
 
 
 def refused(rank: int, world_size: int) -> dict[str, str]:

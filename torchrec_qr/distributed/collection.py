@@ -13,7 +13,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -273,6 +273,23 @@ def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, Pa
                 f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all "
                 f"{config.embedding_dim} columns of the base row; allowed: table_wise, row_wise, table_row_wise, "
                 "data_parallel (a planner is told by sharding_types of ParameterConstraints)"
+            )
+
+
+def check_plain_types(configs: list[Any], device: torch.device | None) -> None:
+    """Refuses what FBGEMM refuses at the first batch, in words that name no table.
+
+    Raises:
+        NotImplementedError: a plain table in bf16 on a CPU.
+    """
+    for config in configs:
+        on_cpu = device is None or device.type == "cpu"
+        if on_cpu and not is_compositional(config) and config.data_type == DataType.BF16:
+            rows = config.num_embeddings
+            raise NotImplementedError(
+                f"table {config.name!r}: data_type={config.data_type} is not supported by FBGEMM's kernels on a CPU, "
+                "which look up plain tables; allowed: FP32, FP16, or a compositional table of one partition, "
+                f"MixedRadix({rows}, ({rows},))"
             )
 
 

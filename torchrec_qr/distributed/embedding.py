@@ -13,6 +13,7 @@ from torchrec_qr.distributed.collection import (
     CompositionalState,
     LogicalView,
     attach,
+    check_plain_types,
     check_plan,
     checked_features,
     placeholders,
@@ -45,6 +46,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         configs = module.embedding_configs()
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
+        check_plain_types(configs, device)
         _check_column_widths(table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)

@@ -17,6 +17,7 @@ from torchrec_qr.distributed.collection import (
     CompositionalState,
     LogicalView,
     attach,
+    check_plain_types,
     check_plan,
     checked_features,
     placeholders,
@@ -62,6 +63,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         configs = module.embedding_bag_configs()
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingBagConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
+        check_plain_types(configs, device)
         # Before the constructor of nn.Module: plain attributes only.
         self._mean_names = {
             name
