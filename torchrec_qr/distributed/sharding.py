@@ -6,6 +6,7 @@ rows are split, encoded; and ``create_lookup``.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, BaseSparseFeaturesDist, EmbeddingShardingInfo
+from torchrec.distributed.embedding_sharding import (
+    BaseEmbeddingDist,
+    BaseSparseFeaturesDist,
+    EmbeddingShardingContext,
+    EmbeddingShardingInfo,
+)
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.sharding.cw_sequence_sharding import CwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
@@ -152,6 +158,9 @@ class _Compositional:
 
     def create_output_dist(self, device: torch.device | None = None) -> BaseEmbeddingDist[Any, Any, Any]:
         output_dist: BaseEmbeddingDist[Any, Any, Any] = super().create_output_dist(device)  # type: ignore[misc]
+        if isinstance(self, _SCATTERING) and dist.get_backend(self._pg) == "gloo":
+            names = ", ".join(sorted({repr(table.name) for table in self._feature_tables()}))
+            output_dist.register_forward_pre_hook(partial(_refuse_uneven_batches, names))
         return exchanging_in_place(output_dist, device or self._device)  # type: ignore[attr-defined]
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -272,6 +281,18 @@ class _PrepareIds:
         return RowCode(config).encode(ids, self._class_maps.get(config.name))
 
 
+def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raises where gloo could not gather the gradients. Every rank knows all sizes, so all of them raise."""
+    context = args[1] if len(args) > 1 else None
+    sizes = context.batch_size_per_rank if isinstance(context, EmbeddingShardingContext) else []
+    if torch.is_grad_enabled() and len(set(sizes)) > 1:
+        raise ValueError(
+            f"tables {tables}: batches of {sizes} samples on the ranks, in order, and gloo cannot gather gradients of "
+            "tables whose rows are split from batches of different sizes; allowed: batches of one size, such as by "
+            "padding or leaving out the last one, NCCL, or another sharding type"
+        )
+
+
 def _id_space(at: Placed, feature: str) -> IdSpace:
     return IdSpace(at.config.name, feature, at.config.num_embeddings, at.config.out_of_range)
 
@@ -336,6 +357,8 @@ SEQUENCE_SHARDINGS = {
     ShardingType.DATA_PARALLEL.value: DpSequence,
 }
 _SEQUENCE = tuple(SEQUENCE_SHARDINGS.values())
+# Pooled, with rows split: their outputs are summed by a reduce-scatter.
+_SCATTERING = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
 # What TorchRec's own create_lookup passes for plain tables.
 _LOOKUP_TYPES = (
     (RwPooledEmbeddingSharding, ShardingType.ROW_WISE),
