@@ -9,7 +9,14 @@ from torchrec_qr import ExplicitPartitions
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.arguments import Batch, Gradients
 from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, look_up, lookup_gradients_op, lookup_step_op, stepped_lookup
+from torchrec_qr.ops.lookup import (
+    Lookup,
+    look_up,
+    lookup_gradients_op,
+    lookup_op,
+    lookup_step_op,
+    stepped_lookup,
+)
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 NUMBERS = [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
@@ -195,6 +202,56 @@ def test_tensors_that_are_not_contiguous() -> None:
     actual = torch.autograd.grad(out, [weight, weights], upstream)
     for a, e in zip(actual, torch.autograd.grad(expected, [weight, weights], upstream), strict=True):
         torch.testing.assert_close(a, e)
+
+
+def overlapping() -> dict[str, Tensor]:
+    """Weights (5, 4) whose rows share memory; the last one is a view in the middle of a larger storage."""
+    return {
+        "one row": torch.arange(1.0, 5.0).expand(5, 4),
+        "rows one column apart": torch.arange(8.0).as_strided((5, 4), (1, 1)),
+        "rows of a view": torch.arange(40.0)[20:].as_strided((5, 4), (2, 1), 22),
+    }
+
+
+@pytest.mark.parametrize("kind", list(overlapping()))
+def test_rows_that_overlap_are_read_as_what_they_are(kind: str) -> None:
+    tables, _ = one_table()
+    weight = overlapping()[kind].detach().requires_grad_()
+    ids, offsets = ints(0, 4, 4, 1), ints(0, 3, 4)
+    for pooled in (True, False):
+        out = look_up(tables, [weight], ids, offsets if pooled else ints(0, 4), None, pooled)
+        rows = weight[ids]
+        expected = torch.stack([rows[:3].sum(0), rows[3]]) if pooled else rows.reshape(-1)
+        assert torch.equal(out, expected)
+        actual, wanted = (torch.autograd.grad(y.square().sum(), [weight])[0] for y in (out, expected))
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("kind", list(overlapping()))
+def test_rows_that_overlap_are_refused_by_operators_and_steps(kind: str) -> None:
+    tables, _ = one_table()
+    weight, ids, offsets = overlapping()[kind], ints(0, 4), ints(0, 2)
+    common = (tables.class_maps, ids, offsets, None, tables.layout, "t", True)
+    message = "whose rows overlap; allowed: rows that are 4 or more apart"
+    with pytest.raises(ValueError, match=message):
+        lookup_op([weight], *common)
+    with pytest.raises(ValueError, match=message):
+        lookup_gradients_op(torch.ones(1, 4), [weight], *common, [True], False)
+    with pytest.raises(ValueError, match=message):
+        lookup_step_op(torch.ones(1, 4), [weight], [], [], *common, [1], NUMBERS, False)
+    steps = Gradients([1], [], NUMBERS, [])
+    with pytest.raises(ValueError, match=message):
+        stepped_lookup(tables, [weight.detach().requires_grad_()], lambda: steps, ids, offsets, None, True)
+    with pytest.raises(ValueError, match=message):
+        cpu.step_rows(weight, ints(1), torch.ones(1, 4), "sgd", [], NUMBERS)
+
+
+def test_a_class_map_whose_rows_overlap_is_refused() -> None:
+    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]])
+    layout = encode([TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)])
+    tables = Lookup(layout, ["t"], [partitions.class_map[:1].expand(2, 3)])
+    with pytest.raises(ValueError, match=r"a class map of shape \(2, 3\), strides \(0, 1\), whose rows overlap"):
+        look_up(tables, [torch.ones(3, 4), torch.ones(2, 4)], ints(0), ints(0, 1), None, True)
 
 
 META = torch.device("meta")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.ops import cpu
-from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients
+from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients, check_rows_apart, rows_overlap
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
@@ -270,7 +270,8 @@ def look_up(
 
     Args:
         tables: what is looked up, consecutive features of the batch.
-        weights: per table its K weights, (R_j, D_j) in fp32, fp16 or bf16; accumulation is in fp32.
+        weights: per table its K weights, (R_j, D_j) in fp32, fp16 or bf16; accumulation is in fp32. Those whose rows
+            overlap are copied.
         ids: (N,) int32 or int64, feature after feature.
         offsets: (F·B + 1,) of bags from 0 to N if ``pooled``, else (F + 1,) of features; None for one feature.
         id_weights: (N,) w_x, or None for 1.
@@ -296,6 +297,8 @@ def look_up(
         offsets = torch.tensor([0, ids.shape[0]])
     if is_transformed() or not available(weights[0].device) or any(w.dtype not in DTYPES for w in weights):
         return _in_pytorch(tables, weights, ids, offsets, id_weights, pooled)
+    # The kernels go from row to row by a stride of at least a row. Autograd leads the copy's gradient back.
+    weights = [w.contiguous() if rows_overlap(w) else w for w in weights]
     out: Tensor = lookup_op(
         weights, tables.class_maps, ids, offsets, id_weights, tables.layout, "\n".join(tables.names), pooled
     )
@@ -318,6 +321,8 @@ class _SteppedLookup(torch.autograd.Function):
         ctx.save_for_backward(ids, offsets, id_weights)
         # Not saved for backward, and without their version counters: rows may move before it, as TBE's may.
         ctx.weights = [w.data for w in weights]
+        for weight in ctx.weights:
+            check_rows_apart("weight", weight)
         return look_up(tables, ctx.weights, ids, offsets, id_weights, pooled)
 
     @staticmethod
