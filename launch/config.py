@@ -60,6 +60,9 @@ class Job:
         if self.planner.batch_size not in (None, self.train.batch_size):
             allowed = f"{self.train.batch_size}, as train.batch_size, or nothing"
             errors.append(ConfigError("planner.batch_size", self.planner.batch_size, allowed))
+        for i, name in enumerate(self.train.frozen):
+            if name not in (names := [table.name for table in self.tables]):
+                errors.append(ConfigError(f"train.frozen[{i}]", name, f"names of tables: {', '.join(names)}"))
         try:
             self.planner.check_tables([table.name for table in self.tables])
         except ConfigError as error:

@@ -262,6 +262,7 @@ class TrainSection:
         timeout_minutes: how long a rank waits for the others in a step; default: 2 on CPUs (gloo), 10 on GPUs (NCCL).
         slow_timeout_minutes: likewise, where ranks take very different times: opening data, building vocabularies,
             planning, the first step of a pass over a split, writing and loading checkpoints.
+        frozen: names of tables that keep the values that they start with, or that a checkpoint has.
         triton_cache: a folder in which each node keeps its compiled kernels in a folder of its own; ``~`` and variables
             such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own, ``~/.triton/cache``.
     """
@@ -282,6 +283,7 @@ class TrainSection:
     tf32: bool = False
     timeout_minutes: Annotated[float, Range(above=0)] | None = None
     slow_timeout_minutes: Annotated[float, Range(above=0)] = 60.0
+    frozen: tuple[str, ...] = ()
     triton_cache: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,12 +1,14 @@
 """The tables of a job, such that its optimizer has a rule for each."""
 
+from collections.abc import Collection
 from pathlib import Path
 
+from torch import nn
 from torchrec import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
 
 from launch.config import Job
-from torchrec_qr import CompositionalEmbeddingBagConfig, MixedRadix
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, MixedRadix
 from torchrec_qr.schema import build_tables
 
 _OURS_ALONE = ("adam", "amsgrad")
@@ -17,7 +19,8 @@ def job_tables(job: Job, folder: Path) -> list[EmbeddingBagConfig]:
 
     A plain table that TorchRec's kernels would not train alike everywhere becomes a compositional one of a single
     partition, p(x) = x, which is the same function. FBGEMM has no AMSGrad, no Adam on a CPU, and no bf16 there. A
-    data-parallel table in fp16 would be stepped in fp16, where an eps of 1e-8 is 0.
+    data-parallel table in fp16 would be stepped in fp16, where an eps of 1e-8 is 0. None of TorchRec's own can be
+    frozen.
     """
     return [_single_partition(t) if _is_ours(t, job) else t for t in build_tables(job.tables, folder)]
 
@@ -25,7 +28,17 @@ def job_tables(job: Job, folder: Path) -> list[EmbeddingBagConfig]:
 def _is_ours(table: EmbeddingBagConfig, job: Job) -> bool:
     if isinstance(table, CompositionalEmbeddingBagConfig):
         return False
-    return job.optimizer.sparse.name in _OURS_ALONE or table.data_type != DataType.FP32
+    return (
+        job.optimizer.sparse.name in _OURS_ALONE or table.name in job.train.frozen or table.data_type != DataType.FP32
+    )
+
+
+def freeze(model: nn.Module, names: Collection[str]) -> None:
+    """Has no optimizer move the tables of these names, before the model is sharded."""
+    for module in model.modules():
+        if isinstance(module, CompositionalEmbeddingBagCollection):
+            for name in names:
+                module.embedding_bags[name].requires_grad_(False)
 
 
 def _single_partition(table: EmbeddingBagConfig) -> CompositionalEmbeddingBagConfig:

@@ -22,7 +22,7 @@ from launch.parallel import parallelize
 from launch.process_group import start_process_group
 from launch.profile import profiled
 from launch.run_folder import RunFolder
-from launch.tables import job_tables
+from launch.tables import freeze, job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
 from launch.triton_cache import cache_named, use_node_cache
@@ -64,6 +64,7 @@ def _run(
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
     )
     model = build_model(job.model, tables, device)
+    freeze(model, job.train.frozen)
     trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile)
     output.summary(
         [

@@ -33,7 +33,7 @@ def placeholders(configs: list[BaseEmbeddingConfig], tables: nn.ModuleDict) -> d
     """One parameter per logical table for TorchRec to plan: a plain table's own, or (R, D) on the meta device.
 
     Raises:
-        ValueError: partitions of one table with different optimizers attached.
+        ValueError: partitions of one table with different optimizers attached, or frozen in part.
     """
     out: dict[str, nn.Parameter] = {}
     for config in configs:
@@ -42,8 +42,15 @@ def placeholders(configs: list[BaseEmbeddingConfig], tables: nn.ModuleDict) -> d
             out[config.name] = table.get_parameter("weight")
             continue
         weights = table.weights()
+        if len({w.requires_grad for w in weights}) > 1:
+            flags = [w.requires_grad for w in weights]
+            raise ValueError(
+                f"table {config.name!r}: requires_grad of its partitions is {flags}; allowed: one flag for all "
+                "partitions of a table that is sharded; those of a sharded table may be frozen one by one"
+            )
         rows = sum(w.shape[0] for w in weights)
-        p = nn.Parameter(torch.empty(rows, config.embedding_dim, dtype=weights[0].dtype, device="meta"))
+        logical = torch.empty(rows, config.embedding_dim, dtype=weights[0].dtype, device="meta")
+        p = nn.Parameter(logical, requires_grad=weights[0].requires_grad)
         if hasattr(weights[0], "_in_backward_optimizers"):
             # TorchRec's helpers for plans by hand read the compute kernel from this mark.
             p._in_backward_optimizers = weights[0]._in_backward_optimizers  # type: ignore[attr-defined]
@@ -290,6 +297,17 @@ def check_plain_types(configs: list[Any], device: torch.device | None) -> None:
                 f"table {config.name!r}: data_type={config.data_type} is not supported by FBGEMM's kernels on a CPU, "
                 "which look up plain tables; allowed: FP32, FP16, or a compositional table of one partition, "
                 f"MixedRadix({rows}, ({rows},))"
+            )
+
+
+def refuse_frozen(parameters: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError where a plain table, by name, is frozen: TorchRec's kernels step it all the same."""
+    for name, p in parameters.items():
+        if not p.requires_grad:
+            raise NotImplementedError(
+                f"table {name!r}: requires_grad_(False) of a plain table is not honoured by TorchRec's kernels, which "
+                "would step it; allowed: a compositional table of one partition, which can be frozen: "
+                "MixedRadix(num_embeddings, (num_embeddings,))"
             )
 
 

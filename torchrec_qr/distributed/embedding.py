@@ -17,6 +17,7 @@ from torchrec_qr.distributed.collection import (
     check_plan,
     checked_features,
     placeholders,
+    refuse_frozen,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
 from torchrec_qr.distributed.sharder import CompositionalSharder
@@ -47,6 +48,7 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
         check_plain_types(configs, device)
+        refuse_frozen({c.name: module.embeddings[c.name].weight for c in configs if c.name not in compositional})
         _check_column_widths(table_name_to_parameter_sharding)
         view = LogicalView(module, configs, "embeddings", module.embeddings)
         super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)

@@ -21,6 +21,7 @@ from torchrec_qr.distributed.collection import (
     check_plan,
     checked_features,
     placeholders,
+    refuse_frozen,
 )
 from torchrec_qr.distributed.replication import replicate_lookups
 from torchrec_qr.distributed.sharder import CompositionalSharder
@@ -64,6 +65,7 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingBagConfig)}
         check_plan(compositional, table_name_to_parameter_sharding)
         check_plain_types(configs, device)
+        refuse_frozen({c.name: module.embedding_bags[c.name].weight for c in configs if c.name not in compositional})
         # Before the constructor of nn.Module: plain attributes only.
         self._mean_names = {
             name

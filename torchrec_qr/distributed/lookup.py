@@ -50,6 +50,8 @@ class Replicas(nn.Module):
         # Where rows without a gradient may move, too: (rows,) uint8, 1 for those that this rank looked up in a step.
         self.touched_of: dict[tuple[str, int], Tensor] = {}
         self._names: dict[nn.Parameter, str] = {}
+        # Aliases, as TBE's are: DDP must not see the mark on a parameter that it manages.
+        self._shown: dict[nn.Parameter, nn.Parameter] = {}
         # Of the gradients of parameters that nothing steps in backward; set by `replication.replicate`.
         self.gradient_scale = 1.0
         holders = []
@@ -61,7 +63,9 @@ class Replicas(nn.Module):
                     continue
                 size = (rows, config.partition_columns[j])
                 what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
-                p = nn.Parameter(named_zeros(what, size, dtype, device))
+                # What a fused optimizer steps is reduced all the same, so that the flag may change while DDP is there.
+                reduced = is_fused(table) or not compositional(table).frozen
+                p = nn.Parameter(named_zeros(what, size, dtype, device), requires_grad=reduced)
                 self.parameters_of[config.name, j] = p
                 self._names[p] = f"{config.name}.partition_{j}"
                 stored.append(StoredPartition(self._names[p], size, [p]))
@@ -70,9 +74,17 @@ class Replicas(nn.Module):
                 holders.append(FusedOptimizerHolder(optimizer))
                 own = {key: p for key, p in self.parameters_of.items() if key[0] == config.name}
                 self.optimizer_of.update((p, optimizer) for p in own.values())
+                frozen = compositional(table).frozen
+                self._shown.update((p, optimizer.show([p], p.data, frozen)) for p in own.values())
                 if optimizer.rule.counts_steps:
                     for key, p in own.items():
                         self.touched_of[key] = torch.zeros(p.shape[0], dtype=torch.uint8, device=p.device)
+        if self.parameters_of and not any(p.requires_grad for p in self.parameters_of.values()):
+            raise NotImplementedError(
+                f"tables {sorted({name for name, _ in self.parameters_of})}: all frozen, and held whole by every rank "
+                "without a fused optimizer, so that nothing is left for DistributedDataParallel to reduce; allowed: a "
+                "fused optimizer, under which a table may be frozen and released at any time"
+            )
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 
@@ -98,9 +110,10 @@ class Replicas(nn.Module):
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         for p, name in self._names.items():
-            optimizer = self.optimizer_of.get(p)
-            # An alias, as TBE's are: DDP must not see the mark on a parameter that it manages.
-            yield name, p if optimizer is None else _in_backward(p.data, optimizer)
+            shown = self._shown.get(p, p)
+            if shown.data_ptr() != p.data_ptr():
+                shown.data = p.data
+            yield name, shown
 
 
 class CompositionalKernel(BaseEmbedding):
@@ -137,8 +150,10 @@ class CompositionalKernel(BaseEmbedding):
             for partition in stored:
                 for leaf in partition.tensors:
                     optimizer.step_in_backward(leaf)
+            tensors_of = {partition.name: partition.tensors for partition in stored}
+            frozen = compositional(tables[0]).frozen
             self._exposed = [
-                (name, _in_backward(p.data, optimizer) if name in {s.name for s in stored} else p)
+                (name, optimizer.show(tensors_of[name], p.data, frozen) if name in tensors_of else p)
                 for name, p in self._exposed
             ]
         self._shards = nn.ModuleList(
@@ -170,7 +185,8 @@ class CompositionalKernel(BaseEmbedding):
             sizes = [tuple(shard.shard_sizes) for _, shard in here]
             what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
             flat = named_zeros(what, sum(a * b for a, b in sizes), dtype, device)
-            exposed = nn.Parameter(flat.view(-1, sizes[0][1]) if len({b for _, b in sizes}) == 1 else flat)
+            as_stored = flat.view(-1, sizes[0][1]) if len({b for _, b in sizes}) == 1 else flat
+            exposed = nn.Parameter(as_stored, requires_grad=not at.frozen)
             starts = [0, *accumulate(a * b for a, b in sizes)]
             pieces = [flat[start : start + a * b].view(a, b) for start, (a, b) in zip(starts, sizes, strict=False)]
             if is_fused(tables[0]):
@@ -247,10 +263,3 @@ def _leaf(piece: Tensor) -> Tensor:
 def _view(parameter: Tensor, start: int, size: torch.Size) -> Tensor:
     """A part of a parameter, made anew in every forward: optimizers and checkpoints change parameters in place."""
     return parameter.view(-1)[start : start + size.numel()].view(size)
-
-
-def _in_backward(data: Tensor, optimizer: RowOptimizer) -> nn.Parameter:
-    """A parameter over the same storage, marked as TorchRec marks what is stepped in backward."""
-    p = nn.Parameter(data)
-    p._in_backward_optimizers = [optimizer]  # type: ignore[attr-defined]
-    return p

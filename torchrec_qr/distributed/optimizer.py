@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_qr.distributed.update_rules import UpdateRule
-from torchrec_qr.ops.arguments import RULES
+from torchrec_qr.ops.arguments import NOTHING, RULES
 from torchrec_qr.ops.cpu_structs import HYPER, MAX_WIDTH
 from torchrec_qr.ops.lookup import available, step_rows
 from torchrec_qr.ops.out_of_memory import named_zeros
@@ -58,7 +58,8 @@ class RowOptimizer(FusedOptimizer):
     """Steps the partitions of one table by one rule. ``step()`` does nothing: rows move in backward.
 
     Its state has TorchRec's keys, ``<table>.partition_<j>.weight`` → ``<table>.partition_<j>.<state>``, and its one
-    parameter group holds ``lr``, which schedules may change.
+    parameter group holds ``lr``, which schedules may change. While ``lr`` is 0, or the parameter that a model shows
+    requires no gradient, neither rows nor state move. (FBGEMM advances the state at a rate of 0.)
     """
 
     def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
@@ -66,6 +67,7 @@ class RowOptimizer(FusedOptimizer):
         self._state_of: dict[Tensor, dict[str, Tensor]] = {}
         self._count_of: dict[Tensor, tuple[_StepCount, int]] = {}
         self._gradients_of: dict[Tensor, RowGradients] = {}
+        self._shown_as: dict[Tensor, nn.Parameter] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
         for p in partitions:
@@ -97,7 +99,9 @@ class RowOptimizer(FusedOptimizer):
 
     @torch.no_grad()
     def update(self, tensor: Tensor, rows: Tensor, grad: Tensor) -> None:
-        """Steps ``rows`` (n,), each once, of a stored tensor by their gradients (n, columns)."""
+        """Steps ``rows`` (n,), each once, of a stored tensor by their gradients (n, columns), unless it is frozen."""
+        if self.is_frozen(tensor):
+            return
         # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
         weight, t = tensor.data, self._advance(tensor)
         full_state = self._state_of[tensor]
@@ -113,6 +117,8 @@ class RowOptimizer(FusedOptimizer):
     @torch.no_grad()
     def update_where(self, tensor: Tensor, stepped: Tensor, grad: Tensor) -> None:
         """Steps the rows of a stored tensor (R, columns) that a mask (R,) names by their gradients in ``grad``."""
+        if self.is_frozen(tensor):
+            return
         if tensor.is_cuda and self._has_kernels(tensor):
             # How many rows there are is the device's to say, so all of them are given, -1 for those that stay.
             every = torch.arange(len(stepped), device=tensor.device)
@@ -124,6 +130,21 @@ class RowOptimizer(FusedOptimizer):
     def _has_kernels(self, tensor: Tensor) -> bool:
         # The MLPs of `path` may be wider than any row that the kernels take.
         return available(tensor.device) and tensor.shape[1] <= MAX_WIDTH
+
+    def show(self, tensors: Sequence[Tensor], data: Tensor, frozen: bool) -> nn.Parameter:
+        """Returns the parameter that a model shows of stored tensors, over ``data``; its flag freezes them.
+
+        It is marked as TorchRec marks what is stepped in backward, and requires no gradient if ``frozen``.
+        """
+        shown = nn.Parameter(data, requires_grad=not frozen)
+        shown._in_backward_optimizers = [self]  # type: ignore[attr-defined]
+        self._shown_as.update(dict.fromkeys(tensors, shown))
+        return shown
+
+    def is_frozen(self, tensor: Tensor) -> bool:
+        """Whether a stored tensor and its state stay as they are: ``requires_grad_(False)``, or a rate of 0."""
+        shown = self._shown_as.get(tensor)
+        return self._lr == 0 or (shown is not None and not shown.requires_grad)
 
     def step_in_backward(self, leaf: Tensor) -> None:
         """Has a stored tensor stepped as soon as a backward has all gradients of its rows (`gradients_of`)."""
@@ -143,6 +164,8 @@ class RowOptimizer(FusedOptimizer):
 
     def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
+        if self.is_frozen(tensor):
+            return NOTHING, [], [0.0] * len(HYPER)
         t = self._advance(tensor)
         return RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
 

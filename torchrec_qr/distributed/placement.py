@@ -12,10 +12,12 @@ from torchrec_qr.distributed.update_rules import says_something
 
 @dataclass(frozen=True)
 class Placed:
-    """A compositional table and its sharding type: what TorchRec's own description of a shard has no field for."""
+    """What TorchRec's own description of a shard has no field for: a compositional table, its sharding type, and
+    whether it was frozen before it was sharded."""
 
     config: CompositionalConfig
     sharding_type: str
+    frozen: bool
 
 
 def placed(table: ShardedEmbeddingTable) -> Placed | None:
@@ -23,9 +25,9 @@ def placed(table: ShardedEmbeddingTable) -> Placed | None:
     return getattr(table, "compositional", None)
 
 
-def place(table: ShardedEmbeddingTable, config: CompositionalConfig, sharding_type: str) -> None:
+def place(table: ShardedEmbeddingTable, config: CompositionalConfig, sharding_type: str, frozen: bool) -> None:
     """Attaches a `Placed`. TorchRec copies configs field by field, so it cannot travel in one of them."""
-    table.compositional = Placed(config, sharding_type)  # type: ignore[attr-defined]
+    table.compositional = Placed(config, sharding_type, frozen)  # type: ignore[attr-defined]
 
 
 def is_fused(table: ShardedEmbeddingTable) -> bool:

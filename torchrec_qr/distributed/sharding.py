@@ -140,7 +140,7 @@ class _Compositional:
             if config is None:
                 continue
             sharding_type = infos[table.name].param_sharding.sharding_type
-            place(table, config, sharding_type)
+            place(table, config, sharding_type, frozen=not infos[table.name].param.requires_grad)
             # TorchRec groups by these: it must not put a plain and a compositional table into one kernel.
             table.fused_params = {**(table.fused_params or {}), "_batch_key": "compositional"}
             if sharding_type in ROW_SPLIT:

@@ -23,7 +23,8 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
 
     must hold. The value is ``"fused <name>"`` or ``"<name>"``, the name being the optimizer's class, or its rule for
     embedding tables where that is known: ``"fused Adagrad"``, ``"Adam"``. Parameters that require no gradient, or of
-    which this rank stores nothing, are left out. TorchRec's own data-parallel tables are not stepped by a fused
+    which this rank stores nothing, are left out, except a plain table,
+    which TorchRec's kernels step whatever its flag. TorchRec's own data-parallel tables are not stepped by a fused
     optimizer, though one may be configured: this finds them. A shared parameter counts once, under its first name.
 
     Args:
@@ -60,7 +61,7 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
             *dense.get(id(p), ()),
         ]
         for name, p in model.named_parameters()
-        if p.requires_grad and p.numel()
+        if p.numel() and _is_stepped(p)
     }
     wrong = []
     if unstepped := [name for name, by in steps.items() if not by]:
@@ -69,6 +70,12 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}; allowed: exactly one per parameter")
     return {name: by for name, (by,) in steps.items()}
+
+
+def _is_stepped(p: nn.Parameter) -> bool:
+    """Whether the flag of a parameter lets it move; that of one which TorchRec's kernels step changes nothing."""
+    attached = getattr(p, "_in_backward_optimizers", ())
+    return p.requires_grad or any(not isinstance(o, RowOptimizer) for o in attached)
 
 
 def _leaves(optimizer: Optimizer) -> list[Optimizer]:
