@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
         if name == "_coalesce":
             # How many rows are left is the device's to say. Here they are as many as before.
             self._counts.add(SYNC, "coalesce")
-            return args[0]
+            return args[0]._coalesced_(True)
         if name in ("pin_memory", "_pin_memory"):
             with self:
                 out = args[0].clone()

@@ -111,8 +111,8 @@ class Replicas(nn.Module):
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         for p, name in self._names.items():
             shown = self._shown.get(p, p)
-            if shown.data_ptr() != p.data_ptr():
-                shown.data = p.data
+            # A module that was moved has other storage than when the alias was made.
+            shown.data = p.data
             yield name, shown
 
 

@@ -148,7 +148,7 @@ class RowOptimizer(FusedOptimizer):
 
     def step_in_backward(self, leaf: Tensor) -> None:
         """Has a stored tensor stepped as soon as a backward has all gradients of its rows (`gradients_of`)."""
-        gradients = self._gradients_of[leaf] = RowGradients()
+        gradients = self._gradients_of[leaf] = RowGradients(leaf.shape[0])
 
         def hook(leaf: Tensor) -> None:
             leaf.grad = None

@@ -12,17 +12,18 @@ from torch.nn import functional as F
 
 
 class RowGradients:
-    """Gradients that a backward has left for a weight whose rows are stepped once it is complete.
+    """Gradients that a backward has left for a weight of R rows, which are stepped once it is complete.
 
     Example:
-        >>> gradients = RowGradients()
+        >>> gradients = RowGradients(3)
         >>> gradients.add(torch.tensor([2, 0, 2]), torch.ones(3, 1))
         >>> gradients.take()
         (tensor([0, 2]), tensor([[1.],
                 [2.]]))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, gradients: Tensor) -> None:
@@ -35,9 +36,11 @@ class RowGradients:
         if not self._parts:
             return None
         parts, self._parts = self._parts, []
-        rows, inverse = torch.cat([r for r, _ in parts]).unique(return_inverse=True)
-        gradients = torch.cat([g for _, g in parts]).float()
-        return rows, gradients.new_zeros(len(rows), gradients.shape[1]).index_add_(0, inverse, gradients)
+        rows, gradients = parts[0] if len(parts) == 1 else (torch.cat(of) for of in zip(*parts, strict=True))
+        size = (self._num_rows, gradients.shape[1])
+        # Its sums are in order, on a GPU too, where those of `index_add_` are not.
+        summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients.float(), size, check_invariants=False).coalesce()
+        return summed.indices()[0], summed.values()
 
 
 class _ReadRows(torch.autograd.Function):
