@@ -106,7 +106,8 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
     parameters, buffer = bucket.parameters(), bucket.buffer()
     # A sum over many ranks in the storage type stops growing, and in fp16 it may overflow.
     summed = buffer.float()
-    gradients = [summed[g.storage_offset() :][: g.numel()].view_as(g) for g in bucket.gradients()]
+    first = buffer.storage_offset()
+    gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in bucket.gradients()]
     for p, grad in zip(parameters, gradients, strict=True):
         if reduction.average or p not in reduction.optimizer_of:
             grad.div_(reduction.pg.size())
