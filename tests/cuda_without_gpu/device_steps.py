@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import fake_ranks
@@ -179,49 +180,52 @@ def run(cuda: FakeCuda, case: DeviceCase) -> dict[str, dict[str, dict[str, int]]
     return costs
 
 
-def run_all(library: ctypes.CDLL, chosen: list[str]) -> None:
-    """Prints, per case that is chosen, its costs or its error; all if none is."""
+def run_all(library: ctypes.CDLL, chosen: list[str], part: int, parts: int) -> None:
+    """Prints what came of every case of a part that is chosen, or of all of the part if none is."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     cuda = FakeCuda(library)
     fake_ranks.start()
-    for case in cases():
-        if chosen and case.id not in chosen:
-            continue
-        try:
-            result: dict[str, Any] = {"costs": run(cuda, case)}
-        except BaseException:
-            result = {"error": traceback.format_exc()}
-        print(json.dumps({"case": case.id, **result}), flush=True)
-    for name, call in CALLS.items():
+    programs: dict[str, Callable[[], dict[str, Any]]] = {
+        **{case.id: partial(costs_or_error, cuda, case) for case in cases()},
+        **{name: partial(refused, cuda, call) for name, call in CALLS.items()},
+        **{name: partial(seen, cuda, fault) for name, fault in FAULTS.items()},
+    }
+    for name in list(programs)[part::parts]:
         if not chosen or name in chosen:
-            print(json.dumps({"case": name, "error": refused(cuda, call)}), flush=True)
-    for name, fault in FAULTS.items():
-        if not chosen or name in chosen:
-            print(json.dumps({"case": name, "seen": seen(cuda, fault)}), flush=True)
+            print(json.dumps({"case": name, **programs[name]()}), flush=True)
 
 
-def seen(cuda: FakeCuda, call: Callable[[], object]) -> str:
+def costs_or_error(cuda: FakeCuda, case: DeviceCase) -> dict[str, Any]:
+    try:
+        return {"costs": run(cuda, case)}
+    except BaseException:
+        return {"error": traceback.format_exc()}
+
+
+def seen(cuda: FakeCuda, call: Callable[[], object]) -> dict[str, str]:
     """Returns for what a call waited, as the recorder saw it, or the error that it ended with."""
     cuda.counts.clear()
     try:
         with cuda.tensors():
             call()
     except BaseException:
-        return traceback.format_exc()
+        return {"seen": traceback.format_exc()}
     waits = ("host synchronisations", "blocking copies")
-    return "; ".join(
-        f"{kind}, {place.removeprefix('autograd ')}" for kind in waits for _, place in cuda.counts.of[kind]
-    )
+    return {
+        "seen": "; ".join(
+            f"{kind}, {place.removeprefix('autograd ')}" for kind in waits for _, place in cuda.counts.of[kind]
+        )
+    }
 
 
-def refused(cuda: FakeCuda, call: Callable[[], None]) -> str | None:
+def refused(cuda: FakeCuda, call: Callable[[], None]) -> dict[str, str | None]:
     """Returns the message of the ValueError that a call raises, or how else it ended."""
     try:
         with cuda.tensors():
             call()
     except ValueError as error:
-        return str(error)
+        return {"error": str(error)}
     except BaseException:
-        return traceback.format_exc()
-    return None
+        return {"error": traceback.format_exc()}
+    return {"error": None}

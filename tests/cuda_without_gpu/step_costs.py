@@ -7,6 +7,7 @@ It refuses to write more than there was, save for cases that are new, unless it 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,28 @@ OWN = "torchrec_qr"
 Costs = dict[str, Any]
 
 
-def run_program(name: str, *args: str, timeout: float = 550) -> dict[str, Costs]:
-    """Runs a program of this folder, which prints a line of JSON per case; returns the lines by case."""
+def run_program(name: str, *args: str, parts: int = 1, timeout: float = 550) -> dict[str, Costs]:
+    """Runs a program of this folder, which prints a line of JSON per case; returns the lines by case.
+
+    Args:
+        parts: as how many processes at a time, each of which is told its share of the cases: ``--part i parts``.
+    """
     command = [sys.executable, str(FOLDER / name), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}"
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    shares = [["--part", str(i), str(parts)] for i in range(parts)] if parts > 1 else [[]]
+
+    def run(share: list[str]) -> str:
+        done = subprocess.run(command + share, capture_output=True, text=True, timeout=timeout, check=False)
+        assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    with ThreadPoolExecutor(parts) as pool:
+        lines = [json.loads(line) for out in pool.map(run, shares) for line in out.splitlines() if line.startswith("{")]
     return {line.pop("case"): line for line in lines}
+
+
+def run_device_cases() -> dict[str, Costs]:
+    """Runs the cases on fake CUDA tensors, as two processes."""
+    return run_program("run_device_cases.py", parts=2)
 
 
 def condensed(costs: Costs, by_place: bool) -> dict[str, int]:
@@ -90,7 +106,7 @@ def main() -> None:
     sys.path.append(str(FOLDER.parent))
     from device_cases import REFERENCE
 
-    devices, launches = run_program("run_device_cases.py"), run_program("run_dry_launches.py")
+    devices, launches = run_device_cases(), run_program("run_dry_launches.py")
     failed = [
         f"{case}: {r['error']}" for case, r in (devices | launches).items() if (r.get("error") or "").startswith("Tra")
     ]

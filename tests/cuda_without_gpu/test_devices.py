@@ -20,8 +20,8 @@ CASES = [case.id for case in cases()]
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """All cases in one process, because its torch is loaded after a library that stands in for CUDA."""
-    return step_costs.run_program("run_device_cases.py")
+    """All cases in processes of their own, whose torch is loaded after a library that stands in for CUDA."""
+    return step_costs.run_device_cases()
 
 
 @pytest.fixture(scope="module")
