@@ -25,6 +25,11 @@ from torchx.specs.finder import ComponentValidationException
 _MAX_WORKSPACE_MIB = 100
 _NO_GPU = ("", "-1", "NoDevFiles")
 _SUITES = ("headline", "grid", "hosts", "dlrm", "dynamicemb", "tbe")
+# A comma ends a variable if the next one begins behind it, unless a backslash stands before the comma.
+_VARIABLE_ENDS = re.compile(r"(?<!\\),(?=[A-Za-z_][A-Za-z0-9_]*=)")
+_VARIABLE_BEHIND_SPACES = re.compile(r"(?<!\\),\s+[A-Za-z_][A-Za-z0-9_]*=")
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VALUE_OF_SRUN = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
 # Read by the job's own code, where that is installed beside TorchX; where it is not, the job itself reads its config.
 _READ_JOB = """
 import sys
@@ -51,7 +56,7 @@ def dlrm(
     gpu: int = 0,
     memMB: int = 4096,
     image: str = "",
-    env: Optional[Dict[str, str]] = None,
+    env: str = "",
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
@@ -70,7 +75,8 @@ def dlrm(
         gpu: GPUs of a node; 0, or one for each rank at least
         memMB: memory of a node in MB
         image: container image, where the scheduler runs containers
-        env: environment variables of the job, NAME=VALUE,NAME=VALUE
+        env: environment variables of the job, NAME=VALUE,NAME=VALUE; a comma separates only if NAME= follows, and one
+            that is part of a value all the same is written with a backslash before it
         max_retries: how often a failed job starts again, from its last checkpoint
         mounts: mounts of the container, as type=bind,src=/host,dst=/job[,readonly]
         rdzv_port: port of the first node at which the nodes of a job meet; unused on one node
@@ -95,7 +101,7 @@ def bench(
     gpu: int = 0,
     memMB: int = 4096,
     image: str = "",
-    env: Optional[Dict[str, str]] = None,
+    env: str = "",
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
     python: str = "",
@@ -111,7 +117,8 @@ def bench(
         gpu: GPUs of a node; 0, or one for each rank at least
         memMB: memory of a node in MB
         image: container image, where the scheduler runs containers
-        env: environment variables of the job, NAME=VALUE,NAME=VALUE
+        env: environment variables of the job, NAME=VALUE,NAME=VALUE; a comma separates only if NAME= follows, and one
+            that is part of a value all the same is written with a backslash before it
         mounts: mounts of the container, as type=bind,src=/host,dst=/job[,readonly]
         rdzv_port: port of the first node at which the nodes of a job meet; unused on one node
         python: the Python that runs the job; by default the one that runs TorchX, and in an image its ``python``
@@ -132,7 +139,7 @@ class _CheckedRole(specs.Role):
     """A role that checks what only the scheduler's request shows, before it is submitted."""
 
     ranks: int = 1
-    sets_threads: bool = True
+    variables: Dict[str, str] = field(default_factory=dict)
     config: Optional[str] = None
     overrides: List[str] = field(default_factory=list)
     runs: Optional[str] = None
@@ -153,8 +160,12 @@ class _CheckedRole(specs.Role):
             copied = request.working_dir if scheduler == "ray" else request.job_dir
             if copied is not None:
                 _check_workspace(copied, self.config, scheduler == "ray")
+        if scheduler == "slurm":
+            _export_in_shell(self.variables, request)
         if scheduler in ("ray", "kubernetes"):
             _check_runs(self, scheduler)
+        if scheduler == "kubernetes":
+            _escape_references(self.variables, request)
         if scheduler == "kubernetes" and not self.image:
             raise ComponentValidationException("--image: none; allowed: an image with this project and its environment")
         if self.config is not None:
@@ -168,7 +179,7 @@ def _role(
     j: str,
     node: specs.Resource,
     image: str,
-    env: Optional[Dict[str, str]],
+    env: str,
     max_retries: int,
     mounts: Optional[List[str]],
     rdzv_port: int,
@@ -194,6 +205,7 @@ def _role(
     shell = f"exec {launcher} {rendezvous} {arguments} >&2"
     if max_retries:
         shell = _restarts_in_place(max_retries) + shell
+    variables = _variables(env)
     defaults = {
         "OMP_NUM_THREADS": str(max(1, node.cpu // ranks)),
         "PYTHONUNBUFFERED": "1",
@@ -204,7 +216,8 @@ def _role(
         image=image,
         entrypoint="bash",
         args=["-c", shell],
-        env={**defaults, **(env or {})},
+        # TorchX fills templates in values: "$$" is its "$".
+        env={**defaults, **{name: value.replace("$", "$$") for name, value in variables.items()}},
         num_replicas=nodes,
         min_replicas=nodes,
         max_retries=max_retries,
@@ -212,8 +225,50 @@ def _role(
         port_map={"c10d": rdzv_port} if nodes > 1 else {},
         mounts=_mounts(mounts),
         ranks=ranks,
-        sets_threads="OMP_NUM_THREADS" not in (env or {}),
+        variables=variables,
     )
+
+
+def _variables(text: str) -> Dict[str, str]:
+    """Returns the variables of ``--env``. TorchX's own parser drops what a value begins with, and splits at more."""
+    variables: Dict[str, str] = {}
+    for pair in _VARIABLE_ENDS.split(text) if text else []:
+        name, equals, value = pair.partition("=")
+        if not equals or _VARIABLE_NAME.fullmatch(name) is None:
+            raise ComponentValidationException(
+                f"--env {text}: {pair!r}; allowed: NAME=VALUE,NAME=VALUE, names of letters, digits and _"
+            )
+        if name in variables:
+            raise ComponentValidationException(f"--env {text}: {name} is given twice; allowed: once")
+        if _VARIABLE_BEHIND_SPACES.search(value):
+            raise ComponentValidationException(
+                f"--env {name}: {value!r} has what looks like another variable, behind a space; allowed: none, or a "
+                "backslash before a comma that is part of the value"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ComponentValidationException(f"--env {name}: {value!r} is not UTF-8; allowed: text")
+        variables[name] = value.replace("\\,", ",")
+    return variables
+
+
+def _export_in_shell(variables: Dict[str, str], request: Any) -> None:
+    """Has the job's shell set what srun's ``--export`` would take apart: it splits at commas, and removes quotes."""
+    hard = {name: value for name, value in variables.items() if _VALUE_OF_SRUN.fullmatch(value) is None}
+    for replica in request.replicas.values():
+        # TorchX puts the job's id where it finds its macro, which in a value is text.
+        quoted = {name: shlex.quote(value).replace("${app_id}", "${app''_id}") for name, value in hard.items()}
+        exports = "".join(f"export {name}={value}; " for name, value in quoted.items())
+        replica.env = {name: value for name, value in replica.env.items() if name not in hard}
+        replica.args[1] = exports + replica.args[1]
+
+
+def _escape_references(variables: Dict[str, str], request: Any) -> None:
+    """Kubernetes fills in ``$(NAME)`` in values, and reads ``$$`` as ``$``."""
+    for task in request.resource["spec"]["tasks"]:
+        for container in task["template"].spec.containers:
+            for variable in container.env:
+                if variable.name in variables:
+                    variable.value = variable.value.replace("$", "$$")
 
 
 def _restarts_in_place(max_retries: int) -> str:
@@ -333,7 +388,7 @@ def _check_shared_gpus(role: _CheckedRole, request: Any) -> None:
 
 def _share_cores(role: _CheckedRole, request: Any) -> None:
     """Threads wait for one another in busy loops: where they are more than cores, a job takes several times longer."""
-    if not role.sets_threads:
+    if "OMP_NUM_THREADS" in role.variables:
         return
     share = max(1, len(os.sched_getaffinity(0)) // (role.num_replicas * role.ranks))
     for replica in request.role_params[role.name]:

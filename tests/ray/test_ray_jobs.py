@@ -40,3 +40,14 @@ def test_what_is_sent_is_small_and_complete(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ComponentValidationException) as caught:
         dryrun("ray", "dlrm", "--config", "configs/demo.yaml", workspace=ROOT)
     assert str(caught.value).startswith("--runs runs: under ray it would go with the job. Allowed: an absolute path")
+
+
+def test_variables_are_sent_as_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    values = {"A": "1,2", "B": "=x=", "C": 'it\'s "$HOME" ${app_id}\n$$', "D": ""}
+    env = ",".join(f"{name}={value}" for name, value in values.items())
+    job = ("--config", "configs/demo.yaml", "--runs", "/runs", "--env", env)
+    request = dryrun("ray", "dlrm", *job, workspace=ROOT).request
+    shutil.rmtree(request.working_dir)
+    (actor,) = request.actors
+    assert values.items() <= actor.env.items()
