@@ -57,7 +57,8 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
             self._waits.meet()
-            with _errors_of_dcp(f"cannot write {part}"):
+            free_mib = shutil.disk_usage(part).free / 2**20  # PyTorch's error of a full disk does not name it
+            with _errors_of_dcp(f"cannot write {part}, where {free_mib:,.1f} MiB were free"):
                 dcp.save(without_empty(state), checkpoint_id=str(part / "state"), process_group=self._waits.group)
             torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
             self._waits.meet()  # whole only once every rank has written

@@ -2,10 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
+
+from launch.run_lock import RunFolderError, RunInUseError, RunLock
 
 
 class RunFolder:
@@ -18,6 +23,10 @@ class RunFolder:
         root: ``runs/<name>``. Where it has a run that came to its end, that is moved to ``<name>.1``, or the next
             number; one that did not is what this run continues.
         rank: of this process.
+
+    Raises:
+        RunInUseError: another job has the folder; see `launch.run_lock`.
+        RunFolderError: the folder cannot be made or written.
     """
 
     def __init__(self, root: Path, rank: int) -> None:
@@ -28,22 +37,54 @@ class RunFolder:
         self._metrics = root / "metrics.jsonl"
         self._writes = rank == 0
         if self._writes:
+            with _errors_named(root):
+                self._lock = RunLock(root)
+                self._open()
+
+    def _open(self) -> None:
+        try:
             if any(line["split"] == "test" for line in self._lines()):
-                self.moved = _free(root)
-                root.rename(self.moved)
-            root.mkdir(parents=True, exist_ok=True)
-            self._events = SummaryWriter(str(root / "tensorboard"))
+                self.moved = _free(self.root)
+                self._lock.move_folder(self.moved)
+            self._lock.keep()
+            self._events = SummaryWriter(str(self.root / "tensorboard"))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def lost(self) -> bool:
+        """Whether another job has taken the folder, as this rank knows."""
+        return self._writes and self._lock.lost
+
+    def require(self, group: dist.ProcessGroup) -> None:
+        """Looks whether this job still has the folder; all ranks must call it.
+
+        Raises:
+            RunInUseError: another job has taken it; on every rank.
+        """
+        error = None
+        try:
+            if self._writes:
+                self._lock.require()
+        except RunInUseError as lost:
+            error = lost
+        raise_on_all(error, group)
 
     def write_text(self, name: str, text: str) -> None:
         if self._writes:
-            (self.root / name).write_text(text)
+            with _errors_named(self.root / name):
+                (self.root / name).write_text(text)
 
     def log(self, step: int, split: str, **numbers: float | int | None) -> None:
-        """Appends a line to ``metrics.jsonl``, and the numbers as scalars ``<split>/<name>``."""
-        if not self._writes:
+        """Appends a line to ``metrics.jsonl``, and the numbers as scalars ``<split>/<name>``.
+
+        A job that has lost the folder writes nothing: it ends at its next step or checkpoint.
+        """
+        if not self._writes or not self._lock.is_held():
             return
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
-        with self._metrics.open("a") as f:
+        with _errors_named(self._metrics), self._metrics.open("a") as f:
             f.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         for name, value in finite.items():
             if value is not None:
@@ -56,12 +97,16 @@ class RunFolder:
         last = {"train": step, "validation": validated}
         kept = [line for line in self._lines() if line["step"] <= last.get(line["split"], -1)]
         part = self._metrics.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(self._metrics)
+        with _errors_named(self._metrics):
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self._metrics)
 
     def close(self) -> None:
         if self._writes:
-            self._events.close()
+            try:
+                self._events.close()
+            finally:
+                self._lock.release()
 
     def _lines(self) -> list[dict[str, Any]]:
         """The whole lines: the last one may have been cut off."""
@@ -69,6 +114,38 @@ class RunFolder:
             return []
         text = self._metrics.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def opened_by_all(root: Path, rank: int, group: dist.ProcessGroup) -> RunFolder:
+    """Returns the folder of a run; what rank 0 meets is raised on every rank. All ranks must call it."""
+    folder = error = None
+    try:
+        folder = RunFolder(root, rank)
+    except RunFolderError as met:
+        error = met
+    raise_on_all(error, group)
+    assert folder is not None
+    return folder
+
+
+def raise_on_all(error: RunFolderError | None, group: dist.ProcessGroup) -> None:
+    """Raises rank 0's error on every rank."""
+    told = [error]
+    dist.broadcast_object_list(told, src=0, group=group)
+    if told[0] is not None:
+        raise error or told[0]
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Names the file: the system's error of a write does not."""
+    try:
+        yield
+    except FileExistsError:
+        raise RunFolderError(f"{path}: a file of another kind lies there; allowed: a folder, or nothing") from None
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}{where}") from error
 
 
 def _free(root: Path) -> Path:

@@ -4,6 +4,9 @@ import argparse
 import logging
 import os
 import random
+import signal
+import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from launch.model import build_model
 from launch.parallel import parallelize
 from launch.process_group import start_process_group
 from launch.profile import profiled
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, opened_by_all
 from launch.tables import freeze, job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
@@ -30,10 +33,23 @@ from launch.waits import Waits
 from torchrec_qr.distributed.warm_up import warm_up
 
 
-@record
 def main(argv: list[str] | None = None) -> None:
     """Trains the job of a config, or continues it from its last checkpoint; writes runs/<name>/."""
     arguments = _parser().parse_args(argv)
+    try:
+        _start(arguments)
+    except KeyboardInterrupt:  # before the steps, which end with a checkpoint
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        print(_line(error, arguments.traceback), file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+@record  # writes torchelastic's error file, and raises on
+def _start(arguments: argparse.Namespace) -> None:
     silence_the_stack()
     job = read_job(arguments.config, arguments.set)
     use_node_cache(job.train.triton_cache, os.environ)
@@ -43,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     random.seed(job.train.seed + rank)
     torch.manual_seed(job.train.seed + rank)
     with waits.patient():  # at its end the folder is there
-        folder = RunFolder(Path(arguments.runs) / (arguments.name or job.train.name), rank)
+        folder = opened_by_all(Path(arguments.runs) / (arguments.name or job.train.name), rank, waits.group)
     try:
         _run(job, arguments, folder, Output(rank, arguments.quiet), device, waits)
     finally:
@@ -139,8 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder of run folders, which all nodes see (default: %(default)s)",
     )
     parser.add_argument("--profile", action="store_true", help="write a Chrome trace of some steps, one file per rank")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
     parser.add_argument("--quiet", action="store_true", help="print validations and the summary alone")
     return parser
+
+
+def _line(error: Exception, shown: bool) -> str:
+    """Returns type and message, and for an error that is none of this project's how to see more."""
+    own = type(error).__module__.split(".")[0] in ("launch", "torchrec_qr")
+    more = "" if own or shown else " (--traceback shows where)"
+    return f"{type(error).__name__}: {error}{more}"
 
 
 def _folder(text: str) -> str:

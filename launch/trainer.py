@@ -66,7 +66,7 @@ class Trainer:
         self._checkpoints = Checkpoints(folder.checkpoints, kept=2, waits=waits)
         self._best_checkpoint = Checkpoints(folder.best, kept=1, waits=waits)
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
-        self._termination = Termination(waits.group)
+        self._termination = Termination(waits.group, lambda: folder.lost)
         self.step = 0
         self._epoch = 0
         self._batch = 0  # trained of this epoch
@@ -100,7 +100,8 @@ class Trainer:
         Raises:
             IndexError: an id outside of its table; on a GPU some steps late, but before anything is saved or reported.
             NonFiniteLossError: names the step, the learning rate, and the likely cause.
-            Terminated: after SIGTERM, when a checkpoint has been written.
+            Terminated: after SIGTERM or SIGINT, when a checkpoint has been written.
+            RunInUseError: another job has taken the folder; before anything is saved.
         """
         self._output.start(self._total_steps(), self.step)
         try:
@@ -191,9 +192,9 @@ class Trainer:
             if self._profiler is not None:
                 self._profiler.step()
             yield predicted
-            if self._termination.agreed():
-                self._save()
-                raise Terminated
+            if signal := self._termination.agreed():
+                self._save()  # unless the folder is lost
+                raise Terminated(signal)
 
     def _after_step(self, pipeline: Any) -> None:
         self._output.step(self.step)
@@ -270,6 +271,7 @@ class Trainer:
     def _save(self, to: Checkpoints | None = None) -> None:
         """Writes a checkpoint of this step; all ranks must call it."""
         raise_pending()  # what a GPU has found wrong must not become a checkpoint
+        self._folder.require(self._waits.group)
         about = {
             "epoch": self._epoch,
             "batch": self._batch,

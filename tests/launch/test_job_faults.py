@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import signal
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
@@ -38,14 +40,30 @@ def test_a_job_whose_rank_was_killed_continues_bit_for_bit(tmp_path: Path, unbro
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_as_a_shell_says(tmp_path: Path, unbroken: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_ends_as_a_shell_says(
+    number: int, code: int, tmp_path: Path, unbroken: Path
+) -> None:
     ranks = start(tmp_path, *FOUR)
     ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path / "demo")))
-    os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)  # one rank is told; all end at the same step
-    assert ranks.exit_codes(timeout=30) == [143, 143]
+    os.kill(ranks.processes[1].pid or 0, number)  # one rank is told; all end at the same step
+    assert ranks.exit_codes(timeout=30) == [code, code]
     assert checkpoints(tmp_path)
     assert "continues at step" in run(tmp_path, *FOUR)
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
+
+
+def test_a_second_sigint_ends_a_rank_that_waits_for_others(tmp_path: Path) -> None:
+    ranks = start(tmp_path, *FOUR)
+    ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path / "demo")))
+    first, second = ranks.processes
+    os.kill(second.pid or 0, signal.SIGSTOP)
+    deadline = monotonic() + 30
+    while first.exitcode is None and monotonic() < deadline:
+        os.kill(first.pid or 0, signal.SIGINT)
+        first.join(0.01)
+    assert first.exitcode == 130
+    ranks.kill()
 
 
 def test_a_checkpoint_that_was_being_written_is_not_used(tmp_path: Path, unbroken: Path) -> None:
@@ -81,7 +99,9 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path:
     (tmp_path / "demo" / "metrics.jsonl").write_text(_without_test((tmp_path / "demo" / "metrics.jsonl").read_text()))
     ranks = start(tmp_path, *FOUR, max_file_bytes=50_000)
     assert 0 not in ranks.exit_codes()
-    assert "File too large" in ranks.text()
+    for output in ranks.outputs:
+        assert re.search(r"^CheckpointError: cannot write .*File too large", output.read_text(), re.MULTILINE)
+        assert "Traceback" not in output.read_text()
     assert checkpoints(tmp_path) == {"step_4"}
     run(tmp_path, *FOUR)
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")

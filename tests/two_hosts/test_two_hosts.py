@@ -1,6 +1,8 @@
 """A job on two hosts: what it comes to, and what becomes of it when the network between them fails."""
 
+import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -94,3 +96,41 @@ def test_a_link_that_fails_ends_the_job_on_both_and_it_goes_on_later(
     (step,) = re.findall(r"continues at step (\d+), from ", output)
     assert int(step) in (30, 40, 50, 60)
     assert metrics(tmp_path / "demo") == metrics(unbroken)
+
+
+def test_one_of_two_jobs_on_two_hosts_has_the_folder(hosts: Hosts, tmp_path: Path) -> None:
+    def alone(host: Host, stack: ExitStack) -> Popen[str]:
+        job = ("launch.train", "--config", "configs/demo.yaml", "--runs", str(tmp_path), *SMALL)
+        # Processes are numbered anew, as on another host: neither job sees the other's.
+        within = (*host.within, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+        return stack.enter_context(started(*job, within=within, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"))
+
+    with ExitStack() as stack:
+        first = alone(hosts[0], stack)
+        assert first.stdout is not None
+        assert any(" 35/" in line for line in first.stdout)
+        (job,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill(int(job), signal.SIGSTOP)
+
+        ((code, output, _),) = end([alone(hosts[1], stack)])
+        assert code == 1, output
+        (line,) = (line for line in output.splitlines() if "Error" in line)
+        assert re.match(
+            r"RunInUseError: \S+/demo is in use by process \d+ on \S+, which renewed its lock \d+ s ago", line
+        )
+
+        (lock,) = (tmp_path / "demo").glob("lock.*")
+        os.utime(lock, (0, 0))  # as if the first one had been silent for long
+        ((code, output, _),) = end([alone(hosts[1], stack)])
+        assert code == 0, output
+        assert "continues at step 30, from " in output
+        ended = metrics(tmp_path / "demo")
+
+        os.kill(int(job), signal.SIGCONT)
+        ((code, output, _),) = end([first])
+        assert code == 1, output
+        assert f"RunInUseError: {tmp_path / 'demo'} is in use by another job, which took it over: process " in output
+    assert metrics(tmp_path / "demo") == ended
+    steps = [(line["split"], line["step"]) for line in ended]
+    assert len(steps) == len(set(steps))
+    assert steps[-1][0] == "test"
