@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from launch.dcp_reader import CheckpointReader
 from launch.waits import Waits
 from torchrec_qr.distributed import checkpoint as resharding
 
@@ -58,7 +59,7 @@ class Checkpoints:
                 part.mkdir(parents=True)
             self._waits.meet()
             free_mib = shutil.disk_usage(part).free / 2**20  # PyTorch's error of a full disk does not name it
-            with _errors_of_dcp(f"cannot write {part}, where {free_mib:,.1f} MiB were free"):
+            with errors_of_dcp(f"cannot write {part}, where {free_mib:,.1f} MiB were free"):
                 dcp.save(without_empty(state), checkpoint_id=str(part / "state"), process_group=self._waits.group)
             torch.save(by_rank, part / f"rank_{dist.get_rank()}.pt")
             self._waits.meet()  # whole only once every rank has written
@@ -82,17 +83,23 @@ class Checkpoints:
         """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`.
 
         Raises:
-            CheckpointError: it does not fit, or cannot be read; on every rank.
+            CheckpointError: it does not fit, cannot be read, or would run code; on every rank.
             ValueError: a table of the checkpoint has another meaning here.
         """
-        with self._waits.patient(), _errors_of_dcp(f"cannot load {checkpoint}"):
-            state_folder = str(checkpoint / "state")
-            resharding.load(without_empty(state), checkpoint_id=state_folder, process_group=self._waits.group)
+        with self._waits.patient(), errors_of_dcp(f"cannot load {checkpoint}"):
+            reader = CheckpointReader(checkpoint / "state")
+            resharding.load(without_empty(state), storage_reader=reader, process_group=self._waits.group)
 
     @staticmethod
     def load_by_rank(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(checkpoint / f"rank_{dist.get_rank()}.pt", weights_only=True)
         return state
+
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints of later steps, which a run that goes on at ``step`` will do again."""
+        if dist.get_rank() == 0:
+            for later in [p for p in self._root.glob("step_*") if _step(p) > step]:
+                shutil.rmtree(later, ignore_errors=True)
 
     def _drop_old(self) -> None:
         whole = sorted(self._root.glob("step_*"), key=_step)
@@ -101,7 +108,7 @@ class Checkpoints:
 
 
 @contextmanager
-def _errors_of_dcp(what: str) -> Iterator[None]:
+def errors_of_dcp(what: str) -> Iterator[None]:
     """DCP's own exception is no Exception: it would pass by all that reports one, and it hides the cause."""
     try:
         yield

@@ -1,7 +1,10 @@
 """The folder of a run, ``runs/<name>/``: metrics as JSON lines and TensorBoard events, the plan, the config."""
 
+import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from launch.run_lock import RunFolderError, RunInUseError, RunLock
+from launch.run_name import refuse_links
 
 
 class RunFolder:
@@ -33,11 +37,13 @@ class RunFolder:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.best = root / "best"
+        self.weights = root / "weights"
         self.moved: Path | None = None
         self._metrics = root / "metrics.jsonl"
         self._writes = rank == 0
         if self._writes:
             with _errors_named(root):
+                refuse_links(root, self.checkpoints, self.best, self.weights, self._metrics)
                 self._lock = RunLock(root)
                 self._open()
 
@@ -75,6 +81,15 @@ class RunFolder:
         if self._writes:
             with _errors_named(self.root / name):
                 (self.root / name).write_text(text)
+
+    def keep_file(self, source: Path, within: str) -> str:
+        """Copies a file into the folder ``within``, named by its SHA-256; returns its path in the run's folder."""
+        with source.open("rb") as file:
+            name = f"{within}/{hashlib.file_digest(file, 'sha256').hexdigest()}{source.suffix}"
+        if self._writes:
+            (self.root / within).mkdir(exist_ok=True)
+            shutil.copyfile(source, self.root / name)
+        return name
 
     def log(self, step: int, split: str, **numbers: float | int | None) -> None:
         """Appends a line to ``metrics.jsonl``, and the numbers as scalars ``<split>/<name>``.
@@ -150,6 +165,6 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 def _free(root: Path) -> Path:
     number = 1
-    while root.with_name(f"{root.name}.{number}").exists():
+    while os.path.lexists(root.with_name(f"{root.name}.{number}")):
         number += 1
     return root.with_name(f"{root.name}.{number}")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from launch.run_name import is_run_name
 from torchrec_qr.schema import ConfigError, Range
 
 Positive = Annotated[int, Range(1)]
@@ -263,6 +264,9 @@ class TrainSection:
         slow_timeout_minutes: likewise, where ranks take very different times: opening data, building vocabularies,
             planning, the first step of a pass over a split, writing and loading checkpoints.
         frozen: names of tables that keep the values that they start with, or that a checkpoint has.
+        init_from: the folder of a run that came to its end, ``runs/x``, of the same model: this one starts from its
+            weights and keeps its map from values to rows; optimizer state and step are new. Relative to the working
+            directory; without meaning once this run has a checkpoint.
         triton_cache: a folder in which each node keeps its compiled kernels in a folder of its own; ``~`` and variables
             such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own, ``~/.triton/cache``.
     """
@@ -284,8 +288,9 @@ class TrainSection:
     timeout_minutes: Annotated[float, Range(above=0)] | None = None
     slow_timeout_minutes: Annotated[float, Range(above=0)] = 60.0
     frozen: tuple[str, ...] = ()
+    init_from: str | None = None
     triton_cache: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not is_run_name(self.name):
             raise ConfigError("name", self.name, "the name of a folder")

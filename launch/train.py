@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,21 +17,25 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec import EmbeddingBagConfig
 
+from launch.class_maps import with_class_maps
 from launch.config import Job, read_job, write_job
 from launch.console import Output
 from launch.data.loader import Data, open_data
+from launch.kept_meaning import agreed_meaning
 from launch.metrics import Quality
 from launch.model import build_model
 from launch.parallel import parallelize
 from launch.process_group import start_process_group
 from launch.profile import profiled
 from launch.run_folder import RunFolder, opened_by_all
+from launch.run_name import is_run_name
 from launch.tables import freeze, job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
 from launch.triton_cache import cache_named, use_node_cache
 from launch.waits import Waits
 from torchrec_qr.distributed.warm_up import warm_up
+from torchrec_qr.schema import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,8 +63,11 @@ def _start(arguments: argparse.Namespace) -> None:
     rank = dist.get_rank()
     random.seed(job.train.seed + rank)
     torch.manual_seed(job.train.seed + rank)
+    root = Path(arguments.runs) / (arguments.name or job.train.name)
+    if job.train.init_from is not None and _same(job.train.init_from, root):
+        raise ConfigError("train.init_from", job.train.init_from, f"the folder of another run than {root}, this one")
     with waits.patient():  # at its end the folder is there
-        folder = opened_by_all(Path(arguments.runs) / (arguments.name or job.train.name), rank, waits.group)
+        folder = opened_by_all(root, rank, waits.group)
     try:
         _run(job, arguments, folder, Output(rank, arguments.quiet), device, waits)
     finally:
@@ -72,16 +80,19 @@ def _run(
 ) -> None:
     if folder.moved is not None:
         output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
+    config_folder = Path(arguments.config).parent
     with waits.patient():
-        tables = job_tables(job, Path(arguments.config).parent)
-        data = open_data(job, dist.get_rank(), dist.get_world_size())
+        tables = job_tables(job, config_folder)
+        settle = partial(agreed_meaning, job, folder, waits)
+        data = open_data(job, dist.get_rank(), dist.get_world_size(), settle)
     output.note(
         f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
     )
     model = build_model(job.model, tables, device)
     freeze(model, job.train.frozen)
-    trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile)
+    kept = with_class_maps(job, config_folder, folder)
+    trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile, kept)
     output.summary(
         [
             ("test AUC", f"{test.auc:.4f}"),
@@ -107,10 +118,12 @@ def trained(
     device: torch.device,
     waits: Waits,
     profile: bool = False,
+    kept: Job | None = None,
 ) -> tuple[Trainer, Quality]:
     """Trains ``model``, on tables ``tables``, to the end; returns the trainer and the quality on the test split.
 
-    All ranks must call it, in a process group, with the random seed set.
+    All ranks must call it, in a process group, with the random seed set. ``kept`` is the job as ``config.yaml`` is to
+    have it; default: ``job``.
     """
     torch.set_float32_matmul_precision("high" if job.train.tf32 else "highest")
     task = TrainTask(model, device, torch.bfloat16 if job.train.bf16 else None)
@@ -118,13 +131,17 @@ def trained(
         parallel = parallelize(task, job, device)
         with cache_named():
             warm_up(parallel.model)
-    folder.write_text("config.yaml", write_job(job))
-    folder.write_text("plan.txt", output.tables(tables, parallel.plan))
+    plan = output.tables(tables, parallel.plan)
     with profiled(folder.root, profile) as profiler:
         trainer = Trainer(job, task, parallel, data, folder, output, device, waits, profiler)
         checkpoint = trainer.resume()
         if checkpoint is not None:
             output.say(f"continues at step {trainer.step}, from {checkpoint}")
+        elif job.train.init_from is not None:
+            output.say(f"starts from the weights of {trainer.start_from(Path(job.train.init_from).expanduser())}")
+        # Only now, because a job that is refused must leave the run as it is.
+        folder.write_text("config.yaml", write_job(kept or job))
+        folder.write_text("plan.txt", plan)
         test = trainer.train()
     numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration}
     known, speed = data.known_quality(), trainer.samples_per_s
@@ -147,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set model.embedding_dim=32"
     )
-    parser.add_argument("--name", help="the run's folder in --runs; default: train.name of the config")
+    parser.add_argument(
+        "--name", type=_run_name, help="the run's folder in --runs; default: train.name of the config"
+    )
     parser.add_argument(
         "--runs",
         type=_folder,
@@ -165,6 +184,16 @@ def _line(error: Exception, shown: bool) -> str:
     own = type(error).__module__.split(".")[0] in ("launch", "torchrec_qr")
     more = "" if own or shown else " (--traceback shows where)"
     return f"{type(error).__name__}: {error}{more}"
+
+
+def _same(run: str, root: Path) -> bool:
+    return Path(run).expanduser().resolve() == root.resolve()
+
+
+def _run_name(text: str) -> str:
+    if not is_run_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: the name of a folder in --runs, without / and not hidden")
+    return text
 
 
 def _folder(text: str) -> str:

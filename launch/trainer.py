@@ -15,6 +15,8 @@ from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.console import Output
 from launch.data.loader import Batches, Data
+from launch.data.meaning import MeaningError
+from launch.differences import differences
 from launch.metrics import Predictions, Quality, quality
 from launch.out_of_memory import tables_named
 from launch.parallel import Parallel
@@ -23,6 +25,7 @@ from launch.schedule import Schedule
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
 from launch.waits import Waits
+from launch.weights import write_weights
 from torchrec_qr import raise_pending
 from torchrec_qr.schema import dump
 
@@ -117,17 +120,29 @@ class Trainer:
         if best is not None and (step := Checkpoints.about(best)["step"]) != self.step:
             self._load(best)
             self.step = step
-        return self._evaluate(self._data.test())
+        tested = self._evaluate(self._data.test())
+        if best is not None:
+            self._write_weights(best)
+        return tested
+
+    def _write_weights(self, best: Path) -> None:
+        """Leaves the tested weights as plain tensors, from which `launch.predict` needs no ranks and no pickle."""
+        with self._waits.patient():
+            if dist.get_rank() == 0:
+                about = {"step": str(self.step), "meaning": self._data.meaning.hash}
+                write_weights(best / "state", self._folder.weights, about)
 
     def resume(self) -> Path | None:
         """Continues from the run's last checkpoint, of any plan and world size; returns it, or None: there is none.
 
         Raises:
             ValueError: the checkpoint is of another model; names what changed.
+            MeaningError: it is of rows with another meaning than the run's folder says.
         """
         checkpoint = self._checkpoints.latest()
         if checkpoint is None:
             self._folder.drop_after(0, 0)
+            self._best_checkpoint.forget_after(-1)
             return None
         about = Checkpoints.about(checkpoint)
         changed = differences(about["model"], model_description(self._job))
@@ -136,6 +151,7 @@ class Trainer:
                 f"{checkpoint} is of another model: {'; '.join(changed)}; allowed: the same model, or a run of another "
                 "name (--name)"
             )
+        self._check_meaning(checkpoint)
         self._load(checkpoint)
         self.step = self._saved = about["step"]
         self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
@@ -146,7 +162,41 @@ class Trainer:
         if world_size == dist.get_world_size():
             self._set_rank_state(Checkpoints.load_by_rank(checkpoint))
         self._folder.drop_after(self.step, self._validated)
+        self._best_checkpoint.forget_after(self._validated)
         return checkpoint
+
+    def start_from(self, run: Path) -> Path:
+        """Takes the weights of another run's end, those of the step that validated best; returns their checkpoint.
+
+        Optimizer state and step are this run's own.
+
+        Args:
+            run: the folder of a run that came to its end.
+
+        Raises:
+            ValueError: it has not ended, or is of another model; names what differs.
+            MeaningError: its rows have another meaning.
+        """
+        best = Checkpoints(run / "best", 1, self._waits).latest()
+        if best is None or not (run / "weights").is_dir():
+            raise ValueError(f"train.init_from: {run} has no weights; allowed: the folder of a run that came to its end")
+        saved, here = Checkpoints.about(best)["model"], model_description(self._job)
+        if changed := differences(*({key: of[key] for key in ("tables", "model")} for of in (saved, here))):
+            raise ValueError(f"train.init_from: {best} is of another model: {'; '.join(changed)}; allowed: the same model")
+        self._check_meaning(best)
+        with self._memory(f"loading {best}"):
+            state = {"model": self._parallel.model.state_dict()}
+            self._checkpoints.load(best, state)
+        self._parallel.model.load_state_dict(state["model"])
+        return best
+
+    def _check_meaning(self, checkpoint: Path) -> None:
+        saved, here = Checkpoints.about(checkpoint).get("meaning"), self._data.meaning.hash
+        if saved != here:
+            raise MeaningError(
+                f"{checkpoint}: its rows have the meaning {saved} (SHA-256), and {self._folder.root / 'meaning.json'} is "
+                f"{here}; allowed: the meaning.json and vocabulary.npz with which it was trained"
+            )
 
     def _train_epochs(self) -> None:
         while self._epoch < self._job.train.epochs and not self._done():
@@ -280,6 +330,7 @@ class Trainer:
             "worse": self._worse,
             "validated": self._validated,
             "model": model_description(self._job),
+            "meaning": self._data.meaning.hash,
         }
         (to or self._checkpoints).save(self.step, self._state(), about, self._rank_state())
         if to is None:
@@ -321,19 +372,6 @@ def model_description(job: Job) -> dict[str, Any]:
     """What must stay as it is for a checkpoint to be of the same model: its tables, layers and optimizers."""
     rules = {"sparse": job.optimizer.sparse.name, "dense": job.optimizer.dense.name}
     return {"tables": {t.name: dump(t) for t in job.tables}, "model": dump(job.model), "optimizer": rules}
-
-
-def differences(saved: Any, here: Any, path: str = "") -> list[str]:
-    """Returns a phrase per value in which two descriptions differ.
-
-    Example:
-        >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
-        ['a.b: saved 1, here 2']
-    """
-    if isinstance(saved, dict) and isinstance(here, dict):
-        keys = [*saved, *(k for k in here if k not in saved)]
-        return [d for k in keys for d in differences(saved.get(k), here.get(k), f"{path}.{k}" if path else str(k))]
-    return [] if saved == here else [f"{path}: saved {saved!r}, here {here!r}"]
 
 
 def _numbers(q: Quality) -> dict[str, float | int | None]:

@@ -14,6 +14,7 @@ from launch.data.source import RowSource
 from launch.data.text import readable
 
 UNKNOWN = 0
+_COUNTS = "counts of "
 Location = Callable[[int], str]
 
 
@@ -25,6 +26,7 @@ class Vocabulary:
 
     Args:
         values: distinct, in the order of their ids.
+        counts: how often each occurred, where that is known.
 
     Example:
         >>> v = Vocabulary.of_counts(np.array([7, 8, 9]), np.array([1, 5, 5]), min_count=2)
@@ -32,8 +34,9 @@ class Vocabulary:
         ([8, 9], [2, 0, 1], [0, 0, 1])
     """
 
-    def __init__(self, values: Array) -> None:
+    def __init__(self, values: Array, counts: Array | None = None) -> None:
         self.values = values.astype(np.int64)
+        self.counts = None if counts is None else counts.astype(np.int64)
         self._order = np.argsort(self.values, kind="stable")
         self._sorted = self.values[self._order]
         self._ids = (self._order + 1).astype(np.int64)
@@ -43,7 +46,8 @@ class Vocabulary:
         """Returns the vocabulary of distinct ``values`` that occur ``counts`` times, at least ``min_count`` times."""
         frequent = counts >= min_count
         values, counts = values[frequent], counts[frequent]
-        return cls(values[np.lexsort((values, -counts))])
+        order = np.lexsort((values, -counts))
+        return cls(values[order], counts[order])
 
     def __len__(self) -> int:
         return len(self.values)
@@ -113,9 +117,13 @@ def count_values(source: RowSource, start: int, stop: int, num_features: int, ba
 
 
 def save_vocabularies(path: str | Path, features: Sequence[str], vocabularies: Sequence[Vocabulary]) -> None:
-    """Writes an npz file with one array per feature: its values, in the order of their ids."""
+    """Writes an npz file with an array per feature, its values in the order of their ids, and one of their counts."""
+    arrays = {feature: v.values for feature, v in zip(features, vocabularies, strict=True)}
+    for feature, vocabulary in zip(features, vocabularies, strict=True):
+        if vocabulary.counts is not None:
+            arrays[_COUNTS + feature] = vocabulary.counts
     with open(path, "wb") as file:
-        np.savez_compressed(file, **{f: v.values for f, v in zip(features, vocabularies, strict=True)})  # type: ignore[arg-type]
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabulary]:
@@ -128,8 +136,11 @@ def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabul
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 if missing := [feature for feature in features if feature not in arrays]:
-                    raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {', '.join(arrays)}")
-                return [Vocabulary(arrays[feature]) for feature in features]
+                    found = ", ".join(name for name in arrays if not name.startswith(_COUNTS))
+                    raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {found}")
+                return [
+                    Vocabulary(arrays[f], arrays[_COUNTS + f] if _COUNTS + f in arrays else None) for f in features
+                ]
         except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
             raise DataError(str(path), f"not a vocabulary that the preprocessing wrote: {error}") from error
 

@@ -1,6 +1,6 @@
 """Batches of a rank: read, mapped, shuffled and batched in the background."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from launch.data.batch import Batch, BatchMaker
 from launch.data.dense import transformed
 from launch.data.errors import BadRows
 from launch.data.generator import GeneratorSource
-from launch.data.ids import IdMapping, Vocabulary, count_values, load_vocabularies
+from launch.data.ids import IdMapping
+from launch.data.meaning import Meaning
 from launch.data.prefetch import Prefetched
 from launch.data.rows import Rows, concat
 from launch.data.shards import BLOCK, Window, num_batches, rank_range, windows
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _WINDOW_IN_ORDER = 16_384  # rows that are read at once where nothing is shuffled
 
-__all__ = ["Batch", "Batches", "Data", "open_data"]
+__all__ = ["Batch", "Batches", "Data", "data_of", "open_data"]
 
 
 class Batches(Prefetched[Batch]):
@@ -57,7 +58,8 @@ class Data:
     Args:
         section: of the job.
         splits: train, validation and test.
-        mapping: of category ids to rows of tables.
+        meaning: of the rows of tables.
+        mapping: of category ids to rows of tables, by ``meaning``.
         batch_size: of a rank, in training.
         eval_batch_size: of a rank, in evaluation.
         seed: of the order of rows.
@@ -69,6 +71,7 @@ class Data:
         self,
         section: "DataSection",
         splits: Splits,
+        meaning: Meaning,
         mapping: IdMapping,
         batch_size: int,
         eval_batch_size: int,
@@ -76,7 +79,7 @@ class Data:
         rank: int,
         world_size: int,
     ) -> None:
-        self._section, self.splits, self._mapping = section, splits, mapping
+        self._section, self.splits, self.meaning, self._mapping = section, splits, meaning, mapping
         self._batch_size, self._eval_batch_size, self._seed = batch_size, eval_batch_size, seed
         self._rank, self._world_size = rank, world_size
 
@@ -180,29 +183,31 @@ class Data:
         return self._read(what.split.source.reopened(), window, 0, BadRows("skip")).cut(0, 0)
 
 
-def open_data(job: "Job", rank: int, world_size: int) -> Data:
+def open_data(
+    job: "Job",
+    rank: int,
+    world_size: int,
+    settle: Callable[[Callable[[], Meaning]], Meaning] = lambda build: build(),
+) -> Data:
     """Opens the data of a job for one rank.
+
+    Args:
+        job: the config.
+        rank: of this process.
+        world_size: W.
+        settle: returns the meaning of the run's rows; it is handed what makes that of new rows. Default: that.
 
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, with file and line.
     """
-    section = job.data
-    table_rows = job.rows_of_features()
-    splits = open_splits(section, table_rows)
-    mapping = IdMapping(section.ids, section.features, table_rows, _vocabularies(section, splits.train))
+    splits = open_splits(job.data, job.rows_of_features())
+    return data_of(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size)
+
+
+def data_of(job: "Job", splits: Splits, meaning: Meaning, rank: int = 0, world_size: int = 1) -> Data:
+    """Returns the data of splits that are open, mapped as ``meaning`` says."""
+    section, table_rows = job.data, job.rows_of_features()
+    mapping = IdMapping(section.ids, section.features, table_rows, meaning.vocabularies)
     batch_size = job.train.batch_size
     eval_batch_size = job.train.eval_batch_size or batch_size
-    return Data(section, splits, mapping, batch_size, eval_batch_size, job.train.seed, rank, world_size)
-
-
-def _vocabularies(section: "DataSection", train: Split) -> Sequence[Vocabulary] | None:
-    if section.ids != "vocabulary":
-        return None
-    if section.vocabulary is not None:
-        return load_vocabularies(section.vocabulary, section.features)
-    if section.format == "npy":
-        return None  # written by the preprocessing, in the order of frequency
-    counts = count_values(
-        train.source.reopened(), train.start, train.stop, len(section.features), BadRows(section.on_bad_row)
-    )
-    return counts.vocabularies(section.min_count)
+    return Data(section, splits, meaning, mapping, batch_size, eval_batch_size, job.train.seed, rank, world_size)

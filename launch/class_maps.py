@@ -1,0 +1,24 @@
+"""The class maps of explicit partitions, which a run's folder has too: its config then needs no file of elsewhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from launch.config import Job
+from launch.run_folder import RunFolder
+
+
+def with_class_maps(job: Job, config_folder: Path, folder: RunFolder) -> Job:
+    """Copies the files that ``job.tables`` name into the run's folder, and returns the job that names the copies.
+
+    Args:
+        job: whose files are relative to ``config_folder``.
+        config_folder: where the job's YAML lies.
+        folder: of the run; ``class_maps/`` in it gets the copies, each called by its SHA-256.
+    """
+    tables = []
+    for table in job.tables:
+        if table.partitions is not None and table.partitions.file is not None:
+            copy = folder.keep_file(config_folder / table.partitions.file, "class_maps")
+            table = replace(table, partitions=replace(table.partitions, file=copy))
+        tables.append(table)
+    return replace(job, tables=tuple(tables))

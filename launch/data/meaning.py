@@ -1,0 +1,201 @@
+"""What gives the stored rows of a run their meaning: the map from raw values to rows, kept in the run's folder."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.data.errors import BadRows, DataError
+from launch.data.ids import Vocabulary, count_values, load_vocabularies, save_vocabularies
+from launch.data.split import Split
+from launch.data.text import readable
+from launch.differences import differences
+
+if TYPE_CHECKING:
+    from launch.config import Job
+    from launch.sections import DataSection
+
+_MEANING, _VOCABULARY = "meaning.json", "vocabulary.npz"
+_FROM_ROWS, _FROM_FILE, _IN_THE_FILES = "the train split", "a file", "the npy files"
+
+
+class MeaningError(ValueError):
+    """A job would give the stored rows of a run another meaning; names what differs, the saved value and the new one."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """How raw values become rows of tables and a model's inputs.
+
+    Its files in a run's folder are data: ``meaning.json`` with `described`, and under ``ids: vocabulary``
+    ``vocabulary.npz`` with the values of each feature in the order of their rows, and their counts.
+
+    Args:
+        described: ids mode; of each feature its column and the rows of its table; columns of dense features and what is
+            done to them; where the vocabulary came from, ``min_count``, and the vocabulary's SHA-256.
+        vocabularies: of each feature, where there are any.
+
+    Attributes:
+        hash: SHA-256 of all this, which every checkpoint of a run has too.
+    """
+
+    described: dict[str, Any]
+    vocabularies: tuple[Vocabulary, ...] | None = None
+
+    @property
+    def hash(self) -> str:
+        text = json.dumps(self.described, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def of_job(cls, job: "Job", train: Split) -> "Meaning":
+        """Returns the meaning that a job gives to a new run, its vocabularies counted on the train split if need be.
+
+        Raises:
+            DataError: the train split, or ``data.vocabulary``, cannot be read.
+        """
+        vocabularies = _vocabularies(job.data, train)
+        return cls(_described(job, vocabularies), vocabularies)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Meaning":
+        """Returns what `write` wrote.
+
+        Raises:
+            DataError: a file is missing or corrupt, or the vocabulary is another one than ``meaning.json`` says.
+        """
+        path = folder / _MEANING
+        with readable(path):
+            try:
+                described = json.loads(path.read_text())
+                ids, features = described["ids"], list(described["features"])
+                wanted = described["vocabulary"].get("sha256") if described["vocabulary"] else None
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(str(path), f"not what a run writes there: {error!r}") from error
+        if ids != "vocabulary" or wanted is None:
+            return cls(described)
+        vocabularies = tuple(load_vocabularies(folder / _VOCABULARY, features))
+        if (found := _hash_of(features, vocabularies)) != wanted:
+            problem = f"its values have the SHA-256 {found}; allowed: {wanted}, that of the run (meaning.json)"
+            raise DataError(str(folder / _VOCABULARY), problem)
+        return cls(described, vocabularies)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files into a run's folder, ``meaning.json`` last; each is whole or not there."""
+        if self.vocabularies is not None:
+            part = folder / f"{_VOCABULARY}.part"
+            save_vocabularies(part, list(self.described["features"]), self.vocabularies)
+            part.replace(folder / _VOCABULARY)
+        part = folder / f"{_MEANING}.part"
+        part.write_text(json.dumps(self.described, indent=1) + "\n")
+        part.replace(folder / _MEANING)
+
+    def check(self, job: "Job", origin: Path) -> None:
+        """Checks that ``job`` leaves this meaning as it is. Other files are no other meaning.
+
+        Args:
+            job: that is to go on with the rows of ``origin``.
+            origin: the folder of the run.
+
+        Raises:
+            MeaningError: names all that differs.
+            DataError: ``data.vocabulary`` cannot be read.
+        """
+        here = _described(job, None)
+        saved = dict(self.described)
+        if saved["ids"] == here["ids"] == "vocabulary":
+            here["vocabulary"] = _comparable(saved["vocabulary"], job.data)
+        if found := differences(saved, here):
+            raise MeaningError(
+                f"{origin}: its stored rows would get another meaning: {'; '.join(found)}; allowed: the saved values, or "
+                "a run of another name (--name)"
+            )
+
+
+def settled(job: "Job", root: Path, kept: Path | None, build: Callable[[], Meaning]) -> Meaning:
+    """Returns the meaning of a run's rows, and sees that the run's folder has it.
+
+    Args:
+        job: of the run.
+        root: its folder.
+        kept: the folder of the run whose rows this one goes on with, which may be ``root``; None: rows are new.
+        build: makes the meaning of new rows.
+
+    Raises:
+        MeaningError: the job would change what is kept.
+        DataError: what is kept, or the job's data, cannot be read.
+    """
+    if kept is None:
+        meaning = build()
+    else:
+        meaning = Meaning.read(kept)
+        meaning.check(job, kept)
+    if kept != root:
+        meaning.write(root)
+    return meaning
+
+
+def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any]:
+    section = job.data
+    by_name = section.format == "parquet"  # the other formats know columns by their places
+    ids = (section.parquet.ids or section.features) if by_name else [f"cat_{i}" for i in range(len(section.features))]
+    dense = list(section.parquet.dense) if by_name else [f"int_{i}" for i in range(section.dense_features)]
+    return {
+        "version": 1,
+        "ids": section.ids,
+        "features": {
+            feature: {"column": column, "rows": rows}
+            for feature, column, rows in zip(section.features, ids, job.rows_of_features(), strict=True)
+        },
+        "dense": {"columns": dense, "transform": section.dense_transform, "missing_flags": section.missing_flags},
+        "vocabulary": _origin(section, vocabularies),
+    }
+
+
+def _origin(section: "DataSection", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any] | None:
+    if section.ids != "vocabulary":
+        return None
+    if section.vocabulary is None and section.format == "npy":
+        return {"from": _IN_THE_FILES}
+    digest = {} if vocabularies is None else {"sha256": _hash_of(section.features, vocabularies)}
+    if section.vocabulary is not None:
+        return {"from": _FROM_FILE, **digest}
+    return {"from": _FROM_ROWS, "min_count": section.min_count, **digest}
+
+
+def _comparable(saved: dict[str, Any], section: "DataSection") -> dict[str, Any]:
+    """Returns what ``section`` says of a vocabulary, with the saved values of whatever it leaves open."""
+    here = _origin(section, None)
+    assert here is not None
+    if _IN_THE_FILES in (saved["from"], here["from"]):
+        return here
+    if section.vocabulary is not None:
+        given = tuple(load_vocabularies(section.vocabulary, section.features))
+        return {**saved, "sha256": _hash_of(section.features, given)}
+    # A vocabulary of a file had its own least count; one of the train split has the job's.
+    return {**saved, "min_count": here["min_count"]} if saved["from"] == _FROM_ROWS else saved
+
+
+def _vocabularies(section: "DataSection", train: Split) -> tuple[Vocabulary, ...] | None:
+    if section.ids != "vocabulary":
+        return None
+    if section.vocabulary is not None:
+        return tuple(load_vocabularies(section.vocabulary, section.features))
+    if section.format == "npy":
+        return None  # written by the preprocessing, in the order of frequency
+    counts = count_values(
+        train.source.reopened(), train.start, train.stop, len(section.features), BadRows(section.on_bad_row)
+    )
+    return tuple(counts.vocabularies(section.min_count))
+
+
+def _hash_of(features: Any, vocabularies: tuple[Vocabulary, ...]) -> str:
+    digest = hashlib.sha256()
+    for feature, vocabulary in zip(features, vocabularies, strict=True):
+        digest.update(f"{feature}\0{len(vocabulary)}\0".encode())
+        digest.update(np.ascontiguousarray(vocabulary.values, "<i8").tobytes())
+    return digest.hexdigest()
