@@ -26,8 +26,8 @@ _ALLOWED = {
         )
     ),
 }
-# DCP has no public way to say how its metadata is read. A release that reads it elsewhere must fail at import, because it
-# would pass by the class below.
+# DCP has no public way to say how its metadata is read. A release that reads it elsewhere must fail at import, because
+# it would pass by the class below.
 for _hook in ("read_metadata", "read_data", "_get_metadata_path"):
     if not hasattr(FileSystemReader, _hook):
         raise ImportError(f"torch.distributed.checkpoint.FileSystemReader has no {_hook}, on which {__name__} relies")

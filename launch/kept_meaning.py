@@ -42,8 +42,8 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
     meaning = Meaning.read(folder.root)
     if meaning.hash != outcome[0]:
         raise MeaningError(
-            f"{folder.root}: this rank reads a map with SHA-256 {meaning.hash}, and rank 0 wrote {outcome[0]}; allowed: "
-            "one folder that all nodes see (--runs)"
+            f"{folder.root}: this rank reads a map with SHA-256 {meaning.hash}, and rank 0 wrote {outcome[0]}; "
+            "allowed: one folder that all nodes see (--runs)"
         )
     return meaning
 

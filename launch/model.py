@@ -15,6 +15,7 @@ from launch.sections import ModelConfig
 from torchrec_qr import CompositionalEmbeddingBagCollection, FeatureGenerationEmbeddingBagCollection
 
 Collection = Callable[..., nn.Module]
+_META = torch.device("meta")
 _COLLECTIONS: dict[str, Collection] = {
     "compositional": CompositionalEmbeddingBagCollection,
     "feature_generation": FeatureGenerationEmbeddingBagCollection,
@@ -76,14 +77,18 @@ class DeepFM(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, tables: list[EmbeddingBagConfig], device: torch.device, collection: Collection | None = None
+    config: ModelConfig,
+    tables: list[EmbeddingBagConfig],
+    device: torch.device,
+    collection: Collection | None = None,
+    embeddings_on: torch.device = _META,
 ) -> nn.Module:
     """Returns the model of ``config``, (dense, ids) → logits (B, 1).
 
-    The embeddings are on the meta device, to be sharded; the dense layers on ``device``. ``collection`` makes a
-    collection of tables in the place of the one that ``config`` names.
+    The embeddings are on the meta device, to be sharded, or on ``embeddings_on``; the dense layers on ``device``.
+    ``collection`` makes a collection of tables in the place of the one that ``config`` names.
     """
-    ebc = (collection or _COLLECTIONS[config.collection])(tables=tables, device=torch.device("meta"))
+    ebc = (collection or _COLLECTIONS[config.collection])(tables=tables, device=embeddings_on)
     dlrm: dict[str, Any] = {
         "embedding_bag_collection": ebc,
         "dense_in_features": config.dense_in_features,

@@ -79,6 +79,6 @@ _Loader.add_implicit_resolver(
 
 def _value(path: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(path, text, "a value in YAML", f"{text!r} is not YAML: {error}") from error

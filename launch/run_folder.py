@@ -86,7 +86,7 @@ class RunFolder:
         """Copies a file into the folder ``within``, named by its SHA-256; returns its path in the run's folder."""
         with source.open("rb") as file:
             name = f"{within}/{hashlib.file_digest(file, 'sha256').hexdigest()}{source.suffix}"
-        if self._writes:
+        if self._writes and not (self.root / name).exists():
             (self.root / within).mkdir(exist_ok=True)
             shutil.copyfile(source, self.root / name)
         return name

@@ -1,13 +1,11 @@
 """The job of one rank: ``python -m launch.train --config FILE``, under torchrun, TorchX, Slurm, Ray, or alone."""
 
 import argparse
-import logging
 import os
 import random
 import signal
 import sys
 import traceback
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from launch.model import build_model
 from launch.parallel import parallelize
 from launch.process_group import start_process_group
 from launch.profile import profiled
+from launch.quiet_stack import silence_the_stack
 from launch.run_folder import RunFolder, opened_by_all
 from launch.run_name import is_run_name
 from launch.tables import freeze, job_tables
@@ -149,24 +148,13 @@ def trained(
     return trainer, test
 
 
-def silence_the_stack() -> None:
-    """Leaves out what PyTorch and TorchRec say of one another at each start, on each rank."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
-    warnings.filterwarnings("ignore", message="fbgemm::.* an autograd kernel was not registered")
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch.train", description=main.__doc__)
     parser.add_argument("--config", required=True, help="the job's YAML")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set model.embedding_dim=32"
     )
-    parser.add_argument(
-        "--name", type=_run_name, help="the run's folder in --runs; default: train.name of the config"
-    )
+    parser.add_argument("--name", type=_run_name, help="the run's folder in --runs; default: train.name of the config")
     parser.add_argument(
         "--runs",
         type=_folder,

@@ -179,23 +179,28 @@ class Trainer:
         """
         best = Checkpoints(run / "best", 1, self._waits).latest()
         if best is None or not (run / "weights").is_dir():
-            raise ValueError(f"train.init_from: {run} has no weights; allowed: the folder of a run that came to its end")
+            raise ValueError(
+                f"train.init_from: {run} has no weights; allowed: the folder of a run that came to its end"
+            )
         saved, here = Checkpoints.about(best)["model"], model_description(self._job)
-        if changed := differences(*({key: of[key] for key in ("tables", "model")} for of in (saved, here))):
-            raise ValueError(f"train.init_from: {best} is of another model: {'; '.join(changed)}; allowed: the same model")
+        if changed := differences(saved, {**here, "optimizer": saved["optimizer"]}):
+            raise ValueError(
+                f"train.init_from: {best} is of another model: {'; '.join(changed)}; allowed: the same model"
+            )
         self._check_meaning(best)
         with self._memory(f"loading {best}"):
-            state = {"model": self._parallel.model.state_dict()}
+            state: dict[str, Any] = {"model": self._parallel.model.state_dict()}
             self._checkpoints.load(best, state)
-        self._parallel.model.load_state_dict(state["model"])
+        model: Any = self._parallel.model
+        model.load_state_dict(state["model"])
         return best
 
     def _check_meaning(self, checkpoint: Path) -> None:
         saved, here = Checkpoints.about(checkpoint).get("meaning"), self._data.meaning.hash
         if saved != here:
             raise MeaningError(
-                f"{checkpoint}: its rows have the meaning {saved} (SHA-256), and {self._folder.root / 'meaning.json'} is "
-                f"{here}; allowed: the meaning.json and vocabulary.npz with which it was trained"
+                f"{checkpoint}: its rows have the meaning {saved} (SHA-256), and {self._folder.root / 'meaning.json'} "
+                f"is {here}; allowed: the meaning.json and vocabulary.npz with which it was trained"
             )
 
     def _train_epochs(self) -> None:

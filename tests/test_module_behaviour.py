@@ -244,7 +244,7 @@ def test_the_default_device_holds_for_both_kinds_of_tables(pooled: bool) -> None
 # --- copies --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])  # noqa: S301
 @each_operation
 @each_kind
 @pooled_or_not

@@ -258,7 +258,7 @@ def test_main_is_the_first_of_the_largest() -> None:
 
 @pytest.mark.parametrize("partitions", KINDS)
 def test_pickle_and_copies_are_equal(partitions: Partitions) -> None:
-    restored = pickle.loads(pickle.dumps(partitions))
+    restored = pickle.loads(pickle.dumps(partitions))  # noqa: S301
     assert restored == partitions
     assert hash(restored) == hash(partitions)
     ids = torch.arange(5)

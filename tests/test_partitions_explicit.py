@@ -124,7 +124,7 @@ def test_content_hash_and_description() -> None:
     one_row, two_rows = ExplicitPartitions([[0, 1, 2, 3]]), ExplicitPartitions([[0, 1], [2, 3]])
     assert one_row.content_hash() != two_rows.content_hash()
     assert one_row != two_rows
-    assert pickle.loads(pickle.dumps(partitions)).content_hash() == partitions.content_hash()
+    assert pickle.loads(pickle.dumps(partitions)).content_hash() == partitions.content_hash()  # noqa: S301
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([2, 3, 2**15, 2**31, 2**40 - 1]), st.data())

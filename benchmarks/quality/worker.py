@@ -12,7 +12,7 @@ from benchmarks.quality.datasets import MissingDataError
 from benchmarks.quality.run import run
 from benchmarks.quality.tables import ImpossibleCellError
 from launch.process_group import start_process_group
-from launch.train import silence_the_stack
+from launch.quiet_stack import silence_the_stack
 
 
 def main() -> None:

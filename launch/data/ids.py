@@ -138,9 +138,7 @@ def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabul
                 if missing := [feature for feature in features if feature not in arrays]:
                     found = ", ".join(name for name in arrays if not name.startswith(_COUNTS))
                     raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {found}")
-                return [
-                    Vocabulary(arrays[f], arrays[_COUNTS + f] if _COUNTS + f in arrays else None) for f in features
-                ]
+                return [Vocabulary(arrays[f], arrays.get(_COUNTS + f)) for f in features]
         except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
             raise DataError(str(path), f"not a vocabulary that the preprocessing wrote: {error}") from error
 

@@ -24,7 +24,7 @@ _FROM_ROWS, _FROM_FILE, _IN_THE_FILES = "the train split", "a file", "the npy fi
 
 
 class MeaningError(ValueError):
-    """A job would give the stored rows of a run another meaning; names what differs, the saved value and the new one."""
+    """A job would give the stored rows of a run another meaning; names what differs, the saved and the new value."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,19 @@ class Meaning:
             here["vocabulary"] = _comparable(saved["vocabulary"], job.data)
         if found := differences(saved, here):
             raise MeaningError(
-                f"{origin}: its stored rows would get another meaning: {'; '.join(found)}; allowed: the saved values, or "
-                "a run of another name (--name)"
+                f"{origin}: its stored rows would get another meaning: {'; '.join(found)}; allowed: the saved values, "
+                "or a run of another name (--name)"
             )
+
+    def check_config(self, job: "Job", folder: Path) -> None:
+        """Checks that ``config.yaml`` and ``meaning.json`` of a folder are of one run; reads no other file.
+
+        Raises:
+            MeaningError: names all that differs.
+        """
+        here = {**_described(job, None), "vocabulary": self.described.get("vocabulary")}
+        if found := differences(self.described, here):
+            raise MeaningError(f"{folder}: config.yaml is not of its meaning.json: {'; '.join(found)}")
 
 
 def settled(job: "Job", root: Path, kept: Path | None, build: Callable[[], Meaning]) -> Meaning:

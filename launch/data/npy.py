@@ -11,6 +11,7 @@ import numpy as np
 
 from launch.data.errors import BadRows, DataError
 from launch.data.rows import Array, Rows, concat
+from launch.data.source import Labels
 from launch.data.text import readable
 
 _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
@@ -27,6 +28,7 @@ class NpySource:
         num_features: F.
         dense_features: number of dense features.
         hots: H_f that the files must have; default: any.
+        labels: "optional": ``day_0_labels.npy`` may be missing.
 
     Raises:
         DataError: a file is missing, unreadable, or of another shape or type.
@@ -35,9 +37,14 @@ class NpySource:
     random_access = True
 
     def __init__(
-        self, prefixes: Sequence[str | Path], num_features: int, dense_features: int, hots: Sequence[int] | None = None
+        self,
+        prefixes: Sequence[str | Path],
+        num_features: int,
+        dense_features: int,
+        hots: Sequence[int] | None = None,
+        labels: Labels = "needed",
     ) -> None:
-        self._files = [_NpyFiles(str(prefix), num_features, dense_features) for prefix in prefixes]
+        self._files = [_NpyFiles(str(prefix), num_features, dense_features, labels) for prefix in prefixes]
         for file in self._files:
             for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].prefix)):
                 if allowed is not None and file.hots != tuple(allowed):
@@ -68,10 +75,11 @@ class NpySource:
 
 
 class _NpyFiles:
-    def __init__(self, prefix: str, num_features: int, dense_features: int) -> None:
+    def __init__(self, prefix: str, num_features: int, dense_features: int, labels: Labels) -> None:
         self.prefix = prefix
         self._dense = _mapped(prefix + _DENSE)
-        self.labels = _mapped(prefix + _LABELS)
+        self._labelled = labels == "needed" or Path(prefix + _LABELS).exists()
+        self.labels = _mapped(prefix + _LABELS) if self._labelled else np.full(len(self._dense), np.nan, np.float32)
         if self.labels.ndim == 2 and self.labels.shape[1] == 1:
             self.labels = self.labels[:, 0]
         n = len(self.labels)
@@ -94,7 +102,7 @@ class _NpyFiles:
         ids = self._ids[0][part] if len(self._ids) == 1 else np.concatenate([ids[part] for ids in self._ids], axis=1)
         labels = self.labels[part]
         rows = Rows(labels.astype(np.float32), self._dense[part].astype(np.float32), np.asarray(ids), self.hots)
-        bad = np.flatnonzero((labels != 0) & (labels != 1))
+        bad = np.flatnonzero((labels != 0) & (labels != 1)) if self._labelled else np.empty(0, np.int64)
         for i in bad.tolist():
             bad_rows.report(self.location(start + i), f"label is {labels[i]}; allowed: 0, 1")
         return rows.without(bad)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from launch.data.errors import DataError
 from launch.data.rows import MISSING, Array, Rows, segments
-from launch.data.source import Block, SequentialSource
+from launch.data.source import Block, Labels, SequentialSource
 from launch.data.text import readable
 
 _BATCH = 16_384
@@ -21,23 +21,26 @@ class ParquetFile:
     """One file, as a `BlockFile`.
 
     A hexadecimal string is what Criteo's text has; a negative 32-bit integer is such a hash read as signed. Null is a
-    missing value; in a list it is not allowed.
+    missing value; in a list it is not allowed. With ``labels="optional"`` the label's column may be missing.
 
     Raises:
         DataError: missing, unreadable, empty, not Parquet; a column that is not there, or of the wrong type.
     """
 
-    def __init__(self, path: str | Path, label: str, dense: Sequence[str], ids: Sequence[str]) -> None:
+    def __init__(
+        self, path: str | Path, label: str, dense: Sequence[str], ids: Sequence[str], labels: Labels = "needed"
+    ) -> None:
         self.path = Path(path)
-        self._label, self._dense, self._ids = label, list(dense), list(ids)
         with self._reading():
             metadata = pq.read_metadata(path)
             schema = pq.read_schema(path)
+        self._labels = [label] if labels == "needed" or label in schema.names else []
+        self._dense, self._ids = list(dense), list(ids)
         self.num_rows: int = metadata.num_rows
         if self.num_rows == 0:
             raise DataError(str(path), "empty")
         self._group_ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-        for column in (label, *dense, *ids):
+        for column in (*self._labels, *dense, *ids):
             if column not in schema.names:
                 raise DataError(str(path), f"no column {column!r}; it has {', '.join(schema.names)}")
             self._check_type(column, schema.field(column).type, ids=column in ids)
@@ -46,7 +49,7 @@ class ParquetFile:
         group = int(np.searchsorted(self._group_ends, start, side="right"))
         skip = start - (int(self._group_ends[group - 1]) if group else 0)
         with self._reading(), pq.ParquetFile(self.path) as file:
-            columns = list(dict.fromkeys((self._label, *self._dense, *self._ids)))
+            columns = list(dict.fromkeys((*self._labels, *self._dense, *self._ids)))
             groups = list(range(group, len(self._group_ends)))
             for batch in file.iter_batches(_BATCH, row_groups=groups, columns=columns):
                 if skip >= len(batch):
@@ -65,16 +68,17 @@ class ParquetFile:
             for i in positions.tolist():
                 problems.setdefault(i, problem.format(values[i]))
 
-        label_column = batch.column(self._label)
-        labels = _numbers(label_column)
-        report(np.flatnonzero((labels != 0) & (labels != 1)), "label is {}; allowed: 0, 1", label_column)
+        labels = np.full(len(batch), np.nan, np.float32)
+        for column in self._labels:
+            labels = _numbers(batch.column(column)).copy()  # Arrow's own memory is not to be written
+            report(np.flatnonzero((labels != 0) & (labels != 1)), "label is {}; allowed: 0, 1", batch.column(column))
         dense = np.stack([_numbers(batch.column(column)) for column in self._dense], axis=1)
         parts = []
         for column in self._ids:
             values, lengths = _ids(batch.column(column), lambda i, p, v, c=column: report(i, f"{c} is {{}}; {p}", v))
             parts.append((values, lengths))
         ids, all_lengths = _row_major(parts)
-        rows = Rows(np.nan_to_num(labels), dense, ids, (1,) * len(parts), all_lengths)
+        rows = Rows(labels, dense, ids, (1,) * len(parts), all_lengths)
         return rows.without(np.array(sorted(problems), np.int64)), problems
 
     def _check_type(self, column: str, kind: pa.DataType, ids: bool) -> None:
@@ -110,10 +114,10 @@ class _Reading:
 
 
 def parquet_source(
-    paths: Sequence[str | Path], label: str, dense: Sequence[str], ids: Sequence[str]
+    paths: Sequence[str | Path], label: str, dense: Sequence[str], ids: Sequence[str], labels: Labels = "needed"
 ) -> SequentialSource:
     """Returns the rows of the files, one after the other."""
-    return SequentialSource([ParquetFile(path, label, dense, ids) for path in paths])
+    return SequentialSource([ParquetFile(path, label, dense, ids, labels) for path in paths])
 
 
 def _numbers(column: pa.Array) -> Array:

@@ -3,10 +3,12 @@
 import bisect
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Literal, Protocol
 
 from launch.data.errors import BadRows
 from launch.data.rows import Rows, concat
+
+Labels = Literal["needed", "optional"]  # of a file; rows of one without labels have the label NaN
 
 # Rows, and for those that are malformed what is wrong, by position; a malformed row is there, with weight 0, so that
 # every rank can tell from line numbers alone which rows are its own.

@@ -11,7 +11,7 @@ from launch.data.errors import DataError
 from launch.data.generator import GeneratorSource
 from launch.data.npy import NpySource
 from launch.data.parquet import parquet_source
-from launch.data.source import RowSource
+from launch.data.source import Labels, RowSource
 from launch.sections import DataSection
 
 
@@ -49,10 +49,10 @@ def open_splits(section: DataSection, table_rows: Sequence[int]) -> Splits:
         generator = GeneratorSource(section.generator, table_rows, section.dense_features, section.multi_hot)
         return _by_time(generator, section.split)
     if section.files:
-        return _by_time(_source(section, section.files), section.split)
-    train, validation = _source(section, section.train_files), _source(section, section.validation_files)
+        return _by_time(opened_files(section, section.files), section.split)
+    train, validation = opened_files(section, section.train_files), opened_files(section, section.validation_files)
     if section.test_files:
-        test = _source(section, section.test_files)
+        test = opened_files(section, section.test_files)
         return Splits(_whole("train", train), _whole("validation", validation), _whole("test", test))
     half = (validation.num_rows + 1) // 2
     return Splits(
@@ -100,14 +100,24 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _source(section: DataSection, paths: Sequence[str]) -> RowSource:
+def opened_files(section: DataSection, paths: Sequence[str], labels: Labels = "needed") -> RowSource:
+    """Opens files of the section's format, whatever files the section names itself.
+
+    Args:
+        section: of the job.
+        paths: files, prefixes of files, or patterns.
+        labels: "optional": a file without them has rows whose label is NaN.
+
+    Raises:
+        DataError: a file is missing, unreadable, empty or not what it should be.
+    """
     if section.format == "criteo_tsv":
-        return tsv_source(expanded(paths))
+        return tsv_source(expanded(paths), labels)
     if section.format == "npy":
-        files = expanded(paths, "_labels.npy")
-        return NpySource(files, len(section.features), section.dense_features, section.multi_hot)
+        files = expanded(paths, "_labels.npy" if labels == "needed" else "_dense.npy")
+        return NpySource(files, len(section.features), section.dense_features, section.multi_hot, labels)
     columns = section.parquet
-    return parquet_source(expanded(paths), columns.label, columns.dense, columns.ids or section.features)
+    return parquet_source(expanded(paths), columns.label, columns.dense, columns.ids or section.features, labels)
 
 
 def _whole(name: str, source: RowSource) -> Split:

@@ -3,6 +3,8 @@
 A third of the time that a general CSV reader takes, and every row that is malformed is known by its position.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from launch.data.rows import MISSING, Array, Rows
@@ -71,6 +73,26 @@ def parse(text: bytes) -> tuple[Rows, dict[int, str]]:
         )
     rows = Rows(labels, dense, ids, hots=(1,) * NUM_CATEGORICAL)
     return rows.without(np.array(sorted(problems), np.int64)), problems
+
+
+def parse_unlabelled(text: bytes) -> tuple[Rows, dict[int, str]]:
+    """Returns what `parse` does, of lines without the first column; labels are NaN.
+
+    Example:
+        >>> line = "\\t".join(["-2", *[""] * 12, "000000ff", *[""] * 25]) + "\\n"
+        >>> rows, problems = parse_unlabelled((line + "1\\t2\\n").encode())
+        >>> rows.labels.tolist(), rows.ids[0, :2].tolist(), rows.weights.tolist(), problems
+        ([nan, 0.0], [255, -1], [1.0, 0.0], {1: '2 columns; allowed: 39'})
+    """
+    rows, problems = parse(b"0\t" + text[:-1].replace(b"\n", b"\n0\t") + b"\n")
+    columns = text.split(b"\n") if problems else []
+    for i, problem in problems.items():
+        if problem.endswith(f" columns; allowed: {NUM_COLUMNS}"):
+            found = columns[i].count(b"\t") + 1
+            problems[i] = f"{found} columns; allowed: {NUM_COLUMNS - 1}"
+    labels = np.full(len(rows), np.nan, np.float32)
+    labels[list(problems)] = 0
+    return replace(rows, labels=labels), problems
 
 
 def _parse_fields(characters: Array, codes: Array, ends: Array) -> tuple[Array, Array, Array, Array]:

@@ -1,0 +1,176 @@
+"""Scores rows by a run that came to its end.
+
+``python -m launch.predict --run runs/x --data FILES --out scores.parquet``
+
+The run's folder is all that it needs: ``config.yaml``, the map from values to rows, and the weights. It runs in one
+process, on a GPU if there is one. Row i of the output is row i of the input, file after file: ``logit`` and ``score``,
+its probability; both are null for a malformed row, under ``--on-bad-row skip``. Where rows have labels, it prints AUC
+and log loss.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from launch.config import read_job
+from launch.data.errors import BadRows, DataError, OnBadRow
+from launch.data.loader import Batches, Data, data_of
+from launch.data.meaning import Meaning, MeaningError
+from launch.data.split import Split, Splits, opened_files
+from launch.metrics import Quality, quality
+from launch.model import build_model
+from launch.quiet_stack import silence_the_stack
+from launch.tables import job_tables
+from launch.task import TrainTask
+from launch.weights import read_weights
+from torchrec_qr import raise_pending
+from torchrec_qr.schema import ConfigError
+
+_SCHEMA = pa.schema([("logit", pa.float32()), ("score", pa.float32())])
+
+
+class Run:
+    """A run that came to its end, as its folder tells of it.
+
+    Args:
+        folder: ``runs/<name>``.
+        device: of the model.
+
+    Raises:
+        DataError: the folder lacks weights or the map, or a file of it is corrupt.
+        MeaningError: config, map and weights do not belong together.
+        ConfigError: the config cannot be used.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.job = read_job(folder / "config.yaml")
+        self.meaning = Meaning.read(folder)
+        self.meaning.check_config(self.job, folder)
+        tensors, about = read_weights(folder / "weights")
+        if about.get("meaning") != self.meaning.hash:
+            raise MeaningError(
+                f"{folder / 'weights'}: trained with the map {about.get('meaning')} (SHA-256), and the folder's is "
+                f"{self.meaning.hash}; allowed: the files of one run"
+            )
+        self._device = device
+        model = build_model(self.job.model, job_tables(self.job, folder), device, embeddings_on=device)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
+        # As in training: logits are to be those of its evaluation.
+        self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()
+        torch.set_float32_matmul_precision("high" if self.job.train.tf32 else "highest")
+
+    def opened(self, files: Sequence[str], on_bad_row: OnBadRow | None = None) -> Data:
+        """Opens the rows of ``files`` as the test split of data that are mapped as in training."""
+        section = self.job.data
+        if section.format == "generator":
+            raise ConfigError("data.format", "generator", "a run that was trained on files")
+        section = replace(section, files=tuple(files), train_files=(), validation_files=(), test_files=())
+        section = replace(section, on_bad_row=on_bad_row or section.on_bad_row)
+        source = opened_files(section, files, labels="optional")
+        rows = Split("test", source, 0, source.num_rows)
+        return data_of(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
+
+    def scores(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields logits, labels (NaN where there is none) and weights (0 of a malformed row), in the order of rows.
+
+        What is missing to a full batch is in the last one, with weight 0.
+        """
+        with batches, torch.no_grad():
+            for batch in batches:
+                _, predicted = self._task(batch.to(self._device))
+                raise_pending()
+                logits, labels, weights = (tensor.float().cpu() for tensor in predicted)
+                yield logits, labels, weights
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of some rows: their number, the malformed ones among them, and the quality on labelled ones."""
+
+    rows: int
+    bad_rows: BadRows
+    quality: Quality
+
+
+def predict(
+    run: Path, files: Sequence[str], out: Path, on_bad_row: OnBadRow | None = None, device: str | None = None
+) -> Scored:
+    """Scores the rows of ``files`` and writes them to ``out``, which appears when it is complete.
+
+    Args:
+        run: the folder of a run that came to its end.
+        files: of the run's ``data.format``: paths, or patterns; with labels or without.
+        out: a Parquet file.
+        on_bad_row: what a malformed row does; default: as the run's config says.
+        device: default: the GPU, or the CPU where there is none.
+
+    Raises:
+        DataError: a file of the run, or of the rows, cannot be used; a malformed row, with file and line.
+        MeaningError: the files of the run do not belong together.
+        ConfigError: the run was trained on no files.
+    """
+    opened = Run(run, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    data = opened.opened(files, on_bad_row)
+    num_rows = left = len(data.splits.test)
+    logits, labels = [torch.empty(0)], [torch.empty(0)]  # of all labelled rows, as AUC needs them
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    batches = data.test()
+    with pq.ParquetWriter(part, _SCHEMA) as writer:
+        for x, y, weights in opened.scores(batches):
+            x, y, weights = x[:left], y[:left], weights[:left]
+            left -= len(x)
+            malformed = weights.numpy() == 0
+            columns = [pa.array(c.numpy(), pa.float32(), mask=malformed) for c in (x, x.double().sigmoid().float())]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+            counts = (weights > 0) & ~y.isnan()
+            logits.append(x[counts])
+            labels.append(y[counts])
+    part.replace(out)
+    return Scored(num_rows, batches.bad_rows, quality(torch.cat(logits), torch.cat(labels)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    silence_the_stack()
+    try:
+        scored = predict(arguments.run, arguments.data, arguments.out, arguments.on_bad_row, arguments.device)
+    except (DataError, OSError, ValueError) as error:
+        print(f"launch.predict: {error}", file=sys.stderr)
+        return 1
+    print(f"{scored.rows:,} rows → {arguments.out}")
+    if scored.bad_rows.count:
+        print(f"{scored.bad_rows.count:,} malformed rows have no score, the first is {scored.bad_rows.first}")
+    if scored.quality.samples:
+        q = scored.quality
+        print(f"{q.samples:,} with labels: AUC {q.auc:.4f}  logloss {q.logloss:.4f}  NE {q.ne:.4f}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the folder of a run that came to its end")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="of the run's data.format; patterns are resolved"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the Parquet file to write")
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as the run's config says")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
