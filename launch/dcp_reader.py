@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,7 +74,7 @@ class CheckpointReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return super().read_data(plan, _SafeBytes(planner, Path(self.path)))  # type: ignore[arg-type]
+        return super().read_data(plan, _SafeBytes(planner, self))  # type: ignore[arg-type]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -93,8 +94,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _SafeBytes:
     """A load planner that is handed bytes which were read as data, and written anew."""
 
-    def __init__(self, planner: LoadPlanner, folder: Path) -> None:
-        self._planner, self._folder = planner, folder
+    def __init__(self, planner: LoadPlanner, reader: FileSystemReader) -> None:
+        self._planner, self._reader = planner, reader
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)
@@ -104,10 +105,12 @@ class _SafeBytes:
             item = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # PyTorch's advice, to read the file without this check, does not fit the files of others.
-            problem = str(error).partition("Unsupported ")[2].partition(" was not")[0] or "what is no data"
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            problem = f"would run code, as it names {named[1]}" if named else "is no data that PyTorch reads"
+            file = Path(self._reader.path) / self._reader.storage_data[read_item.storage_index].relative_path
             raise UnsafeCheckpointError(
-                f"{self._folder}: item {read_item.storage_index.fqn} would run code, as it names {problem}; "
-                "allowed: tensors, numbers, strings and collections of these"
+                f"{file}: item {read_item.storage_index.fqn} {problem}; allowed: tensors, numbers, strings and "
+                "collections of these"
             ) from error
         written = io.BytesIO()
         torch.save(item, written)

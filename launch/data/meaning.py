@@ -107,8 +107,8 @@ class Meaning:
         """
         here = _described(job, None)
         saved = dict(self.described)
-        if saved["ids"] == here["ids"] == "vocabulary":
-            here["vocabulary"] = _comparable(saved["vocabulary"], job.data)
+        both = saved["ids"] == here["ids"] == "vocabulary"
+        here["vocabulary"] = _comparable(saved["vocabulary"], job.data) if both else saved["vocabulary"]
         if found := differences(saved, here):
             raise MeaningError(
                 f"{origin}: its stored rows would get another meaning: {'; '.join(found)}; allowed: the saved values, "
