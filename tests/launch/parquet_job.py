@@ -32,8 +32,13 @@ def config(folder: Path, **data: Any) -> Path:
         if key in data:
             data[key] = [str(folder / name) for name in data[key]]
     section = {
-        **{"format": "parquet", "features": ["user", "shop"], "dense_features": 1, "dense_transform": "none"},
-        **{"parquet": {"label": "label", "dense": ["price"]}, "split": [0.8, 0.1, 0.1], "ids": "vocabulary"},
+        "format": "parquet",
+        "features": ["user", "shop"],
+        "dense_features": 1,
+        "dense_transform": "none",
+        "parquet": {"label": "label", "dense": ["price"]},
+        "split": [0.8, 0.1, 0.1],
+        "ids": "vocabulary",
         **data,
     }
     partitions = {"kind": "quotient_remainder", "num_collisions": 4}
