@@ -17,10 +17,13 @@ VENV_RAY=$(realpath -m "${VENV_RAY:-$BASE-ray}")
 NAMESPACE=${RAY_NAMESPACE:-torchrec-qr-ray}
 PORT=8265
 GCS_PORT=6379
-PID=/var/tmp/$NAMESPACE.pid
+FOLDER=/var/tmp/$NAMESPACE
+PID=$FOLDER/head.pid
+LOG=$FOLDER/head.log
 export RAY_USAGE_STATS_ENABLED=0
 
 fail() { echo "ray_head.sh: $*" >&2; exit 1; }
+. scripts/daemons.sh
 
 install() {
     local stamp=$VENV_RAY/.locked
@@ -41,11 +44,12 @@ answers() { inside "$VENV_RAY/bin/python" -c "
 import sys, urllib.request
 urllib.request.urlopen('http://127.0.0.1:$PORT/api/version', timeout=5)" >/dev/null 2>&1; }
 
-is_running() { kill -0 "$(cat "$PID" 2>/dev/null)" 2>/dev/null; }
+is_running() { process_in "$PID" >/dev/null; }
 
 up() {
     [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 up)"
     command -v ip >/dev/null || fail "ip is not there: install iproute2"
+    own_folder "$FOLDER"
     install
     is_running && answers && return
     # In there the host's name must not mean an address of the host's: this file takes the place of /etc/hosts.
@@ -56,11 +60,11 @@ up() {
     # Its bin comes first: the server starts a job's driver by the name python3.
     PATH=$VENV_RAY/bin:$PATH setsid ip netns exec "$NAMESPACE" "$VENV_RAY/bin/python" -m ray.scripts.scripts \
         start --head --block --port="$GCS_PORT" --num-cpus=4 --dashboard-host=127.0.0.1 --dashboard-port="$PORT" \
-        --disable-usage-stats </dev/null >"${PID%.pid}.log" 2>&1 &
-    echo $! >"$PID"
+        --disable-usage-stats </dev/null >"$LOG" 2>&1 &
+    note_process $! "$PID"
     local deadline=$((SECONDS + 120))
     until answers; do
-        is_running && [ $SECONDS -lt $deadline ] || { cat "${PID%.pid}.log" >&2; fail "the head did not come up"; }
+        is_running && [ $SECONDS -lt $deadline ] || { cat "$LOG" >&2; fail "the head did not come up"; }
         sleep 0.5
     done
 }
@@ -71,14 +75,11 @@ status() {
 }
 
 down() {
-    local pid
-    if pid=$(cat "$PID" 2>/dev/null); then
-        # --block ends all processes of the head when it is told to end.
-        kill "$pid" 2>/dev/null || true
-        for _ in $(seq 150); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL -- "-$pid" 2>/dev/null || true
-        rm -f "$PID" "${PID%.pid}.log"
-    fi
+    [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 down)"
+    own_folder "$FOLDER"
+    # --block ends all processes of the head when it is told to end.
+    end_process "$PID" 150 group
+    rm -rf "$FOLDER"
     ip netns delete "$NAMESPACE" 2>/dev/null || true
     rm -rf "/etc/netns/$NAMESPACE"
 }

@@ -7,7 +7,8 @@
 #   scripts/slurm_cluster.sh status  prints the state of the nodes; exit code 1 if the cluster is not up
 #   scripts/slurm_cluster.sh down    stops the cluster and removes its folder
 #
-# Needs root: slurmd starts jobs as their users, and the nodes' names go to /etc/hosts.
+# Needs root, and runs the jobs of root alone: the folder, with the cluster's keys in it, is closed to all others. The
+# nodes' names go to /etc/hosts.
 set -euo pipefail
 
 CLUSTER=${SLURM_CLUSTER_DIR:-/var/tmp/torchrec-qr-slurm}
@@ -20,6 +21,8 @@ export SLURM_CONF=$CLUSTER/etc/slurm.conf
 export PATH=$PATH:/usr/sbin:/sbin
 
 fail() { echo "slurm_cluster.sh: $*" >&2; exit 1; }
+# shellcheck source=scripts/daemons.sh
+. "$(dirname "$0")/daemons.sh"
 
 # wait_for SECONDS WHAT COMMAND...: until the command succeeds; shows the errors in the logs if it does not.
 wait_for() {
@@ -34,10 +37,7 @@ wait_for() {
     done
 }
 
-is_running() {  # NAME: the daemon whose process id is in run/NAME.pid
-    local pid
-    pid=$(cat "$CLUSTER/run/$1.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null
-}
+is_running() { process_in "$CLUSTER/run/$1.pid" >/dev/null; }  # NAME
 
 # start NAME COMMAND...: a daemon in the foreground of a session of its own, so that one pid is one daemon.
 start() {
@@ -45,17 +45,10 @@ start() {
     shift
     is_running "$name" && return
     setsid "$@" </dev/null >>"$CLUSTER/log/$name.log" 2>&1 &
-    echo $! >"$CLUSTER/run/$name.pid"
+    note_process $! "$CLUSTER/run/$name.pid"
 }
 
-stop() {
-    local name=$1 pid
-    pid=$(cat "$CLUSTER/run/$name.pid" 2>/dev/null) || return 0
-    kill "$pid" 2>/dev/null || true
-    for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-    kill -KILL "$pid" 2>/dev/null || true
-    rm -f "$CLUSTER/run/$name.pid"
-}
+stop() { end_process "$CLUSTER/run/$1.pid" 50; }  # NAME
 
 install_packages() {
     local missing=()
@@ -80,7 +73,6 @@ PYTHON
 
 configure() {
     mkdir -p "$CLUSTER"/{etc,log,run,db,state,spool}
-    chmod 755 "$CLUSTER" "$CLUSTER"/{etc,log,run}
     local host ports
     host=$(hostname -s)
     read -ra ports <<<"$(free_ports 5)"
@@ -148,6 +140,7 @@ both_idle() { [ "$(sinfo -h -N -o '%t' | grep -c -x idle)" = 2 ]; }
 
 up() {
     [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 up)"
+    own_folder "$CLUSTER"
     install_packages
     [ -f "$SLURM_CONF" ] || configure
     grep -qxF "$HOSTS_LINE" /etc/hosts || echo "$HOSTS_LINE" >>/etc/hosts
@@ -190,6 +183,7 @@ status() {
 down() {
     local name
     [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 down)"
+    own_folder "$CLUSTER"
     if is_running slurmctld; then scancel --state=RUNNING --quiet || true; scancel --state=PENDING --quiet || true; fi
     for name in "${NODES[@]}" slurmctld slurmdbd mariadbd munged; do stop "$name"; done
     # Not sed -i: in a container /etc/hosts is a mount and cannot be replaced.
@@ -204,5 +198,5 @@ down() {
 case ${1:-} in
     up | down | status) "$1" ;;
     env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
