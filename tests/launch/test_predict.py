@@ -72,6 +72,30 @@ def test_on_one_rank_the_metrics_are_equal_to_the_bit(tmp_path: Path) -> None:
     assert (quality.auc, quality.logloss, quality.ne) == (tested["auc"], tested["logloss"], tested["ne"])
 
 
+KINDS = {
+    "feature generation": ["model.collection=feature_generation"],
+    "dcn, amsgrad": ["model.interaction=dcn", "model.bottom_mlp=[]", "optimizer.sparse.name=amsgrad"],
+    "half-precision tables": ["tables[*].data_type=fp16"],
+    "path": ["tables[0].operation=path", "tables[0].path_hidden=8"],
+    "frozen, bf16 layers": ["train.frozen=[shop]", "train.bf16=true"],
+    "modulo": ["data.ids=modulo"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_leaves_what_scores_rows(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "rows.parquet", rows(600, seed=1))
+    write(tmp_path / "new.parquet", rows(200, seed=5))
+    files: dict[str, Any] = {"train_files": ["rows.parquet"], "validation_files": ["rows.parquet"]}
+    job = config(tmp_path, test_files=["new.parquet"], **files)
+    run(tmp_path, *with_set(*KINDS[kind]), config=job)
+    quality = predict(tmp_path / "t", [str(tmp_path / "new.parquet")], tmp_path / "scores.parquet").quality
+    tested = metrics(tmp_path / "t")[-1]
+    # Halves in other batches: bf16 layers round to 8 bits, and all else to 24.
+    assert quality.logloss == pytest.approx(tested["logloss"], rel=1e-3 if "bf16" in kind else 1e-6)
+    assert quality.auc == pytest.approx(tested["auc"], abs=1e-2 if "bf16" in kind else 1e-4)
+
+
 def test_rows_without_labels_get_the_same_scores_in_the_order_of_files(ended: Path, tmp_path: Path) -> None:
     columns = rows(NEW, seed=5)
     unlabelled = {name: values for name, values in columns.items() if name != "label"}
