@@ -86,8 +86,8 @@ class Checkpoints:
             CheckpointError: it does not fit, cannot be read, or would run code; on every rank.
             ValueError: a table of the checkpoint has another meaning here.
         """
-        with self._waits.patient(), errors_of_dcp(f"cannot load {checkpoint}"):
-            reader = CheckpointReader(checkpoint / "state")
+        reader = CheckpointReader(checkpoint / "state")
+        with self._waits.patient(), errors_of_dcp(f"cannot load {checkpoint}", reader):
             resharding.load(without_empty(state), storage_reader=reader, process_group=self._waits.group)
 
     @staticmethod
@@ -108,12 +108,17 @@ class Checkpoints:
 
 
 @contextmanager
-def errors_of_dcp(what: str) -> Iterator[None]:
-    """DCP's own exception is no Exception: it would pass by all that reports one, and it hides the cause."""
+def errors_of_dcp(what: str, reader: CheckpointReader | None = None) -> Iterator[None]:
+    """DCP's own exception is no Exception: it would pass by all that reports one, and it hides the cause.
+
+    It hides a refusal of ``reader`` altogether, before torch 2.13.
+    """
     try:
         yield
     except CheckpointException as error:
         causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
+        if reader is not None and reader.refusal is not None:
+            causes = [str(reader.refusal)]
         raise CheckpointError(f"{what}: {'; '.join(causes)}") from error
 
 

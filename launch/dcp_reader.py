@@ -45,9 +45,12 @@ class CheckpointReader(FileSystemReader):
     does what the file says. Here metadata may name the classes of DCP's own metadata alone. Items that are no tensors
     are read by ``torch.load(weights_only=True)`` and written anew before DCP sees them.
 
+    Attributes:
+        refusal: the error by which metadata were refused; None: they were not.
+
     Raises:
         UnsafeCheckpointError: by `read_metadata` and `read_data`; ``torch.distributed.checkpoint.load`` hands it on
-            within a ``CheckpointException``.
+            within a ``CheckpointException``, but for that of metadata before torch 2.13.
 
     Example:
         >>> import tempfile
@@ -59,8 +62,20 @@ class CheckpointReader(FileSystemReader):
         [1.0, 1.0]
     """
 
+    refusal: UnsafeCheckpointError | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self._get_metadata_path(kwargs.get("rank")))
+        try:
+            return self._metadata(kwargs.get("rank"))
+        except UnsafeCheckpointError as error:
+            self.refusal = error
+            raise
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return super().read_data(plan, _SafeBytes(planner, self))  # type: ignore[arg-type]
+
+    def _metadata(self, rank: int | None) -> Metadata:
+        path = Path(self._get_metadata_path(rank))
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file, path).load()
         if not isinstance(metadata, Metadata):
@@ -72,9 +87,6 @@ class CheckpointReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return super().read_data(plan, _SafeBytes(planner, self))  # type: ignore[arg-type]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -40,8 +40,9 @@ def write_weights(state: Path, folder: Path, about: dict[str, str]) -> None:
     part.mkdir(parents=True)
     for i, saved in enumerate(_files(CheckpointReader(state))):
         tensors: dict[str, Any] = {key: torch.empty(of.size, dtype=of.properties.dtype) for key, of in saved.items()}
-        with errors_of_dcp(f"cannot load {state}"):
-            dcp.load(tensors, storage_reader=CheckpointReader(state), no_dist=True)
+        reader = CheckpointReader(state)
+        with errors_of_dcp(f"cannot load {state}", reader):
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
         named = {key.removeprefix(_MODEL): tensor for key, tensor in tensors.items()}
         save_file(named, part / f"{i:05d}.safetensors", {"format": "pt", **about})
     shutil.rmtree(folder, ignore_errors=True)

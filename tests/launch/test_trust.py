@@ -47,8 +47,9 @@ def state(tmp_path: Path) -> Path:
 
 def loaded(state: Path) -> dict[str, Any]:
     into = {"w": torch.zeros(4), "n": {"lr": 0.0, "kind": ""}}
-    with errors_of_dcp(f"cannot load {state}"):
-        dcp.load(into, storage_reader=CheckpointReader(state), no_dist=True)
+    reader = CheckpointReader(state)
+    with errors_of_dcp(f"cannot load {state}", reader):
+        dcp.load(into, storage_reader=reader, no_dist=True)
     return into
 
 
