@@ -133,17 +133,18 @@ class RunFolder:
 
 def opened_by_all(root: Path, rank: int, group: dist.ProcessGroup) -> RunFolder:
     """Returns the folder of a run; what rank 0 meets is raised on every rank. All ranks must call it."""
-    folder = error = None
+    folder: RunFolder | None = None
+    error: Exception | None = None
     try:
         folder = RunFolder(root, rank)
-    except RunFolderError as met:
+    except (RunFolderError, ValueError) as met:
         error = met
     raise_on_all(error, group)
     assert folder is not None
     return folder
 
 
-def raise_on_all(error: RunFolderError | None, group: dist.ProcessGroup) -> None:
+def raise_on_all(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises rank 0's error on every rank."""
     told = [error]
     dist.broadcast_object_list(told, src=0, group=group)

@@ -127,6 +127,7 @@ class Trainer:
 
     def _write_weights(self, best: Path) -> None:
         """Leaves the tested weights as plain tensors, from which `launch.predict` needs no ranks and no pickle."""
+        self._folder.require(self._waits.group)
         with self._waits.patient():
             if dist.get_rank() == 0:
                 about = {"step": str(self.step), "meaning": self._data.meaning.hash}
