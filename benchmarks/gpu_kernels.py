@@ -132,7 +132,7 @@ class Lookup:
         return ids % first, ids // first
 
     def required_bytes(self) -> tuple[int, int]:
-        """Those of the forward, and of the backward with its step, for the first batch."""
+        """Returns those of the forward, and of the backward with its step, for the first batch."""
         rows = 0
         for f, dim in enumerate(self.case.dims):
             rows += 4 * dim * sum(of.unique().numel() for of in self.class_rows(f, 0))

@@ -30,7 +30,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """That of this checkout, with a mark where files differ from it; None where there is no git."""
+    """Returns that of this checkout, with a mark if files differ from it; None if there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -340,7 +340,7 @@ def _check_job(config: str, overrides: List[str]) -> None:
     command = [sys.executable, "-c", _READ_JOB, config, *overrides]
     read = subprocess.run(command, capture_output=True, text=True, check=False)
     if read.returncode:
-        # What libraries say at their import goes to stderr, and so would an exception that nobody foresaw.
+        # Libraries print to stderr at their import, and so would an exception that nobody foresaw.
         raise ComponentValidationException(f"--config {config}: {read.stdout.strip() or read.stderr.strip()}")
 
 

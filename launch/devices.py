@@ -1,4 +1,4 @@
-"""Which device is a rank's own: as a scheduler shows them, all of a node or one to each rank."""
+"""The device of a rank: a scheduler shows it all GPUs of its node, or one alone."""
 
 import os
 import socket

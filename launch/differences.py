@@ -1,4 +1,4 @@
-"""What differs between what a run has kept and what a job says now."""
+"""Differences between the meaning that a run has kept and the one that a job gives now."""
 
 from typing import Any
 

@@ -94,7 +94,7 @@ def bytes_on_rank(task: nn.Module, plan: ShardingPlan, rank: int) -> dict[str, i
 
 
 def _tables(module: nn.Module) -> list[EmbeddingBagConfig]:
-    """Those of the outermost collections: feature generation has one within, of the partitions."""
+    """Returns those of the outermost collections: feature generation has one within, of the partitions."""
     if isinstance(module, EmbeddingBagCollectionInterface):
         return module.embedding_bag_configs()
     return [table for child in module.children() for table in _tables(child)]

@@ -65,7 +65,7 @@ class Run:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
-        # As in training: logits are to be those of its evaluation.
+        # Logits are to be those of the evaluation in training.
         self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()
         torch.set_float32_matmul_precision("high" if self.job.train.tf32 else "highest")
 
@@ -83,7 +83,7 @@ class Run:
     def scores(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields logits, labels (NaN where there is none) and weights (0 of a malformed row), in the order of rows.
 
-        What is missing to a full batch is in the last one, with weight 0.
+        Rows that the last batch lacks are in it with weight 0.
         """
         with batches, torch.no_grad():
             for batch in batches:
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of some rows: their number, the malformed ones among them, and the quality on labelled ones."""
+    """The outcome of scoring: number of rows, malformed ones among them, and quality on labelled ones."""
 
     rows: int
     bad_rows: BadRows

@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def lost(self) -> bool:
-        """Whether another job has taken the folder, as this rank knows."""
+        """True if another job has taken the folder, as this rank knows."""
         return self._writes and self._lock.lost
 
     def require(self, group: dist.ProcessGroup) -> None:

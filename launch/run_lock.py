@@ -51,12 +51,12 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can see that one."""
+        """Returns whether this process can see that one."""
         return self.boot == _boot()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process, which must be here, runs."""
+        """Returns whether the process, which must be here, runs."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -114,7 +114,7 @@ class RunLock:
 
     @property
     def lost(self) -> bool:
-        """Whether the lock was another's, or gone, when that was last looked at, as every renewal does."""
+        """True if the lock was another's, or gone, at the last look, which every renewal takes."""
         return bool(self._lost)
 
     def is_held(self) -> bool:
@@ -168,7 +168,7 @@ class RunLock:
 
     def _write(self, released: bool = False) -> None:
         holder = Holder(**{**asdict(self._own), "released": released})
-        # Of one length and in place, so that who reads it meanwhile finds it whole.
+        # Keep one length and write in place, so that a reader finds it whole.
         text, written = json.dumps(asdict(holder)).ljust(1024).encode(), 0
         while written < len(text):  # a disk that fills up takes a part, and raises at the rest
             written += os.pwrite(self._file, text[written:], written)
@@ -178,7 +178,7 @@ class RunLock:
         taken = False
         while not taken:
             self._root.mkdir(parents=True, exist_ok=True)
-            # By descriptor: the folder may be moved aside meanwhile, and another come in its place.
+            # Use the descriptor: the folder may be moved aside meanwhile, and another come in its place.
             folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 taken = self._take_in(folder)

@@ -72,7 +72,7 @@ def cache_named() -> Iterator[None]:
 
 
 def _is_of_others(path: Path) -> bool:
-    """Whether another user than root may put something else in the place of what lies in a folder."""
+    """Returns whether another user than root may replace what lies in a folder."""
     status = path.stat()
     shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
     return status.st_uid not in (0, os.getuid()) or bool(shared)

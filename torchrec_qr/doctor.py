@@ -132,7 +132,7 @@ def run() -> int:
     print()
     # A wrong version explains the failure of an import, and its cure is the same.
     problem = version_problem(stack) or (failure and explain(failure, stack))
-    # What a GPU lacks is a problem where one is, and to be known where torch could use one.
+    # A missing compiler is a problem if there is a GPU, and a note if torch could use one.
     for_gpu, gpu = stack.torch_build not in ("", "CPU"), shutil.which("nvidia-smi") is not None
     on_gpu = lookup_on_gpu() if for_gpu or gpu else None
     if for_gpu and gpu and what_is_missing():

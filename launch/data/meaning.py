@@ -1,4 +1,4 @@
-"""What gives the stored rows of a run their meaning: the map from raw values to rows, kept in the run's folder."""
+"""The meaning of a run's stored rows: the map from raw values to rows, kept in the run's folder."""
 
 import hashlib
 import json

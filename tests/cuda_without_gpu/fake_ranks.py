@@ -1,6 +1,6 @@
 """A rank of several whose collectives move nothing, with DistributedDataParallel and TorchRec on fake tensors.
 
-What neither can do without real memory is replaced here, and nothing else:
+Only what neither can do without real memory is replaced here:
 
 - modules without initial values are made at once;
 - tensors of a state dict that are told of by all ranks are not made;

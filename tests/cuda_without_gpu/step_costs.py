@@ -70,7 +70,7 @@ def differences(before: dict[str, int], now: dict[str, int], own_only: bool) -> 
 
 
 def other_stack(table: Costs) -> bool:
-    """Whether the table was measured with another torch or TorchRec than the ones at hand."""
+    """Returns whether the table was measured with another torch or TorchRec than those at hand."""
     return bool(table["versions"] != {name: version(name) for name in STACK})
 
 

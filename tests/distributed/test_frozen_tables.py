@@ -55,7 +55,7 @@ def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
 
 
 def trained(rank: int, world_size: int, sharding: str, optimizer: EmbOptimType, before: bool) -> dict[str, Any]:
-    """What moves while tables are frozen and after they are released, against the same job without any frozen table."""
+    """Returns what moves while tables are frozen and once they are released, beside a job without frozen ones."""
     tables = configs()
     values = unsharded(tables)
     if before:
@@ -129,7 +129,7 @@ def test_a_frozen_table_keeps_rows_and_state_until_it_is_released(
 
 
 def at_rate_zero(rank: int, world_size: int, sharding: str) -> tuple[set[str], bool]:
-    """What moves at a rate of 0 and after it is raised; kernels and PyTorch."""
+    """Returns what moves at a rate of 0, and whether rows move once it is raised; by kernels and by PyTorch."""
     tables, moved, moved_later = configs()[:3], set[str](), False
     for kernels in (True, False):
         model = shard(tables, sharding, EmbOptimType.ADAM, values=unsharded(tables))

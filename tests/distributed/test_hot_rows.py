@@ -22,7 +22,7 @@ from torchrec_qr.ops.cpu_library import without_kernels
 HOT, USES = 7, 5000
 OPTIMIZERS = (SGD, ADAGRAD, ROWWISE, EmbOptimType.ADAM)
 TYPES = (DataType.FP32, DataType.FP16, DataType.BF16)
-# Of one step at rate 0.05, whose result is rounded to the storage type.
+# One step at rate 0.05 is rounded to the storage type.
 TOLERANCE = {DataType.FP32: 1e-5, DataType.FP16: 2e-3, DataType.BF16: 1.6e-2}
 
 

@@ -105,7 +105,7 @@ def drain(progress: Callable[[Iterator[Batch]], Any], data: list[Batch]) -> list
 
 
 def from_host(data: list[Batch]) -> Iterator[Batch]:
-    """As a loader has them: a pipeline brings them to the device."""
+    """Batches on the host, which a pipeline brings to the device."""
     return (batch.to(CPU) for batch in data)
 
 

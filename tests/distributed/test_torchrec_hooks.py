@@ -63,7 +63,7 @@ def test_an_attribute_that_is_gone_is_named(hook: Hook, name: str, monkeypatch: 
 
 
 def test_the_import_fails_where_a_hook_is_gone() -> None:
-    """As it did on TorchRec 1.6 in silence, where ``init_data_parallel`` was not there to be overridden."""
+    """TorchRec 1.6 did so in silence, because it has no ``init_data_parallel`` to override."""
     code = (
         "from torchrec.distributed.embedding import ShardedEmbeddingCollection as collection\n"
         "del collection.reset_parameters\n"

@@ -20,7 +20,7 @@ class Exact:
         reference = Reference(replace(run, optimizer=DENSE.get(run.optimizer, run.optimizer)), ranks[0].columns)
         reference.max_gradient = max_gradient
         reference.eps = DENSE_EPS if run.optimizer in DENSE else EPS
-        # By step and rank, as `Outcome.outputs` has them by name.
+        # They are by step and rank, where `Outcome.outputs` has them by name.
         self._outputs = []
         for step in range(run.steps):
             batch = global_batch(run, step)

@@ -30,7 +30,7 @@ def _setups() -> list[Setup]:
 
 
 SETUPS = _setups()
-# Those of several ranks; on one GPU, gloo's.
+# Setups of several ranks; on one GPU only gloo's.
 OF_SEVERAL = [setup for setup in SETUPS if setup.world_size > 1]
 # gloo copies CUDA tensors to the host, for which the host waits. In a rehearsal gloo takes NCCL's place.
 OF_NCCL = [setup for setup in SETUPS if setup.backend == "nccl"] or SETUPS

@@ -1,6 +1,6 @@
 """The kernels of the device against the float64 reference. Needs neither TorchRec nor FBGEMM.
 
-Where those, or Hypothesis, are missing: ``python -m pytest --confcutdir tests/gpu tests/gpu/test_gpu_kernels.py``.
+If those, or Hypothesis, are missing, run ``python -m pytest --confcutdir tests/gpu tests/gpu/test_gpu_kernels.py``.
 """
 
 from typing import Any

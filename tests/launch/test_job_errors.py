@@ -49,7 +49,7 @@ def test_an_error_that_is_not_the_projects_says_how_to_see_more(tmp_path: Path) 
 
 @pytest.mark.parametrize(("size", "name"), [(500, "demo"), (2000, "demo/config.yaml")])
 def test_a_full_disk_is_one_line_that_names_the_file(size: int, name: str, tmp_path: Path) -> None:
-    # What is printed goes to a file as well, so that the table of tables would leave no room for the error.
+    # Print little: the output is a file as well, in which the table of tables would leave no room for the error.
     ranks = start(tmp_path, *with_set(*SMALL), "--quiet", max_file_bytes=size)
     assert ranks.exit_codes() == [1, 1]
     assert f"RunFolderError: {tmp_path / name}: cannot be written: File too large\n" in ranks.outputs[0].read_text()

@@ -1,4 +1,4 @@
-"""Which tables of a job are TorchRec's own, and that a half-precision table trains alike wherever it lies."""
+"""The tables of a job that are TorchRec's own, half-precision tables under every placement, and frozen ones."""
 
 from pathlib import Path
 

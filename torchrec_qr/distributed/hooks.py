@@ -116,7 +116,7 @@ HOOKS = (
     Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
     Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",), used=("_process_group",)),
     Hook(dist.ProcessGroup, defined=("_device_types",)),
-    # Of the application in launch/, which changes the time-outs of groups that exist.
+    # The application in launch/ changes the time-outs of groups that exist.
     Hook(distributed_c10d, defined=("_world", "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout")),
     Hook(nn.Module, defined=("_apply",), used=("_apply", "_modules")),
 )

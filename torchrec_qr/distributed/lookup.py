@@ -63,7 +63,7 @@ class Replicas(nn.Module):
                     continue
                 size = (rows, config.partition_columns[j])
                 what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
-                # What a fused optimizer steps is reduced all the same, so that the flag may change while DDP is there.
+                # DDP reduces what a fused optimizer steps in any case, so that the flag may change later.
                 reduced = is_fused(table) or not compositional(table).frozen
                 p = nn.Parameter(named_zeros(what, size, dtype, device), requires_grad=reduced)
                 self.parameters_of[config.name, j] = p

@@ -142,7 +142,7 @@ class RowOptimizer(FusedOptimizer):
         return shown
 
     def is_frozen(self, tensor: Tensor) -> bool:
-        """Whether a stored tensor and its state stay as they are: ``requires_grad_(False)``, or a rate of 0."""
+        """Returns whether a stored tensor and its state stay as they are: ``requires_grad_(False)``, or a rate of 0."""
         shown = self._shown_as.get(tensor)
         return self._lr == 0 or (shown is not None and not shown.requires_grad)
 
@@ -159,7 +159,7 @@ class RowOptimizer(FusedOptimizer):
         leaf.register_post_accumulate_grad_hook(hook)
 
     def gradients_of(self, leaf: Tensor) -> RowGradients:
-        """What takes the gradients of the rows of a stored tensor, after `step_in_backward`."""
+        """Returns what takes the gradients of the rows of a stored tensor, after `step_in_backward`."""
         return self._gradients_of[leaf]
 
     def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:

@@ -57,7 +57,7 @@ class _CompositionalLookup:
     _sequence: bool
     _emb_modules: nn.ModuleList
     _replicated: nn.Module
-    # Whether ranks hold these tables whole and look up their own samples: set by `_Compositional.create_lookup`.
+    # True if ranks hold these tables whole and look up their own samples; `_Compositional.create_lookup` sets it.
     is_data_parallel: bool
 
     def add_replicas(self, tables: list[ShardedEmbeddingTable], device: torch.device | None) -> None:

@@ -73,7 +73,7 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
 
 
 def _is_stepped(p: nn.Parameter) -> bool:
-    """Whether the flag of a parameter lets it move; that of one which TorchRec's kernels step changes nothing."""
+    """Returns whether a parameter may move; the flag of one that TorchRec's kernels step changes nothing."""
     attached = getattr(p, "_in_backward_optimizers", ())
     return p.requires_grad or any(not isinstance(o, RowOptimizer) for o in attached)
 

@@ -36,7 +36,7 @@ def named_zeros(what: str, shape: tuple[int, ...] | int, dtype: torch.dtype, dev
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice: torch's own, or the text of its allocator on a CPU."""
+    """Returns whether an exception says that memory did not suffice: torch's own, or its CPU allocator's text."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -140,7 +140,7 @@ def _refuse_capture(device: torch.device) -> None:
 
 
 class _Check(NamedTuple):
-    """What an exception of a call names. It keeps the batch's ids and offsets alive until the verdict is known."""
+    """The names and values for an exception of a call; keeps the batch's ids and offsets until the verdict is known."""
 
     plan: Plan
     ids: Tensor

@@ -18,7 +18,7 @@ def backward_bytes(config: CompositionalConfig, ids: float, start: int, stop: in
 
     bytes: a row of sums with its number, weight and entry for each row and for each chunk of 32 ids, then keys, order
     and bags of the ids while they are sorted. Partitions of one number are summed together over all tables of a lookup.
-    Of the main partition N rows are counted, because the rows of other tables leave room for them.
+    N rows are counted for the main partition, because the rows of other tables leave room for them.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder

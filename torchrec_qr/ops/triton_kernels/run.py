@@ -307,7 +307,7 @@ def step_weights(weights: list[Tensor], row_sums: list[RowSums], steps: Steps) -
             )
 
 
-# As descriptors of tables, per stream; replicated partitions are stepped on the streams of a pool, in turn.
+# The stream is part of the key here too. Replicated partitions are stepped on the streams of a pool, in turn.
 @lru_cache(maxsize=4096)
 def _described(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return on_device(list(numbers), torch.int64, device)
