@@ -55,7 +55,9 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
 
 
 def test_quiet_prints_validations_and_the_summary(tmp_path: Path) -> None:
-    lines = run(tmp_path, *with_set(*SMALL, "train.max_steps=2"), "--quiet", world_size=1).strip().splitlines()
+    printed = run(tmp_path, *with_set(*SMALL, "train.max_steps=2"), "--quiet", world_size=1).strip().splitlines()
+    # Warnings are of the libraries, and differ by version; a line of source follows each.
+    lines = [line for line in printed if "Warning: " not in line and not line.startswith("  ")]
     assert lines[0].startswith("step 2: validation logloss")
     assert sum(line.startswith("test AUC") for line in lines) == 1
     assert not any("/" in line and "|" in line for line in lines)  # no progress
