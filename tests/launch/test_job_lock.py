@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import SMALL, run, start, with_set
+from tests.launch.jobs import SMALL, Ranks, run, start, with_set
 from tests.run_metrics import metrics
 
 FOUR = with_set(*SMALL, "train.checkpoint_every=4", "train.eval_every=4")  # 11 steps in all
@@ -50,20 +50,27 @@ def test_a_job_goes_on_at_once_where_one_was_killed(tmp_path: Path) -> None:
     assert metrics(root)[-1]["split"] == "test"
 
 
+def tell(ranks: Ranks, number: signal.Signals) -> None:
+    for process in ranks:
+        os.kill(process.pid or 0, number)
+
+
 def test_a_job_that_was_silent_stops_before_it_writes_a_checkpoint(tmp_path: Path) -> None:
-    slow = with_set(*SMALL, "train.checkpoint_every=1", "train.eval_every=4")
+    slow = with_set(*SMALL, "data.generator.rows=60000", "train.checkpoint_every=10")
     first = start(tmp_path / "runs", *slow)
     root = tmp_path / "runs" / "demo"
-    first.wait_until(lambda: any(line["step"] == 2 for line in metrics(root)))
-    for process in first:
-        os.kill(process.pid or 0, signal.SIGSTOP)
+    first.wait_until(lambda: any(line["step"] >= 2 for line in metrics(root)))
+    tell(first, signal.SIGSTOP)
+    while list(root.glob("*/part_*")):  # in the middle of a checkpoint, which is lost with the folder
+        tell(first, signal.SIGCONT)
+        first.wait_until(lambda: not list(root.glob("*/part_*")))
+        tell(first, signal.SIGSTOP)
     (lock,) = root.glob("lock.*")
     os.utime(lock, (0, 0))  # as if it had been stopped for long
     second = start(tmp_path / "second", *slow, "--runs", str(tmp_path / "runs"))
     assert second.exit_codes() == [0, 0], second.text()
     ended = contents(root)
-    for process in first:
-        os.kill(process.pid or 0, signal.SIGCONT)
+    tell(first, signal.SIGCONT)
     assert first.exit_codes() == [1, 1]
     for output in first.outputs:
         assert f"RunInUseError: {root} is in use by another job, which took it over: process" in output.read_text()

@@ -107,7 +107,7 @@ def fail_in_the_third_step(rank: int) -> None:
 
 
 def test_a_step_without_memory_ends_the_job_and_says_what_would_fit(tmp_path: Path) -> None:
-    ranks = start(tmp_path, *with_set(*SMALL), world_size=1, prepare=fail_in_the_third_step)
+    ranks = start(tmp_path, *with_set(*SMALL), "--traceback", world_size=1, prepare=fail_in_the_third_step)
     assert ranks.exit_codes(timeout=60) == [1]
     text = ranks.text()
     assert "OutOfMemoryError: rank 0, step 3: out of memory: 20.50 GiB wanted of cpu, which has " in text
