@@ -56,7 +56,8 @@ class Replicas(nn.Module):
         self.gradient_scale = 1.0
         holders = []
         for table in tables:
-            config, sharding_type = compositional(table).config, compositional(table).sharding_type
+            at = compositional(table)
+            config, sharding_type = at.config, at.sharding_type
             stored: list[StoredPartition] = []
             for j, rows in enumerate(config.partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
@@ -64,7 +65,7 @@ class Replicas(nn.Module):
                 size = (rows, config.partition_columns[j])
                 what, dtype = f"table {config.name!r}, partition {j}", DTYPES[config.partition_data_types[j]]
                 # DDP reduces what a fused optimizer steps in any case, so that the flag may change later.
-                reduced = is_fused(table) or not compositional(table).frozen
+                reduced = is_fused(table) or not at.frozen
                 p = nn.Parameter(named_zeros(what, size, dtype, device), requires_grad=reduced)
                 self.parameters_of[config.name, j] = p
                 self._names[p] = f"{config.name}.partition_{j}"
@@ -74,8 +75,7 @@ class Replicas(nn.Module):
                 holders.append(FusedOptimizerHolder(optimizer))
                 own = {key: p for key, p in self.parameters_of.items() if key[0] == config.name}
                 self.optimizer_of.update((p, optimizer) for p in own.values())
-                frozen = compositional(table).frozen
-                self._shown.update((p, optimizer.show([p], p.data, frozen)) for p in own.values())
+                self._shown.update((p, optimizer.show([p], p.data, at.frozen)) for p in own.values())
                 if optimizer.rule.counts_steps:
                     for key, p in own.items():
                         self.touched_of[key] = torch.zeros(p.shape[0], dtype=torch.uint8, device=p.device)

@@ -166,19 +166,19 @@ class RowOptimizer(FusedOptimizer):
         """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
         if self.is_frozen(tensor):
             return NOTHING, [], [0.0] * len(HYPER)
-        t = self._advance(tensor)
-        return RULES[self.rule.name], list(self._state_of[tensor].values()), self.rule.numbers(self._lr, t)
+        rule, states, _ = self.kernel_rule(tensor)
+        return rule, states, self.rule.numbers(self._lr, self._advance(tensor))
 
-    def kernel_rule(self, tensor: Tensor) -> tuple[int, list[Tensor]]:
-        """The number of the rule, and the state of a stored tensor, without a step."""
-        return RULES[self.rule.name], list(self._state_of[tensor].values())
+    def kernel_rule(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
+        """Returns what `kernel_step` does, without a step: its numbers are 0."""
+        return RULES[self.rule.name], list(self._state_of[tensor].values()), [0.0] * len(HYPER)
 
     def warm_up(self, tensor: Tensor) -> None:
         """Has the step of a replicated partition compiled, where a GPU takes it."""
         if tensor.is_cuda and self._has_kernels(tensor):
             rows, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
-            _, states = self.kernel_rule(tensor)
-            step_rows(tensor.data, rows, gradients, self.rule.name, states, [0.0] * len(HYPER))
+            _, states, numbers = self.kernel_rule(tensor)
+            step_rows(tensor.data, rows, gradients, self.rule.name, states, numbers)
 
     def _advance(self, tensor: Tensor) -> int:
         if tensor not in self._count_of:

@@ -1,5 +1,6 @@
 """Consecutive shards of a lookup: all of them in one call of the kernels, or one after the other in PyTorch."""
 
+from collections.abc import Callable
 from functools import cached_property
 from itertools import groupby
 
@@ -8,13 +9,16 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
+from torchrec_qr.distributed.optimizer import RowOptimizer
 from torchrec_qr.ops.arguments import GRADIENT, Gradients
 from torchrec_qr.ops.cpu_structs import HYPER
 from torchrec_qr.ops.layout import encode
 from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 from torchrec_qr.ops.warm_up import warm_up
 
-_NO_STEP: tuple[int, list[Tensor], list[float]] = (GRADIENT, [], [0.0] * len(HYPER))
+# Rule, states and numbers of a weight, as the kernels take them.
+_Step = tuple[int, list[Tensor], list[float]]
+_NO_STEP: _Step = (GRADIENT, [], [0.0] * len(HYPER))
 
 
 class FeatureRange:
@@ -65,7 +69,7 @@ class ShardRun:
         offsets = features.feature_offsets if self._sequence else features.bag_offsets
 
         def steps() -> Gradients:
-            return self._steps(replicas)
+            return self._gradients(replicas, RowOptimizer.kernel_step)
 
         return stepped_lookup(tables, weights, steps, features.ids, offsets, features.weights, not self._sequence)
 
@@ -83,14 +87,7 @@ class ShardRun:
 
     def warm_up(self, replicas: ReplicatedPartitions, weighted: bool) -> None:
         """Has the kernels of a lookup and of its step compiled, where they run on a GPU."""
-        steps = Gradients([], [], [], [])
-        for shard in self._shards:
-            for step, touched in zip(shard.steps(), shard.touched(replicas), strict=True):
-                rule, states = (GRADIENT, []) if step is None else step[0].kernel_rule(step[1])
-                steps.rules.append(rule)
-                steps.states.extend(states)
-                steps.hyper.extend(_NO_STEP[2])
-                steps.touched.append(_mask(touched))
+        steps = self._gradients(replicas, RowOptimizer.kernel_rule)
         warm_up(self._tables(), self._weights(replicas), steps, not self._sequence, weighted)
 
     def _tables(self) -> Lookup:
@@ -100,23 +97,16 @@ class ShardRun:
     def _weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
         return [weight for shard in self._shards for weight in shard.weights(replicas)]
 
-    def _steps(self, replicas: ReplicatedPartitions) -> Gradients:
+    def _gradients(self, replicas: ReplicatedPartitions, step_of: Callable[[RowOptimizer, Tensor], _Step]) -> Gradients:
         out = Gradients([], [], [], [])
         for shard in self._shards:
             for step, touched in zip(shard.steps(), shard.touched(replicas), strict=True):
-                rule, states, numbers = _NO_STEP
-                if step is not None:
-                    optimizer, tensor = step
-                    rule, states, numbers = optimizer.kernel_step(tensor)
+                rule, states, numbers = _NO_STEP if step is None else step_of(*step)
                 out.rules.append(rule)
                 out.states.extend(states)
                 out.hyper.extend(numbers)
-                out.touched.append(_mask(touched))
+                out.touched.append(torch.empty(0, dtype=torch.uint8) if touched is None else touched)
         return out
-
-
-def _mask(touched: Tensor | None) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8) if touched is None else touched
 
 
 def runs_of(shards: list[LocalShard], sequence: bool) -> list[ShardRun]:

@@ -61,7 +61,7 @@ def check_call(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batc
             raise ValueError(
                 f"a weight of shape {tuple(w.shape)}, strides {w.stride()}; allowed: rows of {width} contiguous columns"
             )
-        check_rows_apart("weight", w)
+        _check_rows_apart("weight", w)
     if batch.ids.dim() != 1 or batch.offsets.dim() != 1 or not batch.offsets.numel():
         raise ValueError(
             f"ids and offsets of shapes {tuple(batch.ids.shape)}, {tuple(batch.offsets.shape)}; allowed: (N,) and "
@@ -89,7 +89,7 @@ def check_call(plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batc
             raise ValueError(f"a class map of shape {tuple(class_map.shape)}; allowed: (K, {t.num_ids})")
         if class_map.dtype not in integers or class_map.stride(1) != 1:
             raise ValueError(f"a class map of {class_map.dtype}, strides {class_map.stride()}; allowed: contiguous ids")
-        check_rows_apart("class map", class_map)
+        _check_rows_apart("class map", class_map)
 
 
 def rows_overlap(matrix: Tensor) -> bool:
@@ -103,7 +103,7 @@ def rows_overlap(matrix: Tensor) -> bool:
     return rows > 1 and (columns == 1 or matrix.stride(1) == 1) and matrix.stride(0) < columns
 
 
-def check_rows_apart(what: str, matrix: Tensor) -> None:
+def _check_rows_apart(what: str, matrix: Tensor) -> None:
     """Raises a ValueError where rows of ``matrix`` overlap: kernels would read past its end, or step rows twice."""
     if rows_overlap(matrix):
         raise ValueError(
@@ -147,7 +147,7 @@ def check_step(weight: Tensor, rows: Tensor, gradients: Tensor) -> None:
             f"a weight of shape {tuple(weight.shape)}, strides {weight.stride()}; allowed: rows of up to {MAX_WIDTH} "
             "contiguous columns"
         )
-    check_rows_apart("weight", weight)
+    _check_rows_apart("weight", weight)
     expected = (rows.numel(), weight.shape[1])
     if rows.dtype != torch.int64 or rows.dim() != 1 or tuple(gradients.shape) != expected:
         raise ValueError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.ops import cpu
-from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients, check_rows_apart, rows_overlap
+from torchrec_qr.ops.arguments import GRADIENT, NOTHING, Batch, Gradients, rows_overlap
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.cpu_structs import plan_of
 from torchrec_qr.ops.layout import decode, rows_of
@@ -299,6 +299,13 @@ def look_up(
         return _in_pytorch(tables, weights, ids, offsets, id_weights, pooled)
     # The kernels go from row to row by a stride of at least a row. Autograd leads the copy's gradient back.
     weights = [w.contiguous() if rows_overlap(w) else w for w in weights]
+    return _in_kernels(tables, weights, ids, offsets, id_weights, pooled)
+
+
+def _in_kernels(
+    tables: Lookup, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
+) -> Tensor:
+    """`look_up` by the operators, which refuse weights whose rows overlap."""
     out: Tensor = lookup_op(
         weights, tables.class_maps, ids, offsets, id_weights, tables.layout, "\n".join(tables.names), pooled
     )
@@ -321,9 +328,8 @@ class _SteppedLookup(torch.autograd.Function):
         ctx.save_for_backward(ids, offsets, id_weights)
         # Not saved for backward, and without their version counters: rows may move before it, as TBE's may.
         ctx.weights = [w.data for w in weights]
-        for weight in ctx.weights:
-            check_rows_apart("weight", weight)
-        return look_up(tables, ctx.weights, ids, offsets, id_weights, pooled)
+        # No copies, because the backward steps these very rows.
+        return _in_kernels(tables, ctx.weights, ids, offsets, id_weights, pooled)
 
     @staticmethod
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Any, ...]:
