@@ -9,7 +9,8 @@ from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.data.errors import DataError
 from launch.data.meaning import Meaning, MeaningError, settled
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, writing_errors_named
+from launch.run_lock import RunFolderError
 from launch.waits import Waits
 from torchrec_qr.schema import ConfigError
 
@@ -29,12 +30,14 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
     Raises:
         MeaningError: on every rank; the job would change what is kept.
         DataError: on every rank; what is kept, or the job's data, cannot be read.
+        RunFolderError: on every rank; the map cannot be written.
     """
     outcome: list[str | Exception] = [""]
     if dist.get_rank() == 0:
         try:
-            outcome = [settled(job, folder.root, _kept(job, folder, waits), build).hash]
-        except (MeaningError, DataError, ConfigError, OSError) as error:
+            with writing_errors_named(folder.root / "meaning.json"):
+                outcome = [settled(job, folder.root, _kept(job, folder, waits), build).hash]
+        except (MeaningError, DataError, ConfigError, RunFolderError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, group=waits.group)
     if isinstance(outcome[0], Exception):

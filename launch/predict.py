@@ -95,11 +95,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """The outcome of scoring: number of rows, malformed ones among them, and quality on labelled ones."""
+    """The outcome of scoring: rows, malformed ones among them, quality on labelled ones, and files without rows."""
 
     rows: int
     bad_rows: BadRows
     quality: Quality
+    empty_files: list[str]
 
 
 def predict(
@@ -136,8 +137,12 @@ def predict(
             counts = (weights > 0) & ~y.isnan()
             logits.append(x[counts])
             labels.append(y[counts])
+    if batches.bad_rows.count == num_rows:
+        part.unlink()
+        raise DataError(str(files[0]), f"no row is good, the first: {batches.bad_rows.first}")
     part.replace(out)
-    return Scored(num_rows, batches.bad_rows, quality(torch.cat(logits), torch.cat(labels)))
+    scored = quality(torch.cat(logits), torch.cat(labels))
+    return Scored(num_rows, batches.bad_rows, scored, data.splits.empty_files())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"launch.predict: {error}", file=sys.stderr)
         return 1
     print(f"{scored.rows:,} rows → {arguments.out}")
+    for name in scored.empty_files:
+        print(f"{name} has no rows and is left out")
     if scored.bad_rows.count:
         print(f"{scored.bad_rows.count:,} malformed rows have no score, the first is {scored.bad_rows.first}")
     if scored.quality.samples:

@@ -42,7 +42,7 @@ class RunFolder:
         self._metrics = root / "metrics.jsonl"
         self._writes = rank == 0
         if self._writes:
-            with _errors_named(root):
+            with writing_errors_named(root):
                 refuse_links(root, self.checkpoints, self.best, self.weights, self._metrics)
                 self._lock = RunLock(root)
                 self._open()
@@ -79,7 +79,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         if self._writes:
-            with _errors_named(self.root / name):
+            with writing_errors_named(self.root / name):
                 (self.root / name).write_text(text)
 
     def keep_file(self, source: Path, within: str) -> str:
@@ -99,7 +99,7 @@ class RunFolder:
         if not self._writes or not self._lock.is_held():
             return
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
-        with _errors_named(self._metrics), self._metrics.open("a") as f:
+        with writing_errors_named(self._metrics), self._metrics.open("a") as f:
             f.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         for name, value in finite.items():
             if value is not None:
@@ -112,7 +112,7 @@ class RunFolder:
         last = {"train": step, "validation": validated}
         kept = [line for line in self._lines() if line["step"] <= last.get(line["split"], -1)]
         part = self._metrics.with_suffix(".part")
-        with _errors_named(self._metrics):
+        with writing_errors_named(self._metrics):
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             part.replace(self._metrics)
 
@@ -153,7 +153,7 @@ def raise_on_all(error: Exception | None, group: dist.ProcessGroup) -> None:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def writing_errors_named(path: Path) -> Iterator[None]:
     """Names the file: the system's error of a write does not."""
     try:
         yield

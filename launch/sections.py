@@ -40,34 +40,61 @@ class ParquetSection:
     """``data.parquet``: which column holds what.
 
     Args:
-        label: 0 or 1.
-        dense: numbers; default ``int_0`` … ``int_12``.
-        ids: one column per feature, in the order of ``data.features``: integers, hexadecimal strings, or lists of
-            integers; default: columns called as the features.
+        label (str): 0 or 1, or any number under ``data.label_above``.
+        dense (tuple[str, ...]): numbers; default ``int_0`` … ``int_12``.
+        ids (tuple[str, ...] | None): one column per feature, in the order of ``data.features``: integers, strings, or
+            lists of these; default: columns called as the features. See `launch.data.id_values`.
+        hexadecimal (tuple[str, ...]): those of ``ids`` whose strings are numbers in base 16.
     """
 
     label: str = "label"
     dense: tuple[str, ...] = tuple(f"int_{i}" for i in range(CRITEO_DENSE))
     ids: tuple[str, ...] | None = None
+    hexadecimal: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CsvSection(ParquetSection):
+    """``data.csv``: which column holds what, and how lines are cut into columns.
+
+    Args:
+        delimiter (str): between columns, ``"\\t"`` for TSV.
+        quoted (bool): a value may stand in double quotes, which are doubled within it. A line never ends within them.
+        nulls (tuple[str, ...]): texts that stand for a missing value.
+        names (tuple[str, ...] | None): of the columns, if files have no header; default: the first line of each file.
+    """
+
+    delimiter: str = ","
+    quoted: bool = True
+    nulls: tuple[str, ...] = ("",)
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n':
+            raise ConfigError("delimiter", self.delimiter, "one ASCII character that is no quote and ends no line")
+        if self.names is not None and len(set(self.names)) < len(self.names):
+            raise ConfigError("names", list(self.names), "each column once")
 
 
 @dataclass(frozen=True)
 class DataSection:
     """``data``: which rows, how they are split, and how they become a model's input.
 
-    Paths are relative to the working directory and may be patterns (``day_*.gz``), sorted by their numbers.
+    Paths are relative to the working directory. They may be patterns (``day_*.gz``), sorted by their numbers, and but
+    for ``npy`` folders, as Spark writes them.
 
     Args:
         format: ``generator``; ``criteo_tsv``: Kaggle's or the 1TB set's text, plain or gzip; ``npy``: MLPerf's binary
             files, each entry a prefix (``day_0`` for ``day_0_dense.npy``, ``day_0_sparse.npy`` or
-            ``day_0_sparse_multi_hot.npz``, ``day_0_labels.npy``); ``parquet``.
+            ``day_0_sparse_multi_hot.npz``, ``day_0_labels.npy``); ``parquet``; ``csv``: lines of text, plain or gzip.
         files: rows in the order of time; ``split`` cuts them.
         split: shares of train, validation and test, first to last.
         train_files: with ``validation_files``, a split by file, in place of ``files``.
         validation_files: as above; without ``test_files`` its first half is for validation, the second for test.
         test_files: as above.
         features: the categorical features, in the order in which the rows have them.
-        dense_features: number of dense features in the rows.
+        dense_features: number of dense features in the rows; 0 for ``model.interaction`` ``dcn`` and ``deepfm`` alone.
+        label_above: makes the label 1 if the file's is a greater number, else 0; default: the file's is 0 or 1.
         multi_hot: ids per row and feature, for the generator, and to check npz files against; default: all 1.
         ids: ``modulo``: id % rows of the feature's table, as dlrm does, a missing one being 0; ``vocabulary``: values
             in the order of their frequency, the most frequent one first, after 0 for all that are unknown or beyond the
@@ -76,15 +103,17 @@ class DataSection:
         min_count: least number of occurrences in the train split to be in that vocabulary.
         dense_transform: ``log1p``: log(1 + max(x, 0)); ``none``.
         missing_flags: adds, per dense feature, one that is 1 where the value is missing, else 0.
-        on_bad_row: a malformed row ends the job, or is left out and counted.
+        on_bad_row: a malformed row ends the job, or is left out and counted: on the console, in ``metrics.jsonl`` and
+            in the summary.
         shuffle: the train split, by ``train.seed`` and epoch.
         shuffle_rows: how many rows are read and shuffled at once.
         prefetch: batches that are made ahead of the training step.
-        parquet: columns.
+        parquet: columns of Parquet files.
+        csv: columns of text files.
         generator: rows of the generator.
     """
 
-    format: Literal["generator", "criteo_tsv", "npy", "parquet"] = "generator"
+    format: Literal["generator", "criteo_tsv", "npy", "parquet", "csv"] = "generator"
     files: tuple[str, ...] = ()
     split: tuple[Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]] = (
         6 / 7,
@@ -95,7 +124,8 @@ class DataSection:
     validation_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
     features: tuple[str, ...] = CRITEO_FEATURES
-    dense_features: Positive = CRITEO_DENSE
+    dense_features: NotNegative = CRITEO_DENSE
+    label_above: float | None = None
     multi_hot: tuple[Positive, ...] | None = None
     ids: Literal["modulo", "vocabulary", "encoded"] = "modulo"
     vocabulary: str | None = None
@@ -107,6 +137,7 @@ class DataSection:
     shuffle_rows: Positive = 131_072
     prefetch: Positive = 16
     parquet: ParquetSection = field(default_factory=ParquetSection)
+    csv: CsvSection = field(default_factory=CsvSection)
     generator: GeneratorSection = field(default_factory=GeneratorSection)
 
     def __post_init__(self) -> None:
@@ -121,18 +152,37 @@ class DataSection:
             raise ConfigError("features", list(self.features), f"{len(CRITEO_FEATURES)}, the columns of Criteo's TSV")
         if self.format == "criteo_tsv" and self.dense_features != CRITEO_DENSE:
             raise ConfigError("dense_features", self.dense_features, f"{CRITEO_DENSE}, the columns of Criteo's TSV")
-        if self.format == "parquet":
-            if len(self.parquet.dense) != self.dense_features:
-                raise ConfigError("parquet.dense", list(self.parquet.dense), f"{self.dense_features} columns")
-            if self.parquet.ids is not None and len(self.parquet.ids) != len(self.features):
-                raise ConfigError("parquet.ids", list(self.parquet.ids), f"{len(self.features)}, one per feature")
+        if self.columns is not None:
+            self._check_columns(self.columns)
+        if self.label_above is not None and self.format in ("generator", "criteo_tsv"):
+            raise ConfigError("label_above", self.label_above, f"none, under format: {self.format}")
         if self.vocabulary is not None and self.ids != "vocabulary":
             raise ConfigError("vocabulary", self.vocabulary, f"none, under ids: {self.ids}")
+
+    @property
+    def columns(self) -> ParquetSection | None:
+        """Columns by their names; None in a format that has them by their places."""
+        return {"parquet": self.parquet, "csv": self.csv}.get(self.format)
+
+    def id_columns(self) -> tuple[str, ...]:
+        """Returns the column of each feature."""
+        if self.columns is None:
+            return tuple(f"cat_{i}" for i in range(len(self.features)))
+        return self.columns.ids or self.features
 
     @property
     def dense_inputs(self) -> int:
         """Dense features as the model sees them."""
         return self.dense_features * (2 if self.missing_flags else 1)
+
+    def _check_columns(self, columns: ParquetSection) -> None:
+        if len(columns.dense) != self.dense_features:
+            raise ConfigError(f"{self.format}.dense", list(columns.dense), f"{self.dense_features} columns")
+        if columns.ids is not None and len(columns.ids) != len(self.features):
+            raise ConfigError(f"{self.format}.ids", list(columns.ids), f"{len(self.features)}, one per feature")
+        for name in columns.hexadecimal:
+            if name not in self.id_columns():
+                raise ConfigError(f"{self.format}.hexadecimal", name, f"columns of ids: {', '.join(self.id_columns())}")
 
     def _check_files(self) -> None:
         by_file = self.train_files or self.validation_files or self.test_files
@@ -153,7 +203,8 @@ class ModelConfig:
         interaction: ``dot``, ``dcn_v2``, ``projection``: TorchRec's DLRM, DLRM_DCN, DLRM_Projection; ``dcn``: the
             paper's deep & cross network; ``deepfm``: TorchRec's.
         embedding_dim: D, of every table.
-        dense_in_features: dense features, as the model sees them (those of ``data``, and its missing flags).
+        dense_in_features: dense features, as the model sees them (those of ``data``, and its missing flags); 0 for
+            ``dcn`` and ``deepfm`` alone.
         bottom_mlp: widths of the dense features' layers, the last one D; empty for ``dcn`` and ``deepfm``.
         top_mlp: widths of the layers after the interaction, without the last one of width 1; of the deep tower under
             ``dcn``; hidden width and output of the deep part under ``deepfm``.
@@ -165,7 +216,7 @@ class ModelConfig:
 
     interaction: Literal["dot", "dcn_v2", "projection", "dcn", "deepfm"] = "dot"
     embedding_dim: Annotated[int, Range(4, multiple_of=4)] = 16
-    dense_in_features: Positive = CRITEO_DENSE
+    dense_in_features: NotNegative = CRITEO_DENSE
     bottom_mlp: tuple[Positive, ...] = ()
     top_mlp: tuple[Positive, ...] = (512, 256)
     cross_layers: Positive = 3
@@ -175,6 +226,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         dlrm = self.interaction in ("dot", "dcn_v2", "projection")
+        if dlrm and self.dense_in_features == 0:
+            allowed = f"at least 1, under interaction: {self.interaction}; 'dcn' and 'deepfm' need none"
+            raise ConfigError("dense_in_features", 0, allowed)
         if dlrm and (not self.bottom_mlp or self.bottom_mlp[-1] != self.embedding_dim):
             allowed = f"widths that end in embedding_dim={self.embedding_dim}, under interaction: {self.interaction}"
             raise ConfigError("bottom_mlp", list(self.bottom_mlp), allowed)

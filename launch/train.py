@@ -84,6 +84,8 @@ def _run(
         tables = job_tables(job, config_folder)
         settle = partial(agreed_meaning, job, folder, waits)
         data = open_data(job, dist.get_rank(), dist.get_world_size(), settle)
+    for name in data.splits.empty_files():
+        output.note(f"{name} has no rows and is left out")
     output.note(
         f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"
@@ -102,6 +104,7 @@ def _run(
                 "speed",
                 f"{trainer.samples_per_s:,.0f} samples/s, {trainer.waited_share:.1%} of the time waiting for data",
             ),
+            *_skipped(trainer.skipped_rows),
             ("run", str(folder.root)),
         ]
     )
@@ -144,8 +147,15 @@ def trained(
         test = trainer.train()
     numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration}
     known, speed = data.known_quality(), trainer.samples_per_s
-    folder.log(trainer.step, "test", auc=test.auc, **known, **numbers, samples_per_s=speed)
+    skipped = {"skipped_rows": trainer.skipped_rows["test"]} if trainer.skipped_rows else {}
+    folder.log(trainer.step, "test", auc=test.auc, **known, **numbers, **skipped, samples_per_s=speed)
     return trainer, test
+
+
+def _skipped(of_split: dict[str, int]) -> list[tuple[str, str]]:
+    if not any(of_split.values()):
+        return []
+    return [("malformed rows left out", ", ".join(f"{name} {n:,}" for name, n in of_split.items()))]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,14 +14,17 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.console import Output
+from launch.data.errors import BadRows
 from launch.data.loader import Batches, Data
 from launch.data.meaning import MeaningError
+from launch.data.split import Split
 from launch.differences import differences
 from launch.metrics import Predictions, Quality, quality
 from launch.out_of_memory import tables_named
 from launch.parallel import Parallel
 from launch.run_folder import RunFolder
 from launch.schedule import Schedule
+from launch.skipped_rows import SkippedRows
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
 from launch.waits import Waits
@@ -74,6 +77,8 @@ class Trainer:
         self._epoch = 0
         self._batch = 0  # trained of this epoch
         self._window = Predictions()  # since the last line of training metrics
+        self._has_good_rows = False  # as far as is known
+        self._skipped = SkippedRows(output.say, waits.group)
         self._best: float | None = None  # least validation log loss so far
         self._validated = self._saved = -1  # the steps at which that was last done
         self._worse = 0  # validations since the best one
@@ -93,6 +98,11 @@ class Trainer:
         return 1e6 * self._cpu_seconds * dist.get_world_size() / self._samples if self._samples else 0.0
 
     @property
+    def skipped_rows(self) -> dict[str, int]:
+        """Malformed rows of all ranks that the latest pass over each split left out; empty if they are errors."""
+        return self._skipped.of_split
+
+    @property
     def waited_share(self) -> float:
         """Of the time spent in training steps, the share of this rank's waiting for data."""
         return self._waited / self._seconds if self._seconds else 0.0
@@ -101,6 +111,7 @@ class Trainer:
         """Runs to the end and returns the quality on the test split, of the step that validated best.
 
         Raises:
+            DataError: no row of a split that was read is good.
             IndexError: an id outside of its table; on a GPU some steps late, but before anything is saved or reported.
             NonFiniteLossError: names the step, the learning rate, and the likely cause.
             Terminated: after SIGTERM or SIGINT, when a checkpoint has been written.
@@ -120,7 +131,7 @@ class Trainer:
         if best is not None and (step := Checkpoints.about(best)["step"]) != self.step:
             self._load(best)
             self.step = step
-        tested = self._evaluate(self._data.test())
+        tested, _ = self._evaluate(self._data.splits.test, self._data.test())
         if best is not None:
             self._write_weights(best)
         return tested
@@ -213,11 +224,12 @@ class Trainer:
             with self._data.train(self._epoch, skip=self._batch) as batches:
                 for predicted in self._steps(pipeline, batches):
                     self._window.add(*predicted)
-                    self._after_step(pipeline)
+                    self._after_step(pipeline, batches.bad_rows)
                     if self._done():
                         break
                 self._waited += batches.wait_seconds
             pipeline.detach()
+            self._after_pass(batches.bad_rows)
             if not self._done():
                 self._epoch, self._batch = self._epoch + 1, 0
                 if self._validated != self.step:
@@ -252,11 +264,18 @@ class Trainer:
                 self._save()  # unless the folder is lost
                 raise Terminated(signal)
 
-    def _after_step(self, pipeline: Any) -> None:
+    def _after_pass(self, bad_rows: BadRows) -> None:
+        train = self._data.splits.train
+        self._skipped.count(train, bad_rows)
+        if not self._has_good_rows and bad_rows.policy == "skip":
+            good = self._window.gather(self._device)[0].numel()
+            self._skipped.require_good_rows(train, good, bad_rows)
+
+    def _after_step(self, pipeline: Any, bad_rows: BadRows) -> None:
         self._output.step(self.step)
         train = self._job.train
         if self.step % train.log_every == 0:
-            self._log_train()
+            self._log_train(bad_rows)
         if train.eval_every and self.step % train.eval_every == 0:
             pipeline.detach()
             self._validate()
@@ -264,20 +283,25 @@ class Trainer:
         if train.checkpoint_every and self.step % train.checkpoint_every == 0:
             self._save()
 
-    def _log_train(self) -> None:
+    def _log_train(self, bad_rows: BadRows) -> None:
         q = quality(*self._window.gather(self._device))
+        skipped = self._skipped.count(self._data.splits.train, bad_rows)
+        self._has_good_rows |= q.samples > 0
+        if not self._has_good_rows:
+            self._skipped.require_good_rows(self._data.splits.train, 0, bad_rows)
         self._window = Predictions()
-        self._folder.log(self.step, "train", **_numbers(q), lr=self._schedule.lr, samples_per_s=self.samples_per_s)
+        speed = self.samples_per_s
+        self._folder.log(self.step, "train", **_numbers(q), **skipped, lr=self._schedule.lr, samples_per_s=speed)
+        rows = f"  {skipped['skipped_rows']:,} rows skipped" if skipped else ""
         self._output.report(
-            self.step,
-            f"logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}  {self.samples_per_s:,.0f} samples/s",
+            self.step, f"logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}  {speed:,.0f} samples/s{rows}"
         )
 
     def _validate(self) -> None:
         """Evaluates on the validation split, and keeps this step if none was better."""
-        q = self._evaluate(self._data.validation())
+        q, skipped = self._evaluate(self._data.splits.validation, self._data.validation())
         self._validated = self.step
-        self._folder.log(self.step, "validation", **_numbers(q))
+        self._folder.log(self.step, "validation", **_numbers(q), **skipped)
         self._output.say(
             f"step {self.step}: validation logloss {q.logloss:.4f}  NE {q.ne:.4f}  AUC {q.auc:.4f}"
             f"  calibration {q.calibration:.3f}"
@@ -295,7 +319,7 @@ class Trainer:
         else:
             self._worse += 1
 
-    def _evaluate(self, batches: Batches) -> Quality:
+    def _evaluate(self, split: Split, batches: Batches) -> tuple[Quality, dict[str, int]]:
         model = self._parallel.model
         model.eval()
         predictions = Predictions()
@@ -306,7 +330,10 @@ class Trainer:
                 predictions.add(*predicted)
         model.train()
         raise_pending()
-        return quality(*predictions.gather(self._device))
+        q = quality(*predictions.gather(self._device))
+        skipped = self._skipped.count(split, batches.bad_rows)
+        self._skipped.require_good_rows(split, q.samples, batches.bad_rows)
+        return q, skipped
 
     def _patient_at(self, first: bool) -> AbstractContextManager[None]:
         """Kernels are compiled in the first step of a pass, and rows sought, as long as it takes each rank."""

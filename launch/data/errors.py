@@ -1,6 +1,7 @@
 """What is wrong with data, and where: file and line."""
 
 import threading
+from collections.abc import Callable
 from typing import Literal
 
 OnBadRow = Literal["error", "skip"]
@@ -46,11 +47,18 @@ class BadRows:
         self.first: str | None = None
         self._lock = threading.Lock()
 
-    def report(self, location: str, problem: str) -> None:
-        """Raises DataError, or counts one row."""
-        error = DataError(location, problem)
-        if self.policy == "error":
-            raise error
+    def report(self, location: str, problem: str | Callable[[], str]) -> None:
+        """Raises DataError, or counts one row.
+
+        Args:
+            location (str): ``file:line``.
+            problem (str | Callable[[], str]): what is wrong; a function is called if the text is needed.
+        """
         with self._lock:
             self.count += 1
-            self.first = self.first or str(error)
+            if self.first is not None:
+                return
+            error = DataError(location, problem if isinstance(problem, str) else problem())
+            if self.policy == "error":
+                raise error
+            self.first = str(error)

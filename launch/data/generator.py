@@ -33,6 +33,7 @@ class GeneratorSource:
     """
 
     random_access = True
+    empty: Sequence[str] = ()
 
     def __init__(
         self,
@@ -65,6 +66,14 @@ class GeneratorSource:
 
     def location(self, row: int) -> str:
         return f"generator:{row + 1}"
+
+    def quoted(self, row: int, feature: int) -> str:
+        first = sum(self._hots[:feature])
+        rows = self._block(row // BLOCK).rows
+        return str(rows.ids[row % BLOCK, first : first + self._hots[feature]].tolist())
+
+    def close(self) -> None:
+        """Does nothing: there is no file."""
 
     def reopened(self) -> "GeneratorSource":
         return GeneratorSource(

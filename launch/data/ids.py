@@ -2,7 +2,9 @@
 
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,7 @@ from launch.data.text import readable
 UNKNOWN = 0
 _COUNTS = "counts of "
 Location = Callable[[int], str]
+Quoted = Callable[[int, int], str]
 
 
 class Vocabulary:
@@ -109,10 +112,11 @@ def columns(rows: Rows) -> list[Array]:
 
 
 def count_values(source: RowSource, start: int, stop: int, num_features: int, bad_rows: BadRows) -> ValueCounts:
-    """Counts the values of rows [start, stop) of ``source``."""
+    """Counts the values of rows [start, stop) of ``source``, and closes it."""
     counts = ValueCounts(num_features)
-    for row in range(start, stop, 65_536):
-        counts.add(source.read(row, min(row + 65_536, stop), bad_rows))
+    with closing(source):
+        for row in range(start, stop, 65_536):
+            counts.add(source.read(row, min(row + 65_536, stop), bad_rows))
     return counts
 
 
@@ -168,13 +172,14 @@ class IdMapping:
         # Half the memory to move, wherever that will do.
         self._dtype = np.int32 if max(table_rows) <= 2**31 else np.int64
 
-    def __call__(self, rows: Rows, bad_rows: BadRows, location: Location) -> Rows:
+    def __call__(self, rows: Rows, bad_rows: BadRows, location: Location, quoted: Quoted) -> Rows:
         """Returns ``rows`` with rows of tables as ids.
 
         Args:
-            rows: with ids as they were read.
-            bad_rows: told of ids that are outside their table, under ``"encoded"``.
-            location: of a row, by position in ``rows``.
+            rows (Rows): with ids as they were read.
+            bad_rows (BadRows): told of ids that are outside their table, under ``"encoded"``.
+            location (Location): of a row, by position in ``rows``.
+            quoted (Quoted): returns the ids of a row and a feature as they stand in the file.
 
         Raises:
             DataError: ``bad_rows`` refuses a row.
@@ -185,14 +190,12 @@ class IdMapping:
             return self._with_ids(rows, self._looked_up(rows, feature, limit))
         ids = rows.ids
         if self._kind == "modulo":
-            if ids.dtype == self._dtype:
-                limit = limit.astype(ids.dtype)
-            return self._with_ids(rows, (ids % limit) * (ids != MISSING))
-        outside = (ids >= limit) | (ids < MISSING)
+            return self._with_ids(rows, _remainder(ids, limit))
+        outside = (ids >= limit) | ((ids < 0) & (ids != MISSING))
         if not outside.any():
             return self._with_ids(rows, np.maximum(ids, 0))
         mapped = self._with_ids(rows, np.where(outside, 0, np.maximum(ids, 0)))
-        return mapped.without(self._report(rows, outside, feature, bad_rows, location))
+        return mapped.without(self._report(rows, outside, feature, bad_rows, location, quoted))
 
     def _with_ids(self, rows: Rows, ids: Array) -> Rows:
         return replace(rows, ids=ids.astype(self._dtype, copy=False))
@@ -208,21 +211,31 @@ class IdMapping:
                 ids[part] = vocabulary.ids(rows.ids[part], num_rows)
         return ids
 
-    def _report(self, rows: Rows, outside: Array, feature: Array, bad_rows: BadRows, location: Location) -> Array:
+    def _report(
+        self, rows: Rows, outside: Array, feature: Array, bad_rows: BadRows, location: Location, quoted: Quoted
+    ) -> Array:
         row_of = np.nonzero(outside)[0]
         feature_of = np.broadcast_to(feature, outside.shape)[outside]
         if rows.lengths is not None:
             row_of = np.repeat(np.arange(len(rows)), rows.lengths.sum(1))[row_of]
-        ids = rows.ids[outside]
         bad, first = np.unique(row_of, return_index=True)
         for row, i in zip(bad.tolist(), first.tolist(), strict=True):
-            f = int(feature_of[i])
             if rows.weights is None or rows.weights[row]:
-                problem = (
-                    f"{self._features[f]} is {ids[i]}; allowed: 0..{self._table_rows[f] - 1}, the rows of its table"
-                )
+                problem = partial(self._outside, int(feature_of[i]), partial(quoted, row))
                 bad_rows.report(location(row), problem)
         return bad
+
+    def _outside(self, feature: int, quoted: Callable[[int], str]) -> str:
+        allowed = f"0..{self._table_rows[feature] - 1}, the rows of its table"
+        return f"{self._features[feature]} is {quoted(feature)}; allowed: {allowed}"
+
+
+def _remainder(ids: Array, rows: Array) -> Array:
+    """Returns ids mod rows; ids are unsigned numbers of 64 bits, and a missing one becomes 0."""
+    if ids.dtype.kind == "i" and ids.min(initial=0) < 0:
+        wide = ids.astype(np.int64)
+        return np.where(wide == MISSING, 0, (wide.view(np.uint64) % rows.astype(np.uint64)).astype(np.int64))
+    return ids % rows.astype(ids.dtype) if np.iinfo(ids.dtype).max >= rows.max(initial=0) else ids % rows
 
 
 def _features_of_ids(rows: Rows) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -150,7 +151,8 @@ class Data:
             skip -= drop
             if drop < len(window):
                 todo.append((window, drop))
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        # The source is closed last, when no thread reads it any longer.
+        with closing(source), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
             ahead = [reader.submit(self._read, source, *what_next, bad_rows) for what_next in todo[:1]]
             for i in range(len(todo)):
                 rows = ahead.pop().result()
@@ -172,7 +174,9 @@ class Data:
 
     def _piece(self, source: RowSource, start: int, stop: int, bad_rows: BadRows) -> Rows:
         raw = source.read(start, stop, bad_rows)
-        rows = self._mapping(raw, bad_rows, lambda i: source.location(start + i))
+        rows = self._mapping(
+            raw, bad_rows, lambda i: source.location(start + i), lambda i, f: source.quoted(start + i, f)
+        )
         dense = transformed(rows.dense, self._section.dense_transform, self._section.missing_flags)
         return replace(rows, dense=dense)
 
@@ -180,7 +184,8 @@ class Data:
         """No rows, in the form of the split's: for a rank that has none at all."""
         first = what.split.start
         window = Window(((first, first + 1),), None)
-        return self._read(what.split.source.reopened(), window, 0, BadRows("skip")).cut(0, 0)
+        with closing(what.split.source.reopened()) as source:
+            return self._read(source, window, 0, BadRows("skip")).cut(0, 0)
 
 
 def open_data(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from launch.config import Job
     from launch.sections import DataSection
 
+_VERSION = 2  # of how values become 64-bit ids
 _MEANING, _VOCABULARY = "meaning.json", "vocabulary.npz"
 _FROM_ROWS, _FROM_FILE, _IN_THE_FILES = "the train split", "a file", "the npy files"
 
@@ -66,7 +67,8 @@ class Meaning:
         """Returns what `write` wrote.
 
         Raises:
-            DataError: a file is missing or corrupt, or the vocabulary is another one than ``meaning.json`` says.
+            DataError: a file is missing, corrupt or of another version, or the vocabulary is another one than
+                ``meaning.json`` says.
         """
         path = folder / _MEANING
         with readable(path):
@@ -76,6 +78,9 @@ class Meaning:
                 wanted = described["vocabulary"].get("sha256") if described["vocabulary"] else None
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(str(path), f"not what a run writes there: {error!r}") from error
+        if described.get("version") != _VERSION:
+            problem = f"version {described.get('version')} of the map from values to rows; allowed: {_VERSION}"
+            raise DataError(str(path), problem)
         if ids != "vocabulary" or wanted is None:
             return cls(described)
         vocabularies = tuple(load_vocabularies(folder / _VOCABULARY, features))
@@ -151,15 +156,17 @@ def settled(job: "Job", root: Path, kept: Path | None, build: Callable[[], Meani
 
 def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any]:
     section = job.data
-    by_name = section.format == "parquet"  # the other formats know columns by their places
-    ids = (section.parquet.ids or section.features) if by_name else [f"cat_{i}" for i in range(len(section.features))]
-    dense = list(section.parquet.dense) if by_name else [f"int_{i}" for i in range(section.dense_features)]
+    named = section.columns
+    dense = [f"int_{i}" for i in range(section.dense_features)] if named is None else list(named.dense)
+    hexadecimal = () if named is None else named.hexadecimal
     return {
-        "version": 1,
+        "version": _VERSION,
         "ids": section.ids,
         "features": {
-            feature: {"column": column, "rows": rows}
-            for feature, column, rows in zip(section.features, ids, job.rows_of_features(), strict=True)
+            feature: {"column": column, "hexadecimal": column in hexadecimal, "rows": rows}
+            for feature, column, rows in zip(
+                section.features, section.id_columns(), job.rows_of_features(), strict=True
+            )
         },
         "dense": {"columns": dense, "transform": section.dense_transform, "missing_flags": section.missing_flags},
         "vocabulary": _origin(section, vocabularies),

@@ -3,6 +3,7 @@
 import bisect
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,7 @@ from launch.data.errors import BadRows, DataError
 from launch.data.rows import Array, Rows, concat
 from launch.data.source import Labels
 from launch.data.text import readable
+from launch.data.validity import Validity
 
 _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
 
@@ -23,15 +25,21 @@ class NpySource:
     For a prefix ``day_0``: ``day_0_dense.npy`` (N, dense features), ``day_0_labels.npy`` (N,) or (N, 1), and either
     ``day_0_sparse_multi_hot.npz``, whose array "f" (N, H_f) holds the ids of feature f, or ``day_0_sparse.npy`` (N, F).
 
+    The least int64, -2^63, stands for a missing id.
+
     Args:
         prefixes: of the files.
         num_features: F.
         dense_features: number of dense features.
         hots: H_f that the files must have; default: any.
         labels: "optional": ``day_0_labels.npy`` may be missing.
+        label_above: see `launch.data.validity.Validity`.
+
+    Attributes:
+        empty (list[str]): prefixes of the files that have no rows.
 
     Raises:
-        DataError: a file is missing, unreadable, or of another shape or type.
+        DataError: a file is missing, unreadable, or of another shape or type; no file has any row.
     """
 
     random_access = True
@@ -43,8 +51,14 @@ class NpySource:
         dense_features: int,
         hots: Sequence[int] | None = None,
         labels: Labels = "needed",
+        label_above: float | None = None,
     ) -> None:
-        self._files = [_NpyFiles(str(prefix), num_features, dense_features, labels) for prefix in prefixes]
+        validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels, label_above)
+        files = [_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes]
+        self.empty: Sequence[str] = [file.prefix for file in files if not len(file.labels)]
+        self._files = [file for file in files if len(file.labels)]
+        if not self._files:
+            raise DataError(self.empty[0] + _LABELS, "empty")
         for file in self._files:
             for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].prefix)):
                 if allowed is not None and file.hots != tuple(allowed):
@@ -70,23 +84,28 @@ class NpySource:
         i = bisect.bisect_right(self._ends, row)
         return self._files[i].location(row - (self._ends[i - 1] if i else 0))
 
+    def quoted(self, row: int, feature: int) -> str:
+        i = bisect.bisect_right(self._ends, row)
+        return self._files[i].quoted(row - (self._ends[i - 1] if i else 0), feature)
+
+    def close(self) -> None:
+        """Does nothing: the files are mapped into memory."""
+
     def reopened(self) -> "NpySource":
         return self  # it has no read position
 
 
 class _NpyFiles:
-    def __init__(self, prefix: str, num_features: int, dense_features: int, labels: Labels) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, num_features: int, validity: Validity) -> None:
+        self.prefix, self._validity = prefix, validity
         self._dense = _mapped(prefix + _DENSE)
-        self._labelled = labels == "needed" or Path(prefix + _LABELS).exists()
-        self.labels = _mapped(prefix + _LABELS) if self._labelled else np.full(len(self._dense), np.nan, np.float32)
+        labelled = validity.labels == "needed" or Path(prefix + _LABELS).exists()
+        self.labels = _mapped(prefix + _LABELS) if labelled else np.full(len(self._dense), np.nan, np.float32)
         if self.labels.ndim == 2 and self.labels.shape[1] == 1:
             self.labels = self.labels[:, 0]
         n = len(self.labels)
-        if n == 0:
-            raise DataError(prefix + _LABELS, "empty")
         _check(prefix + _LABELS, self.labels, (n,), "biuf")
-        _check(prefix + _DENSE, self._dense, (n, dense_features), "fiu")
+        _check(prefix + _DENSE, self._dense, (n, len(validity.dense)), "fiu")
         if Path(prefix + _MULTI_HOT).exists():
             self._ids = _members(prefix + _MULTI_HOT, num_features)
             for f, ids in enumerate(self._ids):
@@ -100,12 +119,26 @@ class _NpyFiles:
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         part = slice(start, stop)
         ids = self._ids[0][part] if len(self._ids) == 1 else np.concatenate([ids[part] for ids in self._ids], axis=1)
-        labels = self.labels[part]
-        rows = Rows(labels.astype(np.float32), self._dense[part].astype(np.float32), np.asarray(ids), self.hots)
-        bad = np.flatnonzero((labels != 0) & (labels != 1)) if self._labelled else np.empty(0, np.int64)
-        for i in bad.tolist():
-            bad_rows.report(self.location(start + i), f"label is {labels[i]}; allowed: 0, 1")
-        return rows.without(bad)
+        ids = np.asarray(ids).view(np.int64) if ids.dtype == np.uint64 else np.asarray(ids)
+        dense = self._dense[part].astype(np.float32)
+        rows, problems = self._validity.block(
+            np.asarray(self.labels[part]), dense, ids, self.hots, None, {}, partial(self._value, start)
+        )
+        for i in sorted(problems):
+            bad_rows.report(self.location(start + i), problems[i])
+        return rows
+
+    def _value(self, start: int, i: int, column: str) -> str:
+        """Returns what stands in a column of row ``start + i``."""
+        if column == self._validity.label:
+            return str(self.labels[start + i])
+        return str(self._dense[start + i, self._validity.dense.index(column)])
+
+    def quoted(self, row: int, feature: int) -> str:
+        if len(self._ids) == 1 and len(self.hots) > 1:
+            return str(self._ids[0][row, feature])
+        ids = self._ids[feature][row].tolist()
+        return str(ids[0] if len(ids) == 1 else ids)
 
     def location(self, row: int) -> str:
         return f"{self.prefix}:{row + 1}"

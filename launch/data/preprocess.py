@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.data.criteo_tsv import tsv_source
+from launch.data.criteo_tsv import NUM_CATEGORICAL, NUM_DENSE, tsv_source
 from launch.data.errors import BadRows, DataError, OnBadRow
 from launch.data.ids import ValueCounts, Vocabulary, columns, save_vocabularies
 from launch.data.source import RowSource
 from launch.data.split import expanded
-from launch.data.tsv_parser import NUM_CATEGORICAL, NUM_DENSE
 from launch.sections import CRITEO_FEATURES
 
 _AT_A_TIME = 65_536
@@ -72,6 +71,10 @@ def preprocess(
         for f, (vocabulary, values) in enumerate(zip(vocabularies, columns(rows), strict=True)):
             files["sparse"][to, f] = vocabulary.ids(values)[:, 0]
         written += len(rows)
+    if written == 0:
+        for part in parts.values():
+            part.unlink()
+        raise DataError(source.location(0), f"no row is good, the first: {bad_rows.first}")
     for name, file in files.items():
         file.flush()
         if written < len(file):
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console()
     try:
-        source = tsv_source(expanded(arguments.files))
+        source = tsv_source(expanded(arguments.files), on_bad_row=arguments.on_bad_row)
         vocabulary_rows = max(1, round(source.num_rows * arguments.vocabulary_share))
         bars = (
             TextColumn("{task.description}"),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-MISSING = -1  # in place of an id that a row lacks
+MISSING = -(2**63)  # in place of an id that a row lacks; files may hold any other number of 64 bits
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Where rows come from: anything that knows how many it has and reads a range of them."""
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import accumulate
 from typing import Literal, Protocol
 
-from launch.data.errors import BadRows
+from launch.data.errors import BadRows, DataError
 from launch.data.rows import Rows, concat
 
 Labels = Literal["needed", "optional"]  # of a file; rows of one without labels have the label NaN
@@ -17,6 +17,11 @@ Block = tuple[Rows, dict[int, str]]
 
 class RowSource(Protocol):
     """Rows 0..num_rows-1 in a fixed order. Not to be read from two threads at once: `reopened` for each."""
+
+    @property
+    def empty(self) -> Sequence[str]:
+        """Names of the files that have no rows, and are left out."""
+        ...
 
     @property
     def num_rows(self) -> int:
@@ -40,6 +45,14 @@ class RowSource(Protocol):
         """Returns ``file:line`` of a row."""
         ...
 
+    def quoted(self, row: int, feature: int) -> str:
+        """Returns the ids of a feature as they stand in the file; may be slow."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files that `read` has left open."""
+        ...
+
     def reopened(self) -> "RowSource":
         """Returns the same source with a read position of its own."""
         ...
@@ -49,34 +62,50 @@ class BlockFile(Protocol):
     """A file that is read from some row on, in blocks."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def num_rows(self) -> int: ...
 
-    def blocks(self, start: int) -> Iterator[Block]:
+    def blocks(self, start: int) -> Generator[Block, None, None]:
         """Yields the rows from ``start`` on, in blocks of any size."""
         ...
 
     def location(self, row: int) -> str: ...
 
+    def quoted(self, row: int, feature: int) -> str: ...
+
 
 class SequentialSource:
-    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about."""
+    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about.
+
+    Attributes:
+        empty (list[str]): names of the files that have no rows.
+
+    Raises:
+        DataError: no file has any row.
+    """
 
     random_access = False
 
     def __init__(self, files: Sequence[BlockFile]) -> None:
-        self._files = list(files)
-        self._ends = list(accumulate(file.num_rows for file in files))
+        self.empty: Sequence[str] = [file.name for file in files if file.num_rows == 0]
+        self._files = [file for file in files if file.num_rows]
+        if not self._files:
+            raise DataError(self.empty[0], "empty" if len(files) == 1 else f"empty, and so are all {len(files)} files")
+        self._ends = list(accumulate(file.num_rows for file in self._files))
         self._position = 0
-        self._blocks: Iterator[Block] | None = None
+        self._blocks: Generator[Block, None, None] | None = None
         self._rest: Block | None = None
 
     @property
     def num_rows(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         if self._blocks is None or start != self._position:
-            self._blocks, self._rest = self._from(start), None
+            self.close()
+            self._blocks = self._from(start)
         parts: list[Rows] = []
         row = start
         while row < stop:
@@ -97,13 +126,22 @@ class SequentialSource:
         file = bisect.bisect_right(self._ends, row)
         return self._files[file].location(row - self._start(file))
 
+    def quoted(self, row: int, feature: int) -> str:
+        file = bisect.bisect_right(self._ends, row)
+        return self._files[file].quoted(row - self._start(file), feature)
+
+    def close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
+        self._blocks = self._rest = None
+
     def reopened(self) -> "SequentialSource":
         return SequentialSource(self._files)
 
     def _start(self, file: int) -> int:
         return self._ends[file - 1] if file else 0
 
-    def _from(self, start: int) -> Iterator[Block]:
+    def _from(self, start: int) -> Generator[Block, None, None]:
         for i, file in enumerate(self._files):
             if start < self._ends[i]:
                 yield from file.blocks(max(start - self._start(i), 0))

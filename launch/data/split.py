@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
+from launch.data.columns import Columns
 from launch.data.criteo_tsv import tsv_source
+from launch.data.delimited import Dialect, delimited_source
 from launch.data.errors import DataError
 from launch.data.generator import GeneratorSource
 from launch.data.npy import NpySource
@@ -33,6 +35,11 @@ class Splits:
     train: Split
     validation: Split
     test: Split
+
+    def empty_files(self) -> list[str]:
+        """Returns the names of the files that have no rows, and are left out."""
+        splits = (self.train, self.validation, self.test)
+        return list(dict.fromkeys(name for split in splits for name in split.source.empty))
 
 
 def open_splits(section: DataSection, table_rows: Sequence[int]) -> Splits:
@@ -74,26 +81,41 @@ def boundaries(num_rows: int, shares: Sequence[float]) -> tuple[int, int]:
 
 
 def expanded(paths: Sequence[str], suffix: str = "") -> list[Path]:
-    """Returns the files that ``paths`` name, patterns resolved, in the order of the numbers in their names.
+    """Returns the files that ``paths`` name, patterns and folders resolved, in the order of the numbers in their names.
+
+    A folder stands for all files in it, those in folders within it included. Names that begin with ``_`` or ``.`` are
+    left out: Spark writes ``_SUCCESS`` and ``.crc`` beside its parts.
 
     Args:
-        paths: files, or patterns such as ``day_*.gz``; ``~`` is the home directory.
-        suffix: what each lacks of a file's name; patterns match with it.
+        paths (Sequence[str]): files, folders, or patterns such as ``day_*.gz``; ``~`` is the home directory.
+        suffix (str): what each lacks of a file's name; patterns match with it, and there are no folders.
 
     Raises:
-        DataError: a pattern that matches nothing.
+        DataError: a pattern that matches nothing; a folder without files.
     """
-    files = []
+    files: list[Path] = []
     for path in paths:
         path = str(Path(path).expanduser())
-        if not has_magic(path):
-            files.append(Path(path))
-            continue
-        found = sorted(glob(path + suffix), key=_natural)
-        if not found:
-            raise DataError(path + suffix, "no file matches")
-        files += [Path(name.removesuffix(suffix)) for name in found]
+        found = [Path(path)]
+        if has_magic(path):
+            names = sorted(glob(path + suffix), key=_natural)
+            found = [Path(name.removesuffix(suffix)) for name in names if Path(name).name[0] != "_"]
+            if not found:
+                raise DataError(path + suffix, "no file matches")
+        for file in found:
+            files += _files_of(file) if not suffix and file.is_dir() else [file]
     return files
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part[0] in "_." for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(str(folder), "a folder without files")
+    return sorted(files, key=lambda file: _natural(str(file)))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -104,20 +126,31 @@ def opened_files(section: DataSection, paths: Sequence[str], labels: Labels = "n
     """Opens files of the section's format, whatever files the section names itself.
 
     Args:
-        section: of the job.
-        paths: files, prefixes of files, or patterns.
-        labels: "optional": a file without them has rows whose label is NaN.
+        section (DataSection): of the job.
+        paths (Sequence[str]): files, folders, prefixes of files, or patterns.
+        labels (Labels): "optional": a file without them has rows whose label is NaN.
 
     Raises:
-        DataError: a file is missing, unreadable, empty or not what it should be.
+        DataError: a file is missing, unreadable or not what it should be; none has any row.
     """
-    if section.format == "criteo_tsv":
-        return tsv_source(expanded(paths), labels)
     if section.format == "npy":
-        files = expanded(paths, "_labels.npy" if labels == "needed" else "_dense.npy")
-        return NpySource(files, len(section.features), section.dense_features, section.multi_hot, labels)
-    columns = section.parquet
-    return parquet_source(expanded(paths), columns.label, columns.dense, columns.ids or section.features, labels)
+        prefixes = expanded(paths, "_labels.npy" if labels == "needed" else "_dense.npy")
+        hots = section.multi_hot
+        return NpySource(prefixes, len(section.features), section.dense_features, hots, labels, section.label_above)
+    files = expanded(paths)
+    if section.format == "criteo_tsv":
+        return tsv_source(files, labels, section.on_bad_row)
+    named = section.columns
+    assert named is not None
+    ids, above = section.id_columns(), section.label_above
+    if section.format == "parquet":
+        return parquet_source(
+            files, named.label, named.dense, ids, labels, hexadecimal=named.hexadecimal, label_above=above
+        )
+    text = section.csv
+    dialect = Dialect(text.delimiter, text.quoted, text.nulls, text.names)
+    columns = Columns(named.label, named.dense, ids, named.hexadecimal, above)
+    return delimited_source(files, columns, dialect, labels, section.on_bad_row)
 
 
 def _whole(name: str, source: RowSource) -> Split:

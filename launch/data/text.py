@@ -1,5 +1,6 @@
 """Lines of text files, plain or gzip, in large blocks of whole lines."""
 
+import bisect
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -12,27 +13,41 @@ from launch.data.prefetch import Prefetched
 _READ = 1 << 19  # of a size that stays in the processor's cache while it is parsed
 _CHUNKS_AHEAD = 8
 _GZIP_MAGIC = b"\x1f\x8b"
+_OTHER_MAGIC = {
+    b"PAR1": "Parquet",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 
 
 class TextFile:
     """A text file whose lines are counted once, so that a reader can start near any of them.
 
     Args:
-        path: a plain file, or a gzip file of any number of members, by its first two bytes.
+        path (str | Path): a plain file, or a gzip file of any number of members, by its first two bytes.
+
+    Attributes:
+        num_lines (int): without blank lines at the end.
+        last_line (bytes): the last one of these, without its end.
+        is_cut (bool): True if no newline follows that.
 
     Raises:
-        DataError: missing, unreadable or empty; a gzip file that is truncated or corrupt, with the last whole line.
+        DataError: missing or unreadable; a gzip file that is truncated or corrupt, with the last whole line.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         # Byte offset (of the decompressed text) and number of lines before it, some megabytes apart.
         self._marks = [(0, 0)]
-        self.num_lines = self._count()
+        self.num_lines, self.last_line, self.is_cut = 0, b"", False
+        self._count()
 
     def blocks(self, start: int) -> Generator[bytes, None, None]:
         """Yields the lines from line ``start`` (counted from 0) on, as blocks that end with a newline."""
-        offset, line = max(mark for mark in self._marks if mark[1] <= start)
+        # The marks are in order of both, and lines may be longer than the distance of two.
+        offset, line = self._marks[bisect.bisect_right(self._marks, start, key=lambda mark: mark[1]) - 1]
         rest = b""
         # Decompression, which needs no interpreter, beside its consumer.
         with Prefetched(lambda: self._chunks(offset), _CHUNKS_AHEAD) as chunks:
@@ -40,37 +55,54 @@ class TextFile:
                 data = rest + chunk if rest else chunk
                 end = data.rfind(b"\n") + 1
                 whole, rest = data[:end], data[end:]
+                count = whole.count(b"\n")
                 if line < start:
-                    skipped = min(start - line, whole.count(b"\n"))
-                    line, whole = line + skipped, _without_lines(whole, skipped)
+                    skipped = min(start - line, count)
+                    line, count, whole = line + skipped, count - skipped, whole[lines_cut(whole, skipped) :]
+                if line + count > self.num_lines:
+                    count = self.num_lines - line
+                    whole, rest = whole[: lines_cut(whole, count)], b""
                 if whole:
                     yield whole
-        if rest and line >= start:
+                line += count
+        if rest and start <= line < self.num_lines:
             yield rest + b"\n"
 
-    def _count(self) -> int:
+    def _count(self) -> None:
         lines = offset = 0
-        last = b"\n"
+        rest = b""
         try:
             for chunk in self._chunks(0):
                 end = chunk.rfind(b"\n") + 1
-                lines += chunk.count(b"\n")
-                offset += len(chunk)
                 if end:
-                    self._marks.append((offset - len(chunk) + end, lines))
-                last = chunk[-1:]
+                    whole = rest + chunk[:end]
+                    self._take(whole, lines)
+                    lines += whole.count(b"\n")
+                    self._marks.append((offset + end, lines))
+                rest = chunk[end:] if end else rest + chunk
+                offset += len(chunk)
         except DataError as error:
             if offset == 0:
                 raise
             raise DataError(f"{self.path}:{lines + 1}", error.problem) from error
-        if offset == 0:
-            raise DataError(str(self.path), "empty")
-        return lines + (last != b"\n")
+        self.is_cut = bool(rest.strip(b"\r"))
+        self._take(rest, lines)
+
+    def _take(self, text: bytes, line: int) -> None:
+        """Notes the last line of ``text`` that is not blank; ``text`` begins at ``line``."""
+        kept = text.rstrip(b"\r\n")
+        if kept:
+            self.num_lines = line + kept.count(b"\n") + 1
+            self.last_line = kept[kept.rfind(b"\n") + 1 :]
 
     def _chunks(self, offset: int) -> Iterator[bytes]:
         """Yields the text from byte ``offset`` on."""
         with readable(self.path), open(self.path, "rb") as file:
-            if file.read(2) != _GZIP_MAGIC:
+            start = file.read(5)
+            if not start.startswith(_GZIP_MAGIC):
+                for magic, kind in _OTHER_MAGIC.items():
+                    if start.startswith(magic):
+                        raise DataError(str(self.path), f"a file of {kind}; allowed: text, plain or gzip")
                 file.seek(offset)
                 while chunk := file.read(_READ):
                     yield chunk
@@ -94,11 +126,17 @@ def readable(path: str | Path) -> Iterator[None]:
         raise DataError(str(path), f"cannot be read: {error.strerror or error}") from error
 
 
-def _without_lines(text: bytes, count: int) -> bytes:
+def lines_cut(text: bytes, count: int) -> int:
+    """Returns where the first ``count`` lines of ``text`` end.
+
+    Example:
+        >>> lines_cut(b"ab\\nc\\nd\\n", 2)
+        5
+    """
     position = 0
     for _ in range(count):
         position = text.index(b"\n", position) + 1
-    return text[position:]
+    return position
 
 
 def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ import pytest
 from click_rows import NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
 
 from launch.data.errors import BadRows, DataError
+from launch.data.id_values import ALLOWED_TYPES
 from launch.data.npy import NpySource
 from launch.data.parquet import parquet_source
 from launch.data.rows import MISSING, Rows
@@ -83,6 +84,32 @@ def test_npy_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a:5: label is 7; allowed: 0, 1"):
         NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 10, BadRows("error"))
     assert NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 6, BadRows("skip")).weights.tolist() == [1, 0, 1]  # type: ignore[union-attr]
+    rows.dense[2, 4] = np.inf
+    write_npy(tmp_path / "a", rows)
+    with pytest.raises(DataError, match="a:3: dense 4 is inf; allowed: a finite number or nothing"):
+        NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(0, 10, BadRows("error"))
+
+
+def test_npy_files_without_rows_are_left_out(tmp_path: Path) -> None:
+    rows = click_rows(np.random.default_rng(0), 10)
+    prefixes = [write_npy(tmp_path / "a", rows.cut(0, 0)), write_npy(tmp_path / "b", rows)]
+    source = NpySource(prefixes, NUM_FEATURES, NUM_DENSE)
+    assert (source.empty, source.num_rows, source.location(0)) == ([prefixes[0]], 10, f"{prefixes[1]}:1")
+    with pytest.raises(DataError, match=r"a_labels.npy: empty"):
+        NpySource(prefixes[:1], NUM_FEATURES, NUM_DENSE)
+
+
+def test_npy_labels_by_threshold_and_ids_of_64_bits(tmp_path: Path) -> None:
+    rows = click_rows(np.random.default_rng(0), 3)
+    prefix = write_npy(tmp_path / "a", rows)
+    np.save(tmp_path / "a_labels.npy", np.float32([1, 3.5, 5]))
+    ids = np.full((3, NUM_FEATURES), 2**64 - 5, np.uint64)
+    np.save(tmp_path / "a_sparse.npy", ids)
+    source = NpySource([prefix], NUM_FEATURES, NUM_DENSE, label_above=3.5)
+    read = source.read(0, 3, BadRows("error"))
+    assert read.labels.tolist() == [0, 0, 1]
+    assert set(read.ids.reshape(-1).tolist()) == {-5}
+    assert source.quoted(0, 3) == str(2**64 - 5)
 
 
 def parquet_table(rows: Rows, kind: str) -> pa.Table:
@@ -106,7 +133,7 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
     files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     pq.write_table(parquet_table(rows.cut(0, 400), kind), files[0], row_group_size=150)
     pq.write_table(parquet_table(rows.cut(400, 1000), kind), files[1])
-    source = parquet_source(files, "label", DENSE, FEATURES)
+    source = parquet_source(files, "label", DENSE, FEATURES, hexadecimal=FEATURES)
     for start, stop in [(0, 1000), (100, 350), (350, 700), (10, 20), (899, 1000)]:
         assert_same_rows(source.read(start, stop, BadRows("error")), rows.cut(start, stop))
 
@@ -130,18 +157,29 @@ def test_parquet_lists(tmp_path: Path) -> None:
 def test_parquet_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
 
-    def message(**columns: Any) -> str:
+    def message(hexadecimal: tuple[str, ...] = (), **columns: Any) -> str:
         pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"], **columns}), file)
         with pytest.raises(DataError) as caught:
-            parquet_source([file], "label", ["x"], ["a"]).read(0, 2, BadRows("error"))
+            parquet_source([file], "label", ["x"], ["a"], hexadecimal=hexadecimal).read(0, 2, BadRows("error"))
         return str(caught.value).removeprefix(str(file))
 
     assert message(label=[1, 2]) == ":2: label is 2; allowed: 0, 1"
     assert message(label=[None, 1]) == ":1: label is None; allowed: 0, 1"
-    assert message(a=["ff", "xyz"]) == ":2: a is xyz; allowed: 1 to 8 hexadecimal digits"
-    assert message(a=[3, -7]) == ":2: a is -7; allowed: at least 0"
-    assert message(a=[[3], [1, None]]) == ":2: a is [1, None]; allowed: no null in a list"
-    assert message(a=[1.5, 2.5]) == ": column 'a' is of type double; allowed: integers, strings, or lists of integers"
+    assert message(("a",), a=["ff", "xyz"]) == ":2: a is 'xyz'; allowed: 1 to 16 hexadecimal digits or nothing"
+    assert message(("a",), a=[["ff"], ["1", "xyz"]]) == (
+        ":2: a is ['1', 'xyz']; allowed: 1 to 16 hexadecimal digits or nothing"
+    )
+    assert message(a=[3, -(2**63)]) == (
+        ":2: a is -9223372036854775808; allowed: an integer from -2^63 + 1 to 2^64 - 1 but 2^63, or nothing"
+    )
+    assert message(a=[2.0, 2.5]) == ":2: a is 2.5; allowed: an integer, of a float up to 2^53, or nothing"
+    assert (
+        message(a=[2.0**60, 2])
+        == ":1: a is 1.152921504606847e+18; allowed: an integer, of a float up to 2^53, or nothing"
+    )
+    assert message(a=[{"b": 1}, {"b": 2}]) == f": column 'a' is of type struct<b: int64>; allowed: {ALLOWED_TYPES}"
+    assert message(x=[1.0, np.inf]) == ":2: x is inf; allowed: a finite number or nothing"
+    assert message(x=[1e300, 1.0]) == ":1: x is 1e+300; allowed: a finite number or nothing"
     assert message(x=["1", "2"]) == ": column 'x' is of type string; allowed: numbers"
     pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"]}), file)
     with pytest.raises(DataError, match="no column 'b'; it has label, x, a"):
@@ -161,7 +199,7 @@ def test_parquet_files_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real Criteo sample is not beside this checkout")
 def test_real_parquet() -> None:
-    source = parquet_source([SHARED / "criteo_1tb_32768.parquet"], "label", DENSE, FEATURES)
+    source = parquet_source([SHARED / "criteo_1tb_32768.parquet"], "label", DENSE, FEATURES, hexadecimal=FEATURES)
     rows = source.read(0, source.num_rows, BadRows("error"))
     assert len(rows) == 32_768
     assert rows.labels.mean() == pytest.approx(0.0284, abs=1e-4)

@@ -22,6 +22,10 @@ def where(row: int) -> str:
     return f"file:{row + 1}"
 
 
+def quoted(row: int, feature: int) -> str:
+    return f"'v{row},{feature}'"
+
+
 @pytest.mark.parametrize("as_ragged", [False, True])
 def test_modulo_vocabulary_and_encoded(as_ragged: bool) -> None:
     rows = rows_of([[7, 103, 5], [MISSING, 3, 2**31 + 1]], hots=(1, 2))
@@ -29,16 +33,16 @@ def test_modulo_vocabulary_and_encoded(as_ragged: bool) -> None:
         rows = ragged(rows)
 
     def ids(mapping: IdMapping) -> list[list[int]]:
-        return mapping(rows, BadRows("error"), where).ids.reshape(2, 3).tolist()  # type: ignore[no-any-return]
+        return mapping(rows, BadRows("error"), where, quoted).ids.reshape(2, 3).tolist()  # type: ignore[no-any-return]
 
     assert ids(IdMapping("modulo", ["a", "b"], [5, 100])) == [[2, 3, 5], [0, 3, (2**31 + 1) % 100]]
     vocabularies = [Vocabulary(np.array([MISSING, 9, 7])), Vocabulary(np.array([3, 5, 103]))]
     assert ids(IdMapping("vocabulary", ["a", "b"], [4, 3], vocabularies)) == [[3, 0, 2], [1, 1, 0]]
     assert ids(IdMapping("vocabulary", ["a", "b"], [8, 104])) == [[7, 103, 5], [0, 3, 0]]
-    with pytest.raises(DataError, match=r"file:2: b is 2147483649; allowed: 0..103, the rows of its table"):
+    with pytest.raises(DataError, match=r"file:2: b is 'v1,1'; allowed: 0..103, the rows of its table"):
         ids(IdMapping("encoded", ["a", "b"], [8, 104]))
     bad = BadRows("skip")
-    mapped = IdMapping("encoded", ["a", "b"], [8, 104])(rows, bad, where)
+    mapped = IdMapping("encoded", ["a", "b"], [8, 104])(rows, bad, where, quoted)
     assert (bad.count, mapped.weights.tolist()) == (1, [1, 0])  # type: ignore[union-attr]
     assert mapped.ids.reshape(2, 3).tolist() == [[7, 103, 5], [0, 0, 0]]
     assert ids(IdMapping("encoded", ["a", "b"], [8, 2**32])) == [[7, 103, 5], [0, 3, 2**31 + 1]]

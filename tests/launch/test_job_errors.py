@@ -47,7 +47,7 @@ def test_an_error_that_is_not_the_projects_says_how_to_see_more(tmp_path: Path) 
     assert "KeyError: 'lost' (--traceback shows where)\n" in ranks.text()
 
 
-@pytest.mark.parametrize(("size", "name"), [(500, "demo"), (2000, "demo/config.yaml")])
+@pytest.mark.parametrize(("size", "name"), [(500, "demo"), (2000, "demo/meaning.json"), (3000, "demo/config.yaml")])
 def test_a_full_disk_is_one_line_that_names_the_file(size: int, name: str, tmp_path: Path) -> None:
     # Print little: the output is a file as well, in which the table of tables would leave no room for the error.
     ranks = start(tmp_path, *with_set(*SMALL), "--quiet", max_file_bytes=size)

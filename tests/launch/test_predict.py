@@ -124,11 +124,11 @@ def test_a_malformed_row_is_an_error_or_has_no_score(
     ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     columns = rows(300, seed=5)
-    columns["user"][7] = -1
+    columns["price"][7] = np.inf
     new, out = write(tmp_path / "new.parquet", columns), tmp_path / "scores.parquet"
     arguments = ["--run", str(ended / "t"), "--data", str(new), "--out", str(out)]
     assert main(arguments) == 1
-    assert capsys.readouterr().err == f"launch.predict: {new}:8: user is -1; allowed: at least 0\n"
+    assert capsys.readouterr().err == f"launch.predict: {new}:8: price is inf; allowed: a finite number or nothing\n"
     assert not out.exists()
     assert main([*arguments, "--on-bad-row", "skip"]) == 0
     assert "1 malformed rows have no score, the first is" in capsys.readouterr().out

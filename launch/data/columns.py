@@ -1,0 +1,156 @@
+"""Rows of Arrow columns, whichever file they come from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from launch.data.errors import DataError
+from launch.data.id_values import ALLOWED_TYPES, id_values, is_id_type
+from launch.data.rows import Array, segments
+from launch.data.source import Block, Labels
+from launch.data.validity import Validity
+
+_SHOWN = 40  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a file by their names.
+
+    Args:
+        label (str): of the label.
+        dense (Sequence[str]): of the dense features.
+        ids (Sequence[str]): of the categorical features.
+        hexadecimal (Sequence[str]): those of ``ids`` whose strings are numbers in base 16.
+        label_above (float | None): see `launch.data.validity.Validity`.
+    """
+
+    label: str
+    dense: Sequence[str]
+    ids: Sequence[str]
+    hexadecimal: Sequence[str] = ()
+    label_above: float | None = None
+
+
+class ColumnReader:
+    """Makes rows of the columns of one file.
+
+    Args:
+        path (str): of the file, for messages.
+        columns (Columns): that are read.
+        found (Sequence[str]): names of the file's columns.
+        labels (Labels): "optional": the file may lack the label's column.
+
+    Attributes:
+        names (list[str]): of all columns that are read, each once.
+
+    Raises:
+        DataError: the file lacks a column.
+    """
+
+    def __init__(self, path: str, columns: Columns, found: Sequence[str], labels: Labels) -> None:
+        self._path, self._columns = path, columns
+        self._labelled = labels == "needed" or columns.label in found
+        label = [columns.label] if self._labelled else []
+        self.names = list(dict.fromkeys((*label, *columns.dense, *columns.ids)))
+        for name in self.names:
+            if name not in found:
+                raise DataError(path, f"no column {name!r}; it has {', '.join(found)}")
+        self._validity = Validity(columns.label, columns.dense, labels, columns.label_above)
+
+    def check_types(self, schema: pa.Schema) -> None:
+        """Checks the types of a file that has a schema.
+
+        Raises:
+            DataError: a column of another type.
+        """
+        for name in self.names:
+            kind = schema.field(name).type
+            if name in self._columns.ids and not is_id_type(kind):
+                raise DataError(self._path, f"column {name!r} is of type {kind}; allowed: {ALLOWED_TYPES}")
+            if name not in self._columns.ids and not _is_number(kind):
+                raise DataError(self._path, f"column {name!r} is of type {kind}; allowed: numbers")
+
+    def rows(self, arrays: Mapping[str, pa.Array], num_rows: int) -> Block:
+        """Returns the rows of the columns' arrays; text is converted to numbers if it can be."""
+        wrong: dict[int, str] = {}
+
+        def quote(i: int, name: str) -> str:
+            return quoted(arrays[name][i].as_py())
+
+        def report(name: str, positions: Array, allowed: str) -> None:
+            for i in positions.tolist():
+                wrong.setdefault(i, f"{name} is {quote(i, name)}; allowed: {allowed}")
+
+        labels = np.full(num_rows, np.nan)
+        if self._labelled:
+            labels = _numbers(arrays[self._columns.label], pa.float64())
+        dense = np.empty((num_rows, len(self._columns.dense)), np.float32)
+        for j, name in enumerate(self._columns.dense):
+            dense[:, j] = _numbers(arrays[name], pa.float32())
+        parts = [
+            id_values(arrays[name], name in self._columns.hexadecimal, partial(report, name))
+            for name in self._columns.ids
+        ]
+        ids, lengths = _row_major(parts)
+        return self._validity.block(labels, dense, ids, (1,) * len(parts), lengths, wrong, quote)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_number(kind.value_type)
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return number or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+
+
+def _numbers(column: pa.Array, kind: pa.DataType) -> Array:
+    """Returns floats, NaN where a value is missing, and infinity where text is no number, so that it is refused."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_binary(column.type):
+        return _numbers_of_text(column.view(pa.string()), kind)
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    return column.cast(kind, safe=False).to_numpy(zero_copy_only=False)
+
+
+def _numbers_of_text(column: pa.Array, kind: pa.DataType) -> Array:
+    try:
+        return column.cast(kind).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid:
+        return np.array([_number(value, kind) for value in column], kind.to_pandas_dtype())
+
+
+def _number(value: pa.Scalar, kind: pa.DataType) -> float:
+    try:
+        return np.nan if not value.is_valid else float(value.cast(kind).as_py())
+    except pa.ArrowInvalid:
+        return np.inf
+
+
+def quoted(value: Any) -> str:
+    """Returns a value for a message, text in quotes.
+
+    Example:
+        >>> quoted(b"u_1"), quoted(1.5), quoted([1, None])
+        ("'u_1'", '1.5', '[1, None]')
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return repr(value[:_SHOWN]) if isinstance(value, str) else str(value)
+
+
+def _row_major(parts: Sequence[tuple[Array, Array | None]]) -> tuple[Array, Array | None]:
+    """Joins the ids of all features: (B, F), or (N,) row by row with lengths (B, F) if any column is of lists."""
+    if all(lengths is None for _, lengths in parts):
+        return np.stack([values for values, _ in parts], axis=1), None
+    lengths = np.stack([np.ones(len(v), np.int64) if n is None else n for v, n in parts])
+    flat = np.concatenate([values for values, _ in parts])
+    counts = lengths.reshape(-1)
+    starts = np.cumsum(counts) - counts
+    order = np.arange(lengths.size).reshape(lengths.shape).T.reshape(-1)
+    return flat[segments(starts, counts, order)], np.ascontiguousarray(lengths.T)
