@@ -269,6 +269,6 @@ def test_merge_keys_may_override(tmp_path: Path) -> None:
         "three": {"a": 4, "b": 3},
         "empty": None,
     }
-    text = "base: [&x {a: 1, b: 2}, &y {b: 3, c: 4}]\nboth: {<<: [*x, *y], c: 5}\n"
+    text = "maps: [&x {a: 1, b: 2}, &y {b: 3, c: 4}]\nboth: {<<: [*x, *y], c: 5}\n"
     assert read_yaml(written(tmp_path, text))["both"] == {"a": 1, "b": 2, "c": 5}
     assert read_yaml(written(tmp_path, "# nothing\n")) == {}

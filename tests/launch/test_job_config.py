@@ -10,20 +10,9 @@ import yaml
 from launch.config import Job, read_job, write_job
 from launch.model import build_model
 from launch.overrides import override
-from torchrec_qr.schema import ConfigError, build_tables, load
+from torchrec_qr.schema import ConfigError, build_tables, dump, load
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-KAGGLE_VARIANTS = (
-    "full",
-    "hash",
-    "qr_mult",
-    "qr_add",
-    "qr_concat",
-    "qr_threshold",
-    "mixed_radix",
-    "chinese_remainder",
-    "path",
-)
 
 
 def sections(**changed: Any) -> dict[str, Any]:
@@ -58,11 +47,39 @@ def test_shipped_configs_load_build_and_come_back(file: Path, tmp_path: Path) ->
 
 
 def test_shipped_configs_are_all_there() -> None:
-    kaggle = {f"criteo_kaggle_{variant}{model}" for variant in KAGGLE_VARIANTS for model in ("", "_dcn")}
+    kaggle = {f"criteo_kaggle_{variant}{model}" for variant in KAGGLE for model in ("", "_dcn")}
     assert {file.stem for file in CONFIGS} == {
         *kaggle,
         *("demo", "criteo_sample_full", "criteo_sample_qr", "mlperf_dcnv2_full", "mlperf_dcnv2_qr"),
     }
+
+
+QR = {"kind": "quotient_remainder", "num_collisions": 4}
+KAGGLE: dict[str, tuple[int, dict[str, Any]]] = {
+    "full": (2**40, {}),
+    "hash": (4, {"partitions": {"kind": "hash", "compression": 4.0}}),
+    "qr_mult": (4, {"partitions": QR, "operation": "mult"}),
+    "qr_add": (4, {"partitions": QR, "operation": "add"}),
+    "qr_concat": (4, {"partitions": QR, "operation": "concat"}),
+    "qr_threshold": (200, {"partitions": QR, "operation": "mult"}),
+    "mixed_radix": (200, {"partitions": {"kind": "mixed_radix", "compression": 4.0, "num_partitions": 3}}),
+    "chinese_remainder": (200, {"partitions": {"kind": "chinese_remainder", "compression": 4.0, "num_partitions": 3}}),
+    "path": (200, {"partitions": QR, "operation": "path", "path_hidden": 64}),
+}
+DCN = {"interaction": "dcn", "bottom_mlp": [], "cross_layers": 6, "top_mlp": [512, 256, 64]}
+
+
+@pytest.mark.parametrize("model", ["", "_dcn"])
+@pytest.mark.parametrize("variant", KAGGLE)
+def test_kaggle_jobs_differ_in_method_model_and_name_alone(variant: str, model: str) -> None:
+    folder = CONFIGS[0].parent
+    least, method = KAGGLE[variant]
+    expected = dump(read_job(folder / "criteo_kaggle_full.yaml"))
+    for table in expected["tables"]:
+        table |= method if table["num_embeddings"] > least else {}
+    expected["model"] |= DCN if model else {}
+    expected["train"]["name"] = f"criteo_kaggle_{variant}{model}"
+    assert read_job(folder / f"criteo_kaggle_{variant}{model}.yaml") == load(Job, expected)
 
 
 def test_the_recipes_totals() -> None:
@@ -185,8 +202,9 @@ tables:
     ("assignment", "message"),
     [
         ("train.batch_size", "'train.batch_size'; allowed: KEY=VALUE"),
-        ("train..x=1", "'train..x=1'; allowed: KEY=VALUE"),
+        ("train..x=1", "'train..x'; allowed: a path of keys, such as model.embedding_dim"),
         ("tables[2].name=x", "tables[2].name: tables has 2 entries"),
+        ("tables[bb].name=x", "tables[bb].name: tables has no entry of the name 'bb'; did you mean 'b'?"),
         ("tables.a.name=x", "tables.a.name: tables has no keys"),
         ("train[0]=x", "train[0]: train is not a list"),
         ("train.name=[", "train.name: '[' is not YAML"),
