@@ -122,12 +122,12 @@ def _numbers_of_text(column: pa.Array, kind: pa.DataType) -> Array:
     try:
         return column.cast(kind).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
-        return np.array([_number(value, kind) for value in column], kind.to_pandas_dtype())
+        return np.array([_number(column.slice(i, 1), kind) for i in range(len(column))], kind.to_pandas_dtype())
 
 
-def _number(value: pa.Scalar, kind: pa.DataType) -> float:
+def _number(column: pa.Array, kind: pa.DataType) -> float:
     try:
-        return np.nan if not value.is_valid else float(value.cast(kind).as_py())
+        return float(column.cast(kind).to_numpy(zero_copy_only=False)[0])
     except pa.ArrowInvalid:
         return np.inf
 
