@@ -122,7 +122,7 @@ def _numbers_of_text(column: pa.Array, kind: pa.DataType) -> Array:
     try:
         return column.cast(kind).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
-        return np.array([_number(column.slice(i, 1), kind) for i in range(len(column))], kind.to_pandas_dtype())
+        return np.array([_number(column.slice(i, 1), kind) for i in range(len(column))])
 
 
 def _number(column: pa.Array, kind: pa.DataType) -> float:
