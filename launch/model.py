@@ -12,14 +12,10 @@ from torchrec.modules.crossnet import VectorCrossNet
 from torchrec.modules.mlp import MLP
 
 from launch.sections import ModelConfig
-from torchrec_qr import CompositionalEmbeddingBagCollection, FeatureGenerationEmbeddingBagCollection
+from torchrec_qr import CompositionalEmbeddingBagCollection
 
 Collection = Callable[..., nn.Module]
 _META = torch.device("meta")
-_COLLECTIONS: dict[str, Collection] = {
-    "compositional": CompositionalEmbeddingBagCollection,
-    "feature_generation": FeatureGenerationEmbeddingBagCollection,
-}
 
 
 class DCN(nn.Module):
@@ -80,15 +76,15 @@ def build_model(
     config: ModelConfig,
     tables: list[EmbeddingBagConfig],
     device: torch.device,
-    collection: Collection | None = None,
+    collection: Collection = CompositionalEmbeddingBagCollection,
     embeddings_on: torch.device = _META,
 ) -> nn.Module:
     """Returns the model of ``config``, (dense, ids) → logits (B, 1).
 
     The embeddings are on the meta device, to be sharded, or on ``embeddings_on``; the dense layers on ``device``.
-    ``collection`` makes a collection of tables in the place of the one that ``config`` names.
+    ``collection(tables=…, device=…)`` makes the collection of the tables.
     """
-    ebc = (collection or _COLLECTIONS[config.collection])(tables=tables, device=embeddings_on)
+    ebc = collection(tables=tables, device=embeddings_on)
     dlrm: dict[str, Any] = {
         "embedding_bag_collection": ebc,
         "dense_in_features": config.dense_in_features,

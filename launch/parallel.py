@@ -80,7 +80,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         storage_reservation=FixedPercentageStorageReservation(percentage=job.planner.storage_reserve),
         dense_optimizer=partial(_make, job.optimizer.sparse),
     )
-    # Of feature generation, which every rank holds whole, there is nothing to plan.
+    # Plan nothing if no sharder takes the collection, because the planner refuses such a model.
     shardable = {sharder.module_type for sharder in sharders}
     planned = any(type(module) in shardable for module in task.modules())
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})

@@ -211,7 +211,6 @@ class ModelConfig:
         cross_layers: of ``dcn`` and ``dcn_v2``.
         cross_rank: of the low-rank matrices of ``dcn_v2``.
         projection_mlp: widths of both branches of ``projection``, the last one a multiple of D.
-        collection: ``compositional``, or ``feature_generation``, where each partition is a feature of its own.
     """
 
     interaction: Literal["dot", "dcn_v2", "projection", "dcn", "deepfm"] = "dot"
@@ -222,7 +221,6 @@ class ModelConfig:
     cross_layers: Positive = 3
     cross_rank: Positive = 512
     projection_mlp: tuple[Positive, ...] = ()
-    collection: Literal["compositional", "feature_generation"] = "compositional"
 
     def __post_init__(self) -> None:
         dlrm = self.interaction in ("dot", "dcn_v2", "projection")

@@ -9,6 +9,7 @@ from batches import batch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,
@@ -16,7 +17,6 @@ from torchrec_qr import (
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,
     ExplicitPartitions,
-    FeatureGenerationEmbeddingBagCollection,
     HashPartition,
     MixedRadix,
     QuotientRemainder,

@@ -10,12 +10,12 @@ from torch import Tensor
 from torchrec import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,
-    FeatureGenerationEmbeddingBagCollection,
     HashPartition,
     MixedRadix,
     Partitions,

@@ -16,10 +16,10 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
-    FeatureGenerationEmbeddingBagCollection,
 )
 
 S, D, DENSE, SAMPLES = 100, 8, 3, 64

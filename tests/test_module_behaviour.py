@@ -29,12 +29,12 @@ from torch.utils._pytree import tree_iter
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     ExplicitPartitions,
-    FeatureGenerationEmbeddingBagCollection,
     MixedRadix,
     QuotientRemainder,
 )

@@ -13,11 +13,11 @@ from roundings import allowances, assert_agrees
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
-    FeatureGenerationEmbeddingBagCollection,
 )
 from torchrec_qr.ops.cpu_library import without_kernels
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torchrec_qr.late_errors import raise_pending
     from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
     from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
-    from torchrec_qr.modules.feature_generation import FeatureGenerationEmbeddingBagCollection
     from torchrec_qr.partitions import (
         ChineseRemainder,
         ExplicitPartitions,
@@ -30,7 +29,6 @@ __all__ = [
     "CompositionalEmbeddingCollection",
     "CompositionalEmbeddingConfig",
     "ExplicitPartitions",
-    "FeatureGenerationEmbeddingBagCollection",
     "HashPartition",
     "MixedRadix",
     "Partitions",
@@ -43,7 +41,6 @@ _MODULES = {
     "CompositionalEmbeddingBagConfig": "configs",
     "CompositionalEmbeddingCollection": "modules.embedding_collection",
     "CompositionalEmbeddingConfig": "configs",
-    "FeatureGenerationEmbeddingBagCollection": "modules.feature_generation",
     "raise_pending": "late_errors",
 }
 

@@ -6,7 +6,8 @@ import torch
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
-from torchrec_qr import CompositionalEmbeddingBagConfig, FeatureGenerationEmbeddingBagCollection
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
+from torchrec_qr import CompositionalEmbeddingBagConfig
 from torchrec_qr.configs import InitFn
 from torchrec_qr.init import partition_configs
 

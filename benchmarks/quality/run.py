@@ -14,21 +14,26 @@ from torchrec import EmbeddingBagConfig
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.datasets import DataSet, data_set
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from benchmarks.quality.pool_first import PoolFirstEmbeddingBagCollection
 from benchmarks.quality.tables import DIM, parameters_of, tables_of
 from launch.config import Job
 from launch.console import Output
 from launch.data.loader import open_data
-from launch.model import build_model
+from launch.model import Collection, build_model
 from launch.run_folder import RunFolder
 from launch.tables import job_tables
 from launch.train import trained
 from launch.waits import Waits
-from torchrec_qr import CompositionalEmbeddingBagConfig
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
 from torchrec_qr.schema import load
 
 _AMSGRAD_RATE = 1e-3  # PyTorch's default, as in the paper
 _EPS = 1e-10
+_COLLECTIONS: dict[str, Collection] = {
+    "feature_generation": FeatureGenerationEmbeddingBagCollection,
+    "pool_first": PoolFirstEmbeddingBagCollection,
+}
 
 
 def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) -> dict[str, Any]:
@@ -45,8 +50,7 @@ def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) 
     torch.manual_seed(seed)
     configs = [_initialised(cell, config) for config in job_tables(job, Path("/"))]
     opened = open_data(job, rank=0, world_size=1)
-    collection = PoolFirstEmbeddingBagCollection if cell.method == "pool_first" else None
-    model = build_model(job.model, configs, device, collection)
+    model = build_model(job.model, configs, device, _COLLECTIONS.get(cell.method, CompositionalEmbeddingBagCollection))
     waits = Waits(job.train, device)
     with tempfile.TemporaryDirectory() as root:
         runs = RunFolder(Path(root) / "run", rank=0)
@@ -77,9 +81,8 @@ def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) 
 def _job(cell: Cell, data: DataSet, tables: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     amsgrad = cell.optimizer == "amsgrad"
     rate = _AMSGRAD_RATE if amsgrad else data.rate
-    collection = "feature_generation" if cell.method == "feature_generation" else "compositional"
     dense = data.section.get("dense_features", 13)
-    model = {"embedding_dim": DIM, "dense_in_features": dense, "collection": collection, **data.model}
+    model = {"embedding_dim": DIM, "dense_in_features": dense, **data.model}
     sparse = {"name": cell.optimizer, "lr": rate * cell.lr_factor, "eps": _EPS}
     optimizer = {"sparse": sparse, "dense": {"name": "amsgrad" if amsgrad else "adagrad", "lr": rate, "eps": _EPS}}
     epochs = {} if cell.epochs is None else {"epochs": cell.epochs}

@@ -1,6 +1,5 @@
 """The step benchmark on ranks that others start: TorchX, torchrun; and a step that goes wrong."""
 
-import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,6 @@ def test_an_option_of_another_suite_is_refused(capsys: pytest.CaptureFixture[str
         step.parsed(["--suite", "dlrm", "--scale", "0.5"])
     assert caught.value.code == 2
     assert "--scale with --suite dlrm; allowed: with dynamicemb" in capsys.readouterr().err
-
-
-def test_examples_are_right() -> None:
-    assert doctest.testmod(step_suites).failed == 0
 
 
 def test_tables_are_cut_to_what_a_rank_has_room_for() -> None:

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from launch.config import Job
 from launch.data.batch import Batch
 from launch.metrics import Predictions, quality
@@ -34,7 +35,7 @@ INTERACTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def job(interaction: str, collection: str = "compositional", **train: Any) -> Job:
+def job(interaction: str, **train: Any) -> Job:
     table = {"embedding_dim": 4, "num_embeddings": 30}
     compressed = {**table, "partitions": {"kind": "quotient_remainder", "num_collisions": 5}}
     model = {"top_mlp": [8, 6], "dense_in_features": 3, **INTERACTIONS[interaction]}
@@ -42,7 +43,7 @@ def job(interaction: str, collection: str = "compositional", **train: Any) -> Jo
     sections = {
         "tables": [{"name": "a", **compressed}, {"name": "b", **table}, {"name": "c", **compressed}],
         "data": {"features": ["a", "b", "c"], "dense_features": 3},
-        "model": {**model, "interaction": interaction, "collection": collection, "embedding_dim": 4},
+        "model": {**model, "interaction": interaction, "embedding_dim": 4},
         "optimizer": {"sparse": rule, "dense": rule},
         "train": {"batch_size": 4, **train},
     }
@@ -60,11 +61,11 @@ def batch(seed: int) -> Batch:
 
 def train_two_steps(rank: int, world_size: int) -> None:
     for interaction in INTERACTIONS:
-        for collection in ("compositional", "feature_generation"):
-            this = job(interaction, collection, grad_clip=0.01)
+        for collection in (CompositionalEmbeddingBagCollection, FeatureGenerationEmbeddingBagCollection):
+            this = job(interaction, grad_clip=0.01)
             torch.manual_seed(0)
             tables = build_tables(this.tables, ".")
-            task = TrainTask(build_model(this.model, tables, CPU), CPU)
+            task = TrainTask(build_model(this.model, tables, CPU, collection), CPU)
             parallel = parallelize(task, this, CPU)
             model, optimizer = parallel.model, parallel.optimizer
             layers = {n: p for n, p in model.named_parameters() if "embedding_bags" not in n}

@@ -1,4 +1,4 @@
-"""Every example in the application's docstrings is right."""
+"""Every example in the docstrings of the application and the benchmarks is right."""
 
 import doctest
 import importlib
@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in (ROOT / "launch").rglob("*.py")
+    for package in ("benchmarks", "launch")
+    for path in (ROOT / package).rglob("*.py")
     if path.name != "__init__.py" and ">>>" in path.read_text()
 )
 

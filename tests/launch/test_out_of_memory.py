@@ -7,20 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from launch.config import Job
-from launch.model import build_model
+from launch.model import Collection, build_model
 from launch.out_of_memory import described, tables_named
 from launch.parallel import Parallel, parallelize
 from launch.task import TrainTask
 from tests.distributed.ranks import run_ranks
 from tests.launch.jobs import SMALL, start, with_set
+from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.schema import build_tables, load
 
 CPU = torch.device("cpu")
 ROWS = 2**40  # in fp32 and 64 columns 256 TiB, more than a process has addresses for
 
 
-def job(huge: bool, sharding_type: str, collection: str = "compositional") -> Job:
+def job(huge: bool, sharding_type: str) -> Job:
     """Tables ``qr`` and ``plain``, and a third that may be huge."""
     table = {"num_embeddings": 50, "embedding_dim": 64}
     partitions = {"kind": "hash", "num_rows": ROWS} if huge else {"kind": "hash", "num_rows": 30}
@@ -34,7 +36,7 @@ def job(huge: bool, sharding_type: str, collection: str = "compositional") -> Jo
     constraints = dict.fromkeys(names, constraint)
     given = {
         "data": {"features": names},
-        "model": {"bottom_mlp": [8, 64], "embedding_dim": 64, "top_mlp": [8], "collection": collection},
+        "model": {"bottom_mlp": [8, 64], "embedding_dim": 64, "top_mlp": [8]},
         "tables": tables,
         "planner": {"hbm_gib": 1e9, "constraints": constraints},
         "optimizer": {"sparse": {"name": "sgd"}},
@@ -43,8 +45,9 @@ def job(huge: bool, sharding_type: str, collection: str = "compositional") -> Jo
     return loaded
 
 
-def place(this: Job) -> Parallel:
-    return parallelize(TrainTask(build_model(this.model, build_tables(this.tables, "."), CPU), CPU), this, CPU)
+def place(this: Job, collection: Collection = CompositionalEmbeddingBagCollection) -> Parallel:
+    model = build_model(this.model, build_tables(this.tables, "."), CPU, collection)
+    return parallelize(TrainTask(model, CPU), this, CPU)
 
 
 def place_a_huge_one(rank: int, world_size: int, sharding_type: str) -> str:
@@ -81,7 +84,7 @@ def bytes_as_placed(rank: int, world_size: int) -> None:
             pieces = [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
             held[table] += sum(piece.numel() * piece.element_size() for piece in pieces)
         assert parallel.held == held, sharding_type
-    parallel = place(job(False, "data_parallel", "feature_generation"))
+    parallel = place(job(False, "data_parallel"), FeatureGenerationEmbeddingBagCollection)
     total = sum(p.numel() * 4 for n, p in parallel.model.named_parameters() if "embedding_bags." in n)
     assert sum(parallel.held.values()) == total > 0
 

@@ -73,7 +73,6 @@ def test_on_one_rank_the_metrics_are_equal_to_the_bit(tmp_path: Path) -> None:
 
 
 KINDS = {
-    "feature generation": ["model.collection=feature_generation"],
     "dcn, amsgrad": ["model.interaction=dcn", "model.bottom_mlp=[]", "optimizer.sparse.name=amsgrad"],
     "half-precision tables": ["tables[*].data_type=fp16"],
     "path": ["tables[0].operation=path", "tables[0].path_hidden=8"],

@@ -10,6 +10,7 @@ from benchmarks.quality.study import pending, result_file, results, run_all
 SEEDS = 3
 HASH, MULT = (Cell("generator_check", method, 16) for method in ("hash", "mult"))
 REFUSED = Cell("generator_check", "mult", 250)
+BASELINES = [Cell("generator_check", method, 16) for method in ("feature_generation", "pool_first")]
 
 
 def test_multiplication_beats_hashing_by_three_times_the_seed_spread(tmp_path: Path) -> None:
@@ -38,3 +39,12 @@ def test_multiplication_beats_hashing_by_three_times_the_seed_spread(tmp_path: P
     margin = statistics.fmean(loss["hash"]) - statistics.fmean(loss["mult"])
     spread = max(statistics.stdev(values) for values in loss.values())
     assert margin > 3 * spread, (loss, margin, spread)
+
+
+def test_the_papers_baselines_train(tmp_path: Path) -> None:
+    run_all([(cell, 0) for cell in BASELINES], tmp_path, tmp_path / "data", tmp_path, workers=1)
+    generated, pooled = (json.loads(result_file(tmp_path, cell, 0).read_text()) for cell in BASELINES)
+    assert generated["rows"] == pooled["rows"]
+    # A model that has learned nothing is at 1.
+    assert max(generated["ne"], pooled["ne"]) < 0.75
+    assert generated["logloss"] != pooled["logloss"]

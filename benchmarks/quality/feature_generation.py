@@ -6,9 +6,9 @@ from typing import cast
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_qr.configs import CompositionalEmbeddingBagConfig, InitFn
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
+from torchrec_qr.configs import InitFn
 from torchrec_qr.init import partition_configs
-from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 
 
 class FeatureGenerationEmbeddingBagCollection(CompositionalEmbeddingBagCollection):
@@ -34,8 +34,7 @@ class FeatureGenerationEmbeddingBagCollection(CompositionalEmbeddingBagCollectio
     Example:
         >>> import torch
         >>> from torchrec import KeyedJaggedTensor
-        >>> from torchrec_qr import (
-        ...     CompositionalEmbeddingBagConfig, FeatureGenerationEmbeddingBagCollection, QuotientRemainder)
+        >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> ebc = FeatureGenerationEmbeddingBagCollection(tables=[
         ...     CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=1000,
         ...         embedding_dim=8, partitions=QuotientRemainder(1000, num_collisions=10))])
