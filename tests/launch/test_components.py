@@ -167,6 +167,19 @@ def test_configs_that_are_none(text: bytes | None, message: str, tmp_path: Path)
     assert refusal("local_cwd", "dlrm", "--config", str(config)).startswith(f"--config {config}: {message}")
 
 
+def test_the_components_find_their_own_modules_from_any_folder(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("tables: []")
+    component = f"{ROOT / 'launch' / 'components.py'}:dlrm"
+    # -P as TorchX's command: what lies in the working directory is no module.
+    command = [sys.executable, "-P", "-m", "torchx.cli.main", "run", "-s", "local_cwd", "--dryrun", component]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    out = subprocess.run(
+        [*command, "--config", "job.yaml"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    assert "-m launch.train --config job.yaml" in out.stdout
+
+
 def test_a_refused_job_is_told_and_gives_exit_code_1() -> None:
     code, output = torchx("run", "-s", "local_cwd", "launch/components.py:dlrm", *DEMO, "-j", "0x1")
     assert code == 1
