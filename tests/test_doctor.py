@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from torchrec_qr.doctor import TESTED, TORCHREC_NEEDS, Stack, Trio, version_problem
+from torchrec_qr.cli.installed_stack import Stack
+from torchrec_qr.cli.stack_advice import TESTED, TORCHREC_NEEDS, Trio, version_problem
 from torchrec_qr.ops import cpu_library
 
 ROOT = Path(__file__).parents[1]
@@ -357,7 +358,8 @@ def test_tested_trios_are_those_with_a_lock_and_the_ranges_hold_them() -> None:
 
 
 def test_help_is_instant() -> None:
-    code = "import sys, torchrec_qr.cli; print(sorted({'torch', 'torchrec', 'numpy', 'fbgemm_gpu'} & set(sys.modules)))"
+    slow = {"torch", "torchrec", "numpy", "fbgemm_gpu"}
+    code = f"import sys, torchrec_qr.cli.commands; print(sorted({slow} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout

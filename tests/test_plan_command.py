@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from torchrec_qr.cli import main
+from torchrec_qr.cli.commands import main
 from torchrec_qr.schema import read_tables
 
 MLPERF = str(Path(__file__).parents[1] / "configs" / "mlperf_dcnv2_qr.yaml")

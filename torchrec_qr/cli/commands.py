@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from torchrec_qr import __version__, doctor
+from torchrec_qr import __version__
+from torchrec_qr.cli import doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: code 2 for arguments that do not parse, 0 after ``--help`` and ``--version``.
 
     Example:
-        >>> from torchrec_qr.cli import main
+        >>> from torchrec_qr.cli.commands import main
         >>> try:
         ...     main(["--version"])
         ... except SystemExit as stop:
@@ -63,7 +64,3 @@ def _plan(arguments: argparse.Namespace) -> int:
     from torchrec_qr.sizing.command import run
 
     return run(arguments)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
