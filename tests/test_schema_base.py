@@ -10,7 +10,7 @@ from torchrec_qr.schema import read_planner, read_tables, read_yaml
 BASE = """
 train: {name: base, seed: 1, rates: [1, 2]}
 tables:
-  - &a {name: a, num_embeddings: 100, embedding_dim: 16, partitions: {kind: hash, num_rows: 10}}
+  - &a {name: a, num_embeddings: 100, embedding_dim: 16, partitions: {kind: hash, rows: 10}}
   - {<<: *a, name: b, num_embeddings: 1000}
   - {name: c, num_embeddings: 5, embedding_dim: 16}
 planner: {topology: 1x2}
@@ -38,15 +38,15 @@ def test_entries_of_a_list_change_by_path_each_in_its_own_place(tmp_path: Path) 
     over = """
 base: below.yaml
 tables[*]: {pooling: mean}
-tables[num_embeddings>99].partitions.num_rows: 9
-tables[b]: {partitions: {num_rows: 8}, pooling: sum}
+tables[num_embeddings>99].partitions.rows: 9
+tables[b]: {partitions: {rows: 8}, pooling: sum}
 tables[2].name: d
 train.seed: 2
 """
     read = read_yaml(files(tmp_path, below=BASE, over=over))
     a, b, d = read["tables"]
-    assert a["partitions"] == {"kind": "hash", "num_rows": 9}
-    assert b["partitions"] == {"kind": "hash", "num_rows": 8}
+    assert a["partitions"] == {"kind": "hash", "rows": 9}
+    assert b["partitions"] == {"kind": "hash", "rows": 8}
     assert (a["pooling"], b["pooling"], d["pooling"], d["name"]) == ("mean", "sum", "mean", "d")
     assert "partitions" not in d
     assert read["train"]["seed"] == 2
@@ -95,5 +95,5 @@ def test_errors_name_every_file_on_the_way_and_the_key(tmp_path: Path, text: str
 
 
 def test_a_wrong_value_is_told_by_the_file_that_was_read(tmp_path: Path) -> None:
-    over = files(tmp_path, below=BASE, over="base: below.yaml\ntables[b].partitions: {num_rows: 0}")
+    over = files(tmp_path, below=BASE, over="base: below.yaml\ntables[b].partitions: {rows: 0}")
     assert error_of(read_tables, over).startswith(f"{over}: tables[1].partitions")
