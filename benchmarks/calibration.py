@@ -215,7 +215,7 @@ def _collection(count: int, compositional: bool, rows: int) -> tuple[nn.Module, 
     ]
     meta = torch.device("meta")
     if compositional:
-        tables = [CompositionalEmbeddingBagConfig(**c, partitions=QuotientRemainder(rows, 4)) for c in common]
+        tables = [CompositionalEmbeddingBagConfig(**c, partitions=QuotientRemainder(num_collisions=4)) for c in common]
         return (
             CompositionalEmbeddingBagCollection(tables=list(tables), device=meta),
             CompositionalEmbeddingBagCollectionSharder(fused),

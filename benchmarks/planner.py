@@ -88,7 +88,7 @@ def tables() -> tuple[list[EmbeddingBagConfig], dict[str, ParameterConstraints]]
                 feature_names=[f"f{i}"],
                 num_embeddings=rows,
                 embedding_dim=DIM,
-                partitions=QuotientRemainder(rows, collisions),
+                partitions=QuotientRemainder(num_collisions=collisions),
             )
         )
         constraints[name] = ParameterConstraints(pooling_factors=[float(generator.choice([1, 1, 4, 10]))])

@@ -45,7 +45,9 @@ def zipf(count: int) -> tuple[list[EmbeddingBagConfig], dict[str, ParameterConst
         fields: dict[str, Any] = {"name": f"t{i}", "feature_names": [f"f{i}"], "num_embeddings": rows}
         if rows > 10_000 and i % 4:
             tables.append(
-                CompositionalEmbeddingBagConfig(**fields, embedding_dim=128, partitions=QuotientRemainder(rows, 4))
+                CompositionalEmbeddingBagConfig(
+                    **fields, embedding_dim=128, partitions=QuotientRemainder(num_collisions=4)
+                )
             )
         else:
             tables.append(EmbeddingBagConfig(**fields, embedding_dim=128))

@@ -35,6 +35,7 @@ from torchrec_qr.ops.cpu_library import without_kernels
 from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, stepped_lookup
 from torchrec_qr.ops.memory import zeros
+from torchrec_qr.partitions import ClosedForm
 
 
 class Variant:
@@ -48,9 +49,9 @@ class Variant:
 
     def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
         self.tables, self.traffic, self.device, self.plan = tables, traffic, device, {}
+        self.spec = QuotientRemainder(num_collisions=m)
         self.partitions = [
-            QuotientRemainder(n, num_collisions=m) if self.compresses and n > tables.threshold else None
-            for n in tables.sizes
+            self.spec.bind(n) if self.compresses and n > tables.threshold else None for n in tables.sizes
         ]
 
     def out(self, batch: Batch) -> Tensor:
@@ -201,7 +202,7 @@ def _configs(variant: Variant) -> list[EmbeddingBagConfig]:
         if partitions is None:
             configs.append(EmbeddingBagConfig(**fields, init_fn=_uniform))
         else:
-            configs.append(CompositionalEmbeddingBagConfig(**fields, partitions=partitions, init_fn=_uniform))
+            configs.append(CompositionalEmbeddingBagConfig(**fields, partitions=variant.spec, init_fn=_uniform))
     return configs
 
 
@@ -308,7 +309,7 @@ class _Stock(_Dmp):
         keys = [f"{f}.{j}" for f in self.tables.features for j in range(2)]
         return KeyedJaggedTensor(keys=keys, values=torch.cat(rows), lengths=lengths.reshape(-1))
 
-    def _partitions_of(self, f: int) -> QuotientRemainder:
+    def _partitions_of(self, f: int) -> ClosedForm:
         partitions = self.partitions[f]
         assert partitions is not None
         return partitions

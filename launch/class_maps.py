@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch.config import Job
 from launch.run_folder import RunFolder
+from torchrec_qr import ExplicitPartitions
 
 
 def with_class_maps(job: Job, config_folder: Path, folder: RunFolder) -> Job:
@@ -17,7 +18,7 @@ def with_class_maps(job: Job, config_folder: Path, folder: RunFolder) -> Job:
     """
     tables = []
     for table in job.tables:
-        if table.partitions is not None and table.partitions.file is not None:
+        if isinstance(table.partitions, ExplicitPartitions) and table.partitions.file is not None:
             copy = folder.keep_file(config_folder / table.partitions.file, "class_maps")
             table = replace(table, partitions=replace(table.partitions, file=copy))
         tables.append(table)

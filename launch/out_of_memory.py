@@ -107,7 +107,7 @@ def _bytes_of(table: EmbeddingBagConfig, sharding_type: str, shards: list[Any], 
             values = _values(shards, rank)
         return values * DTYPES[table.data_type].itemsize
     total = 0
-    for j, (rows, columns) in enumerate(zip(table.partitions.sizes, table.partition_columns, strict=True)):
+    for j, (rows, columns) in enumerate(zip(table.bound_partitions.sizes, table.partition_columns, strict=True)):
         of_partition = stored_shards(table, j, sharding_type, shards)
         values = rows * columns if of_partition is None else _values(of_partition, rank)
         total += values * DTYPES[table.partition_data_types[j]].itemsize

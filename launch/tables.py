@@ -51,5 +51,5 @@ def _single_partition(table: EmbeddingBagConfig) -> CompositionalEmbeddingBagCon
         data_type=table.data_type,
         pooling=table.pooling,
         init_fn=table.init_fn,
-        partitions=MixedRadix(rows, (rows,)),
+        partitions=MixedRadix(sizes=[rows]),
     )

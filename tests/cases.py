@@ -25,12 +25,12 @@ def kinds(draw: Callable[..., Any], num_ids: int = 100) -> Kind:
 @st.composite
 def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True) -> tuple[Any, Kind]:
     kind = draw(kinds())
-    k = kind.partitions.num_partitions
+    k = kind.bound.num_partitions
     operation = draw(st.sampled_from(["mult", "add", "concat", "path"]))
     dim = draw(st.sampled_from([4, 8, 12])) if operation != "concat" else 4 * draw(st.integers(k, k + 2))
     fields: dict[str, Any] = {
         "name": name,
-        "num_embeddings": kind.partitions.num_ids,
+        "num_embeddings": kind.num_embeddings,
         "embedding_dim": dim,
         "feature_names": [f"f_{name}"],
         "data_type": draw(st.sampled_from([DataType.FP32, DataType.FP32, DataType.FP16, DataType.BF16])),

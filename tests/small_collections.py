@@ -14,8 +14,8 @@ from torchrec_qr import (
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
     CompositionalEmbeddingConfig,
-    Partitions,
 )
+from torchrec_qr.partitions import PartitionSpec
 
 S = 100
 OPERATIONS: dict[str, dict[str, Any]] = {
@@ -33,16 +33,16 @@ BATCH = {"f": [[0, 5, 99], [], [7]], "g": [[1], [2, 2], [9]]}
 OTHER_BATCH = {"f": [[13], [98, 13, 13, 4], [50], [51, 1], []], "g": [[], [3], [0, 1, 2, 3], [8], [8]]}
 
 
-def partitions_of(kind: str) -> Partitions:
+def partitions_of(kind: str) -> PartitionSpec:
     return kind_of(kind, 2).partitions
 
 
 def collection(
-    partitions: Partitions, pooled: bool = True, device: torch.device | None = None, seed: int = 0, **fields: Any
+    partitions: PartitionSpec, pooled: bool = True, device: torch.device | None = None, seed: int = 0, **fields: Any
 ) -> Any:
     """A compositional table ``t`` of feature f and a plain table ``p`` of feature g."""
-    compositional: dict[str, Any] = {"name": "t", "feature_names": ["f"], "embedding_dim": 8} | fields
-    compositional |= {"num_embeddings": partitions.num_ids, "partitions": partitions}
+    compositional: dict[str, Any] = {"name": "t", "feature_names": ["f"], "embedding_dim": 8, "num_embeddings": S}
+    compositional |= fields | {"partitions": partitions}
     plain: dict[str, Any] = {"name": "p", "feature_names": ["g"], "num_embeddings": 10, "embedding_dim": 4}
     module: Any
     if pooled:

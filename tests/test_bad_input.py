@@ -24,11 +24,11 @@ from torchrec_qr import (
 
 S = 12
 PARTITIONS = {
-    "strided": QuotientRemainder(S, 3),
-    "adjacent": QuotientRemainder(S, 3, "adjacent"),
-    "mixed_radix": MixedRadix(S, [3, 2, 2]),
-    "chinese_remainder": ChineseRemainder(S, [4, 3]),
-    "hash": HashPartition(S, 5),
+    "strided": QuotientRemainder(num_collisions=3),
+    "adjacent": QuotientRemainder(num_collisions=3, grouping="adjacent"),
+    "mixed_radix": MixedRadix(sizes=[3, 2, 2]),
+    "chinese_remainder": ChineseRemainder(sizes=[4, 3]),
+    "hash": HashPartition(rows=5),
     "explicit": ExplicitPartitions([[x // 4 for x in range(S)], [x % 4 for x in range(S)]]),
 }
 
@@ -104,7 +104,7 @@ def test_clamp_takes_the_nearest_id_and_wrap_the_remainder(pooled: bool, kind: s
 @pytest.mark.parametrize("pooled", [True, False])
 def test_unchecked_closed_forms_stay_inside_their_tables(pooled: bool, kind: str) -> None:
     lookup = Lookup(pooled, kind, out_of_range="unchecked")
-    partitions = PARTITIONS[kind]
+    partitions = PARTITIONS[kind].bind(S)
     for row, size in zip(partitions.rows(torch.tensor(BAD_IDS)).unbind(1), partitions.sizes, strict=True):
         assert 0 <= int(row.min()) <= int(row.max()) < size
     # On a CPU the lookup itself checks the bounds of rows.
@@ -131,7 +131,7 @@ def test_a_policy_holds_for_its_own_table_alone() -> None:
 
 def test_int32_ids_of_a_table_beyond_int32_are_checked_in_int64() -> None:
     big = 2**33
-    table = config(num_embeddings=big, partitions=MixedRadix(big, [2**11] * 3), embedding_dim=4, out_of_range="wrap")
+    table = config(num_embeddings=big, partitions=MixedRadix(sizes=[2**11] * 3), embedding_dim=4, out_of_range="wrap")
     ebc = CompositionalEmbeddingBagCollection(tables=[table])
     ids = torch.tensor([-1], dtype=torch.int32)
     out = ebc(KeyedJaggedTensor(["user"], ids, lengths=torch.tensor([1])))
@@ -181,23 +181,38 @@ def test_an_unweighted_collection_ignores_weights(operation: str) -> None:
 @pytest.mark.parametrize(
     ("build", "parts"),
     [
-        (lambda: QuotientRemainder(0, 1), ["QuotientRemainder", "num_ids", "between 1 and", "got 0"]),
-        (lambda: MixedRadix(0, [1]), ["MixedRadix", "num_ids", "got 0"]),
-        (lambda: ChineseRemainder(-3, [1]), ["ChineseRemainder", "num_ids", "got -3"]),
-        (lambda: HashPartition(0, 1), ["HashPartition", "num_ids", "got 0"]),
-        (lambda: HashPartition(10, 0), ["HashPartition", "num_rows", "got 0"]),
-        (lambda: QuotientRemainder(2**40 + 1, 4), ["num_ids", "between 1 and 1099511627776", "got 1099511627777"]),
-        (lambda: QuotientRemainder(10, 11), ["num_collisions", "between 1 and 10", "got 11"]),
-        (lambda: QuotientRemainder(10, 0), ["num_collisions", "between 1 and 10", "got 0"]),
-        (lambda: QuotientRemainder(10, 2, "stridden"), ["grouping", "'strided' or 'adjacent'", "'stridden'"]),  # type: ignore[arg-type]
-        (lambda: MixedRadix(10, [10, 0]), ["MixedRadix", "sizes[1]", "between 1 and", "got 0"]),
-        (lambda: MixedRadix(10, []), ["MixedRadix", "sizes", "at least one size"]),
-        (lambda: ChineseRemainder(10, [0, 11]), ["ChineseRemainder", "sizes[0]", "got 0"]),
-        (lambda: MixedRadix(101, [10, 10]), ["MixedRadix", "num_ids (101)", "[10, 10]", "100", "ids 0 and 100"]),
-        (lambda: ChineseRemainder(100, [9, 11]), ["num_ids (100)", "[9, 11]", "99", "ids 0 and 99"]),
-        (lambda: ChineseRemainder(50, [7, 10, 15]), ["coprime", "[7, 10, 15]", "10", "15", "common factor 5"]),
-        (lambda: ExplicitPartitions([[0, 0, 1], [1, 1, 0]]), ["complementary", "ids 0 and 1", "[0, 1]"]),
-        (lambda: ExplicitPartitions([[0, -1]]), ["class", "classes[0, 1] = -1"]),
+        (
+            lambda: QuotientRemainder(num_collisions=1).bind(0),
+            ["QuotientRemainder", "num_embeddings", "between 1 and", "got 0"],
+        ),
+        (lambda: MixedRadix(sizes=[1]).bind(0), ["MixedRadix", "num_embeddings", "got 0"]),
+        (lambda: ChineseRemainder(sizes=[1]).bind(-3), ["ChineseRemainder", "num_embeddings", "got -3"]),
+        (lambda: HashPartition(rows=1).bind(0), ["HashPartition", "num_embeddings", "got 0"]),
+        (lambda: HashPartition(rows=0).bind(10), ["HashPartition", "rows", "at least 1", "got 0"]),
+        (
+            lambda: QuotientRemainder(num_collisions=4).bind(2**40 + 1),
+            ["num_embeddings", "between 1 and 1099511627776", "got 1099511627777"],
+        ),
+        (lambda: QuotientRemainder(num_collisions=11).bind(10), ["num_collisions", "between 1 and 10", "got 11"]),
+        (lambda: QuotientRemainder(num_collisions=0).bind(10), ["num_collisions", "between 1 and 10", "got 0"]),
+        (
+            lambda: QuotientRemainder(num_collisions=2, grouping="stridden").bind(10),
+            ["grouping", "'strided' or 'adjacent'", "'stridden'"],
+        ),  # type: ignore[arg-type]
+        (lambda: MixedRadix(sizes=[10, 0]).bind(10), ["MixedRadix", "sizes[1]", "between 1 and", "got 0"]),
+        (lambda: MixedRadix(sizes=[]).bind(10), ["MixedRadix", "sizes", "at least one size"]),
+        (lambda: ChineseRemainder(sizes=[0, 11]).bind(10), ["ChineseRemainder", "sizes[0]", "got 0"]),
+        (
+            lambda: MixedRadix(sizes=[10, 10]).bind(101),
+            ["MixedRadix", "num_embeddings (101)", "[10, 10]", "100", "ids 0 and 100"],
+        ),
+        (lambda: ChineseRemainder(sizes=[9, 11]).bind(100), ["num_embeddings (100)", "[9, 11]", "99", "ids 0 and 99"]),
+        (
+            lambda: ChineseRemainder(sizes=[7, 10, 15]).bind(50),
+            ["coprime", "[7, 10, 15]", "10", "15", "common factor 5"],
+        ),
+        (lambda: ExplicitPartitions([[0, 0, 1], [1, 1, 0]]).bind(3), ["complementary", "ids 0 and 1", "[0, 1]"]),
+        (lambda: ExplicitPartitions([[0, -1]]).bind(2), ["class", "classes[0, 1] = -1"]),
         (lambda: ExplicitPartitions([]), ["classes", "(K, S)", "empty"]),
     ],
 )
@@ -207,10 +222,10 @@ def test_partitions(build: Any, parts: list[str]) -> None:
 
 
 def test_sizes_of_one_row_are_allowed() -> None:
-    for partitions in (MixedRadix(S, [1, S]), ChineseRemainder(S, [S, 1]), QuotientRemainder(S, 1)):
+    for partitions in (MixedRadix(sizes=[1, S]), ChineseRemainder(sizes=[S, 1]), QuotientRemainder(num_collisions=1)):
         table = config(partitions=partitions, operation="add")
         ebc = CompositionalEmbeddingBagCollection(tables=[table])
-        main = partitions.main
+        main = table.bound_partitions.main
         weights = [p.detach() for p in ebc.parameters()]
         assert weights[1 - main].shape == (1, 8)
         assert torch.equal(ebc(batch({"user": [[7]]}))["user"], weights[main][7:8] + weights[1 - main])
@@ -218,21 +233,42 @@ def test_sizes_of_one_row_are_allowed() -> None:
 
 @pytest.mark.parametrize("given", [10.0, "10", True, None])
 def test_counts_that_are_no_ints(given: Any) -> None:
-    with refused(TypeError, "QuotientRemainder", "num_ids must be an int", repr(given)):
-        QuotientRemainder(given, 2)
+    with refused(TypeError, "QuotientRemainder", "num_embeddings must be an int", repr(given)):
+        QuotientRemainder(num_collisions=2).bind(given)
     with refused(TypeError, "MixedRadix", "sizes[0]", repr(given)):
-        MixedRadix(4, [given, 4])
+        MixedRadix(sizes=[given, 4]).bind(4)
 
 
 # --- configs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [None, 4, "quotient_remainder", QuotientRemainder, QuotientRemainder(rows=7).bind(S)])
+def test_partitions_that_are_no_spec(given: Any) -> None:
+    with refused(TypeError, "table 't_user'", f"partitions={given!r}", "QuotientRemainder(num_collisions=4)"):
+        config(partitions=given)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "parts"),
+    [
+        (QuotientRemainder(num_collisions=13), ValueError, ["num_collisions", "between 1 and 12", "got 13"]),
+        (QuotientRemainder(num_collisions="3"), TypeError, ["num_collisions must be an int", "'3'"]),  # type: ignore[arg-type]
+        (QuotientRemainder(rows=6), ValueError, ["rows must be at least 7", "12 ids", "got 6"]),
+        (MixedRadix(sizes=[3, 3]), ValueError, ["product", "(12)", "[3, 3]", "ids 0 and 9"]),
+        (ChineseRemainder(sizes=[4, 6]), ValueError, ["coprime", "[4, 6]", "common factor 2"]),
+        (HashPartition(compression=24.0), ValueError, ["compression", "at most", "12", "got 24.0"]),
+        (ExplicitPartitions([[0, 1] * 6, [0, 1, 2] * 4]), ValueError, ["ids 0 and 6", "share all classes [0, 0]"]),
+        (ExplicitPartitions([list(range(13))]), ValueError, ["num_embeddings must be 13", "classes", "got 12"]),
+    ],
+)
+def test_a_config_checks_its_spec_and_names_the_table(spec: Any, error: type[Exception], parts: list[str]) -> None:
+    with refused(error, "table 't_user'", type(spec).__name__, *parts):
+        config(partitions=spec)
+
+
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"partitions": None}, ["partitions=None", "a Partitions, such as QuotientRemainder"]),
-        ({"partitions": 4}, ["partitions=4", "a Partitions"]),
-        ({"num_embeddings": 13}, ["num_embeddings=13", "12, the num_ids of its partitions"]),
         ({"operation": "mul"}, ["operation='mul'", "mult, add, concat, path"]),
         ({"init": "zeros"}, ["init='zeros'", "unit, identity, balanced"]),
         ({"out_of_range": "ignore"}, ["out_of_range='ignore'", "error, clamp, wrap, unchecked"]),
@@ -339,7 +375,12 @@ def test_sequence_tables_of_different_dims_have_no_common_dim() -> None:
 
 def test_the_limit_of_a_row_is_one_of_what_is_stored() -> None:
     """Rows of ``concat`` are split over the partitions, so that the whole may be wider than FBGEMM's limit."""
-    fields = {"name": "t", "num_embeddings": 100, "operation": "concat", "partitions": QuotientRemainder(100, 10)}
+    fields = {
+        "name": "t",
+        "num_embeddings": 100,
+        "operation": "concat",
+        "partitions": QuotientRemainder(num_collisions=10),
+    }
     assert CompositionalEmbeddingBagConfig(embedding_dim=2048, **fields).partition_columns == (1024, 1024)
     with pytest.raises(ValueError, match=r"table 't': embedding_dim=2052; allowed: .* up to 2048"):
         CompositionalEmbeddingBagConfig(embedding_dim=2052, **fields)

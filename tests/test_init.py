@@ -18,20 +18,19 @@ from torchrec_qr import (
     CompositionalEmbeddingConfig,
     HashPartition,
     MixedRadix,
-    Partitions,
     QuotientRemainder,
 )
 from torchrec_qr.init import init_partition
 from torchrec_qr.modules.table import CompositionalTable, init_tables
+from torchrec_qr.partitions import PartitionSpec
 
 SEEDS = 64
 
 
-def config(partitions: Partitions, **fields: Any) -> CompositionalEmbeddingBagConfig:
+def config(partitions: PartitionSpec, num_embeddings: int = 10_000, **fields: Any) -> CompositionalEmbeddingBagConfig:
     return CompositionalEmbeddingBagConfig(
-        **{"name": "t", "feature_names": ["f"], "embedding_dim": 8}
-        | fields
-        | {"num_embeddings": partitions.num_ids, "partitions": partitions}
+        **{"name": "t", "feature_names": ["f"], "embedding_dim": 8, "num_embeddings": num_embeddings} | fields,
+        partitions=partitions,
     )
 
 
@@ -75,11 +74,11 @@ def ids_of(num_ids: int, count: int) -> Tensor:
 
 
 SHAPES = {
-    "S=1e4, K=2, balanced": (QuotientRemainder.balanced(10_000), 32),
-    "S=1e4, K=3, balanced": (MixedRadix.balanced(10_000, 3), 64),
-    "S=1e5, K=2, 4x": (QuotientRemainder.for_compression(100_000, 4.0), 8),
-    "S=1e6, K=2, balanced, adjacent": (QuotientRemainder.balanced(1_000_000, grouping="adjacent"), 8),
-    "S=1e6, K=3, balanced": (MixedRadix.balanced(1_000_000, 3), 16),
+    "S=1e4, K=2, balanced": (QuotientRemainder(balanced=True), 10_000, 32),
+    "S=1e4, K=3, balanced": (MixedRadix(balanced=True, num_partitions=3), 10_000, 64),
+    "S=1e5, K=2, 4x": (QuotientRemainder(compression=4.0), 100_000, 8),
+    "S=1e6, K=2, balanced, adjacent": (QuotientRemainder(balanced=True, grouping="adjacent"), 1_000_000, 8),
+    "S=1e6, K=3, balanced": (MixedRadix(balanced=True, num_partitions=3), 1_000_000, 16),
 }
 
 
@@ -93,10 +92,11 @@ SHAPES = {
 def test_composed_moments_are_those_of_the_full_table(
     shape: str, operation: str, init: str, data_type: DataType
 ) -> None:
-    partitions, dim = SHAPES[shape]
-    table = config(partitions, embedding_dim=dim, operation=operation, init=init, data_type=data_type)
-    variance = 1 / (3 * partitions.num_ids)
-    composed, parts = sampled(table, ids_of(partitions.num_ids, 2048))
+    spec, num_ids, dim = SHAPES[shape]
+    table = config(spec, num_ids, embedding_dim=dim, operation=operation, init=init, data_type=data_type)
+    partitions = table.bound_partitions
+    variance = 1 / (3 * num_ids)
+    composed, parts = sampled(table, ids_of(num_ids, 2048))
     assert composed.variance == pytest.approx(variance, rel=0.05)
 
     # Independent draws behind the composed mean: those of the partition with fewest rows that carries the variance.
@@ -125,29 +125,29 @@ def expected_moments(operation: str, init: str, main: bool, k: int, variance: fl
 @pytest.mark.parametrize(
     ("partitions", "hidden", "activation", "data_type"),
     [
-        (QuotientRemainder.balanced(10_000), None, "relu", DataType.FP32),
-        (QuotientRemainder.balanced(10_000), 8, "relu", DataType.FP32),
-        (QuotientRemainder.balanced(10_000), 8, "tanh", DataType.FP32),
-        (QuotientRemainder.balanced(10_000), 1, "relu", DataType.BF16),
-        (MixedRadix.balanced(10_000, 3), None, "relu", DataType.BF16),
-        (MixedRadix.balanced(10_000, 3), 8, "relu", DataType.FP32),
+        (QuotientRemainder(balanced=True), None, "relu", DataType.FP32),
+        (QuotientRemainder(balanced=True), 8, "relu", DataType.FP32),
+        (QuotientRemainder(balanced=True), 8, "tanh", DataType.FP32),
+        (QuotientRemainder(balanced=True), 1, "relu", DataType.BF16),
+        (MixedRadix(balanced=True, num_partitions=3), None, "relu", DataType.BF16),
+        (MixedRadix(balanced=True, num_partitions=3), 8, "relu", DataType.FP32),
     ],
 )
 def test_path_has_the_moments_of_the_full_table(
-    partitions: Partitions, hidden: int | None, activation: str, data_type: DataType
+    partitions: PartitionSpec, hidden: int | None, activation: str, data_type: DataType
 ) -> None:
     table = config(partitions, operation="path", path_hidden=hidden, path_activation=activation, data_type=data_type)
     variance = 1 / 30_000
     composed, parts = sampled(table, ids_of(10_000, 256))
     assert composed.variance == pytest.approx(variance, rel=0.1)
-    assert abs(composed.mean) < 3 * math.sqrt(variance / (min(partitions.sizes) * 8 * SEEDS))
+    assert abs(composed.mean) < 3 * math.sqrt(variance / (min(table.bound_partitions.sizes) * 8 * SEEDS))
     assert parts[0].variance == pytest.approx(variance, rel=0.05)
 
 
 def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
     dim, hidden = 8, 16
     table = CompositionalTable(
-        config(QuotientRemainder.balanced(10_000), operation="path", path_hidden=hidden), torch.device("cpu")
+        config(QuotientRemainder(balanced=True), operation="path", path_hidden=hidden), torch.device("cpu")
     )
     torch.manual_seed(0)
     init_tables(table)
@@ -159,13 +159,15 @@ def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
 
 def test_hashing_starts_as_the_full_table_in_every_mode() -> None:
     for init in ("unit", "identity", "balanced"):
-        composed, _ = sampled(config(HashPartition(10_000, 100), init=init), ids_of(10_000, 512))
+        composed, _ = sampled(config(HashPartition(rows=100), init=init), ids_of(10_000, 512))
         assert composed.variance == pytest.approx(1 / 30_000, rel=0.05)
 
 
 def of_one_main_row(**fields: Any) -> Tensor:
     torch.manual_seed(0)
-    table = CompositionalTable(config(QuotientRemainder(10_000, 4), embedding_dim=1024, **fields), torch.device("cpu"))
+    table = CompositionalTable(
+        config(QuotientRemainder(num_collisions=4), embedding_dim=1024, **fields), torch.device("cpu")
+    )
     init_tables(table)
     return table.embed(torch.tensor([7, 2507, 5007])).detach()  # 2500 main rows
 
@@ -206,7 +208,7 @@ def values(module: torch.nn.Module) -> list[Tensor]:
 def test_a_seed_gives_the_same_values_however_the_module_is_built(fields: dict[str, Any]) -> None:
     def tables() -> list[EmbeddingBagConfig]:
         plain = EmbeddingBagConfig(name="plain", num_embeddings=9, embedding_dim=4, feature_names=["g"])
-        return [config(QuotientRemainder(1000, 30), **fields), plain]
+        return [config(QuotientRemainder(num_collisions=30), 1000, **fields), plain]
 
     torch.manual_seed(7)
     built = CompositionalEmbeddingBagCollection(tables=tables())
@@ -232,9 +234,9 @@ def test_a_seed_gives_the_same_values_however_the_module_is_built(fields: dict[s
 
 @pytest.mark.parametrize("fields", ALL, ids=str)
 def test_sequences_start_as_bags_do(fields: dict[str, Any]) -> None:
-    partitions = QuotientRemainder(1000, 30)
+    partitions = QuotientRemainder(num_collisions=30)
     torch.manual_seed(7)
-    bags = CompositionalEmbeddingBagCollection(tables=[config(partitions, **fields)])
+    bags = CompositionalEmbeddingBagCollection(tables=[config(partitions, 1000, **fields)])
     torch.manual_seed(7)
     sequences = CompositionalEmbeddingCollection(
         tables=[
@@ -247,7 +249,9 @@ def test_sequences_start_as_bags_do(fields: dict[str, Any]) -> None:
 
 
 def test_one_init_fn_fills_all_partitions_and_a_list_one_each() -> None:
-    same = CompositionalEmbeddingBagCollection(tables=[config(QuotientRemainder(100, 7), init_fn=torch.nn.init.ones_)])
+    same = CompositionalEmbeddingBagCollection(
+        tables=[config(QuotientRemainder(num_collisions=7), 100, init_fn=torch.nn.init.ones_)]
+    )
     assert [w.unique().tolist() for w in values(same)] == [[1.0], [1.0]]
 
     def halves(w: Tensor) -> Tensor:
@@ -256,14 +260,16 @@ def test_one_init_fn_fills_all_partitions_and_a_list_one_each() -> None:
     def threes(w: Tensor) -> None:
         torch.nn.init.constant_(w, 3.0)
 
-    each = CompositionalEmbeddingBagCollection(tables=[config(QuotientRemainder(100, 7), init_fn=[halves, threes])])
+    each = CompositionalEmbeddingBagCollection(
+        tables=[config(QuotientRemainder(num_collisions=7), 100, init_fn=[halves, threes])]
+    )
     assert [w.unique().tolist() for w in values(each)] == [[0.5], [3.0]]
     assert each(batch({"f": [[0, 99]]}))["f"].tolist() == [[3.0] * 8]
 
 
 @pytest.mark.parametrize("operation", ["mult", "add", "concat", "path"])
 def test_weight_init_bounds_replace_the_full_tables(operation: str) -> None:
-    partitions = QuotientRemainder.balanced(10_000)
+    partitions = QuotientRemainder(balanced=True)
     table = config(partitions, operation=operation, weight_init_min=0.5, weight_init_max=2.0)
     torch.manual_seed(0)
     weights = values(CompositionalEmbeddingBagCollection(tables=[table]))
@@ -274,7 +280,7 @@ def test_weight_init_bounds_replace_the_full_tables(operation: str) -> None:
 
 
 def test_weight_init_bounds_scale_the_balanced_mode() -> None:
-    partitions = QuotientRemainder.balanced(10_000)
+    partitions = QuotientRemainder(balanced=True)
     for operation in ("mult", "add"):
         table = config(
             partitions,
@@ -291,7 +297,9 @@ def test_weight_init_bounds_scale_the_balanced_mode() -> None:
 def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
     for data_type, dtype in ((DataType.FP16, torch.float16), (DataType.BF16, torch.bfloat16)):
         torch.manual_seed(0)
-        table = CompositionalTable(config(QuotientRemainder(10_000, 100), data_type=data_type), torch.device("cpu"))
+        table = CompositionalTable(
+            config(QuotientRemainder(num_collisions=100), data_type=data_type), torch.device("cpu")
+        )
         init_tables(table)
         main, other = table.weights()
         assert (main.dtype, other.dtype) == (dtype, torch.float32)
@@ -300,7 +308,7 @@ def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
 
 
 def test_rows_beyond_one_chunk_are_drawn_too() -> None:
-    table = config(QuotientRemainder(1_300_000, 1), embedding_dim=4)
+    table = config(QuotientRemainder(num_collisions=1), 1_300_000, embedding_dim=4)
     weight = torch.full((1_300_000, 4), math.nan)
     init_partition(table, 0, weight)
     bound = 1 / math.sqrt(1_300_000)
@@ -309,8 +317,8 @@ def test_rows_beyond_one_chunk_are_drawn_too() -> None:
 
 
 def test_generated_features_start_as_plain_tables_of_their_rows() -> None:
-    partitions = QuotientRemainder(10_000, 40)
+    partitions = QuotientRemainder(num_collisions=40)
     torch.manual_seed(0)
     ebc = FeatureGenerationEmbeddingBagCollection(tables=[config(partitions, embedding_dim=256)])
-    for rows, weight in zip(partitions.sizes, ebc.parameters(), strict=True):
+    for rows, weight in zip(partitions.bind(10_000).sizes, ebc.parameters(), strict=True):
         assert float(weight.detach().double().square().mean()) == pytest.approx(1 / (3 * rows), rel=0.05)

@@ -85,7 +85,7 @@ def key(pooled: bool, name: str) -> str:
 def test_state_dict_keys_and_shapes_are_the_contracts(pooled: bool, kind: str, operation: str) -> None:
     module = collection(partitions_of(kind), pooled, **OPERATIONS[operation])
     top = "embedding_bags" if pooled else "embeddings"
-    first, second = partitions_of(kind).sizes
+    first, second = partitions_of(kind).bind(S).sizes
     widths = {"concat": (4, 4), "path": (8, 72), "path_hidden": (8, 59)}.get(operation, (8, 8))
     assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == {
         f"{top}.t.partition_0.weight": (first, widths[0]),
@@ -114,38 +114,38 @@ def test_a_state_dict_loads_into_an_equal_module(pooled: bool, kind: str, operat
 EXPLICIT = torch.tensor([[x % 10 for x in range(S)], [x // 10 for x in range(S)]])
 OTHER_MEANINGS: dict[str, tuple[Any, Any, str]] = {
     "kind": (
-        (ChineseRemainder(S, [13, 10]), {}),
-        (MixedRadix(S, [13, 10]), {}),
+        (ChineseRemainder(sizes=[13, 10]), {}),
+        (MixedRadix(sizes=[13, 10]), {}),
         "kind: saved chinese_remainder, here mixed_radix",
     ),
     "grouping": (
-        (QuotientRemainder(S, 10), {}),
-        (QuotientRemainder(S, 10, "adjacent"), {}),
+        (QuotientRemainder(num_collisions=10), {}),
+        (QuotientRemainder(num_collisions=10, grouping="adjacent"), {}),
         "grouping: saved strided, here adjacent",
     ),
     "map": (
         (ExplicitPartitions(EXPLICIT), {}),
         (ExplicitPartitions(EXPLICIT.flip(0)), {}),
-        f"map_hash: saved {ExplicitPartitions(EXPLICIT).content_hash()}, here ",
+        f"map_hash: saved {int(ExplicitPartitions(EXPLICIT).bind(S).sha256[:16], 16) >> 1}, here ",
     ),
     "operation": (
-        (QuotientRemainder(S, 10), {"operation": "mult"}),
-        (QuotientRemainder(S, 10), {"operation": "add"}),
+        (QuotientRemainder(num_collisions=10), {"operation": "mult"}),
+        (QuotientRemainder(num_collisions=10), {"operation": "add"}),
         "operation: saved mult, here add",
     ),
     "logical rows": (
-        (MixedRadix(S, [13, 10]), {}),
-        (MixedRadix(S + 1, [13, 10]), {}),
-        "num_ids: saved 100, here 101",
+        (MixedRadix(sizes=[13, 10]), {}),
+        (MixedRadix(sizes=[13, 10]), {"num_embeddings": S + 1}),
+        "num_embeddings: saved 100, here 101",
     ),
     "activation": (
-        (QuotientRemainder(S, 10), {"operation": "path", "path_hidden": 2}),
-        (QuotientRemainder(S, 10), {"operation": "path", "path_hidden": 2, "path_activation": "tanh"}),
+        (QuotientRemainder(num_collisions=10), {"operation": "path", "path_hidden": 2}),
+        (QuotientRemainder(num_collisions=10), {"operation": "path", "path_hidden": 2, "path_activation": "tanh"}),
         "path_activation: saved relu, here tanh",
     ),
     "sizes": (
-        (QuotientRemainder(S, 10), {}),
-        (QuotientRemainder(S, 5), {}),
+        (QuotientRemainder(num_collisions=10), {}),
+        (QuotientRemainder(num_collisions=5), {}),
         "sizes: saved [10, 10], here [20, 5]",
     ),
 }
@@ -381,7 +381,7 @@ def test_no_tensor_of_a_row_per_id_is_made(kernels: bool, operation: str, weight
         feature_names=["f"],
         num_embeddings=S,
         embedding_dim=dim,
-        partitions=QuotientRemainder(S, 10),
+        partitions=QuotientRemainder(num_collisions=10),
         operation=operation,  # type: ignore[arg-type]
     )
     ebc = CompositionalEmbeddingBagCollection(tables=[table], is_weighted=weighted)

@@ -124,7 +124,7 @@ def test_what_roundings_are_allowed_tells_right_from_wrong(kernels: bool, operat
 
     def agree(rows_of: oracle.RowsOf, factors: torch.Tensor) -> list[bool]:
         """Whether output, gradients of partitions and of weights are those of another choice of rows and weights."""
-        table = oracle_of(config, Kind("", kind.partitions, rows_of), module)
+        table = oracle_of(config, Kind("", kind.partitions, kind.num_embeddings, rows_of), module)
         exact = (weights.detach() * factors).double().requires_grad_()
         expected = table.pool(bags, per_bag(exact, bags))
         expected.backward(grad.double())
@@ -139,7 +139,7 @@ def test_what_roundings_are_allowed_tells_right_from_wrong(kernels: bool, operat
         def other_row(x: int, j: int = j) -> tuple[int, ...]:
             rows = list(kind.rows_of(x))
             if x == 17:
-                rows[j] = (rows[j] + 1) % kind.partitions.sizes[j]
+                rows[j] = (rows[j] + 1) % kind.bound.sizes[j]
             return tuple(rows)
 
         of_output, *of_partitions, of_weights = agree(other_row, ones)

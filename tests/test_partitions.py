@@ -1,6 +1,7 @@
 """What rows each kind of partitions selects, that the arithmetic is exact, and that no two ids share all rows."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchrec_qr.partitions import (
+    BoundPartitions,
     ChineseRemainder,
     ClosedForm,
     ExplicitPartitions,
     HashPartition,
     MixedRadix,
-    Partitions,
+    PartitionSpec,
     QuotientRemainder,
 )
 
@@ -27,18 +29,23 @@ EDGES = (2**24, 2**31, 2**40 - 1)
 PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
 
 
-def one_of_each_kind() -> list[Partitions]:
+def spec_of_each_kind() -> list[PartitionSpec]:
     return [
-        QuotientRemainder(5, 2),
-        QuotientRemainder(5, 2, "adjacent"),
-        MixedRadix(5, [2, 2, 2]),
-        ChineseRemainder(5, [3, 2]),
-        HashPartition(5, 3),
+        QuotientRemainder(num_collisions=2),
+        QuotientRemainder(num_collisions=2, grouping="adjacent"),
+        MixedRadix(sizes=[2, 2, 2]),
+        ChineseRemainder(sizes=[3, 2]),
+        HashPartition(rows=3),
         ExplicitPartitions(PAPER_EXAMPLE),
     ]
 
 
-KINDS = [pytest.param(partitions, id=repr(partitions)) for partitions in one_of_each_kind()]
+def one_of_each_kind() -> list[BoundPartitions]:
+    return [spec.bind(5) for spec in spec_of_each_kind()]
+
+
+SPECS = [pytest.param(spec, id=repr(spec)) for spec in spec_of_each_kind()]
+KINDS = [pytest.param(spec.bind(5), id=repr(spec)) for spec in spec_of_each_kind()]
 
 num_ids_near_edges = st.one_of(
     *(st.integers(edge - 1000, min(edge + 1000, 2**40)) for edge in EDGES), st.integers(1, 2**40)
@@ -53,7 +60,7 @@ def num_ids_and_ids(draw: st.DrawFn) -> tuple[int, list[int]]:
     return num_ids, [0, num_ids - 1, *draw(st.lists(st.one_of(anywhere, near_end), max_size=20))]
 
 
-def rows(partitions: Partitions, ids: list[int]) -> list[tuple[int, ...]]:
+def rows(partitions: BoundPartitions, ids: list[int]) -> list[tuple[int, ...]]:
     int64 = partitions.rows(torch.tensor(ids, dtype=torch.int64))
     assert int64.dtype == torch.int64
     small = torch.tensor([x for x in ids if x < 2**31], dtype=torch.int32)
@@ -64,7 +71,7 @@ def rows(partitions: Partitions, ids: list[int]) -> list[tuple[int, ...]]:
 def all_unique(partitions: ClosedForm) -> bool:
     """By exhaustion: every row in its table, and no two ids with the same rows."""
     codes = torch.zeros(1, dtype=torch.int64)
-    for row, size in zip(partitions.class_rows(torch.arange(partitions.num_ids)), partitions.sizes, strict=True):
+    for row, size in zip(partitions.class_rows(torch.arange(partitions.num_embeddings)), partitions.sizes, strict=True):
         if row.min() < 0 or row.max() >= size:
             return False
         codes = codes * size + row
@@ -79,12 +86,12 @@ def test_quotient_remainder_is_exact(case: tuple[int, list[int]], data: st.DataO
     num_ids, ids = case
     m = data.draw(st.one_of(st.integers(1, num_ids), st.integers(1, min(num_ids, 100))))
     main_rows = -(-num_ids // m)
-    strided = QuotientRemainder(num_ids, m)
+    strided = QuotientRemainder(num_collisions=m).bind(num_ids)
     assert strided.sizes == (main_rows, -(-num_ids // main_rows))
     assert strided.sizes[1] <= m
     assert rows(strided, ids) == [(x % main_rows, x // main_rows) for x in ids]
     assert all(p < size for row in rows(strided, ids) for p, size in zip(row, strided.sizes, strict=True))
-    adjacent = QuotientRemainder(num_ids, m, grouping="adjacent")
+    adjacent = QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids)
     assert adjacent.sizes == (main_rows, m)
     assert rows(adjacent, ids) == [(x // m, x % m) for x in ids]
     assert all(p < size for row in rows(adjacent, ids) for p, size in zip(row, adjacent.sizes, strict=True))
@@ -94,7 +101,7 @@ def test_quotient_remainder_is_exact(case: tuple[int, list[int]], data: st.DataO
 def test_mixed_radix_is_exact_and_decodes(case: tuple[int, list[int]], sizes: list[int]) -> None:
     num_ids, ids = case
     sizes = [*sizes, -(-num_ids // math.prod(sizes))]
-    partitions = MixedRadix(num_ids, sizes)
+    partitions = MixedRadix(sizes=sizes).bind(num_ids)
     strides = [math.prod(sizes[:j]) for j in range(len(sizes))]
     digits = rows(partitions, ids)
     assert digits == [tuple(x // stride % size for stride, size in zip(strides, sizes, strict=True)) for x in ids]
@@ -104,9 +111,9 @@ def test_mixed_radix_is_exact_and_decodes(case: tuple[int, list[int]], sizes: li
 @given(num_ids_and_ids(), st.integers(1, 5), st.integers(0, 10**6))
 def test_chinese_remainder_is_exact_and_decodes(case: tuple[int, list[int]], count: int, spare: int) -> None:
     num_ids, ids = case
-    partitions = ChineseRemainder.for_budget(
-        num_ids, ChineseRemainder.balanced(num_ids, count).num_rows + spare, num_partitions=count
-    )
+    partitions = ChineseRemainder(
+        rows=ChineseRemainder(balanced=True, num_partitions=count).bind(num_ids).num_rows + spare, num_partitions=count
+    ).bind(num_ids)
     remainders = rows(partitions, ids)
     assert remainders == [tuple(x % size for size in partitions.sizes) for x in ids]
     product = math.prod(partitions.sizes)
@@ -117,7 +124,7 @@ def test_chinese_remainder_is_exact_and_decodes(case: tuple[int, list[int]], cou
 @given(num_ids_and_ids(), st.integers(1, 2**40))
 def test_hash_partition_is_exact(case: tuple[int, list[int]], num_rows: int) -> None:
     num_ids, ids = case
-    partitions = HashPartition(num_ids, num_rows)
+    partitions = HashPartition(rows=num_rows).bind(num_ids)
     assert rows(partitions, ids) == [(x % num_rows,) for x in ids]
     assert partitions.is_complementary() == (num_rows >= num_ids)
 
@@ -125,11 +132,12 @@ def test_hash_partition_is_exact(case: tuple[int, list[int]], num_rows: int) -> 
 def test_first_id_whose_float32_quotient_is_wrong() -> None:
     x = 16_777_219
     assert (torch.tensor([x]) / 4).long().item() == 4_194_305  # what dividing in float32 gives
-    assert QuotientRemainder(40_000_000, 4, "adjacent").rows(torch.tensor([x])).tolist() == [[4_194_304, 3]]
+    bound = QuotientRemainder(num_collisions=4, grouping="adjacent").bind(40_000_000)
+    assert bound.rows(torch.tensor([x])).tolist() == [[4_194_304, 3]]
 
 
 def test_strides_beyond_int64_give_digit_zero() -> None:
-    partitions = MixedRadix(2**40, [2**40, 2**40, 2**40, 3])
+    partitions = MixedRadix(sizes=[2**40, 2**40, 2**40, 3]).bind(2**40)
     assert partitions.rows(torch.tensor([0, 2**40 - 1])).tolist() == [[0, 0, 0, 0], [2**40 - 1, 0, 0, 0]]
 
 
@@ -142,12 +150,13 @@ def test_rows_stay_inside_the_tables_for_any_integer() -> None:
 
 def test_values_by_hand() -> None:
     ids = torch.tensor([0, 1, 4, 9])
-    assert QuotientRemainder(10, 3).sizes == (4, 3)
-    assert QuotientRemainder(10, 3).rows(ids).tolist() == [[0, 0], [1, 0], [0, 1], [1, 2]]
-    assert QuotientRemainder(10, 3, "adjacent").rows(ids).tolist() == [[0, 0], [0, 1], [1, 1], [3, 0]]
-    assert MixedRadix(10, [2, 5]).rows(ids).tolist() == [[0, 0], [1, 0], [0, 2], [1, 4]]
-    assert ChineseRemainder(10, [2, 5]).rows(ids).tolist() == [[0, 0], [1, 1], [0, 4], [1, 4]]
-    assert HashPartition(10, 4).rows(ids).tolist() == [[0], [1], [0], [1]]
+    assert QuotientRemainder(num_collisions=3).bind(10).sizes == (4, 3)
+    assert QuotientRemainder(num_collisions=3).bind(10).rows(ids).tolist() == [[0, 0], [1, 0], [0, 1], [1, 2]]
+    adjacent = QuotientRemainder(num_collisions=3, grouping="adjacent").bind(10)
+    assert adjacent.rows(ids).tolist() == [[0, 0], [0, 1], [1, 1], [3, 0]]
+    assert MixedRadix(sizes=[2, 5]).bind(10).rows(ids).tolist() == [[0, 0], [1, 0], [0, 2], [1, 4]]
+    assert ChineseRemainder(sizes=[2, 5]).bind(10).rows(ids).tolist() == [[0, 0], [1, 1], [0, 4], [1, 4]]
+    assert HashPartition(rows=4).bind(10).rows(ids).tolist() == [[0], [1], [0], [1]]
 
 
 # --- every id apart ---
@@ -158,7 +167,7 @@ def test_quotient_remainder_keeps_all_ids_apart_up_to_2000() -> None:
     for num_ids in range(1, 2001):
         # All m with the same ⌈S/m⌉ select the same strided rows (next test), so one of each stands for all.
         for m in {-(-num_ids // m): m for m in range(1, num_ids + 1)}.values():
-            partitions = QuotientRemainder(num_ids, m)
+            partitions = QuotientRemainder(num_collisions=m).bind(num_ids)
             (main_rows, other_rows), (one, stride) = partitions.sizes, partitions.strides
             codes = (ids[:num_ids] // one % main_rows) * other_rows + ids[:num_ids] // stride % other_rows
             assert np.bincount(codes).max() == 1, partitions
@@ -167,20 +176,20 @@ def test_quotient_remainder_keeps_all_ids_apart_up_to_2000() -> None:
 
 def test_adjacent_quotient_remainder_keeps_all_ids_apart_up_to_2000() -> None:
     for m in range(1, 2001):
-        assert all_unique(QuotientRemainder(2000, m, "adjacent")), m
+        assert all_unique(QuotientRemainder(num_collisions=m, grouping="adjacent").bind(2000)), m
     # The rows of an id depend on m alone: what remains is that fewer ids have tables that hold them.
     for num_ids in [*range(1, 130), *range(130, 2000, 61)]:
         for m in range(1, num_ids + 1):
-            partitions = QuotientRemainder(num_ids, m, "adjacent")
+            partitions = QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids)
             assert partitions.strides == (m, 1)
             assert partitions.sizes == ((num_ids - 1) // m + 1, m)
 
 
 def test_strided_rows_depend_on_the_main_rows_alone() -> None:
     for num_ids in [*range(1, 130), *range(130, 2001, 61)]:
-        of_main_rows: dict[int, QuotientRemainder] = {}
+        of_main_rows: dict[int, ClosedForm] = {}
         for m in range(1, num_ids + 1):
-            partitions = QuotientRemainder(num_ids, m)
+            partitions = QuotientRemainder(num_collisions=m).bind(num_ids)
             assert partitions == of_main_rows.setdefault(-(-num_ids // m), partitions)
 
 
@@ -190,7 +199,7 @@ def test_balanced_sizes_keep_all_ids_apart_up_to_2000(
     method: type[MixedRadix] | type[ChineseRemainder], count: int
 ) -> None:
     for num_ids in range(1, 2001):
-        partitions = method.balanced(num_ids, count)
+        partitions = method(balanced=True, num_partitions=count).bind(num_ids)
         assert all_unique(partitions), partitions
 
 
@@ -201,10 +210,12 @@ def test_ids_apart_beyond_2000(num_ids: int, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 40), max_size=3))
     budget = data.draw(st.integers(0, num_ids))
     for partitions in (
-        QuotientRemainder(num_ids, m),
-        QuotientRemainder(num_ids, m, "adjacent"),
-        MixedRadix(num_ids, [*sizes, -(-num_ids // math.prod(sizes))]),
-        ChineseRemainder.for_budget(num_ids, budget + ChineseRemainder.balanced(num_ids, 3).num_rows, 3),
+        QuotientRemainder(num_collisions=m).bind(num_ids),
+        QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids),
+        MixedRadix(sizes=[*sizes, -(-num_ids // math.prod(sizes))]).bind(num_ids),
+        ChineseRemainder(
+            rows=budget + ChineseRemainder(balanced=True, num_partitions=3).bind(num_ids).num_rows, num_partitions=3
+        ).bind(num_ids),
     ):
         assert partitions.is_complementary()
         assert all_unique(partitions), partitions
@@ -216,7 +227,8 @@ def test_groupings_are_one_method_up_to_a_bijection_of_ids(m: int, main_rows: in
     x = torch.arange(num_ids)
     permuted = (x % main_rows) * m + x // main_rows
     assert sorted(permuted.tolist()) == x.tolist()
-    strided, adjacent = QuotientRemainder(num_ids, m), QuotientRemainder(num_ids, m, "adjacent")
+    strided = QuotientRemainder(num_collisions=m).bind(num_ids)
+    adjacent = QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids)
     assert strided.sizes == adjacent.sizes == (main_rows, m)
     assert torch.equal(strided.rows(x), adjacent.rows(permuted))
 
@@ -225,7 +237,7 @@ def test_groupings_are_one_method_up_to_a_bijection_of_ids(m: int, main_rows: in
 
 
 @pytest.mark.parametrize("partitions", KINDS)
-def test_class_rows_are_the_columns_of_rows_in_any_shape(partitions: Partitions) -> None:
+def test_class_rows_are_the_columns_of_rows_in_any_shape(partitions: BoundPartitions) -> None:
     ids = torch.tensor([[0, 1, 2], [4, 3, 0]], dtype=torch.int32)
     found = partitions.class_rows(ids)
     assert len(found) == partitions.num_partitions
@@ -238,26 +250,34 @@ def test_class_rows_are_the_columns_of_rows_in_any_shape(partitions: Partitions)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int16])
 @pytest.mark.parametrize("partitions", KINDS)
-def test_rows_refuse_other_dtypes(partitions: Partitions, dtype: torch.dtype) -> None:
+def test_rows_refuse_other_dtypes(partitions: BoundPartitions, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError) as error:
         partitions.rows(torch.zeros(3, dtype=dtype))
     assert str(error.value) == f"{type(partitions).__name__}: ids must be torch.int32 or torch.int64, got {dtype}"
 
 
 def test_rows_refuse_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"^HashPartition: ids must be one-dimensional, \(N,\), got shape \(2, 3\)$"):
-        HashPartition(5, 3).rows(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^ClosedForm: ids must be one-dimensional, \(N,\), got shape \(2, 3\)$"):
+        HashPartition(rows=3).bind(5).rows(torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_main_is_the_first_of_the_largest() -> None:
-    assert QuotientRemainder(100, 4).main == 0
-    assert QuotientRemainder(100, 25, "adjacent").main == 1
-    assert MixedRadix(30, [2, 4, 3, 4]).main == 1
-    assert (MixedRadix(30, [2, 4, 3, 4]).num_partitions, MixedRadix(30, [2, 4, 3, 4]).num_rows) == (4, 13)
+    assert QuotientRemainder(num_collisions=4).bind(100).main == 0
+    assert QuotientRemainder(num_collisions=25, grouping="adjacent").bind(100).main == 1
+    digits = MixedRadix(sizes=[2, 4, 3, 4]).bind(30)
+    assert (digits.main, digits.num_partitions, digits.num_rows) == (1, 4, 13)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_specs_survive_pickle_and_copies(spec: PartitionSpec) -> None:
+    for restored in (pickle.loads(pickle.dumps(spec)), copy.copy(spec), copy.deepcopy(spec)):  # noqa: S301
+        assert restored == spec
+        assert hash(restored) == hash(spec)
+        assert restored.bind(5) == spec.bind(5)
 
 
 @pytest.mark.parametrize("partitions", KINDS)
-def test_pickle_and_copies_are_equal(partitions: Partitions) -> None:
+def test_pickle_and_copies_are_equal(partitions: BoundPartitions) -> None:
     restored = pickle.loads(pickle.dumps(partitions))  # noqa: S301
     assert restored == partitions
     assert hash(restored) == hash(partitions)
@@ -269,48 +289,65 @@ def test_pickle_and_copies_are_equal(partitions: Partitions) -> None:
 
 
 def test_different_partitions_differ() -> None:
-    different: list[Partitions] = [
+    different: list[BoundPartitions] = [
         *one_of_each_kind(),
-        QuotientRemainder(6, 2),
-        QuotientRemainder(5, 3),
-        MixedRadix(5, [3, 2]),
-        ChineseRemainder(6, [3, 2]),
-        ChineseRemainder(5, [2, 3]),
-        HashPartition(5, 4),
-        ExplicitPartitions([*PAPER_EXAMPLE[:1], [0, 1, 1, 0, 1], [0, 0, 1, 0, 1]]),
+        QuotientRemainder(num_collisions=2).bind(6),
+        QuotientRemainder(num_collisions=3).bind(5),
+        MixedRadix(sizes=[4, 2]).bind(5),
+        ChineseRemainder(sizes=[3, 2]).bind(6),
+        ChineseRemainder(sizes=[2, 3]).bind(5),
+        HashPartition(rows=4).bind(5),
+        ExplicitPartitions([*PAPER_EXAMPLE[:1], [0, 1, 1, 0, 1], [0, 0, 1, 0, 1]]).bind(5),
     ]
     assert len(set(different)) == len(different) == 13
     assert [a == b for a in different for b in different] == torch.eye(13).bool().flatten().tolist()
     assert set(one_of_each_kind()) < set(different)
-    assert QuotientRemainder(5, 2) != "QuotientRemainder(5, 2)"
+    assert QuotientRemainder(num_collisions=2).bind(5) != "QuotientRemainder(num_collisions=2)"
+
+
+def test_specs_are_compared_by_what_they_say() -> None:
+    different: list[PartitionSpec] = [
+        *spec_of_each_kind(),
+        QuotientRemainder(num_collisions=3),
+        QuotientRemainder(rows=5),
+        MixedRadix(balanced=True),
+        MixedRadix(balanced=True, num_partitions=3),
+        MixedRadix(sizes=[3, 2]),
+        HashPartition(compression=3),
+        ExplicitPartitions(file="classes.npy"),
+        ExplicitPartitions(file="others.npy"),
+        ExplicitPartitions([[0, 1, 2, 1, 1], [0, 1, 1, 0, 1], [0, 0, 1, 0, 1]]),
+    ]
+    assert [a == b for a in different for b in different] == torch.eye(15).bool().flatten().tolist()
+    assert len(set(different)) == 15
+    assert set(spec_of_each_kind()) < set(different)
+    for sizes in ((3, 2), torch.tensor([3, 2]), np.array([3, 2]), (n for n in (3, 2))):
+        assert MixedRadix(sizes=sizes) == MixedRadix(sizes=[3, 2])  # type: ignore[arg-type]
 
 
 def test_equal_where_the_rows_of_every_id_are() -> None:
-    assert QuotientRemainder(10, 5).sizes == QuotientRemainder(10, 6).sizes == (2, 5)
-    assert QuotientRemainder(10, 5) == QuotientRemainder(10, 6)
+    five, six = QuotientRemainder(num_collisions=5), QuotientRemainder(num_collisions=6)
+    assert five != six
+    assert five.bind(10).sizes == six.bind(10).sizes == (2, 5)
+    assert five.bind(10) == six.bind(10) == MixedRadix(sizes=[2, 5]).bind(10)
 
 
-@pytest.mark.parametrize("partitions", KINDS)
-def test_immutable(partitions: Partitions) -> None:
-    with pytest.raises(AttributeError, match="immutable: cannot set num_ids"):
-        partitions.num_ids = 6
-    with pytest.raises(AttributeError, match="immutable: cannot delete sizes"):
-        del partitions.sizes
-    assert partitions.num_ids == 5
+@pytest.mark.parametrize("spec", SPECS)
+def test_immutable(spec: PartitionSpec) -> None:
+    for field in dataclasses.fields(spec):  # type: ignore[arg-type]
+        with pytest.raises(AttributeError, match=f"cannot assign to field '{field.name}'"):
+            setattr(spec, field.name, None)
 
 
-@pytest.mark.parametrize("partitions", KINDS[:-1])
-def test_description_and_repr_rebuild_a_closed_form(partitions: ClosedForm) -> None:
-    assert type(partitions)(partitions.num_ids, **partitions.describe()) == partitions
-    assert eval(repr(partitions)) == partitions
-    assert (partitions.content_hash(), partitions.class_map) == (0, None)
+@pytest.mark.parametrize("spec", SPECS[:-1])
+def test_repr_rebuilds_a_closed_form(spec: PartitionSpec) -> None:
+    assert eval(repr(spec)) == spec
+    assert eval(repr(spec.bind(5))) == spec.bind(5)
+    assert spec.bind(5).class_map is None
 
 
-def test_descriptions() -> None:
-    assert QuotientRemainder(5, 2).describe() == {"num_collisions": 2, "grouping": "strided"}
-    assert MixedRadix(5, (3, 2)).describe() == ChineseRemainder(5, (3, 2)).describe() == {"sizes": [3, 2]}
-    assert HashPartition(5, 3).describe() == {"num_rows": 3}
-    assert [partitions.kind for partitions in one_of_each_kind()] == [
+def test_kinds_are_those_of_yaml() -> None:
+    assert [spec.kind for spec in spec_of_each_kind()] == [
         "quotient_remainder",
         "quotient_remainder",
         "mixed_radix",
@@ -323,7 +360,7 @@ def test_descriptions() -> None:
 class WithPartitions(nn.Module):
     """As a collection uses partitions; the explicit map is moved along as a buffer if asked."""
 
-    def __init__(self, partitions: Partitions, buffer: bool = False) -> None:
+    def __init__(self, partitions: BoundPartitions, buffer: bool = False) -> None:
         super().__init__()
         self.partitions = partitions
         self.register_buffer("class_map", partitions.class_map if buffer else None, persistent=False)
@@ -334,7 +371,7 @@ class WithPartitions(nn.Module):
 
 @pytest.mark.parametrize("buffer", [False, True])
 @pytest.mark.parametrize("partitions", KINDS)
-def test_traces_and_compiles(partitions: Partitions, buffer: bool) -> None:
+def test_traces_and_compiles(partitions: BoundPartitions, buffer: bool) -> None:
     module = WithPartitions(partitions, buffer)
     ids = torch.tensor([[0, 1], [4, 3]], dtype=torch.int32)
     expected = [row.tolist() for row in module(ids)]
@@ -349,6 +386,6 @@ def test_traces_and_compiles(partitions: Partitions, buffer: bool) -> None:
 
 
 @pytest.mark.parametrize("partitions", KINDS)
-def test_meta_ids_give_meta_rows(partitions: Partitions) -> None:
+def test_meta_ids_give_meta_rows(partitions: BoundPartitions) -> None:
     found = partitions.class_rows(torch.zeros(2, 3, dtype=torch.int32, device="meta"))
     assert [(row.shape, row.dtype, row.is_meta) for row in found] == [((2, 3), torch.int64, True)] * len(found)

@@ -1,11 +1,13 @@
 """Partitions given class by class: what they select, what they refuse, and what checking them costs."""
 
+import copy
 import math
 import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
 
 
 def test_the_papers_example() -> None:
-    partitions = ExplicitPartitions(PAPER_EXAMPLE)
-    assert (partitions.num_ids, partitions.num_partitions, partitions.num_rows, partitions.main) == (5, 3, 7, 0)
+    partitions = ExplicitPartitions(PAPER_EXAMPLE).bind(5)
+    assert (partitions.num_embeddings, partitions.num_partitions, partitions.num_rows, partitions.main) == (5, 3, 7, 0)
     assert partitions.sizes == (3, 2, 2)
     assert partitions.is_complementary()
     rows = partitions.rows(torch.arange(5))
@@ -33,7 +35,7 @@ def test_the_papers_example() -> None:
 @pytest.mark.parametrize(("left_out", "twins"), [(0, "0 and 3"), (1, "1 and 4"), (2, "1 and 3")])
 def test_the_papers_example_needs_all_three_partitions(left_out: int, twins: str) -> None:
     with pytest.raises(ValueError, match=f"got ids {twins} that share all classes"):
-        ExplicitPartitions([row for j, row in enumerate(PAPER_EXAMPLE) if j != left_out])
+        ExplicitPartitions([row for j, row in enumerate(PAPER_EXAMPLE) if j != left_out]).bind(5)
 
 
 def test_quotients_and_remainders_by_different_numbers_are_refused() -> None:
@@ -46,28 +48,28 @@ def test_quotients_and_remainders_by_different_numbers_are_refused() -> None:
         "got ids 0 and 5 that share all classes [0, 0]"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-        ExplicitPartitions(classes)
+        ExplicitPartitions(classes).bind(1000)
     with pytest.raises(ValueError, match=r"\[10, 5\] with product 50: ids 0 and 50 would share all rows"):
-        MixedRadix(1000, [10, 5])
+        MixedRadix(sizes=[10, 5]).bind(1000)
 
 
 def test_unused_classes_are_allowed() -> None:
-    partitions = ExplicitPartitions([[7, 0, 7], [0, 0, 1]])
+    partitions = ExplicitPartitions([[7, 0, 7], [0, 0, 1]]).bind(3)
     assert partitions.sizes == (8, 2)
     assert partitions.rows(torch.tensor([2, 1], dtype=torch.int32)).tolist() == [[7, 1], [0, 0]]
 
 
 @pytest.mark.parametrize("grouping", ["strided", "adjacent"])
 def test_the_rows_of_a_closed_form_as_a_map(grouping: str) -> None:
-    closed = QuotientRemainder(1000, 7, grouping)
+    closed = QuotientRemainder(num_collisions=7, grouping=grouping).bind(1000)
     ids = torch.arange(1000)
-    explicit = ExplicitPartitions(closed.rows(ids).T)
+    explicit = ExplicitPartitions(closed.rows(ids).T).bind(1000)
     assert explicit.sizes == closed.sizes
     assert torch.equal(explicit.rows(ids), closed.rows(ids))
 
 
 def test_a_map_on_the_ids_device_takes_the_place_of_the_own_one() -> None:
-    partitions = ExplicitPartitions(PAPER_EXAMPLE)
+    partitions = ExplicitPartitions(PAPER_EXAMPLE).bind(5)
     shifted = partitions.class_map + 10
     rows = partitions.class_rows(torch.tensor([2, 0]), class_map=shifted)
     assert [row.tolist() for row in rows] == [[12, 10], [11, 10], [11, 10]]
@@ -76,7 +78,7 @@ def test_a_map_on_the_ids_device_takes_the_place_of_the_own_one() -> None:
 @pytest.mark.parametrize("outside", [5, -1])
 def test_ids_outside_the_map_raise(outside: int) -> None:
     with pytest.raises(IndexError):
-        ExplicitPartitions(PAPER_EXAMPLE).rows(torch.tensor([0, outside]))
+        ExplicitPartitions(PAPER_EXAMPLE).bind(5).rows(torch.tensor([0, outside]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
@@ -84,47 +86,69 @@ def test_dtype_and_layout_do_not_matter(dtype: torch.dtype) -> None:
     given_map = torch.tensor(PAPER_EXAMPLE, dtype=dtype)
     strided = torch.tensor(PAPER_EXAMPLE, dtype=dtype).T.contiguous().T
     for classes in (given_map, strided, given_map.numpy()):
-        partitions = ExplicitPartitions(classes)
-        assert partitions == ExplicitPartitions(PAPER_EXAMPLE)
-        assert hash(partitions) == hash(ExplicitPartitions(PAPER_EXAMPLE))
+        partitions = ExplicitPartitions(classes).bind(5)
+        assert partitions == ExplicitPartitions(PAPER_EXAMPLE).bind(5)
+        assert hash(partitions) == hash(ExplicitPartitions(PAPER_EXAMPLE).bind(5))
         assert partitions.class_map.dtype == torch.int32
         assert partitions.class_map.is_contiguous()
         assert partitions.class_map.tolist() == PAPER_EXAMPLE
 
 
 def test_the_map_is_int64_only_where_int32_is_too_narrow() -> None:
-    assert ExplicitPartitions([[0, 2**31 - 1]]).class_map.dtype == torch.int32
-    wide = ExplicitPartitions([[0, 2**31]])
+    assert ExplicitPartitions([[0, 2**31 - 1]]).bind(2).class_map.dtype == torch.int32
+    wide = ExplicitPartitions([[0, 2**31]]).bind(2)
     assert wide.class_map.dtype == torch.int64
     assert wide.rows(torch.tensor([1])).tolist() == [[2**31]]
 
 
 def test_the_map_is_a_copy() -> None:
     classes = torch.tensor(PAPER_EXAMPLE, dtype=torch.int32)
-    partitions = ExplicitPartitions(classes)
+    spec = ExplicitPartitions(classes)
     classes.zero_()
-    assert partitions.class_map.tolist() == PAPER_EXAMPLE
+    assert spec.bind(5).class_map.tolist() == PAPER_EXAMPLE
 
 
 def test_construction_under_another_default_device() -> None:
     with torch.device("meta"):
-        partitions = ExplicitPartitions(PAPER_EXAMPLE)
-    assert partitions == ExplicitPartitions(PAPER_EXAMPLE)
+        partitions = ExplicitPartitions(PAPER_EXAMPLE).bind(5)
+    assert partitions == ExplicitPartitions(PAPER_EXAMPLE).bind(5)
 
 
-def test_content_hash_and_description() -> None:
-    partitions = ExplicitPartitions(PAPER_EXAMPLE)
+def test_hash_of_the_content() -> None:
+    bound = ExplicitPartitions(PAPER_EXAMPLE).bind(5)
     # sha256 of "3,5;" and the classes as little-endian int64, row by row: part of the checkpoint format.
-    sha256 = "b2f28fbcc063"
-    assert str(partitions.describe()["sha256"]).startswith(sha256)
-    assert partitions.describe().keys() == {"sha256"}
-    assert len(str(partitions.describe()["sha256"])) == 64
-    assert partitions.content_hash() == int(str(partitions.describe()["sha256"])[:16], 16) // 2 < 2**63
-    assert repr(partitions) == f"ExplicitPartitions(num_ids=5, sizes=[3, 2, 2], sha256='{sha256}…')"
-    one_row, two_rows = ExplicitPartitions([[0, 1, 2, 3]]), ExplicitPartitions([[0, 1], [2, 3]])
-    assert one_row.content_hash() != two_rows.content_hash()
+    assert bound.sha256.startswith("b2f28fbcc063")
+    assert len(bound.sha256) == 64
+    assert repr(bound) == "ClassMap(num_embeddings=5, sizes=(3, 2, 2), sha256='b2f28fbcc063…')"
+    assert repr(ExplicitPartitions(PAPER_EXAMPLE)) == "ExplicitPartitions(classes of shape (3, 5))"
+    one_row, two_rows = ExplicitPartitions([[0, 1, 2, 3]]).bind(4), ExplicitPartitions([[0, 1], [2, 3]]).bind(2)
+    assert one_row.sha256 != two_rows.sha256
     assert one_row != two_rows
-    assert pickle.loads(pickle.dumps(partitions)).content_hash() == partitions.content_hash()  # noqa: S301
+    assert pickle.loads(pickle.dumps(bound)).sha256 == bound.sha256  # noqa: S301
+
+
+def test_a_map_is_checked_and_read_once(tmp_path: Path) -> None:
+    spec = ExplicitPartitions(PAPER_EXAMPLE)
+    assert spec.bind(5) is spec.bind(5) is copy.deepcopy(spec).bind(5)
+    np.save(tmp_path / "classes.npy", np.array(PAPER_EXAMPLE))
+    from_file = ExplicitPartitions(file=str(tmp_path / "classes.npy"))
+    assert from_file.bind(5) == spec.bind(5)
+    (tmp_path / "classes.npy").unlink()
+    assert pickle.loads(pickle.dumps(from_file)).bind(5) == spec.bind(5)  # noqa: S301
+
+
+def test_classes_or_a_file() -> None:
+    told = "ExplicitPartitions: exactly one of classes, file must be given, got "
+    with pytest.raises(ValueError, match=f"^{told}none$"):
+        ExplicitPartitions()
+    with pytest.raises(ValueError, match=f"^{told}classes and file$"):
+        ExplicitPartitions([[0, 1]], file="classes.npy")
+
+
+def test_another_number_of_ids_is_refused() -> None:
+    told = "ExplicitPartitions: num_embeddings must be 5, the ids of classes, got 6"
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        ExplicitPartitions(PAPER_EXAMPLE).bind(6)
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([2, 3, 2**15, 2**31, 2**40 - 1]), st.data())
@@ -136,17 +160,19 @@ def test_finds_the_first_id_that_shares_all_classes(count: int, num_ids: int, to
     twins = next(((seen[key], x) for x, key in enumerate(ids) if seen.setdefault(key, x) != x), None)
     classes = torch.tensor(ids).T
     if twins is None:
-        assert ExplicitPartitions(classes).rows(torch.arange(num_ids)).tolist() == [list(key) for key in ids]
+        assert ExplicitPartitions(classes).bind(num_ids).rows(torch.arange(num_ids)).tolist() == [
+            list(key) for key in ids
+        ]
     else:
         with pytest.raises(ValueError, match=f"ids {twins[0]} and {twins[1]} that share all classes "):
-            ExplicitPartitions(classes)
+            ExplicitPartitions(classes).bind(num_ids)
 
 
 def test_overflowing_codes_are_no_false_alarm() -> None:
     """With sizes of 2^32 the first two of four classes would be multiplied by 2^96 and 2^64, so lost from an int64."""
     top = 2**32 - 1
     classes = [[0, 1, 0, top], [0, 0, 1, top], [0, 0, 0, top], [0, 0, 0, top]]
-    partitions = ExplicitPartitions(classes)
+    partitions = ExplicitPartitions(classes).bind(4)
     assert math.prod(partitions.sizes) == 2**128
     assert partitions.rows(torch.arange(4)).T.tolist() == classes
 
@@ -170,7 +196,7 @@ for start in range(0, num_ids, 2**20):  # in pieces, so that making the map leav
 if top:
     classes[:, -1] = top
 before = kib("VmSize")
-print(ExplicitPartitions(classes).sizes)
+print(ExplicitPartitions(classes).bind(num_ids).sizes)
 print((kib("VmPeak") - before) * 1024 / (classes.numel() * classes.element_size()))
 """
 
@@ -202,7 +228,6 @@ def test_ten_million_ids_are_checked_in_little_memory(top: int, sizes: tuple[int
         ([[0, 1], [0]], ValueError, "classes must be a (K, S) table of integers"),
         ([["a"]], ValueError, "classes must be a (K, S) table of integers"),
         ([[2**70]], ValueError, "classes must be a (K, S) table of integers"),
-        (None, ValueError, "classes must be a (K, S) table of integers"),
         (torch.zeros(2, 2), TypeError, "torch.int32, torch.int64, got torch.float32"),
         ([[0.0, 1.0]], TypeError, "classes must have one of the dtypes torch.uint8, "),
         (np.array([[True, False]]), TypeError, "got torch.bool"),
@@ -222,7 +247,11 @@ def test_ten_million_ids_are_checked_in_little_memory(top: int, sizes: tuple[int
     ],
 )
 def test_refused(classes: object, error: type[Exception], message: str) -> None:
+    def bind() -> None:
+        spec = ExplicitPartitions(classes)
+        spec.bind(spec.classes.shape[1])
+
     with pytest.raises(error) as raised:
-        ExplicitPartitions(classes)
+        bind()
     assert str(raised.value).startswith("ExplicitPartitions: ")
     assert message in str(raised.value)

@@ -106,8 +106,8 @@ def test_fit_prints_tables_that_fit_with_least_compression(
     again.write_text(yaml.safe_dump(job))
     assert main(["plan", "--config", str(again), *cluster]) == 0
     # One percent more rows do not fit.
-    more = job["tables"][0]["partitions"]["num_collisions"]
-    job["tables"][0]["partitions"]["num_collisions"] = max(2, int(more * 0.98) - 1)
+    more = user.bound_partitions.sizes[1]  # type: ignore[union-attr]
+    job["tables"][0]["partitions"] = {"kind": "quotient_remainder", "num_collisions": max(2, int(more * 0.98) - 1)}
     again.write_text(yaml.safe_dump(job))
     capsys.readouterr()
     assert main(["plan", "--config", str(again), *cluster]) == (1 if more > 2 else 0)

@@ -26,7 +26,7 @@ def config(
     return CompositionalEmbeddingBagConfig(
         **{"name": "t", "feature_names": ["f"], "embedding_dim": 8}
         | fields
-        | {"num_embeddings": num_ids, "partitions": QuotientRemainder(num_ids, num_collisions, grouping)}
+        | {"num_embeddings": num_ids, "partitions": QuotientRemainder(num_collisions=num_collisions, grouping=grouping)}
     )
 
 
@@ -52,7 +52,9 @@ def test_quotients_of_large_ids_are_exact() -> None:
     """``(input / c).long()`` goes through float32: 16,777,219 / 4 gives row 4,194,305."""
     num_ids, x = 16_777_220, 16_777_219
     assert int((torch.tensor([x]) / 4).long()) == 4_194_305  # the defect, so that its cause stays on record
-    assert QuotientRemainder(num_ids, 4, "adjacent").rows(torch.tensor([x])).tolist() == [[4_194_304, 3]]
+    assert QuotientRemainder(num_collisions=4, grouping="adjacent").bind(num_ids).rows(torch.tensor([x])).tolist() == [
+        [4_194_304, 3]
+    ]
     ebc = CompositionalEmbeddingBagCollection(
         tables=[config(num_ids, 4, "adjacent", embedding_dim=4, init_fn=torch.nn.init.zeros_)]
     )
@@ -65,7 +67,7 @@ def test_quotients_of_large_ids_are_exact() -> None:
 def test_a_table_of_40_million_rows_keeps_all_quotients_and_remainders(grouping: Any) -> None:
     """Of these, float32 gets 6,611,392 quotients wrong, loses 805,695 pairs and leaves the table twice."""
     num_ids, chunk = 40_000_000, 4_000_000
-    partitions = QuotientRemainder(num_ids, 4, grouping)
+    partitions = QuotientRemainder(num_collisions=4, grouping=grouping).bind(num_ids)
     assert partitions.sizes == (10_000_000, 4)
     for start in range(0, num_ids, chunk):
         ids = torch.arange(start, start + chunk)
@@ -163,7 +165,7 @@ def test_parameters_and_gradients_follow_the_module() -> None:
 def test_strided_grouping_keeps_neighbours_apart() -> None:
     """The remainder indexes the paper's large table, the quotient dlrm's, so that there neighbours share rows."""
     for num_ids, m in ((100, 4), (101, 4), (1000, 7)):
-        strided = QuotientRemainder(num_ids, m)
+        strided = QuotientRemainder(num_collisions=m).bind(num_ids)
         r0 = -(-num_ids // m)
         ids = torch.arange(num_ids)
         first, second = strided.class_rows(ids)
@@ -171,7 +173,7 @@ def test_strided_grouping_keeps_neighbours_apart() -> None:
         assert torch.equal(second, ids // r0)
         assert not bool((first[1:] == first[:-1]).any())
         assert strided.main == 0
-        adjacent = QuotientRemainder(num_ids, m, "adjacent").class_rows(ids)[0]
+        adjacent = QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids).class_rows(ids)[0]
         assert int((adjacent[1:] == adjacent[:-1]).sum()) == num_ids - r0
 
 
@@ -179,10 +181,10 @@ def test_partitions_that_let_ids_share_all_classes_are_refused() -> None:
     """DeepRec#909: at div 100 and mod 5, ids 7 and 12 share both classes."""
     ids = torch.arange(500)
     with pytest.raises(ValueError, match=r"ids 0 and 5 that share all classes \[0, 0\]"):
-        ExplicitPartitions(torch.stack([ids // 100, ids % 5]))
+        ExplicitPartitions(torch.stack([ids // 100, ids % 5])).bind(500)
     with pytest.raises(ValueError, match=r"ids 0 and 1 that share all classes"):
-        ExplicitPartitions(torch.stack([ids[[7, 12]] // 100, ids[[7, 12]] % 5]))
+        ExplicitPartitions(torch.stack([ids[[7, 12]] // 100, ids[[7, 12]] % 5])).bind(2)
     with pytest.raises(ValueError, match=r"product 25: ids 0 and 25 would share all rows"):
-        MixedRadix(500, [5, 5])
+        MixedRadix(sizes=[5, 5]).bind(500)
     with pytest.raises(ValueError, match="common factor 5"):
-        ChineseRemainder(500, [100, 5])
+        ChineseRemainder(sizes=[100, 5]).bind(500)

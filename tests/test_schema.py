@@ -9,11 +9,14 @@ import pytest
 from schema_cases import error_of, written
 
 from torchrec_qr import (
+    ChineseRemainder,
+    CompositionalEmbeddingBagConfig,
+    HashPartition,
+    MixedRadix,
     QuotientRemainder,
 )
 from torchrec_qr.schema import (
     ConstraintSpec,
-    PartitionsSpec,
     PlannerSpec,
     TableSpec,
     dump,
@@ -118,24 +121,30 @@ def test_constraints_on_unknown_tables() -> None:
 
 def test_examples_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    explained, anchored, planner = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    explained, anchored, planner, overlay = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert [(t.name, t.num_embeddings, t.partitions) for t in read_tables(written(tmp_path, anchored))] == [
-        ("cat_0", 1_460, QuotientRemainder(1_460, 4)),
-        ("cat_1", 583, QuotientRemainder(583, 4)),
-        ("cat_2", 10_131_227, QuotientRemainder(10_131_227, 60)),
+        ("cat_0", 1_460, QuotientRemainder(num_collisions=4)),
+        ("cat_1", 583, QuotientRemainder(num_collisions=4)),
+        ("cat_2", 10_131_227, QuotientRemainder(num_collisions=60)),
+    ]
+    base = "criteo_kaggle_full.yaml"
+    overlaid = read_tables(written(tmp_path, overlay.replace(base, str(DOCUMENT.parents[1] / "configs" / base))))
+    assert [t.partitions.num_collisions for t in overlaid if isinstance(t, CompositionalEmbeddingBagConfig)] == [
+        60 if t.name == "cat_2" else 4 for t in overlaid if t.num_embeddings > 200
     ]
     written(tmp_path, explained + planner)
     monkeypatch.chdir(tmp_path)
     spaces: list[dict[str, Any]] = [{}, {"__name__": __name__}]
     for code, space in zip(re.findall(r"```python\n(.*?)```", text, re.DOTALL), spaces, strict=True):
         exec(code, space)
-    assert spaces[0]["tables"][0].partitions == QuotientRemainder.for_compression(1_000_000, 4.0, grouping="adjacent")
+    assert spaces[0]["tables"][0].partitions == QuotientRemainder(compression=4.0, grouping="adjacent")
     assert spaces[0]["planner"].world_size == 16
     assert spaces[0]["ebc"].embedding_bag_configs() == spaces[0]["tables"]
 
 
 def test_document_lists_every_key() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    for cls in (TableSpec, PartitionsSpec, PlannerSpec, ConstraintSpec):
+    specs = (QuotientRemainder, MixedRadix, ChineseRemainder, HashPartition)
+    for cls in (TableSpec, *specs, PlannerSpec, ConstraintSpec):
         missing = [f.name for f in dataclasses.fields(cls) if f"`{f.name}" not in text]
         assert not missing, (cls, missing)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schema_cases import error_of, written
 
+from torchrec_qr import HashPartition, QuotientRemainder
 from torchrec_qr.schema import (
     ConfigError,
-    PartitionsSpec,
     Range,
     dump,
     load,
@@ -143,7 +143,7 @@ def test_error_survives_pickling() -> None:
 @dataclass(frozen=True)
 class Even:
     value: int
-    nested: PartitionsSpec | None = None
+    nested: QuotientRemainder | HashPartition | None = None
 
     def __post_init__(self) -> None:
         if self.value % 2:
@@ -154,7 +154,7 @@ def test_errors_of_post_init_get_the_path() -> None:
     assert error_of(load, list[Even], [{"value": 2}, {"value": 3}], "evens") == "evens[1]: 3 is odd"
     given = {"value": 2, "nested": {"kind": "hash", "grouping": "strided"}}
     assert error_of(load, Even, given, "even") == (
-        "even.nested.grouping: not a key of kind 'hash', whose keys are num_rows, compression, rows"
+        "even.nested.grouping: not a key of kind 'hash', whose keys are rows, compression"
     )
 
 

@@ -30,12 +30,11 @@ from torchrec_qr import (
     ExplicitPartitions,
     HashPartition,
     MixedRadix,
-    Partitions,
     QuotientRemainder,
 )
+from torchrec_qr.partitions import PartitionSpec
 from torchrec_qr.schema import (
     ConfigError,
-    PartitionsSpec,
     TableSpec,
     build_tables,
     dump,
@@ -59,32 +58,54 @@ def fields_of(config: BaseEmbeddingConfig) -> dict[str, Any]:
     return {"class": type(config), **fields}
 
 
+def compared(config: BaseEmbeddingConfig) -> dict[str, Any]:
+    """As `fields_of`, with the rows of ids in place of the spec: a file's classes are those of a map in memory."""
+    return fields_of(config) | {"partitions": getattr(config, "bound_partitions", None)}
+
+
 S = 1000
 # The map of the class of every id that a hash of 30 rows and a quotient of 40 rows would give: complementary.
 CLASSES = np.stack([np.arange(S) % 30, np.arange(S) // 30])
 
-SIZED = [
-    ({"kind": "quotient_remainder", "num_collisions": 4}, QuotientRemainder(S, 4)),
-    ({"kind": "quotient_remainder", "num_collisions": 4, "grouping": "adjacent"}, QuotientRemainder(S, 4, "adjacent")),
-    ({"kind": "quotient_remainder", "balanced": True}, QuotientRemainder(S, 32)),
+# An entry, the spec that code would give, and the rows per partition of S ids.
+SIZED: list[tuple[dict[str, Any], PartitionSpec, tuple[int, ...]]] = [
+    ({"kind": "quotient_remainder", "num_collisions": 4}, QuotientRemainder(num_collisions=4), (250, 4)),
+    (
+        {"kind": "quotient_remainder", "num_collisions": 4, "grouping": "adjacent"},
+        QuotientRemainder(num_collisions=4, grouping="adjacent"),
+        (250, 4),
+    ),
+    ({"kind": "quotient_remainder", "balanced": True}, QuotientRemainder(balanced=True), (32, 32)),
     (
         {"kind": "quotient_remainder", "compression": 4, "grouping": "adjacent"},
-        QuotientRemainder.for_compression(S, 4.0, grouping="adjacent"),
+        QuotientRemainder(compression=4.0, grouping="adjacent"),
+        (200, 5),
     ),
-    ({"kind": "quotient_remainder", "rows": 205, "num_partitions": 2}, QuotientRemainder(S, 5)),
-    ({"kind": "mixed_radix", "sizes": [10, 10, 10]}, MixedRadix(S, [10, 10, 10])),
-    ({"kind": "mixed_radix", "balanced": True, "num_partitions": 3}, MixedRadix(S, [10, 10, 10])),
-    ({"kind": "mixed_radix", "balanced": False, "sizes": [50, 20]}, MixedRadix(S, [50, 20])),
-    ({"kind": "mixed_radix", "compression": 4.0}, MixedRadix.for_budget(S, 250)),
-    ({"kind": "mixed_radix", "rows": 250, "num_partitions": 3}, MixedRadix.for_budget(S, 250, 3)),
-    ({"kind": "chinese_remainder", "sizes": [11, 10, 13]}, ChineseRemainder(S, [11, 10, 13])),
-    ({"kind": "chinese_remainder", "balanced": True, "num_partitions": 3}, ChineseRemainder.balanced(S, 3)),
-    ({"kind": "chinese_remainder", "compression": 5.0}, ChineseRemainder.for_budget(S, 200)),
-    ({"kind": "chinese_remainder", "rows": 100, "num_partitions": 3}, ChineseRemainder.for_budget(S, 100, 3)),
-    ({"kind": "hash", "num_rows": 300}, HashPartition(S, 300)),
-    ({"kind": "hash", "compression": 4.0}, HashPartition(S, 250)),
-    ({"kind": "hash", "rows": 77}, HashPartition(S, 77)),
-    ({"kind": "explicit", "file": "maps/classes.npy"}, ExplicitPartitions(torch.from_numpy(CLASSES))),
+    ({"kind": "quotient_remainder", "rows": 205}, QuotientRemainder(rows=205), (200, 5)),
+    ({"kind": "mixed_radix", "sizes": [10, 10, 10]}, MixedRadix(sizes=[10, 10, 10]), (10, 10, 10)),
+    (
+        {"kind": "mixed_radix", "balanced": True, "num_partitions": 3},
+        MixedRadix(balanced=True, num_partitions=3),
+        (10, 10, 10),
+    ),
+    ({"kind": "mixed_radix", "balanced": False, "sizes": [50, 20]}, MixedRadix(sizes=[50, 20]), (50, 20)),
+    ({"kind": "mixed_radix", "compression": 4.0}, MixedRadix(compression=4.0), (245, 5)),
+    ({"kind": "mixed_radix", "rows": 250, "num_partitions": 3}, MixedRadix(rows=250, num_partitions=3), (245, 3, 2)),
+    ({"kind": "chinese_remainder", "sizes": [11, 10, 13]}, ChineseRemainder(sizes=[11, 10, 13]), (11, 10, 13)),
+    (
+        {"kind": "chinese_remainder", "balanced": True, "num_partitions": 3},
+        ChineseRemainder(balanced=True, num_partitions=3),
+        (13, 11, 7),
+    ),
+    ({"kind": "chinese_remainder", "compression": 5.0}, ChineseRemainder(compression=5.0), (193, 6)),
+    (
+        {"kind": "chinese_remainder", "rows": 100, "num_partitions": 3},
+        ChineseRemainder(rows=100, num_partitions=3),
+        (92, 5, 3),
+    ),
+    ({"kind": "hash", "rows": 77}, HashPartition(rows=77), (77,)),
+    ({"kind": "hash", "rows": 1001}, HashPartition(rows=1001), (1000,)),
+    ({"kind": "hash", "compression": 4.0}, HashPartition(compression=4.0), (250,)),
 ]
 
 
@@ -100,13 +121,25 @@ def base_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("partitions", "expected"), SIZED)
-def test_kinds_and_sizings(base_dir: Path, partitions: dict[str, Any], expected: Partitions) -> None:
-    (config,) = load_tables([table(partitions=partitions)], base_dir)
+@pytest.mark.parametrize(("partitions", "spec", "sizes"), SIZED)
+def test_kinds_and_sizings(partitions: dict[str, Any], spec: PartitionSpec, sizes: tuple[int, ...]) -> None:
+    (config,) = load_tables([table(partitions=partitions)])
     assert config == CompositionalEmbeddingBagConfig(
-        name="t", num_embeddings=S, embedding_dim=16, feature_names=["t"], partitions=expected
+        name="t", num_embeddings=S, embedding_dim=16, feature_names=["t"], partitions=spec
     )
-    assert load(PartitionsSpec, dump(load(PartitionsSpec, partitions))).build(S, base_dir) == expected
+    assert config.bound_partitions.sizes == sizes  # type: ignore[union-attr]
+    for defaults in (False, True):
+        entry = table(partitions=dump(spec, defaults=defaults))
+        assert load(TableSpec, entry).partitions == spec
+
+
+def test_a_file_of_classes_is_relative_to_the_base_dir(base_dir: Path) -> None:
+    entry = table(partitions={"kind": "explicit", "file": "maps/classes.npy"})
+    (config,) = load_tables([entry], base_dir)
+    assert config.bound_partitions == ExplicitPartitions(torch.from_numpy(CLASSES)).bind(S)  # type: ignore[union-attr]
+    assert config.partitions == ExplicitPartitions(file=str(base_dir / "maps" / "classes.npy"))  # type: ignore[union-attr]
+    assert to_spec(config).build() == config
+    assert dump(load(TableSpec, entry), defaults=False) == entry
 
 
 def test_every_key_of_a_table() -> None:
@@ -120,7 +153,7 @@ def test_every_key_of_a_table() -> None:
         table(pooling="mean", **common) | {"name": "v"},
     )
     fields = {**common, "num_embeddings": S, "embedding_dim": 16, "data_type": DataType.BF16}
-    partitions = MixedRadix(S, [50, 20])
+    partitions = MixedRadix(sizes=[50, 20])
     mean = PoolingType.MEAN
     assert [fields_of(config) for config in load_tables([first, second, third])] == [
         fields_of(CompositionalEmbeddingBagConfig(name="t", partitions=partitions, pooling=mean, **path, **fields)),
@@ -201,38 +234,54 @@ def test_errors_of_tables(entry: dict[str, Any], message: str) -> None:
         ({"kind": "mixed_radx"}, ".kind: 'mixed_radx'; allowed: "),
         ({"num_collisions": 4}, ".kind: missing, and has no default"),
         ({**QR, "num_collision": 4}, ".num_collision: unknown key; did you mean 'num_collisions'?"),
-        ({**QR, "num_collisions": 0}, ".num_collisions: 0; allowed: 1..1000"),
-        ({**QR, "num_collisions": 1001}, ".num_collisions: 1001; allowed: 1..1000"),
+        (
+            {**QR, "num_collisions": 1001},
+            ": table 't': QuotientRemainder: num_collisions must be between 1 and 1000 (num_embeddings), got 1001",
+        ),
         ({**QR, "num_collisions": 4.0}, ".num_collisions: 4.0; allowed: int"),
         ({**QR, "grouping": "stride"}, ".grouping: 'stride'; allowed: 'strided', 'adjacent'; did you mean 'strided'?"),
         (
             {**QR, "sizes": [250, 4]},
-            ".sizes: not a key of kind 'quotient_remainder', whose keys are num_collisions, balanced, compression, "
-            "rows, grouping, num_partitions",
+            ".sizes: not a key of kind 'quotient_remainder', whose keys are num_collisions, compression, rows, "
+            "balanced, grouping",
         ),
-        ({**QR, "num_partitions": 2}, ".num_partitions: 2; allowed: only without num_collisions, which implies it"),
+        (
+            {"kind": "mixed_radix", "sizes": [50, 20], "num_partitions": 2},
+            ": MixedRadix: num_partitions must not be given beside sizes, got 2",
+        ),
         (
             {"kind": "quotient_remainder"},
-            ": no size; allowed: exactly one of num_collisions, balanced, compression, rows",
+            ": QuotientRemainder: exactly one of num_collisions, compression, rows, balanced must be given, got none",
         ),
         (
             {"kind": "mixed_radix", "balanced": True, "rows": 500},
-            ": balanced, rows; allowed: exactly one of sizes, balanced, compression, rows",
+            ": MixedRadix: exactly one of sizes, compression, rows, balanced must be given, got rows and balanced",
         ),
         (
             {"kind": "mixed_radix", "balanced": False},
-            ": no size; allowed: exactly one of sizes, balanced, compression, rows",
+            ": MixedRadix: exactly one of sizes, compression, rows, balanced must be given, got none",
         ),
-        ({"kind": "explicit"}, ": no size; allowed: file"),
-        ({"kind": "hash", "balanced": True}, ".balanced: not a key of kind 'hash', whose keys are num_rows, "),
-        ({"kind": "hash", "num_rows": 0}, ".num_rows: 0; allowed: 1..1099511627776"),
-        ({"kind": "mixed_radix", "sizes": [10, 0]}, ".sizes[1]: 0; allowed: 1..1099511627776"),
-        ({"kind": "mixed_radix", "compression": 0.5}, ".compression: 0.5; allowed: at least 1"),
-        ({"kind": "mixed_radix", "rows": 0}, ".rows: 0; allowed: at least 1"),
-        ({"kind": "mixed_radix", "rows": 9, "num_partitions": 0}, ".num_partitions: 0; allowed: at least 1"),
+        ({"kind": "explicit"}, ": ExplicitPartitions: exactly one of classes, file must be given, got none"),
+        ({"kind": "explicit", "classes": [[0]]}, ".classes: unknown key; allowed: file"),
+        ({"kind": "hash", "balanced": True}, ".balanced: not a key of kind 'hash', whose keys are rows, "),
+        ({"kind": "hash", "rows": 0}, ": table 't': HashPartition: rows must be at least 1, got 0"),
+        (
+            {"kind": "mixed_radix", "sizes": [10, 0]},
+            ": table 't': MixedRadix: sizes[1] must be between 1 and 1099511627776 (2^40), got 0",
+        ),
+        ({"kind": "mixed_radix", "sizes": [10, 0.5]}, ".sizes[1]: 0.5; allowed: int"),
+        (
+            {"kind": "mixed_radix", "compression": 0.5},
+            ": table 't': MixedRadix: compression must be finite and at least 1, got 0.5",
+        ),
+        ({"kind": "mixed_radix", "rows": 0}, ": table 't': MixedRadix: rows must be at least 64, "),
+        (
+            {"kind": "mixed_radix", "rows": 9, "num_partitions": 0},
+            ": table 't': MixedRadix: num_partitions must be at least 1, got 0",
+        ),
         (
             {"kind": "mixed_radix", "sizes": [10, 10]},
-            ": table 't': MixedRadix: the product of sizes must be at least num_ids (1000), got sizes [10, 10]",
+            ": table 't': MixedRadix: the product of sizes must be at least num_embeddings (1000), got sizes [10, 10]",
         ),
         (
             {"kind": "mixed_radix", "sizes": []},
@@ -245,21 +294,29 @@ def test_errors_of_tables(entry: dict[str, Any], message: str) -> None:
         (
             {"kind": "mixed_radix", "compression": 100.0},
             ": table 't': MixedRadix: rows must be at least 64, the least total that keeps 1000 ids apart with 2 "
-            "partitions, got 10 (ratio 100.0)",
+            "partitions, got 10 (compression 100.0)",
         ),
         (
             {"kind": "quotient_remainder", "rows": 500, "num_partitions": 3},
-            ": table 't': QuotientRemainder: num_partitions must be 2 (MixedRadix takes more), got 3",
+            ".num_partitions: not a key of kind 'quotient_remainder', whose keys are ",
         ),
-        ({"kind": "explicit", "file": "maps/none.npy"}, ".file: 'maps/none.npy' cannot be read: "),
-        ({"kind": "explicit", "file": "maps/text.npy"}, ".file: 'maps/text.npy' cannot be read: "),
+        (
+            {"kind": "explicit", "file": "maps/none.npy"},
+            ": table 't': ExplicitPartitions: file 'BASE/maps/none.npy' cannot be read: ",
+        ),
+        (
+            {"kind": "explicit", "file": "maps/text.npy"},
+            ": table 't': ExplicitPartitions: file 'BASE/maps/text.npy' cannot be read: ",
+        ),
         (
             {"kind": "explicit", "file": "maps/two.npz"},
-            ".file: 'maps/two.npz' is several arrays; allowed: a .npy file of integers, of shape (K, 1000)",
+            ": table 't': ExplicitPartitions: file 'BASE/maps/two.npz' holds several arrays; allowed: a .npy "
+            "file of integers, of shape (K, S)",
         ),
         (
             {"kind": "explicit", "file": "maps/short.npy"},
-            ".file: 'maps/short.npy' is of shape (2, 999); allowed: a .npy file of integers, of shape (K, 1000)",
+            ": table 't': ExplicitPartitions: num_embeddings must be 999, the ids of file 'BASE/maps/short.npy', "
+            "got 1000",
         ),
         ({"kind": "explicit", "file": "maps/floats.npy"}, ": table 't': ExplicitPartitions: classes must have one of "),
         (
@@ -271,7 +328,7 @@ def test_errors_of_tables(entry: dict[str, Any], message: str) -> None:
 def test_errors_of_partitions(base_dir: Path, partitions: dict[str, Any], message: str) -> None:
     first = table() | {"name": "first"}
     error = error_of(load_tables, [first, table(partitions=partitions)], base_dir)
-    assert error.startswith(f"tables[1].partitions{message}")
+    assert error.replace(str(base_dir), "BASE").startswith(f"tables[1].partitions{message}")
 
 
 def test_errors_of_all_tables_come_together() -> None:
@@ -279,8 +336,8 @@ def test_errors_of_all_tables_come_together() -> None:
     entries = [table(partitions=bad) | {"name": name} for name in ("a", "b")]
     assert [error.split(", got")[0] for error in error_of(load_tables, entries).split("\n")] == [
         "2 errors",
-        "  tables[0].partitions: table 'a': MixedRadix: the product of sizes must be at least num_ids (1000)",
-        "  tables[1].partitions: table 'b': MixedRadix: the product of sizes must be at least num_ids (1000)",
+        "  tables[0].partitions: table 'a': MixedRadix: the product of sizes must be at least num_embeddings (1000)",
+        "  tables[1].partitions: table 'b': MixedRadix: the product of sizes must be at least num_embeddings (1000)",
     ]
     assert error_of(load_tables, {"planner": {}}) == "tables: missing, and has no default"
     assert error_of(load_tables, {"tables": None}) == "tables: None; allowed: a list"
@@ -292,7 +349,7 @@ def test_tables_of_a_larger_config(base_dir: Path) -> None:
     specs = load(tuple[TableSpec, ...], [entry, table() | {"name": "u"}], "tables")
     configs = build_tables(specs, base_dir)
     assert [fields_of(config) for config in configs] == [fields_of(spec.build(base_dir)) for spec in specs]
-    with pytest.raises(ConfigError, match=r"^tables\[0\].partitions.file: 'maps/classes.npy' cannot be read: "):
+    with pytest.raises(ConfigError, match=r"^tables\[0\].partitions: table 't': .*maps/classes.npy' cannot be read: "):
         build_tables(specs, base_dir / "maps")
 
 
@@ -328,7 +385,7 @@ planner: {topology: 1x2}
             embedding_dim=16,
             pooling=PoolingType.MEAN,
             data_type=DataType.FP16,
-            partitions=QuotientRemainder(1000, 4, "adjacent"),
+            partitions=QuotientRemainder(num_collisions=4, grouping="adjacent"),
         ),
         CompositionalEmbeddingBagConfig(
             name="t_item",
@@ -344,14 +401,14 @@ planner: {topology: 1x2}
             feature_names=["t_shop"],
             num_embeddings=500,
             embedding_dim=8,
-            partitions=QuotientRemainder(500, 4, "adjacent"),
+            partitions=QuotientRemainder(num_collisions=4, grouping="adjacent"),
             operation="path",
             path_hidden=2,
         ),
         EmbeddingBagConfig(name="t_country", feature_names=["t_country"], num_embeddings=250, embedding_dim=8),
     ]
     from_file = read_tables(file)
-    assert [fields_of(config) for config in from_file] == [fields_of(config) for config in in_code]
+    assert [compared(config) for config in from_file] == [compared(config) for config in in_code]
     states = [CompositionalEmbeddingBagCollection(tables=tables).state_dict() for tables in (from_file, in_code)]
     shapes = [{key: (value.shape, value.dtype) for key, value in state.items()} for state in states]
     assert shapes[0] == shapes[1]
@@ -370,24 +427,8 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         read_tables(tmp_path / "none.yaml")
 
 
-# Valid tables of 1000 ids whose partitions are given by their own key, so that to_spec gives them back as they are.
-closed_forms = st.sampled_from(
-    [
-        PartitionsSpec("quotient_remainder", num_collisions=7, grouping="strided"),
-        PartitionsSpec("quotient_remainder", num_collisions=40, grouping="adjacent"),
-        PartitionsSpec("mixed_radix", sizes=(10, 20, 5)),
-        PartitionsSpec("chinese_remainder", sizes=(31, 37)),
-        PartitionsSpec("hash", num_rows=99),
-    ]
-)
-sized = st.sampled_from(
-    [
-        PartitionsSpec("quotient_remainder", balanced=True),
-        PartitionsSpec("mixed_radix", compression=3.5, num_partitions=3),
-        PartitionsSpec("chinese_remainder", rows=300),
-        PartitionsSpec("hash", compression=2.0),
-    ]
-)
+# Valid for tables of 1000 ids.
+closed_forms = st.sampled_from([spec for _, spec, _ in SIZED])
 plain_fields: dict[str, Any] = {
     "name": st.text("abc.-é1", min_size=1),
     "num_embeddings": st.just(S),
@@ -405,13 +446,13 @@ specs = st.one_of(
     st.builds(TableSpec, **plain_fields),
     st.builds(
         TableSpec,
-        partitions=closed_forms | sized,
+        partitions=closed_forms,
         operation=st.sampled_from(["mult", "add", "concat"]),
         **compositional_fields,
     ),
     st.builds(
         TableSpec,
-        partitions=closed_forms | sized,
+        partitions=closed_forms,
         operation=st.just("path"),
         path_hidden=st.none() | st.integers(1, 9),
         path_activation=st.sampled_from(["relu", "tanh"]),
@@ -439,11 +480,11 @@ def test_tables_survive_yaml_and_to_spec(spec: TableSpec, defaults: bool) -> Non
             CompositionalEmbeddingBagConfig(
                 name="t", num_embeddings=S, embedding_dim=8, partitions=ExplicitPartitions(torch.from_numpy(CLASSES))
             ),
-            "table 't': explicit partitions cannot be expressed in YAML; save class_map as a .npy file",
+            "table 't': classes in memory cannot be expressed in YAML; save them as a .npy file",
         ),
         (
             CompositionalEmbeddingConfig(
-                name="t", num_embeddings=S, embedding_dim=8, partitions=HashPartition(S, 9), init_fn=nn.init.zeros_
+                name="t", num_embeddings=S, embedding_dim=8, partitions=HashPartition(rows=9), init_fn=nn.init.zeros_
             ),
             "table 't': init_fn=<function zeros_",
         ),

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         ExplicitPartitions,
         HashPartition,
         MixedRadix,
-        Partitions,
         QuotientRemainder,
     )
 
@@ -31,7 +30,6 @@ __all__ = [
     "ExplicitPartitions",
     "HashPartition",
     "MixedRadix",
-    "Partitions",
     "QuotientRemainder",
     "raise_pending",
 ]

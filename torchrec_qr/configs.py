@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from torchrec_qr.ids import OUT_OF_RANGE_POLICIES, OutOfRange
-from torchrec_qr.partitions import Partitions
+from torchrec_qr.partitions import BoundPartitions, PartitionSpec
 
 Operation = Literal["mult", "add", "concat", "path"]
 PathActivation = Literal["relu", "tanh"]
@@ -46,7 +47,7 @@ class _Compositional(BaseEmbeddingConfig):
     """The fields that both configs add; their documentation is in the configs' own docstrings."""
 
     # Has a default as the fields of TorchRec before it have; `_check_partitions` refuses that.
-    partitions: Partitions = None  # type: ignore[assignment]
+    partitions: PartitionSpec = None  # type: ignore[assignment]
     operation: Operation = "mult"
     partition_dims: Sequence[int] | None = None
     path_hidden: int | None = None
@@ -63,15 +64,20 @@ class _Compositional(BaseEmbeddingConfig):
         self._check_dims()
         self._check_init()
 
+    @cached_property
+    def bound_partitions(self) -> BoundPartitions:
+        """The ``partitions`` of this table's S ids: row counts, and the rows of ids."""
+        return self.partitions.bind(self.num_embeddings)
+
     @property
     def num_partitions(self) -> int:
         """K."""
-        return self.partitions.num_partitions
+        return self.bound_partitions.num_partitions
 
     @property
     def base_partition(self) -> int:
         """The partition that holds most of the table: the main one, under ``path`` partition 0 (its W_1)."""
-        return 0 if self.operation == "path" else self.partitions.main
+        return 0 if self.operation == "path" else self.bound_partitions.main
 
     @property
     def partition_columns(self) -> tuple[int, ...]:
@@ -96,12 +102,12 @@ class _Compositional(BaseEmbeddingConfig):
     @property
     def physical_rows(self) -> int:
         """R."""
-        return self.partitions.num_rows
+        return self.bound_partitions.num_rows
 
     @property
     def num_parameters(self) -> int:
         """Scalars stored: Σ_j |P_j| · columns of partition j."""
-        return sum(n * d for n, d in zip(self.partitions.sizes, self.partition_columns, strict=True))
+        return sum(n * d for n, d in zip(self.bound_partitions.sizes, self.partition_columns, strict=True))
 
     @property
     def _mlp_columns(self) -> int:
@@ -132,14 +138,15 @@ class _Compositional(BaseEmbeddingConfig):
                 )
 
     def _check_partitions(self) -> None:
-        if not isinstance(self.partitions, Partitions):
-            self._fail(
-                "partitions", self.partitions, "a Partitions, such as QuotientRemainder(num_ids, num_collisions)"
+        if not isinstance(self.partitions, PartitionSpec):
+            raise TypeError(
+                f"table {self.name!r}: partitions={self.partitions!r}; allowed: a spec, such as "
+                "QuotientRemainder(num_collisions=4)"
             )
-        if self.num_embeddings != self.partitions.num_ids:
-            self._fail(
-                "num_embeddings", self.num_embeddings, f"{self.partitions.num_ids}, the num_ids of its partitions"
-            )
+        try:
+            _ = self.bound_partitions
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"table {self.name!r}: {error}") from None
 
     def _check_dims(self) -> None:
         k, d, dims = self.num_partitions, self.embedding_dim, self.partition_dims
@@ -188,7 +195,8 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
     the model sees. Methods: arXiv:1909.02107, sections 3 and 4.
 
     Args:
-        partitions: which row of each partition an id selects; its ``num_ids`` equals ``num_embeddings``.
+        partitions: which row of each partition an id selects: a spec such as ``QuotientRemainder``, which is bound to
+            ``num_embeddings`` ids here.
         operation: ``"mult"`` and ``"add"`` act elementwise on rows of D columns; ``"concat"`` joins rows of D_j
             columns, ΣD_j = D; ``"path"`` (section 4.1) passes the row of partition 0 through one MLP per further
             partition, each class having an MLP of its own.
@@ -206,14 +214,15 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
     partition is stored in low precision. ``weight_init_min`` and ``weight_init_max`` replace ∓1/√S.
 
     Raises:
-        ValueError: names the table, the field, the value given and what is allowed.
+        ValueError: names the table, the field, the value given and what is allowed; so do the others.
+        TypeError: ``partitions`` is no spec, or a value of the spec is not of its field's type.
         NotImplementedError: a TorchRec field that has no meaning for a compositional table.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> config = CompositionalEmbeddingBagConfig(
         ...     name="t_user", feature_names=["user"], num_embeddings=1_000_000, embedding_dim=64,
-        ...     partitions=QuotientRemainder(1_000_000, num_collisions=4))
+        ...     partitions=QuotientRemainder(num_collisions=4))
         >>> config.physical_rows, config.num_parameters
         (250004, 16000256)
     """
@@ -230,7 +239,7 @@ class CompositionalEmbeddingConfig(_Compositional, EmbeddingConfig):
         >>> from torchrec_qr import CompositionalEmbeddingConfig, MixedRadix
         >>> config = CompositionalEmbeddingConfig(
         ...     name="t_item", feature_names=["item"], num_embeddings=1000, embedding_dim=16,
-        ...     partitions=MixedRadix(1000, [10, 10, 10]), operation="concat", partition_dims=[8, 4, 4])
+        ...     partitions=MixedRadix(sizes=[10, 10, 10]), operation="concat", partition_dims=[8, 4, 4])
         >>> config.physical_rows, config.partition_columns
         (30, (8, 4, 4))
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.partitions import ClassMap, QuotientRemainder
 
 _FORMAT = 1
 # Codes are part of the checkpoint format: append, never reorder.
@@ -17,7 +18,7 @@ _KINDS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "explicit", 
 _GROUPINGS = ("", "strided", "adjacent")
 _OPERATIONS = ("mult", "add", "concat", "path")
 _ACTIVATIONS = ("", "relu", "tanh")
-_HEADER = ("format", "kind", "grouping", "operation", "path_hidden", "path_activation", "map_hash", "num_ids")
+_HEADER = ("format", "kind", "grouping", "operation", "path_hidden", "path_activation", "map_hash", "num_embeddings")
 
 
 def fingerprint(config: CompositionalConfig) -> Tensor:
@@ -26,23 +27,24 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> config = CompositionalEmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8,
-        ...     feature_names=["f"], partitions=QuotientRemainder(100, num_collisions=4))
+        ...     feature_names=["f"], partitions=QuotientRemainder(num_collisions=4))
         >>> fingerprint(config).tolist()
         [1, 0, 1, 0, 0, 0, 0, 100, 25, 4, 8, 8]
     """
-    p = config.partitions
+    spec, bound = config.partitions, config.bound_partitions
     path = config.operation == "path"
     header = (
         _FORMAT,
-        _KINDS.index(p.kind),
-        _GROUPINGS.index(str(p.describe().get("grouping", ""))),
+        _KINDS.index(spec.kind),
+        _GROUPINGS.index(spec.grouping if isinstance(spec, QuotientRemainder) else ""),
         _OPERATIONS.index(config.operation),
         (config.path_hidden or 0) if path else 0,
         _ACTIVATIONS.index(config.path_activation) if path and config.path_hidden else 0,
-        p.content_hash(),
-        p.num_ids,
+        # 63 bits tell explicit maps apart; sizes and kind tell closed forms apart.
+        int(bound.sha256[:16], 16) >> 1 if isinstance(bound, ClassMap) else 0,
+        bound.num_embeddings,
     )
-    return torch.tensor([*header, *p.sizes, *config.partition_columns], dtype=torch.int64, device="cpu")
+    return torch.tensor([*header, *bound.sizes, *config.partition_columns], dtype=torch.int64, device="cpu")
 
 
 def differences(saved: Tensor, own: Tensor) -> list[str]:

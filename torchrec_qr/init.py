@@ -47,7 +47,7 @@ def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] |
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> config = CompositionalEmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8,
-        ...     feature_names=["f"], partitions=QuotientRemainder(100, num_collisions=4))
+        ...     feature_names=["f"], partitions=QuotientRemainder(num_collisions=4))
         >>> [(p.name, p.num_embeddings, p.embedding_dim) for p in partition_configs(config)]
         [('t.partition_0', 25, 8), ('t.partition_1', 4, 8)]
     """
@@ -63,7 +63,7 @@ def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] |
             feature_names=list(config.feature_names),
             init_fn=_init_fn(config, j),
         )
-        for j, rows in enumerate(config.partitions.sizes)
+        for j, rows in enumerate(config.bound_partitions.sizes)
     ]
 
 

@@ -37,7 +37,7 @@ class FeatureGenerationEmbeddingBagCollection(CompositionalEmbeddingBagCollectio
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> ebc = FeatureGenerationEmbeddingBagCollection(tables=[
         ...     CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=1000,
-        ...         embedding_dim=8, partitions=QuotientRemainder(1000, num_collisions=10))])
+        ...         embedding_dim=8, partitions=QuotientRemainder(num_collisions=10))])
         >>> out = ebc(KeyedJaggedTensor(keys=["user"], values=torch.tensor([7, 999]), lengths=torch.tensor([1, 1])))
         >>> out.keys(), tuple(out.values().shape)
         (['user.partition_0', 'user.partition_1'], (2, 16))
@@ -77,7 +77,9 @@ def _concatenated(config: CompositionalEmbeddingBagConfig) -> CompositionalEmbed
             "since feature generation composes nothing"
         )
     k, dim = config.num_partitions, config.embedding_dim
-    as_plain = [EmbeddingBagConfig(num_embeddings=rows, embedding_dim=dim).init_fn for rows in config.partitions.sizes]
+    as_plain = [
+        EmbeddingBagConfig(num_embeddings=rows, embedding_dim=dim).init_fn for rows in config.bound_partitions.sizes
+    ]
     return replace(
         config,
         operation="concat",

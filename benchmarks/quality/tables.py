@@ -123,18 +123,18 @@ def _compressed(method: str, grouping: str, s: int, ratio: float) -> Sized:
 def _keys(method: str, grouping: str, s: int, rows: int) -> dict[str, Any]:
     """Returns the keys of a table of at most ``rows`` · D parameters, or the fewest."""
     if method == "hash":
-        return {"partitions": {"kind": "hash", "num_rows": rows}}
+        return {"partitions": {"kind": "hash", "rows": rows}}
     if method in _SIZES:
         cls, count = _SIZES[method]
-        least = sum(cls.balanced(s, count).sizes)
-        sizes = cls.for_budget(s, max(rows, least), count).sizes
+        least = cls(balanced=True, num_partitions=count).bind(s).num_rows
+        sizes = cls(rows=max(rows, least), num_partitions=count).bind(s).sizes
         return {"partitions": {"kind": cls.kind, "sizes": list(sizes)}}
     if method in _PATH_HIDDEN:
         return _path_keys(s, rows, _PATH_HIDDEN[method])
     if method == "concat":
         rows *= 2  # of half the width
-    least = math.isqrt(4 * s - 1) + 1
-    m = QuotientRemainder.for_budget(s, max(rows, least)).num_collisions
+    least = QuotientRemainder(balanced=True).bind(s).num_rows
+    m = QuotientRemainder(rows=max(rows, least)).bind(s).sizes[1]
     partitions = {"kind": "quotient_remainder", "num_collisions": m, "grouping": grouping}
     operation = method if method in ("add", "concat") else "mult"
     return {"partitions": partitions, "operation": operation}

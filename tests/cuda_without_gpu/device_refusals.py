@@ -13,7 +13,8 @@ from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, look_up
 
 HERE, OTHER, HOST = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
-PARTITIONS = ExplicitPartitions(((0, 1, 2, 0, 1, 2), (0, 0, 0, 1, 1, 1)))
+SPEC = ExplicitPartitions(((0, 1, 2, 0, 1, 2), (0, 0, 0, 1, 1, 1)))
+PARTITIONS = SPEC.bind(6)
 MAPPED = encode([TableLayout("mult", partition_layouts(PARTITIONS, {0: 4, 1: 4}), num_ids=6)])
 
 
@@ -62,7 +63,7 @@ def _step_rows(rows: torch.device = HERE, gradients: torch.device = HERE, state:
 
 def _collection(features: torch.device = HERE, move: str = "", to: torch.device = HOST) -> None:
     config = CompositionalEmbeddingBagConfig(
-        name="t", feature_names=["f"], num_embeddings=6, embedding_dim=4, partitions=PARTITIONS
+        name="t", feature_names=["f"], num_embeddings=6, embedding_dim=4, partitions=SPEC
     )
     collection = CompositionalEmbeddingBagCollection([config], device=HERE)
     table = collection.embedding_bags["t"]

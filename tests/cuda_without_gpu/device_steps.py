@@ -52,8 +52,8 @@ _CLASSES = torch.stack([torch.arange(NUM_IDS) % 12, torch.arange(NUM_IDS) // 12]
 def configs(case: DeviceCase) -> list[Any]:
     """Compositional tables, the first of two features; a plain one beside."""
     partitions = {
-        "strided": lambda: QuotientRemainder(NUM_IDS, 7),
-        "adjacent": lambda: QuotientRemainder(NUM_IDS, 7, "adjacent"),
+        "strided": lambda: QuotientRemainder(num_collisions=7),
+        "adjacent": lambda: QuotientRemainder(num_collisions=7, grouping="adjacent"),
         "explicit": lambda: ExplicitPartitions(_CLASSES),
     }[case.partitions]
     names = ["first", "second", *(f"table_{i}" for i in range(2, case.tables)), *(["plain"] if case.plain else [])]

@@ -22,7 +22,10 @@ def spoiled(batch: KeyedJaggedTensor, fault: str) -> KeyedJaggedTensor:
 def main(fault: str) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    configs = [table("a", QuotientRemainder(NUM_IDS, 7), "mult"), table("b", QuotientRemainder(NUM_IDS, 7), "add")]
+    configs = [
+        table("a", QuotientRemainder(num_collisions=7), "mult"),
+        table("b", QuotientRemainder(num_collisions=7), "add"),
+    ]
     model = shard(list(configs), "row_wise")
     for step in range(3):
         batch = batch_of(list(configs), step, rank, world_size)

@@ -83,7 +83,7 @@ class TableCase:
 
     def of_kind(self) -> Kind:
         if self.kind == "tiny":
-            return Kind("tiny", MixedRadix(9, [3, 3]), oracle.mixed_radix([3, 3]))
+            return Kind("tiny", MixedRadix(sizes=[3, 3]), 9, oracle.mixed_radix([3, 3]))
         return kind_of(self.kind, self.k)
 
     def config(self, pooled: bool) -> Any:

@@ -33,6 +33,7 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.partitions import PartitionSpec
 
 SGD = EmbOptimType.EXACT_SGD
 ADAGRAD = EmbOptimType.EXACT_ADAGRAD
@@ -44,12 +45,14 @@ SAMPLES = 8  # of a global batch, whatever the number of ranks
 _GRID_CLASSES = torch.stack([torch.arange(NUM_IDS) * 37 % NUM_IDS % 12, torch.arange(NUM_IDS) * 37 % NUM_IDS // 12])
 
 
-def table(name: str, partitions: Any, operation: Any, **fields: Any) -> CompositionalEmbeddingBagConfig:
+def table(
+    name: str, partitions: PartitionSpec, operation: Any, num_embeddings: int = NUM_IDS, **fields: Any
+) -> CompositionalEmbeddingBagConfig:
     """A compositional table of D=24, named after its only feature."""
     return CompositionalEmbeddingBagConfig(
         name=name,
         feature_names=[f"f_{name}"],
-        num_embeddings=partitions.num_ids,
+        num_embeddings=num_embeddings,
         embedding_dim=DIM,
         partitions=partitions,
         operation=operation,
@@ -60,14 +63,16 @@ def table(name: str, partitions: Any, operation: Any, **fields: Any) -> Composit
 def tables() -> list[EmbeddingBagConfig]:
     """One table per kind of partitions and operation, a table of fewer rows than ranks, and a plain one."""
     return [
-        table("strided_mult", QuotientRemainder(NUM_IDS, 7), "mult"),
-        table("adjacent_add", QuotientRemainder(NUM_IDS, 7, "adjacent"), "add", pooling=PoolingType.MEAN),
-        table("half_mult", QuotientRemainder(NUM_IDS, 5), "mult", data_type=DataType.FP16),
-        table("crt_concat", ChineseRemainder(NUM_IDS, [5, 7, 3]), "concat", partition_dims=[12, 8, 4]),
+        table("strided_mult", QuotientRemainder(num_collisions=7), "mult"),
+        table(
+            "adjacent_add", QuotientRemainder(num_collisions=7, grouping="adjacent"), "add", pooling=PoolingType.MEAN
+        ),
+        table("half_mult", QuotientRemainder(num_collisions=5), "mult", data_type=DataType.FP16),
+        table("crt_concat", ChineseRemainder(sizes=[5, 7, 3]), "concat", partition_dims=[12, 8, 4]),
         table("explicit_add", ExplicitPartitions(_GRID_CLASSES), "add"),
         table("explicit_path", ExplicitPartitions(_GRID_CLASSES), "path", path_hidden=3),
-        table("hash_mult", HashPartition(NUM_IDS, 17), "mult"),
-        table("tiny_mult", QuotientRemainder(9, 3), "mult"),
+        table("hash_mult", HashPartition(rows=17), "mult"),
+        table("tiny_mult", QuotientRemainder(num_collisions=3), "mult", num_embeddings=9),
         EmbeddingBagConfig(name="plain", feature_names=["f_plain"], num_embeddings=NUM_IDS, embedding_dim=DIM),
     ]
 

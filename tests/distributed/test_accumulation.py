@@ -42,7 +42,7 @@ PLACES = {
 
 def full_table(name: str) -> Any:
     """One partition of a row per id: what a plain table is."""
-    return table(name, HashPartition(NUM_IDS, NUM_IDS), "mult")
+    return table(name, HashPartition(rows=NUM_IDS), "mult")
 
 
 def stock(optimizer: Any, values: dict[str, Tensor]) -> DistributedModelParallel:

@@ -207,7 +207,7 @@ def test_rowwise_state_converts_between_column_splits(tmp_path: Path) -> None:
 
 def split_unequally(rank: int, world_size: int, folder: Path) -> None:
     """h of columns [0, 8), [8, 24) into [0, 16), [16, 24): sizes agree, so that only the split tells them apart."""
-    configs = [table("t", QuotientRemainder(NUM_IDS, 7), "mult")]
+    configs = [table("t", QuotientRemainder(num_collisions=7), "mult")]
     values = unsharded(configs)
     model = shard(configs, {"t": column_wise(size_per_rank=[8, 16])}, ROWWISE, values)
     train(model, configs, range(1))
@@ -249,7 +249,7 @@ def test_sgd_which_has_no_state(tmp_path: Path) -> None:
 
 def several_unequal_shards_on_a_rank(rank: int, world_size: int, folder: Path) -> None:
     """Columns [0, 12) of partition 0 lie in two logical shards of 8: stored as 8 and 4 columns on one rank."""
-    configs = [table("t", QuotientRemainder(NUM_IDS, 7), "concat", partition_dims=[12, 12])]
+    configs = [table("t", QuotientRemainder(num_collisions=7), "concat", partition_dims=[12, 12])]
     values = unsharded(configs)
     model = shard(configs, {"t": column_wise(ranks=[1, 1, 0])}, ADAGRAD, values)
     assert_same(weights_of(model), dict(sorted(values.state_dict().items())), "load_state_dict of whole values")
@@ -294,34 +294,34 @@ def explicit(shift: int) -> ExplicitPartitions:
 # The table that was saved, the one it is loaded into, and what the message says.
 OTHER_TABLES = {
     "kind": (
-        table("t", ChineseRemainder(NUM_IDS, [8, 9]), "mult"),
-        table("t", MixedRadix(NUM_IDS, [8, 9]), "mult"),
+        table("t", ChineseRemainder(sizes=[8, 9]), "mult"),
+        table("t", MixedRadix(sizes=[8, 9]), "mult"),
         "kind: saved chinese_remainder, here mixed_radix",
     ),
     "grouping": (
-        table("t", QuotientRemainder(NUM_IDS, 6, "strided"), "mult"),
-        table("t", QuotientRemainder(NUM_IDS, 6, "adjacent"), "mult"),
+        table("t", QuotientRemainder(num_collisions=6, grouping="strided"), "mult"),
+        table("t", QuotientRemainder(num_collisions=6, grouping="adjacent"), "mult"),
         "grouping: saved strided, here adjacent",
     ),
     "operation": (
-        table("t", QuotientRemainder(NUM_IDS, 6), "mult"),
-        table("t", QuotientRemainder(NUM_IDS, 6), "add"),
+        table("t", QuotientRemainder(num_collisions=6), "mult"),
+        table("t", QuotientRemainder(num_collisions=6), "add"),
         "operation: saved mult, here add",
     ),
     "map": (table("t", explicit(0), "mult"), table("t", explicit(1), "mult"), "map_hash: saved"),
     "sizes": (
-        table("t", QuotientRemainder(NUM_IDS, 6), "mult"),
-        table("t", QuotientRemainder(NUM_IDS, 5), "mult"),
+        table("t", QuotientRemainder(num_collisions=6), "mult"),
+        table("t", QuotientRemainder(num_collisions=5), "mult"),
         r"sizes: saved \[10, 6\], here \[12, 5\]",
     ),
     "K": (
-        table("t", MixedRadix(NUM_IDS, [10, 6]), "mult"),
-        table("t", MixedRadix(NUM_IDS, [5, 4, 3]), "mult"),
+        table("t", MixedRadix(sizes=[10, 6]), "mult"),
+        table("t", MixedRadix(sizes=[5, 4, 3]), "mult"),
         r"sizes: saved \[10, 6\], here \[5, 4, 3\]",
     ),
     "D": (
-        table("t", QuotientRemainder(NUM_IDS, 6), "concat", partition_dims=[DIM // 2, DIM // 2]),
-        table("t", QuotientRemainder(NUM_IDS, 6), "concat", partition_dims=[DIM - 4, 4]),
+        table("t", QuotientRemainder(num_collisions=6), "concat", partition_dims=[DIM // 2, DIM // 2]),
+        table("t", QuotientRemainder(num_collisions=6), "concat", partition_dims=[DIM - 4, 4]),
         r"columns: saved \[12, 12\], here \[20, 4\]",
     ),
 }
@@ -359,8 +359,11 @@ def test_a_checkpoint_of_another_table_is_refused_by_name(tmp_path: Path) -> Non
 
 def strided_or_adjacent(grouping: Any) -> list[CompositionalEmbeddingBagConfig]:
     """A table that is the same in both, and two after it of equal sizes and another meaning."""
-    first = table("first", QuotientRemainder(NUM_IDS, 7), "mult")
-    return [first, *(table(name, QuotientRemainder(NUM_IDS, 6, grouping), "mult") for name in ("t", "u"))]
+    first = table("first", QuotientRemainder(num_collisions=7), "mult")
+    return [
+        first,
+        *(table(name, QuotientRemainder(num_collisions=6, grouping=grouping), "mult") for name in ("t", "u")),
+    ]
 
 
 def refuse_all_or_nothing(rank: int, world_size: int, folder: Path) -> None:
@@ -440,7 +443,7 @@ def test_loading_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
 
 
 def load_values_beside_tensors(rank: int, world_size: int, folder: Path) -> None:
-    configs = [table("t", QuotientRemainder(NUM_IDS, 6), "mult")]
+    configs = [table("t", QuotientRemainder(num_collisions=6), "mult")]
     model = shard(configs, {"t": table_wise(rank=1)}, values=unsharded(configs))
     dcp.save({**contents(model), "step": 7, "nested": {"epoch": 3}}, checkpoint_id=folder)
     state: dict[str, Any] = {"model": model.state_dict(), "step": 0, "nested": {"epoch": 0}}

@@ -31,7 +31,7 @@ def buffers_of_ddp(rank: int, world_size: int, sharding: str) -> tuple[list[str]
     sent = [name for m in wrapped for name, buffer in m.named_buffers() if buffer.numel() >= NUM_IDS]
     maps = [m.class_map for m in modules_of(model) if isinstance(m, LocalShard)]
     assert all(m is not None and torch.equal(m, CLASSES) for m in maps)
-    return sent, len(maps), len({id(m) for m in maps} | {id(configs[0].partitions.class_map)})
+    return sent, len(maps), len({id(m) for m in maps} | {id(configs[0].bound_partitions.class_map)})
 
 
 def test_no_forward_broadcasts_a_map() -> None:

@@ -47,7 +47,7 @@ from torchrec_qr.distributed.collection import check_plain_types, check_plan
 from torchrec_qr.ops.cpu_library import without_kernels
 
 JOB = Path(__file__).with_name("faulty_job.py")
-TABLES = [table(name, QuotientRemainder(NUM_IDS, 7), "mult") for name in ("a", "b")]
+TABLES = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_plain_table_in_bf16_is_refused_on_a_cpu() -> None:
 
 
 def refused(rank: int, world_size: int) -> dict[str, str]:
-    path = table("p", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3)
+    path = table("p", QuotientRemainder(num_collisions=7), "path", path_hidden=3)
     messages = {}
     plans: dict[str, ParameterShardingGenerator] = {
         "column_wise": column_wise(ranks=[0, 0]),
@@ -140,7 +140,7 @@ def shard_sequence(fields: dict[str, Any], plan: ParameterShardingGenerator) -> 
         feature_names=["f"],
         num_embeddings=NUM_IDS,
         embedding_dim=8,
-        partitions=QuotientRemainder(NUM_IDS, 7),
+        partitions=QuotientRemainder(num_collisions=7),
         **fields,
     )
     collection = CompositionalEmbeddingCollection(tables=[config], device=torch.device("meta"))
@@ -162,7 +162,7 @@ def test_plans_that_cannot_work_are_refused() -> None:
 
 
 def whole_columns(rank: int, world_size: int) -> None:
-    path = table("p", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3)
+    path = table("p", QuotientRemainder(num_collisions=7), "path", path_hidden=3)
     values = unsharded([path])
     batch = batch_of([path], 0, rank, world_size)
     for plan in (column_wise(ranks=[1]), table_column_wise(ranks=[0]), grid_of(hosts=[0])):
@@ -215,7 +215,11 @@ def test_different_optimizers_in_one_table_are_refused() -> None:
 
 def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
     config = CompositionalEmbeddingConfig(
-        name="a", feature_names=["f"], num_embeddings=NUM_IDS, embedding_dim=8, partitions=QuotientRemainder(NUM_IDS, 7)
+        name="a",
+        feature_names=["f"],
+        num_embeddings=NUM_IDS,
+        embedding_dim=8,
+        partitions=QuotientRemainder(num_collisions=7),
     )
     collection = CompositionalEmbeddingCollection(tables=[config])
     first, second, *_ = collection.embeddings["a"].parameters()

@@ -34,11 +34,11 @@ STEPS = range(3)
 def configs() -> list[Any]:
     """A frozen table for each way to be stepped (kernels; path and K = 5 in PyTorch), and others that train."""
     return [
-        table("frozen_mult", QuotientRemainder(NUM_IDS, 7), "mult"),
-        table("frozen_path", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3),
-        table("frozen_add", MixedRadix(NUM_IDS, (3, 3, 3, 3, 1)), "add"),
-        table("mult", QuotientRemainder(NUM_IDS, 7), "mult"),
-        table("path", QuotientRemainder(NUM_IDS, 7), "path", path_hidden=3),
+        table("frozen_mult", QuotientRemainder(num_collisions=7), "mult"),
+        table("frozen_path", QuotientRemainder(num_collisions=7), "path", path_hidden=3),
+        table("frozen_add", MixedRadix(sizes=(3, 3, 3, 3, 1)), "add"),
+        table("mult", QuotientRemainder(num_collisions=7), "mult"),
+        table("path", QuotientRemainder(num_collisions=7), "path", path_hidden=3),
     ]
 
 
@@ -156,7 +156,7 @@ def test_a_rate_of_zero_freezes(sharding: str) -> None:
 
 def refused(rank: int, world_size: int) -> str:
     plain = EmbeddingBagConfig(name="p", feature_names=["f_p"], num_embeddings=NUM_IDS, embedding_dim=DIM)
-    tables = [plain, table("a", QuotientRemainder(NUM_IDS, 7), "mult")]
+    tables = [plain, table("a", QuotientRemainder(num_collisions=7), "mult")]
     plan = {"p": table_wise(rank=0, compute_kernel="fused"), "a": table_wise(rank=1)}
     with pytest.raises(NotImplementedError) as error:
         shard(tables, plan, wrap=_AllFrozen)

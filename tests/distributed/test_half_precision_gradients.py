@@ -2,7 +2,7 @@
 
 import torch
 from ranks import run_ranks
-from sharded_model import DIM, NUM_IDS, SGD, shard, table
+from sharded_model import DIM, SGD, shard, table
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
@@ -13,7 +13,7 @@ LARGE = 40_000.0  # on each of two ranks; their sum is infinite in fp16
 
 def stepped(rank: int, world_size: int) -> list[tuple[float, float]]:
     """Least and largest change of the rows of id 3, per partition."""
-    configs = [table("narrow", QuotientRemainder(NUM_IDS, 5), "add", data_type=DataType.FP16)]
+    configs = [table("narrow", QuotientRemainder(num_collisions=5), "add", data_type=DataType.FP16)]
     model = shard(configs, "data_parallel", SGD)
     before = {name: value.clone() for name, value in model.state_dict().items() if "partition" in name}
     ids = KeyedJaggedTensor(["f_narrow"], torch.tensor([3]), lengths=torch.tensor([1]))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from ranks import run_ranks
-from sharded_model import ADAGRAD, NUM_IDS, ROWWISE, SGD, shard, table, weights_of
+from sharded_model import ADAGRAD, ROWWISE, SGD, shard, table, weights_of
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
@@ -29,12 +29,12 @@ TOLERANCE = {DataType.FP32: 1e-5, DataType.FP16: 2e-3, DataType.BF16: 1.6e-2}
 def configs(data_type: DataType) -> list[Any]:
     """K = 2 by kernels, K = 5 and path by PyTorch."""
     made = [
-        table("pair_mult", QuotientRemainder(NUM_IDS, 5), "mult"),
-        table("pair_add", QuotientRemainder(NUM_IDS, 5), "add"),
-        table("pair_concat", QuotientRemainder(NUM_IDS, 5), "concat", partition_dims=[16, 8]),
-        table("many_mult", MixedRadix(NUM_IDS, (3, 3, 3, 3, 1)), "mult"),
-        table("many_add", MixedRadix(NUM_IDS, (3, 3, 3, 3, 1)), "add"),
-        table("class_path", QuotientRemainder(NUM_IDS, 5), "path", path_hidden=None),
+        table("pair_mult", QuotientRemainder(num_collisions=5), "mult"),
+        table("pair_add", QuotientRemainder(num_collisions=5), "add"),
+        table("pair_concat", QuotientRemainder(num_collisions=5), "concat", partition_dims=[16, 8]),
+        table("many_mult", MixedRadix(sizes=(3, 3, 3, 3, 1)), "mult"),
+        table("many_add", MixedRadix(sizes=(3, 3, 3, 3, 1)), "add"),
+        table("class_path", QuotientRemainder(num_collisions=5), "path", path_hidden=None),
     ]
     return [replace(c, data_type=data_type) for c in made]
 

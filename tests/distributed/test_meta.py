@@ -36,7 +36,7 @@ def billion_rows(rank: int, world_size: int) -> None:
             feature_names=[f"f_{grouping}"],
             num_embeddings=BILLION,
             embedding_dim=8,
-            partitions=QuotientRemainder(BILLION, COLLISIONS, grouping),
+            partitions=QuotientRemainder(num_collisions=COLLISIONS, grouping=grouping),
         )
         for grouping in ("strided", "adjacent")
     ]
@@ -80,7 +80,7 @@ def default_plan(rank: int, world_size: int) -> None:
         feature_names=["f"],
         num_embeddings=BILLION,
         embedding_dim=8,
-        partitions=QuotientRemainder(BILLION, COLLISIONS),
+        partitions=QuotientRemainder(num_collisions=COLLISIONS),
     )
     collection = CompositionalEmbeddingBagCollection(tables=[config], device=torch.device("meta"))
     model = DistributedModelParallel(collection, device=torch.device("cpu"), sharders=get_default_sharders())
@@ -117,7 +117,7 @@ def trained(rows: int, sharding: str, optimizer: Any) -> DistributedModelParalle
         feature_names=["f"],
         num_embeddings=rows * 100,
         embedding_dim=MEASURED_DIM,
-        partitions=QuotientRemainder(rows * 100, 100),
+        partitions=QuotientRemainder(num_collisions=100),
     )
     model = shard([config], {"t": column_wise(ranks=[0, 1]) if sharding == "column_wise" else row_wise()}, optimizer)
     train(model, [config], range(1))
@@ -170,7 +170,7 @@ def kept_whole(rank: int, world_size: int) -> dict[str, list[float]]:
                         feature_names=["t"],
                         num_embeddings=10_000,
                         embedding_dim=8,
-                        partitions=QuotientRemainder(10_000, 10),
+                        partitions=QuotientRemainder(num_collisions=10),
                         init="identity",
                     ),
                     EmbeddingBagConfig(name="plain", feature_names=["plain"], num_embeddings=100, embedding_dim=8),

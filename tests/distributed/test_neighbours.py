@@ -45,7 +45,7 @@ from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, 
 
 CPU = torch.device("cpu")
 LR = 0.05
-TABLES = [table(name, QuotientRemainder(NUM_IDS, 7), "mult") for name in ("a", "b")]
+TABLES = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def sequence_tables() -> list[CompositionalEmbeddingConfig]:
             feature_names=c.feature_names,
             num_embeddings=NUM_IDS,
             embedding_dim=8,
-            partitions=QuotientRemainder(NUM_IDS, 7),
+            partitions=QuotientRemainder(num_collisions=7),
         )
         for c in TABLES
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded_model import NUM_IDS, batch_of, placement, shard, table, unsharded, weights_of
+from sharded_model import batch_of, placement, shard, table, unsharded, weights_of
 from torch import nn
 from torchrec.distributed.sharding_plan import ParameterShardingGenerator, row_wise
 from torchrec.distributed.types import ParameterSharding
@@ -29,7 +29,7 @@ def elsewhere(generate: ParameterShardingGenerator) -> ParameterShardingGenerato
 
 
 def trained(rank: int, world_size: int, sharding: str, moved: bool) -> dict[str, list[float]]:
-    configs = [table(name, QuotientRemainder(NUM_IDS, 7), "mult") for name in ("a", "b")]
+    configs = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
     generators = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
     if moved:
         generators = {name: elsewhere(generate) for name, generate in generators.items()}

@@ -259,7 +259,7 @@ def variable_batch(rank: int, world_size: int) -> None:
         stride_per_key_per_rank=[[1], [2]],
         inverse_indices=(["f_a", "f_b"], torch.tensor([[0, 0], [0, 1]])),
     )
-    configs = [table(name, QuotientRemainder(NUM_IDS, 6), "mult") for name in "ab"]
+    configs = [table(name, QuotientRemainder(num_collisions=6), "mult") for name in "ab"]
     message = r"variable batch per feature is not supported .*\['f_a', 'f_b'\]"
     with pytest.raises(NotImplementedError, match=message):
         shard(configs, "table_wise")(features)
@@ -271,7 +271,7 @@ def variable_batch(rank: int, world_size: int) -> None:
                 feature_names=[f"f_{name}"],
                 num_embeddings=NUM_IDS,
                 embedding_dim=8,
-                partitions=QuotientRemainder(NUM_IDS, 6),
+                partitions=QuotientRemainder(num_collisions=6),
             )
             for name in "ab"
         ],

@@ -18,7 +18,7 @@ BATCH, DENSE = 8, 10
 
 
 def tables(prefix: str) -> list[EmbeddingBagConfig]:
-    partitions = QuotientRemainder(NUM_IDS, 7)
+    partitions = QuotientRemainder(num_collisions=7)
     out: list[EmbeddingBagConfig] = [
         CompositionalEmbeddingBagConfig(
             name=f"{prefix}_{operation}",

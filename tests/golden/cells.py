@@ -75,9 +75,9 @@ def cells() -> list[Cell]:
 def tables_of(cell: Cell) -> list[Any]:
     """Returns three compositional tables, of which one has two features, and a plain one where FBGEMM can step it."""
     tables = [
-        _table(cell, "strided", QuotientRemainder(NUM_IDS, num_collisions=7)),
-        _table(cell, "radix", MixedRadix(NUM_IDS, [7, 6, 5]), pooling=PoolingType.MEAN, data_type=DataType.FP16),
-        _table(cell, "remainder", ChineseRemainder(NUM_IDS, [16, 13]), feature_names=["f_remainder", "f_other"]),
+        _table(cell, "strided", QuotientRemainder(num_collisions=7)),
+        _table(cell, "radix", MixedRadix(sizes=[7, 6, 5]), pooling=PoolingType.MEAN, data_type=DataType.FP16),
+        _table(cell, "remainder", ChineseRemainder(sizes=[16, 13]), feature_names=["f_remainder", "f_other"]),
     ]
     if cell.optimizer not in ("adam", "amsgrad"):
         plain: Any = EmbeddingBagConfig if cell.pooled else EmbeddingConfig

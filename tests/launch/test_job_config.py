@@ -172,14 +172,14 @@ def test_overrides_change_their_own_place_alone(tmp_path: Path) -> None:
 data: {features: [a, b]}
 model: {bottom_mlp: [16]}
 tables:
-  - &a {name: a, num_embeddings: 100, embedding_dim: 16, partitions: {kind: hash, num_rows: 10}}
+  - &a {name: a, num_embeddings: 100, embedding_dim: 16, partitions: {kind: hash, rows: 10}}
   - {<<: *a, name: b}
 """
     )
     job = read_job(
         file,
         [
-            "tables[1].partitions.num_rows=5",
+            "tables[1].partitions.rows=5",
             "tables[*].embedding_dim=32",
             "model.embedding_dim=32",
             "model.bottom_mlp=[64, 32]",
@@ -191,7 +191,7 @@ tables:
         ],
     )
     partitions = [table.partitions for table in job.tables]
-    assert [p.num_rows for p in partitions if p is not None] == [10, 5]
+    assert [p.rows for p in partitions] == [10, 5]
     assert [table.embedding_dim for table in job.tables] == [32, 32]
     assert (job.model.bottom_mlp, job.optimizer.sparse.lr) == ((64, 32), 0.001)
     assert (job.train.stop_at_auc, job.train.name) == (None, "x=y")

@@ -89,7 +89,11 @@ def test_every_model_trains_on_two_ranks_with_clipped_layers() -> None:
 
 def collection(dim: int = 4) -> CompositionalEmbeddingBagCollection:
     compressed = CompositionalEmbeddingBagConfig(
-        name="a", feature_names=["a"], num_embeddings=30, embedding_dim=dim, partitions=QuotientRemainder(30, 5)
+        name="a",
+        feature_names=["a"],
+        num_embeddings=30,
+        embedding_dim=dim,
+        partitions=QuotientRemainder(num_collisions=5),
     )
     plain = [EmbeddingBagConfig(name=n, feature_names=[n], num_embeddings=30, embedding_dim=dim) for n in "bc"]
     return CompositionalEmbeddingBagCollection(tables=[compressed, *plain])

@@ -25,7 +25,7 @@ ROWS = 2**40  # in fp32 and 64 columns 256 TiB, more than a process has addresse
 def job(huge: bool, sharding_type: str) -> Job:
     """Tables ``qr`` and ``plain``, and a third that may be huge."""
     table = {"num_embeddings": 50, "embedding_dim": 64}
-    partitions = {"kind": "hash", "num_rows": ROWS} if huge else {"kind": "hash", "num_rows": 30}
+    partitions = {"kind": "hash", "rows": ROWS} if huge else {"kind": "hash", "rows": 30}
     tables = [
         {**table, "name": "qr", "partitions": {"kind": "quotient_remainder", "num_collisions": 7}},
         {**table, "name": "plain"},

@@ -39,7 +39,7 @@ def case_of(kind: str, k: int) -> Kind:
     if kind not in ("wide", "vast"):
         return kind_of(kind, k)
     sizes = WIDE[k] if kind == "wide" else [20_000] * k
-    return Kind(kind, MixedRadix(min(math.prod(sizes), 2**40), sizes), oracle.mixed_radix(sizes))
+    return Kind(kind, MixedRadix(sizes=sizes), min(math.prod(sizes), 2**40), oracle.mixed_radix(sizes))
 
 
 @dataclass
@@ -66,7 +66,7 @@ class StepCase:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.of_kind = case_of(self.kind, self.k)
-        partitions, self.widths = self.of_kind.partitions, widths_of(self.operation, self.dim, self.k)
+        partitions, self.widths = self.of_kind.bound, widths_of(self.operation, self.dim, self.k)
         self.stored = []
         for _ in range(2):
             for j, (rows, width) in enumerate(zip(partitions.sizes, self.widths, strict=True)):
@@ -84,7 +84,7 @@ class StepCase:
             self.operation,
             partition_layouts(partitions, dict(enumerate(self.widths))),
             num_features=2,
-            num_ids=partitions.num_ids,
+            num_ids=partitions.num_embeddings,
             mean=self.pooling == "mean",
         )
         class_map = partitions.class_map
@@ -93,7 +93,7 @@ class StepCase:
     def batch(self, step: int) -> list[list[list[int]]]:
         """Bags of ids per feature: two tables of two features."""
         rng = random.Random(step)
-        num_ids = self.of_kind.partitions.num_ids
+        num_ids = self.of_kind.num_embeddings
         bags = []
         for f in range(4):
             pool = [rng.randrange(num_ids) for _ in range(8)]

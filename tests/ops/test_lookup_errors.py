@@ -68,7 +68,7 @@ def test_rows_outside_of_what_is_stored() -> None:
 
 
 def test_class_maps_point_outside_of_no_weight() -> None:
-    partitions = ExplicitPartitions([[0, 1, 2]])
+    partitions = ExplicitPartitions([[0, 1, 2]]).bind(3)
     layout = TableLayout("add", partition_layouts(partitions, {0: 4}), num_ids=3)
     tables = Lookup(encode([layout]), ["t"], [torch.tensor([[0, 1, 7]], dtype=torch.int32)])
     with pytest.raises(IndexError, match="has row 7 of partition 0"):
@@ -247,7 +247,7 @@ def test_rows_that_overlap_are_refused_by_operators_and_steps(kind: str) -> None
 
 
 def test_a_class_map_whose_rows_overlap_is_refused() -> None:
-    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]])
+    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]]).bind(3)
     layout = encode([TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)])
     tables = Lookup(layout, ["t"], [partitions.class_map[:1].expand(2, 3)])
     with pytest.raises(ValueError, match=r"a class map of shape \(2, 3\), strides \(0, 1\), whose rows overlap"):
@@ -258,7 +258,7 @@ META = torch.device("meta")
 
 
 def mapped_table() -> tuple[list[int], list[Tensor], list[Tensor]]:
-    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]])
+    partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]]).bind(3)
     layout = TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)
     return encode([layout]), [torch.ones(3, 4), torch.ones(2, 4)], [partitions.class_map]
 

@@ -22,7 +22,7 @@ def collection(operation: str, data_type: DataType = DataType.FP32) -> Compositi
         feature_names=["a"],
         num_embeddings=20,
         embedding_dim=8,
-        partitions=QuotientRemainder(20, 4),
+        partitions=QuotientRemainder(num_collisions=4),
         operation=operation,  # type: ignore[arg-type]
         data_type=data_type,
     )

@@ -10,13 +10,9 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from torchrec_qr import (
-    CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
-    Partitions,
-    QuotientRemainder,
-)
+from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.partitions import PartitionSpec
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 from torchrec_qr.schema import read_planner, read_tables
 
@@ -27,14 +23,16 @@ SHARDED = ["table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shar
 
 def qr(name: str, num_embeddings: int, num_collisions: int = 4, dim: int = 128, **fields: Any) -> Any:
     """A quotient-remainder table with one feature."""
-    return table(name, QuotientRemainder(num_embeddings, num_collisions), dim, **fields)
+    return table(name, QuotientRemainder(num_collisions=num_collisions), num_embeddings, dim, **fields)
 
 
-def table(name: str, partitions: Partitions, dim: int = 128, **fields: Any) -> CompositionalEmbeddingBagConfig:
+def table(
+    name: str, partitions: PartitionSpec, num_embeddings: int, dim: int = 128, **fields: Any
+) -> CompositionalEmbeddingBagConfig:
     return CompositionalEmbeddingBagConfig(
         name=name,
         feature_names=[f"f_{name}"],
-        num_embeddings=partitions.num_ids,
+        num_embeddings=num_embeddings,
         embedding_dim=dim,
         partitions=partitions,
         **fields,

@@ -30,10 +30,14 @@ def test_bytes_are_those_that_are_allocated(
 ) -> None:
     for kernel in ("keys_of_ids", "chunks_of_keys", "sum_chunks", "sum_supers", "sum_runs"):
         monkeypatch.setattr(run, kernel, _NoLaunch())
-    partitions = QuotientRemainder(num_ids, collisions)
     config = CompositionalEmbeddingBagConfig(
-        name="t", feature_names=["f"], num_embeddings=num_ids, embedding_dim=dim, partitions=partitions
+        name="t",
+        feature_names=["f"],
+        num_embeddings=num_ids,
+        embedding_dim=dim,
+        partitions=QuotientRemainder(num_collisions=collisions),
     )
+    partitions = config.bound_partitions
     # The addresses are never read, so that a table of any size is described in no memory.
     layouts = partition_layouts(partitions, {0: dim, 1: dim})
     stored = [Stored(4096 * (j + 1), size, dim, dim, torch.float32) for j, size in enumerate(partitions.sizes)]

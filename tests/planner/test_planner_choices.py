@@ -105,7 +105,7 @@ def test_plans_keep_to_constraints() -> None:
 def test_what_a_sharder_would_refuse_is_not_planned() -> None:
     ids = torch.arange(10_000)
     classes = torch.stack([ids % 100, ids // 100])
-    path = table("path", ExplicitPartitions(classes), dim=16, operation="path", path_hidden=4)
+    path = table("path", ExplicitPartitions(classes), 10_000, dim=16, operation="path", path_hidden=4)
     placed = planner(16, 8).propose(collection([path, qr("t", 10_000_000)]), sharders())
     offered = {o.sharding_type for o in placed.tables[0].choices}
     assert offered == {"table_wise", "row_wise", "table_row_wise", "data_parallel"}
@@ -118,7 +118,7 @@ def test_sequences_are_planned_with_one_width_of_columns() -> None:
             feature_names=[f"f_{name}"],
             num_embeddings=1_000_000,
             embedding_dim=dim,
-            partitions=QuotientRemainder(1_000_000, 4),
+            partitions=QuotientRemainder(num_collisions=4),
         )
         for name, dim in (("narrow", 64), ("wide", 128))
     ]

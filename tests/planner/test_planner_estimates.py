@@ -65,7 +65,7 @@ def test_plain_tables_take_the_bytes_that_torchrec_estimates() -> None:
 
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_one_partition_takes_the_time_of_a_plain_table(is_weighted: bool) -> None:
-    ours = options_of(table("t", HashPartition(10_000_000, 1_000_003)), is_weighted)
+    ours = options_of(table("t", HashPartition(rows=1_000_003), 10_000_000), is_weighted)
     stock = stock_options(plain("t", 1_000_003), is_weighted)
     for sharding_type in TYPES:
         if sharding_type == "data_parallel":
@@ -74,7 +74,7 @@ def test_one_partition_takes_the_time_of_a_plain_table(is_weighted: bool) -> Non
 
 
 def test_k_rows_are_read_and_one_per_bag_travels() -> None:
-    one = options_of(table("t", HashPartition(10_000_000, 2_500_000)))
+    one = options_of(table("t", HashPartition(rows=2_500_000), 10_000_000))
     two = options_of(qr("t", 10_000_000))
     # Ranks whose ids a shard looks up, of 7 per sample; columns of its rows; TorchRec's penalty of narrow ones.
     read = {
@@ -104,8 +104,8 @@ def test_replicas_beside_split_rows_are_reduced_on_every_rank() -> None:
 
 def test_explicit_maps_are_counted_where_they_are_needed() -> None:
     ids = torch.arange(10_000)
-    config = table("t", ExplicitPartitions(torch.stack([ids % 100, ids // 100])))
-    size = config.partitions.class_map.numel() * config.partitions.class_map.element_size()  # type: ignore[union-attr]
+    config = table("t", ExplicitPartitions(torch.stack([ids % 100, ids // 100])), 10_000)
+    size = config.bound_partitions.class_map.nbytes  # type: ignore[union-attr]
     options = options_of(config)
     assert options["table_wise"].blocks[0].runs[0].cost.maps == size
     assert options["table_wise"].everywhere.maps == 0

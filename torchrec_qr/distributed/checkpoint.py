@@ -60,7 +60,7 @@ def load(
         >>> def collection(grouping):
         ...     return CompositionalEmbeddingBagCollection(tables=[CompositionalEmbeddingBagConfig(name="t",
         ...         num_embeddings=100, embedding_dim=8, feature_names=["f"],
-        ...         partitions=QuotientRemainder(100, 10, grouping))])
+        ...         partitions=QuotientRemainder(num_collisions=10, grouping=grouping))])
         >>> folder = tempfile.TemporaryDirectory()
         >>> _ = dcp.save({"model": collection("strided")}, checkpoint_id=folder.name, no_dist=True)
         >>> load({"model": collection("adjacent")}, checkpoint_id=folder.name, no_dist=True)

@@ -25,7 +25,7 @@ class RowCode:
     config: CompositionalConfig
 
     def __post_init__(self) -> None:
-        largest = self.config.partitions.sizes[self.config.base_partition] * self.codes_per_row
+        largest = self.config.bound_partitions.sizes[self.config.base_partition] * self.codes_per_row
         if largest >= 2**62:
             raise ValueError(
                 f"table {self.config.name!r}: its ids need row codes up to {largest}; allowed: below 2^62 where rows "
@@ -35,15 +35,15 @@ class RowCode:
     @property
     def codes_per_row(self) -> int:
         """C."""
-        p = self.config.partitions
+        p = self.config.bound_partitions
         if not isinstance(p, ClosedForm):
-            return p.num_ids
+            return p.num_embeddings
         stride, size = self._base(p)
-        return stride * -(-p.num_ids // (stride * size))
+        return stride * -(-p.num_embeddings // (stride * size))
 
     def encode(self, ids: Tensor, class_map: Tensor | None) -> Tensor:
         """(N,) ids in [0, S) → (N,) int64 codes."""
-        p = self.config.partitions
+        p = self.config.bound_partitions
         ids = ids.to(torch.int64)
         row = p.class_rows(ids, class_map)[self.config.base_partition]
         if not isinstance(p, ClosedForm):
@@ -53,7 +53,7 @@ class RowCode:
 
     def layout(self, first_row: int) -> CodeLayout:
         """The inverse, of codes counted from ``first_row`` · C, as TorchRec's bucketizing leaves them."""
-        p = self.config.partitions
+        p = self.config.bound_partitions
         stride, size = self._base(p) if isinstance(p, ClosedForm) else (0, 0)
         return CodeLayout(self.codes_per_row, stride, size, first_row)
 

@@ -296,7 +296,7 @@ def check_plain_types(configs: list[Any], device: torch.device | None) -> None:
             raise NotImplementedError(
                 f"table {config.name!r}: data_type={config.data_type} is not supported by FBGEMM's kernels on a CPU, "
                 "which look up plain tables; allowed: FP32, FP16, or a compositional table of one partition, "
-                f"MixedRadix({rows}, ({rows},))"
+                f"MixedRadix(sizes=[{rows}])"
             )
 
 
@@ -307,7 +307,7 @@ def refuse_frozen(parameters: Mapping[str, Any]) -> None:
             raise NotImplementedError(
                 f"table {name!r}: requires_grad_(False) of a plain table is not honoured by TorchRec's kernels, which "
                 "would step it; allowed: a compositional table of one partition, which can be frozen: "
-                "MixedRadix(num_embeddings, (num_embeddings,))"
+                "MixedRadix(sizes=[num_embeddings])"
             )
 
 

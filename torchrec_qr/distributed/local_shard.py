@@ -16,7 +16,7 @@ from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.layout import TableLayout, partition_layouts
 from torchrec_qr.ops.read_rows import RowGradients
-from torchrec_qr.partitions.class_map_copies import class_map_on
+from torchrec_qr.partitions.class_map import class_map_on
 
 
 class ReplicatedPartitions(NamedTuple):
@@ -44,7 +44,7 @@ class LocalShard(nn.Module):
         super().__init__()
         config, sharding_type = compositional(table).config, compositional(table).sharding_type
         self._config = config
-        self._partitions = config.partitions
+        self._partitions = config.bound_partitions
         self.num_features = len(table.feature_names)
         self._composition = Composition(config.operation, config.path_hidden, config.path_activation)
         self._stored = stored
@@ -59,7 +59,7 @@ class LocalShard(nn.Module):
             blocks = num_row_blocks(logical_shards(table))
             self._first_row = position_of(table) % blocks * block_rows(config, blocks)
         # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
-        self.class_map = class_map_on(config.partitions, device)
+        self.class_map = class_map_on(config.bound_partitions, device)
         self.name = config.name
         self.layout = self._as_layout()
 

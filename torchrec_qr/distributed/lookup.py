@@ -59,7 +59,7 @@ class Replicas(nn.Module):
             at = compositional(table)
             config, sharding_type = at.config, at.sharding_type
             stored: list[StoredPartition] = []
-            for j, rows in enumerate(config.partitions.sizes):
+            for j, rows in enumerate(config.bound_partitions.sizes):
                 if not is_replicated(config, j, sharding_type):
                     continue
                 size = (rows, config.partition_columns[j])
@@ -176,7 +176,7 @@ class CompositionalKernel(BaseEmbedding):
         at = compositional(tables[0])
         config = at.config
         stored = []
-        for j, rows in enumerate(config.partitions.sizes):
+        for j, rows in enumerate(config.bound_partitions.sizes):
             if is_replicated(config, j, at.sharding_type):
                 continue
             here = [(t, shard) for t in tables if (shard := stored_shard_of(t, j)) is not None]

@@ -48,7 +48,7 @@ from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside
 from torchrec_qr.late_errors import raise_pending
 from torchrec_qr.ops import cpu
 from torchrec_qr.ops.lookup import available
-from torchrec_qr.partitions.class_map_copies import class_map_on
+from torchrec_qr.partitions.class_map import class_map_on
 
 
 class _CompositionalLookup:
@@ -219,7 +219,7 @@ class _PrepareIds:
         self._class_maps: dict[str, Tensor] = {}
         for at in self._places:
             if encode and at is not None and at.sharding_type in ROW_SPLIT:
-                class_map = class_map_on(at.config.partitions, device)
+                class_map = class_map_on(at.config.bound_partitions, device)
                 if class_map is not None:
                     self._class_maps[at.config.name] = class_map
 

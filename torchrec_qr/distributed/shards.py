@@ -38,7 +38,7 @@ def stored_columns(config: CompositionalConfig, j: int, start: int, stop: int) -
 
 def block_rows(config: CompositionalConfig, num_blocks: int) -> int:
     """Rows of the base partition in a block, ⌈rows / blocks⌉, whatever the planner dealt of the placeholder's rows."""
-    return math.ceil(config.partitions.sizes[config.base_partition] / num_blocks)
+    return math.ceil(config.bound_partitions.sizes[config.base_partition] / num_blocks)
 
 
 def num_row_blocks(logical: Sequence[ShardMetadata]) -> int:
@@ -57,7 +57,7 @@ def stored_shard(
     a, b = stored_columns(config, j, start, start + logical[i].shard_sizes[1])
     if a == b:
         return None
-    first, rows = 0, config.partitions.sizes[j]
+    first, rows = 0, config.bound_partitions.sizes[j]
     if sharding_type in ROW_SPLIT:
         blocks = num_row_blocks(logical)
         block = block_rows(config, blocks)

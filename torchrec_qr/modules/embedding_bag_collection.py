@@ -53,7 +53,7 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         ...     CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder)
         >>> ebc = CompositionalEmbeddingBagCollection(tables=[
         ...     CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=1_000_000,
-        ...         embedding_dim=8, partitions=QuotientRemainder(1_000_000, num_collisions=1000)),
+        ...         embedding_dim=8, partitions=QuotientRemainder(num_collisions=1000)),
         ...     EmbeddingBagConfig(name="t_country", feature_names=["country"], num_embeddings=250, embedding_dim=4)])
         >>> out = ebc(KeyedJaggedTensor(keys=["user", "country"], values=torch.tensor([999_999, 5, 7, 249]),
         ...                             lengths=torch.tensor([2, 0, 1, 1])))

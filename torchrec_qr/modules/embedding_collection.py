@@ -43,7 +43,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         >>> from torchrec_qr import CompositionalEmbeddingCollection, CompositionalEmbeddingConfig, QuotientRemainder
         >>> ec = CompositionalEmbeddingCollection(tables=[
         ...     CompositionalEmbeddingConfig(name="t_item", feature_names=["item"], num_embeddings=1000,
-        ...         embedding_dim=8, partitions=QuotientRemainder(1000, num_collisions=10))])
+        ...         embedding_dim=8, partitions=QuotientRemainder(num_collisions=10))])
         >>> out = ec(KeyedJaggedTensor(keys=["item"], values=torch.tensor([7, 7, 999]), lengths=torch.tensor([2, 1])))
         >>> tuple(out["item"].values().shape), out["item"].lengths().tolist()
         ((3, 8), [2, 1])

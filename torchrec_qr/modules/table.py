@@ -23,7 +23,7 @@ from torchrec_qr.ops import cpu
 from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
 from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
 from torchrec_qr.ops.lookup import Lookup, available, look_up
-from torchrec_qr.partitions.class_map_copies import class_map_on
+from torchrec_qr.partitions.class_map import class_map_on
 
 
 class _Table:
@@ -68,7 +68,7 @@ class CompositionalTable(nn.Module):
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        self._partitions = config.partitions
+        self._partitions = config.bound_partitions
         self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
             self.add_module(f"partition_{j}", _Partition(partition, device))
@@ -123,8 +123,8 @@ def _layout(config: CompositionalConfig) -> list[int] | None:
     widths = config.partition_columns
     if not cpu.supports(config.operation, widths):
         return None
-    any_id = config.out_of_range == "unchecked" and config.partitions.class_map is None
-    partitions = partition_layouts(config.partitions, dict(enumerate(widths)))
+    any_id = config.out_of_range == "unchecked" and config.bound_partitions.class_map is None
+    partitions = partition_layouts(config.bound_partitions, dict(enumerate(widths)))
     return encode([TableLayout(config.operation, partitions, num_ids=-1 if any_id else config.num_embeddings)])
 
 

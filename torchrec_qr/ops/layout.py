@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_qr.partitions import ClosedForm, Partitions
+from torchrec_qr.partitions import BoundPartitions, ClosedForm
 
 OPERATIONS = ("mult", "add", "concat")
 
@@ -73,7 +73,7 @@ class TableLayout(NamedTuple):
 
 
 def partition_layouts(
-    partitions: Partitions, widths: Mapping[int, int], first_rows: Mapping[int, int] | None = None
+    partitions: BoundPartitions, widths: Mapping[int, int], first_rows: Mapping[int, int] | None = None
 ) -> tuple[PartitionLayout, ...]:
     """Returns the layouts of those partitions that ``widths`` names, by their widths; in its order.
 
@@ -84,7 +84,7 @@ def partition_layouts(
 
     Example:
         >>> from torchrec_qr import QuotientRemainder
-        >>> partition_layouts(QuotientRemainder(100, num_collisions=4), {0: 8, 1: 8})[1]
+        >>> partition_layouts(QuotientRemainder(num_collisions=4).bind(100), {0: 8, 1: 8})[1]
         PartitionLayout(width=8, divisor=25, modulus=4, first_row=0, map_row=0)
     """
     first_rows = first_rows or {}

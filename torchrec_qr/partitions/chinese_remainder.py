@@ -1,26 +1,36 @@
 """Chinese remainder partitions: the remainders of the id by pairwise coprime sizes."""
 
 import math
+from dataclasses import dataclass
 from itertools import combinations
 
 from torchrec_qr.partitions.least_rows import largest_main_coprime_split, least_coprime_split
-from torchrec_qr.partitions.of_sizes import OfSizes
+from torchrec_qr.partitions.sized_spec import SizedSpec
 
 
-class ChineseRemainder(OfSizes):
+@dataclass(frozen=True, kw_only=True)
+class ChineseRemainder(SizedSpec):
     """Chinese remainder partitions: p_j(x) = x % m_j, the m_j pairwise coprime (arXiv:1909.02107, section 3.1).
 
     Args:
-        num_ids: S, at most 2^40.
-        sizes: m_1, ..., m_K, each at least 1, pairwise coprime, with ∏ m_j >= S.
+        sizes (Sequence[int] | None): m_1, ..., m_K, each at least 1, pairwise coprime, with ∏ m_j >= S.
+        compression (float | None): as ``rows``, of ⌊S / compression⌋ rows.
+        rows (int | None): at most so many rows in total, and the first partition as large as they allow, so that the
+            fewest ids share its rows. It has at most S rows; the others have the least total beside it.
+        balanced (bool): the least rows in total, near S^(1/K) for each partition, the largest first.
+        num_partitions (int | None): K, at most 8, if the sizes are not given; default 2.
 
     Raises:
-        TypeError: `num_ids` or a size is not an int.
-        ValueError: `num_ids` or a size outside [1, 2^40], no sizes, two sizes with a common factor, or ∏ m_j < S.
+        ValueError: no size or more than one is given, or ``num_partitions`` beside ``sizes``.
 
-    >>> import torch
-    >>> ChineseRemainder(12, [4, 3]).rows(torch.tensor([0, 5, 11])).tolist()
-    [[0, 0], [1, 2], [3, 2]]
+    Example:
+        >>> import torch
+        >>> ChineseRemainder(sizes=[4, 3]).bind(12).rows(torch.tensor([0, 5, 11])).tolist()
+        [[0, 0], [1, 2], [3, 2]]
+        >>> ChineseRemainder(balanced=True, num_partitions=3).bind(1_000_000).sizes
+        (103, 101, 97)
+        >>> ChineseRemainder(rows=10_030, num_partitions=3).bind(1_000_000).sizes
+        (10009, 11, 10)
     """
 
     kind = "chinese_remainder"
@@ -28,7 +38,7 @@ class ChineseRemainder(OfSizes):
     max_searched = 8
 
     @classmethod
-    def _strides(cls, num_ids: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    def _strides(cls, s: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         for (i, first), (j, second) in combinations(enumerate(sizes), 2):
             if (common := math.gcd(first, second)) > 1:
                 raise ValueError(

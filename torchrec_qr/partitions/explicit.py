@@ -1,7 +1,7 @@
 """Partitions that the user supplies, class by class."""
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -9,98 +9,103 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchrec_qr.partitions.base import Partitions
-from torchrec_qr.partitions.validation import MAX_NUM_IDS
+from torchrec_qr.partitions.checks import checked_num_embeddings
+from torchrec_qr.partitions.class_map import ClassMap
+from torchrec_qr.partitions.spec import PartitionSpec
 
 # Two dense ranks of S ids make a code below S², which int64 must hold.
 MAX_EXPLICIT_IDS = 2**31
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_CHUNK = 1 << 20  # ids per step where an array as long as the map would otherwise be doubled
 
 
-class ExplicitPartitions(Partitions):
+@dataclass(frozen=True, eq=False)
+class ExplicitPartitions(PartitionSpec):
     """Partitions given by the class of every id, p_j(x) = classes[j, x]: a car's make, year and type, say.
 
     |P_j| is the largest class of partition j plus one; a class that no id has is allowed and wastes a row.
     (arXiv:1909.02107, section 3.1: naturally defined partitions.)
 
     Args:
-        classes: (K, S) integers, a tensor or nested sequences. Copied to the CPU, as int32 where that is wide enough.
+        classes (Tensor | ndarray | Sequence[Sequence[int]] | None): (K, S) integers. Copied to the CPU.
+        file (str | None): a .npy file with the classes, read once, when the spec is first bound.
 
     Raises:
         TypeError: the classes are not integers.
-        ValueError: not two-dimensional or empty, more than 2^31 ids, a class outside [0, 2^40), or two ids that share
-            all classes.
+        ValueError: neither or both are given; classes that are not two-dimensional or empty, or more than 2^31 ids.
 
-    The paper's example, {0, ..., 4} = {0} {1, 3, 4} {2} = {0, 1, 3} {2, 4} = {0, 3} {1, 2, 4}:
+    Example:
+        The paper's {0, ..., 4} = {0} {1, 3, 4} {2} = {0, 1, 3} {2, 4} = {0, 3} {1, 2, 4}:
 
-    >>> partitions = ExplicitPartitions([[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]])
-    >>> partitions.sizes, partitions.rows(torch.tensor([3, 4])).tolist()
-    ((3, 2, 2), [[1, 0, 0], [1, 1, 1]])
+        >>> bound = ExplicitPartitions([[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]).bind(5)
+        >>> bound.sizes, bound.rows(torch.tensor([3, 4])).tolist()
+        ((3, 2, 2), [[1, 0, 0], [1, 1, 1]])
     """
 
     kind = "explicit"
-    _class_map: Tensor
 
-    def __init__(self, classes: Tensor | npt.NDArray[np.integer] | Sequence[Sequence[int]]) -> None:
-        owner = type(self).__name__
-        given = _as_cpu_tensor(owner, classes)
-        sizes = _checked_sizes(owner, given)
-        super().__init__(given.shape[1], sizes)
-        dtype = torch.int32 if max(sizes) <= 2**31 else torch.int64
-        # A copy always: the caller may go on to change what was given.
-        self._set(_class_map=given.detach().to(dtype, copy=True, memory_format=torch.contiguous_format))
-        twins = _ids_sharing_all_classes(self._class_map.numpy(), sizes)
-        if twins is not None:
-            first, second = twins
-            raise ValueError(
-                f"{owner}: classes must be complementary (no two ids with the same class in every partition), got ids "
-                f"{first} and {second} that share all classes {self._class_map[:, first].tolist()}"
-            )
+    # No file format of text holds classes, which a program has as an array.
+    classes: Tensor | npt.NDArray[np.integer] | Sequence[Sequence[int]] | None = field(
+        default=None, metadata={"in_yaml": False}
+    )
+    file: str | None = field(default=None, kw_only=True)
 
-    @property
-    def class_map(self) -> Tensor:
-        """The (K, S) classes on the CPU, int32 where that is wide enough, else int64. Not to be written to."""
-        return self._class_map
+    def __post_init__(self) -> None:
+        self._check_sized_once(("classes", "file"))
+        if self.classes is not None:
+            # A copy, because the caller may go on to change the array.
+            object.__setattr__(self, "classes", _copied(type(self).__name__, self.classes))
 
-    def class_rows(self, ids: Tensor, class_map: Tensor | None = None) -> list[Tensor]:
-        ids = ids.to(torch.int64)
-        classes = self._class_map.to(ids.device) if class_map is None else class_map
-        # `index_select` knows a torch.fx.Proxy, which a tensor's __getitem__ does not, and refuses ids outside [0, S).
-        flat = ids.reshape(-1)
-        return [
-            torch.index_select(classes[j], 0, flat).to(torch.int64).reshape_as(ids) for j in range(self.num_partitions)
-        ]
-
-    def is_complementary(self) -> bool:
-        return True  # the constructor refuses what is not
-
-    def describe(self) -> dict[str, object]:
-        return {"sha256": self._sha256}
-
-    def content_hash(self) -> int:
-        return int(self._sha256[:16], 16) >> 1
+    def bind(self, num_embeddings: int) -> ClassMap:
+        s = checked_num_embeddings(type(self).__name__, num_embeddings)
+        if (columns := self._bound.num_embeddings) != s:
+            source = "classes" if self.file is None else f"file {self.file!r}"
+            raise ValueError(f"{type(self).__name__}: num_embeddings must be {columns}, the ids of {source}, got {s}")
+        return self._bound
 
     @cached_property
-    def _sha256(self) -> str:
-        """Of K, S and the classes as little-endian int64, so that it is the same whatever dtype was given."""
-        digest = hashlib.sha256(f"{self.num_partitions},{self.num_ids};".encode())
-        for row in self._class_map.numpy():
-            for start in range(0, self.num_ids, _CHUNK):
-                digest.update(row[start : start + _CHUNK].astype("<i8").tobytes())
-        return digest.hexdigest()
+    def _bound(self) -> ClassMap:
+        # Bound once, because many tables may share the spec and the check of a large map takes seconds.
+        owner = type(self).__name__
+        classes = self.classes if self.file is None else _read(owner, self.file)
+        assert isinstance(classes, Tensor)
+        return ClassMap(owner, classes)
 
-    def _identity(self) -> tuple[object, ...]:
-        return (self.num_ids, self.sizes, self._sha256)
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExplicitPartitions):
+            return NotImplemented
+        if isinstance(self.classes, Tensor) and isinstance(other.classes, Tensor):
+            return torch.equal(self.classes, other.classes)
+        return self.file is not None and self.file == other.file
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.classes.shape) if isinstance(self.classes, Tensor) else self.file)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ExplicitPartitions":
+        # Share the map, because configs are deep-copied often and it may be large.
+        return self
 
     def __repr__(self) -> str:
-        return f"ExplicitPartitions(num_ids={self.num_ids}, sizes={list(self.sizes)}, sha256='{self._sha256[:12]}…')"
+        if isinstance(self.classes, Tensor):
+            return f"ExplicitPartitions(classes of shape {tuple(self.classes.shape)})"
+        return f"ExplicitPartitions(file={self.file!r})"
 
 
-def _as_cpu_tensor(owner: str, classes: object) -> Tensor:
+def _read(owner: str, file: str) -> Tensor:
+    allowed = "a .npy file of integers, of shape (K, S)"
     try:
-        # The device is named because a collection may be built under `torch.device("meta")`.
+        classes = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{owner}: file {file!r} cannot be read: {error}; allowed: {allowed}") from error
+    if not isinstance(classes, np.ndarray):
+        raise ValueError(f"{owner}: file {file!r} holds several arrays; allowed: {allowed}")
+    return _copied(owner, classes)
+
+
+def _copied(owner: str, classes: object) -> Tensor:
+    """Returns a contiguous copy on the CPU, as int32 if that is wide enough, else as int64."""
+    try:
+        # Name the device, because a collection may be built under `torch.device("meta")`.
         given = classes.to("cpu") if isinstance(classes, Tensor) else torch.as_tensor(classes, device="cpu")
     except NotImplementedError:
         raise ValueError(f"{owner}: classes must hold values, got a tensor on the meta device") from None
@@ -114,62 +119,8 @@ def _as_cpu_tensor(owner: str, classes: object) -> Tensor:
         allowed = ", ".join(str(dtype) for dtype in _INTEGERS)
         raise TypeError(f"{owner}: classes must have one of the dtypes {allowed}, got {given.dtype}")
     if given.shape[1] > MAX_EXPLICIT_IDS:
-        raise ValueError(f"{owner}: num_ids must be at most {MAX_EXPLICIT_IDS} (2^31), got {given.shape[1]}")
-    return given
-
-
-def _checked_sizes(owner: str, classes: Tensor) -> tuple[int, ...]:
-    sizes: list[int] = []
-    for j, row in enumerate(classes):
-        low, high = (int(bound) for bound in torch.aminmax(row))
-        if low < 0 or high >= MAX_NUM_IDS:
-            value = low if low < 0 else high
-            raise ValueError(
-                f"{owner}: every class must be between 0 and {MAX_NUM_IDS - 1} (2^40 - 1), got classes[{j}, "
-                f"{int((row == value).nonzero()[0])}] = {value}"
-            )
-        sizes.append(high + 1)
-    return tuple(sizes)
-
-
-def _ids_sharing_all_classes(classes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> tuple[int, int] | None:
-    """The first id, in order, that has all classes of an earlier one, after that earlier one; None if there is none."""
-    codes = _codes(classes, sizes)
-    codes.sort()
-    if not np.any(codes[1:] == codes[:-1]):
-        return None
-    # The ids behind the codes cost another array or two: found only now that they are needed.
-    codes = _codes(classes, sizes)
-    order = np.argsort(codes, kind="stable")
-    repeated = np.flatnonzero(codes[order[1:]] == codes[order[:-1]])
-    position = repeated[np.argmin(order[repeated + 1])]
-    return int(order[position]), int(order[position + 1])
-
-
-def _codes(classes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """One int64 per id, equal for two ids if and only if all their classes are: the digits of a mixed radix."""
-    codes: npt.NDArray[np.int64] = classes[0].astype(np.int64)
-    bound = sizes[0]  # codes lie in [0, bound)
-    for row, size in zip(classes[1:], sizes[1:], strict=True):
-        if bound * size > 2**63 and bound > codes.size:
-            bound = _rank_densely(codes)
-        digits = row
-        if bound * size > 2**63:
-            digits = row.astype(np.int64)
-            size = _rank_densely(digits)
-        codes *= size
-        codes += digits
-        bound *= size
-    return codes
-
-
-def _rank_densely(values: npt.NDArray[np.int64]) -> int:
-    """Replaces each value, in place, by its rank among the distinct ones, and returns how many these are."""
-    distinct = np.sort(values)
-    keep = np.empty(len(distinct), dtype=bool)
-    keep[0] = True
-    np.not_equal(distinct[1:], distinct[:-1], out=keep[1:])
-    distinct = distinct[keep]
-    for start in range(0, len(values), _CHUNK):
-        values[start : start + _CHUNK] = np.searchsorted(distinct, values[start : start + _CHUNK])
-    return len(distinct)
+        raise ValueError(f"{owner}: num_embeddings must be at most {MAX_EXPLICIT_IDS} (2^31), got {given.shape[1]}")
+    low, high = (int(bound) for bound in torch.aminmax(given))
+    limits = torch.iinfo(torch.int32)
+    dtype = torch.int32 if limits.min <= low and high <= limits.max else torch.int64
+    return given.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)

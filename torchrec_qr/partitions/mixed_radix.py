@@ -1,34 +1,46 @@
 """Generalized quotient-remainder partitions: the digits of the id in a mixed radix."""
 
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
 from torchrec_qr.partitions.least_rows import even_split, largest_main_split, least_total
-from torchrec_qr.partitions.of_sizes import OfSizes
+from torchrec_qr.partitions.sized_spec import SizedSpec
 
 
-class MixedRadix(OfSizes):
+@dataclass(frozen=True, kw_only=True)
+class MixedRadix(SizedSpec):
     """Generalized quotient-remainder: p_j(x) = (x // M_j) % m_j with M_j = ∏_{i<j} m_i (arXiv:1909.02107, section 3.1).
 
     Args:
-        num_ids: S, at most 2^40.
-        sizes: m_1, ..., m_K, each at least 1, with ∏ m_j >= S.
+        sizes (Sequence[int] | None): m_1, ..., m_K, each at least 1, with ∏ m_j >= S.
+        compression (float | None): as ``rows``, of ⌊S / compression⌋ rows.
+        rows (int | None): at most so many rows in total, and the first partition as large as they allow, so that the
+            fewest ids share its rows. It has at most S rows; the others have the least total beside it.
+        balanced (bool): the least rows in total, near S^(1/K) for each partition, the largest first.
+        num_partitions (int | None): K, if the sizes are not given; default 2.
 
     Raises:
-        TypeError: `num_ids` or a size is not an int.
-        ValueError: `num_ids` or a size outside [1, 2^40], no sizes, or ∏ m_j < S.
+        ValueError: no size or more than one is given, or ``num_partitions`` beside ``sizes``.
 
-    >>> import torch
-    >>> MixedRadix(24, [4, 3, 2]).rows(torch.tensor([0, 5, 23])).tolist()
-    [[0, 0, 0], [1, 1, 0], [3, 2, 1]]
+    Example:
+        >>> import torch
+        >>> MixedRadix(sizes=[4, 3, 2]).bind(24).rows(torch.tensor([0, 5, 23])).tolist()
+        [[0, 0, 0], [1, 1, 0], [3, 2, 1]]
+        >>> MixedRadix(balanced=True, num_partitions=3).bind(1_000_000).sizes
+        (100, 100, 100)
+        >>> MixedRadix(rows=10_030, num_partitions=3).bind(1_000_000).sizes
+        (10010, 10, 10)
+        >>> MixedRadix(compression=4.0).bind(1_000_000).sizes
+        (249995, 5)
     """
 
     kind = "mixed_radix"
 
     @classmethod
-    def _strides(cls, num_ids: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    def _strides(cls, s: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         # A digit above S is 0 for every id, and so it is with stride S; the true stride may not fit int64.
-        return tuple(min(stride, num_ids) for stride in accumulate(sizes[:-1], mul, initial=1))
+        return tuple(min(stride, s) for stride in accumulate(sizes[:-1], mul, initial=1))
 
     @staticmethod
     def _least_split(product: int, count: int) -> tuple[int, ...]:

@@ -24,15 +24,15 @@ def backward_bytes(config: CompositionalConfig, ids: float, start: int, stop: in
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
         >>> config = CompositionalEmbeddingBagConfig(
         ...     name="t", feature_names=["f"], num_embeddings=4000, embedding_dim=4,
-        ...     partitions=QuotientRemainder(4000, num_collisions=4))
+        ...     partitions=QuotientRemainder(num_collisions=4))
         >>> backward_bytes(config, 3200, 0, 4)  # 3,300 rows of the main partition, 104 of the other
         268928
     """
     total = _SORTED_BYTES * ids
-    for j, size in enumerate(config.partitions.sizes):
+    for j, size in enumerate(config.bound_partitions.sizes):
         a, b = stored_columns(config, j, start, stop)
         if a == b:
             continue
-        rows = ids if j == config.partitions.main else min(ids, size)
+        rows = ids if j == config.bound_partitions.main else min(ids, size)
         total += (rows + ids / _IDS_PER_CHUNK) * (4 * (b - a) + _ROW_BYTES)
     return math.ceil(total)

@@ -293,7 +293,7 @@ def row_runs(table: PlannedTable, num_blocks: int) -> Iterator[tuple[int, int, i
         total = table.rows
         size = -(-total // num_blocks)
     else:
-        total = table.config.partitions.sizes[table.config.base_partition]
+        total = table.config.bound_partitions.sizes[table.config.base_partition]
         size = block_rows(table.config, num_blocks)
     full, rest = divmod(total, size)
     if full:

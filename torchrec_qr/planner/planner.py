@@ -90,7 +90,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         >>> planner = CompositionalEmbeddingShardingPlanner(h100.topology(32, 8), batch_size=4096, hardware=h100)
         >>> ebc = CompositionalEmbeddingBagCollection(device=torch.device("meta"), tables=[
         ...     CompositionalEmbeddingBagConfig(name=f"t{m}", feature_names=[f"f{m}"], num_embeddings=10**7,
-        ...         embedding_dim=128, partitions=QuotientRemainder(10**7, num_collisions=m)) for m in (4, 3163)])
+        ...         embedding_dim=128, partitions=QuotientRemainder(num_collisions=m)) for m in (4, 3163)])
         >>> plan = planner.plan(ebc, get_default_sharders())
         >>> {name: sharding.sharding_type for name, sharding in plan.plan[""].items()}["t3163"]
         'data_parallel'

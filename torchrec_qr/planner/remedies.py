@@ -130,7 +130,7 @@ class Infeasible:
         table = self._table
 
         def fits(negated: int) -> bool:
-            options = self._options_of(table, QuotientRemainder(table.num_embeddings, -negated))
+            options = self._options_of(table, QuotientRemainder(num_collisions=-negated))
             return self._fits(self._with(options))
 
         found = largest_that(fits, -max(math.isqrt(table.num_embeddings), 1), -2)
@@ -188,11 +188,9 @@ def largest_that(holds: Callable[[int], bool], low: int, high: int) -> int | Non
 
 
 def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:
-    """The quotient-remainder partitions that have most rows, up to so many, or else the fewest that there can be."""
-    try:
-        return QuotientRemainder.for_budget(num_embeddings, rows)
-    except ValueError:
-        return QuotientRemainder.balanced(num_embeddings)
+    """Returns the quotient-remainder partitions of most rows, up to so many, or else of the fewest possible."""
+    balanced = QuotientRemainder(balanced=True)
+    return QuotientRemainder(rows=rows) if rows >= balanced.bind(num_embeddings).num_rows else balanced
 
 
 def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTable:

@@ -108,7 +108,7 @@ def value_bytes(stored: Stored) -> int:
 
 
 def class_map_bytes(config: CompositionalConfig) -> int:
-    class_map = config.partitions.class_map
+    class_map = config.bound_partitions.class_map
     return 0 if class_map is None else class_map.numel() * class_map.element_size()
 
 

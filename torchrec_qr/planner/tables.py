@@ -97,7 +97,7 @@ class PlannedTable:
             StoredPartition(rows, columns, DTYPES[data_type], j == base)
             for j, (rows, columns, data_type) in enumerate(
                 zip(
-                    self.config.partitions.sizes,
+                    self.config.bound_partitions.sizes,
                     self.config.partition_columns,
                     self.config.partition_data_types,
                     strict=True,

@@ -1,7 +1,6 @@
 """The YAML sections ``tables:`` and ``planner:``, and the strict loader that reads them and a job's own sections."""
 
 from torchrec_qr.schema.errors import ConfigError
-from torchrec_qr.schema.partitions import PartitionsSpec
 from torchrec_qr.schema.planner import ConstraintSpec, PlannerSpec, read_planner
 from torchrec_qr.schema.strict import Range, dump, load
 from torchrec_qr.schema.tables import TableSpec, build_tables, load_tables, read_tables, to_spec
@@ -10,7 +9,6 @@ from torchrec_qr.schema.yaml_file import read_yaml
 __all__ = [
     "ConfigError",
     "ConstraintSpec",
-    "PartitionsSpec",
     "PlannerSpec",
     "Range",
     "TableSpec",

@@ -1,7 +1,7 @@
 """Frozen dataclasses from mappings and back: every key known, every type and range right, or an error that says so."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache, partial
 from types import NoneType, UnionType
@@ -59,11 +59,12 @@ class Range:
 def load(cls: type[T], given: object, path: str = "") -> T:
     """Returns an instance of ``cls`` with the values of a mapping, such as a section of a YAML file.
 
-    A field's type may be a dataclass, ``list[X]``, ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, ``X | None``,
-    ``Literal``, an enum (by a member's name in lower case), ``bool``, ``int``, ``float``, ``str``, or one of these
-    ``Annotated`` with a `Range`. Nothing is converted but an int to the float, and a list to the tuple, that a field
-    asks for: a bool is no int, and ``"3"`` is not 3. A ``ConfigError``, ``ValueError`` or ``TypeError`` of a class's
-    own ``__post_init__`` is reported at the path of the instance.
+    A field's type may be a dataclass, several dataclasses that have a class variable ``kind`` (the mapping's key
+    ``kind`` chooses among them), ``list[X]``, ``Sequence[X]``, ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``,
+    ``X | None``, ``Literal``, an enum (by a member's name in lower case), ``bool``, ``int``, ``float``, ``str``, or one
+    of these ``Annotated`` with a `Range`. Nothing is converted but an int to the float, and a list to the tuple, that a
+    field asks for: a bool is no int, and ``"3"`` is not 3. A ``ConfigError``, ``ValueError`` or ``TypeError`` of a
+    class's own ``__post_init__`` is reported at the path of the instance.
 
     Args:
         cls: a dataclass, or any other of the types above (``list[TableSpec]``).
@@ -96,14 +97,15 @@ def dump(instance: object, *, defaults: bool = True) -> dict[str, Any]:
         defaults: whether fields that have their default value are included.
 
     Example:
-        >>> from torchrec_qr.schema import PartitionsSpec
-        >>> dump(PartitionsSpec(kind="mixed_radix", sizes=(10, 10)), defaults=False)
+        >>> from torchrec_qr.partitions import MixedRadix
+        >>> dump(MixedRadix(sizes=[10, 10]), defaults=False)
         {'kind': 'mixed_radix', 'sizes': [10, 10]}
     """
-    dumped = {}
-    for field in dataclasses.fields(cast(Any, instance)):
+    kind = _kind(type(instance))
+    dumped: dict[str, Any] = {} if kind is None else {"kind": kind}
+    for field in _fields(type(instance)):
         value = getattr(instance, field.name)
-        if field.init and (defaults or value != _default(field)):
+        if defaults or value != _default(field):
             dumped[field.name] = _plain(value, defaults)
     return dumped
 
@@ -127,14 +129,18 @@ def _convert(hint: Any, given: object, path: str) -> Any:
         return _ranged(args, given, path)
     if origin in (Union, UnionType):
         inner = [arg for arg in args if arg is not NoneType]
+        if given is None and len(inner) < len(args):
+            return None
         if len(inner) == 1:
-            return None if given is None else _convert(inner[0], given, path)
+            return _convert(inner[0], given, path)
+        if all(isinstance(arg, type) and dataclasses.is_dataclass(arg) and _kind(arg) for arg in inner):
+            return _of_kind(inner, given, path)
     if origin is Literal:
         for choice in args:
             if type(choice) is type(given) and choice == given:
                 return choice
         raise _no_choice(path, given, args)
-    if origin is list:
+    if origin in (list, Sequence):
         return _items(args * _length(given, path), given, path)
     if origin is tuple:
         variadic = len(args) == 2 and args[1] is Ellipsis
@@ -188,9 +194,37 @@ def _mapping(hints: tuple[Any, ...], given: object, path: str) -> dict[Any, Any]
     return dict(zip(keys, values, strict=True))
 
 
+def _of_kind(classes: list[Any], given: object, path: str) -> Any:
+    kinds = {_kind(cls): cls for cls in classes}
+    if not isinstance(given, Mapping):
+        raise ConfigError(path, given, "a mapping with a kind")
+    if "kind" not in given:
+        raise ConfigError(key_path(path, "kind"), None, "a value", "missing, and has no default")
+    kind = _convert(Literal[*kinds], given["kind"], key_path(path, "kind"))
+    fields = {key: value for key, value in given.items() if key != "kind"}
+    own = [field.name for field in _fields(kinds[kind])]
+    foreign = {field.name for cls in classes for field in _fields(cls)}.difference(own)
+    problem = f"not a key of kind {kind!r}, whose keys are {', '.join(own)}"
+    errors = [
+        ConfigError(key_path(path, key), fields[key], ", ".join(own), problem) for key in fields if key in foreign
+    ]
+    if errors:
+        raise ConfigError.joined(errors)
+    return _instance(kinds[kind], fields, path)
+
+
+def _kind(cls: type) -> str | None:
+    """Returns the class variable ``kind``, by which `_of_kind` chooses, or None if there is none."""
+    return None if any(field.name == "kind" for field in _fields(cls)) else getattr(cls, "kind", None)
+
+
+def _fields(cls: type) -> "list[dataclasses.Field[Any]]":
+    return [f for f in dataclasses.fields(cast(Any, cls)) if f.init and f.metadata.get("in_yaml", True)]
+
+
 def _instance(cls: type, given: object, path: str) -> Any:
     hints = _hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {field.name: field for field in _fields(cls)}
     if not isinstance(given, Mapping):
         raise ConfigError(path, given, f"a mapping with keys of {', '.join(fields)}")
     errors = [unknown_key(path, key, value, fields) for key, value in given.items() if key not in fields]

@@ -25,14 +25,29 @@ from torchrec_qr.configs import (
     PathActivation,
 )
 from torchrec_qr.ids import OutOfRange
-from torchrec_qr.partitions import MAX_NUM_IDS, ExplicitPartitions
+from torchrec_qr.partitions import (
+    MAX_NUM_EMBEDDINGS,
+    ChineseRemainder,
+    ExplicitPartitions,
+    HashPartition,
+    MixedRadix,
+    PartitionSpec,
+    QuotientRemainder,
+)
 from torchrec_qr.schema.errors import ConfigError
-from torchrec_qr.schema.partitions import PartitionsSpec
 from torchrec_qr.schema.strict import Range, dump, gather, load
 from torchrec_qr.schema.yaml_file import read_yaml
 
 # Keys that say how ids compose, hence only beside `partitions`.
-_COMPOSITIONAL_KEYS = ("operation", "partition_dims", "path_hidden", "path_activation", "init", "out_of_range")
+_COMPOSITIONAL_KEYS = (
+    "partitions",
+    "operation",
+    "partition_dims",
+    "path_hidden",
+    "path_activation",
+    "init",
+    "out_of_range",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class TableSpec:
         feature_names: default: one feature, called as the table.
         pooling: of a pooled table.
         data_type: of the stored rows.
-        partitions: which row of each partition an id selects.
+        partitions: which row of each partition an id selects; in YAML the ``kind`` and the fields of a spec.
         operation: with ``partitions`` only, as all below but the last two.
         partition_dims: D_j.
         path_hidden: width of the MLPs' hidden layer.
@@ -59,23 +74,23 @@ class TableSpec:
         weight_init_max: replaces 1/√S.
 
     Raises:
-        ConfigError: no features; a key that needs ``partitions``; ``num_collisions`` outside 1..S.
+        ConfigError: no features; a key that needs ``partitions``.
 
     Example:
         >>> spec = load(TableSpec, {"name": "user", "num_embeddings": 1_000_000, "embedding_dim": 64,
         ...                         "partitions": {"kind": "quotient_remainder", "compression": 4.0}})
         >>> config = spec.build()
-        >>> config.feature_names, config.partitions
-        (['user'], QuotientRemainder(num_ids=1000000, num_collisions=5, grouping='strided'))
+        >>> config.feature_names, config.bound_partitions.sizes
+        (['user'], (200000, 5))
     """
 
     name: str
-    num_embeddings: Annotated[int, Range(1, MAX_NUM_IDS)]
+    num_embeddings: Annotated[int, Range(1, MAX_NUM_EMBEDDINGS)]
     embedding_dim: Annotated[int, Range(1)]
     feature_names: tuple[str, ...] | None = None
     pooling: Literal["sum", "mean"] = "sum"
     data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
-    partitions: PartitionsSpec | None = None
+    partitions: QuotientRemainder | MixedRadix | ChineseRemainder | ExplicitPartitions | HashPartition | None = None
     operation: Operation = "mult"
     partition_dims: tuple[int, ...] | None = None
     path_hidden: int | None = None
@@ -93,8 +108,6 @@ class TableSpec:
             for key in _COMPOSITIONAL_KEYS:
                 if (given := getattr(self, key)) != defaults[key]:
                     raise ConfigError(key, given, f"only beside partitions, which table {self.name!r} lacks")
-        elif (m := self.partitions.num_collisions) is not None and not 1 <= m <= self.num_embeddings:
-            raise ConfigError("partitions.num_collisions", m, f"1..{self.num_embeddings}")
 
     def build(self, base_dir: str | Path | None = None) -> EmbeddingBagConfig | CompositionalEmbeddingBagConfig:
         """Returns the config of a pooled table.
@@ -133,17 +146,21 @@ class TableSpec:
         fields |= {key: getattr(self, key) for key in _COMPOSITIONAL_KEYS}
         if self.partition_dims is not None:
             fields["partition_dims"] = list(self.partition_dims)
+        if isinstance(self.partitions, ExplicitPartitions) and self.partitions.file is not None:
+            file = str(Path(base_dir or ".") / self.partitions.file)
+            fields["partitions"] = dataclasses.replace(self.partitions, file=file)
         try:
-            partitions = self.partitions.build(self.num_embeddings, base_dir)
-        except ConfigError as error:
-            raise error.under("partitions") from None
+            return compositional(**fields)
         except (ValueError, TypeError) as error:
-            given = dump(self.partitions, defaults=False)
-            raise ConfigError("partitions", given, str(error), f"table {self.name!r}: {error}") from error
+            at = "" if self._binds(fields["partitions"]) else "partitions"
+            raise ConfigError(at, dump(self, defaults=False), str(error), str(error)) from error
+
+    def _binds(self, partitions: PartitionSpec) -> bool:
         try:
-            return compositional(partitions=partitions, **fields)
-        except (ValueError, TypeError) as error:
-            raise ConfigError("", dump(self, defaults=False), str(error), str(error)) from error
+            partitions.bind(self.num_embeddings)
+        except (ValueError, TypeError):
+            return False
+        return True
 
 
 def build_tables(
@@ -155,7 +172,7 @@ def build_tables(
         ConfigError: all errors of all tables together, at ``tables[<i>]``.
 
     Example:
-        >>> hashed = PartitionsSpec(kind="hash", compression=10.0)
+        >>> hashed = HashPartition(compression=10.0)
         >>> configs = build_tables([TableSpec("user", 1000, 8, partitions=hashed), TableSpec("country", 250, 8)])
         >>> [type(config).__name__ for config in configs]
         ['CompositionalEmbeddingBagConfig', 'EmbeddingBagConfig']
@@ -195,7 +212,8 @@ def load_tables(
         >>> qr = {"kind": "quotient_remainder", "num_collisions": 0}
         >>> load_tables([{"name": "user", "num_embeddings": 1000, "embedding_dim": 8, "partitions": qr}])
         Traceback (most recent call last):
-        torchrec_qr.schema.errors.ConfigError: tables[0].partitions.num_collisions: 0; allowed: 1..1000
+        torchrec_qr.schema.errors.ConfigError: tables[0].partitions: table 'user': QuotientRemainder: num_collisions
+        must be between 1 and 1000 (num_embeddings), got 0
     """
     if isinstance(given, Mapping):
         if "tables" not in given:
@@ -229,17 +247,15 @@ def read_tables(path: str | Path) -> list[EmbeddingBagConfig | CompositionalEmbe
 
 
 def to_spec(config: BaseEmbeddingConfig) -> TableSpec:
-    """Returns the entry of ``tables:`` from which an equal config is built: of a plain table or of a closed form.
-
-    Sizes are given explicitly, whatever sized them.
+    """Returns the entry of ``tables:`` from which an equal config is built.
 
     Raises:
-        ValueError: an explicit map, or a field that the section cannot express, such as ``init_fn``.
+        ValueError: classes that are in no file, or a field that the section cannot express, such as ``init_fn``.
 
     Example:
         >>> from torchrec_qr import MixedRadix
         >>> config = CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=1000,
-        ...     embedding_dim=8, partitions=MixedRadix.balanced(1000, num_partitions=3), operation="add")
+        ...     embedding_dim=8, partitions=MixedRadix(balanced=True, num_partitions=3), operation="add")
         >>> import yaml
         >>> print(yaml.safe_dump([dump(to_spec(config), defaults=False)], sort_keys=False), end="")
         - name: t_user
@@ -249,10 +265,8 @@ def to_spec(config: BaseEmbeddingConfig) -> TableSpec:
           - user
           partitions:
             kind: mixed_radix
-            sizes:
-            - 10
-            - 10
-            - 10
+            balanced: true
+            num_partitions: 3
           operation: add
     """
     fields = {field.name for field in dataclasses.fields(TableSpec)}
@@ -269,12 +283,12 @@ def to_spec(config: BaseEmbeddingConfig) -> TableSpec:
     if "pooling" in entry:
         entry["pooling"] = entry["pooling"].name.lower()
     if (partitions := entry.get("partitions")) is not None:
-        if isinstance(partitions, ExplicitPartitions):
+        if isinstance(partitions, ExplicitPartitions) and partitions.file is None:
             raise ValueError(
-                f"table {config.name!r}: explicit partitions cannot be expressed in YAML; save class_map as a .npy "
-                "file and name that in partitions.file"
+                f"table {config.name!r}: classes in memory cannot be expressed in YAML; save them as a .npy file and "
+                "use ExplicitPartitions(file=...)"
             )
-        entry["partitions"] = {"kind": partitions.kind, **partitions.describe()}
+        entry["partitions"] = dump(partitions)
     return load(TableSpec, entry, f"table {config.name!r}")
 
 

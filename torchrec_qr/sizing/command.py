@@ -128,7 +128,7 @@ def _bytes(tables: Tables) -> int:
     for t in tables:
         if isinstance(t, CompositionalEmbeddingBagConfig):
             for rows, columns, data_type in zip(
-                t.partitions.sizes, t.partition_columns, t.partition_data_types, strict=True
+                t.bound_partitions.sizes, t.partition_columns, t.partition_data_types, strict=True
             ):
                 total += rows * columns * DTYPES[data_type].itemsize
         else:

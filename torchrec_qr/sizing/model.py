@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
-from torchrec_qr.partitions import ExplicitPartitions, HashPartition, Partitions, QuotientRemainder
+from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedModel, hardware_named
 from torchrec_qr.planner.remedies import within_rows
 from torchrec_qr.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
@@ -147,11 +147,12 @@ def full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
     return EmbeddingBagConfig(**_plain_fields(table))
 
 
-def composed(table: EmbeddingBagConfig, partitions: Partitions) -> CompositionalEmbeddingBagConfig:
-    """The table by other partitions, under its own operation where they leave that possible."""
-    if isinstance(table, CompositionalEmbeddingBagConfig) and table.num_partitions == partitions.num_partitions:
+def composed(table: EmbeddingBagConfig, partitions: PartitionSpec) -> CompositionalEmbeddingBagConfig:
+    """Returns the table by other partitions, under its own operation if there are as many of them."""
+    other = CompositionalEmbeddingBagConfig(**_plain_fields(table), partitions=partitions)
+    if isinstance(table, CompositionalEmbeddingBagConfig) and table.num_partitions == other.num_partitions:
         return replace(table, partitions=partitions)
-    return CompositionalEmbeddingBagConfig(**_plain_fields(table), partitions=partitions)
+    return other
 
 
 def _plain_fields(table: EmbeddingBagConfig) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _as(variant: str, table: EmbeddingBagConfig) -> EmbeddingBagConfig:
     if not isinstance(table, CompositionalEmbeddingBagConfig) or variant == "full":
         return full(table)
     if variant == "hash":
-        return composed(table, HashPartition(table.num_embeddings, min(table.physical_rows, table.num_embeddings)))
+        return composed(table, HashPartition(rows=table.physical_rows))
     if isinstance(table.partitions, QuotientRemainder):
         return table
     return composed(table, within_rows(table.num_embeddings, table.physical_rows))
