@@ -23,7 +23,7 @@ from launch.data.generator import GeneratorSource
 from launch.data.loader import open_data
 from launch.data.rows import Rows
 from launch.sections import CRITEO_DENSE, CRITEO_FEATURES, GeneratorSection
-from torchrec_qr.schema import load
+from torchrec_qr.cli.schema import load
 
 _TABLE_ROWS = 100_000
 

@@ -22,7 +22,7 @@ _READ_JOB = """
 import sys
 try:
     from launch.config import read_job
-    from torchrec_qr.schema import ConfigError
+    from torchrec_qr.cli.schema import ConfigError
 except ModuleNotFoundError:
     sys.exit()
 try:

@@ -17,7 +17,7 @@ from launch.sections import (
     ScheduleSection,
     TrainSection,
 )
-from torchrec_qr.schema import ConfigError, PlannerSpec, TableSpec, dump, load, read_yaml
+from torchrec_qr.cli.schema import ConfigError, PlannerSpec, TableSpec, dump, load, read_yaml
 
 __all__ = [
     "DataSection",

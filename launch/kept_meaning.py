@@ -12,7 +12,7 @@ from launch.data.meaning import Meaning, MeaningError, settled
 from launch.run_folder import RunFolder, writing_errors_named
 from launch.run_lock import RunFolderError
 from launch.waits import Waits
-from torchrec_qr.schema import ConfigError
+from torchrec_qr.cli.schema import ConfigError
 
 
 def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[], Meaning]) -> Meaning:

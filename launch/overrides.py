@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torchrec_qr.schema import ConfigError
-from torchrec_qr.schema.key_paths import copied, places
-from torchrec_qr.schema.yaml_file import read_value
+from torchrec_qr.cli.schema import ConfigError
+from torchrec_qr.cli.schema.key_paths import copied, places
+from torchrec_qr.cli.schema.yaml_file import read_value
 
 
 def override(sections: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

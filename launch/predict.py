@@ -31,7 +31,7 @@ from launch.tables import job_tables
 from launch.task import TrainTask
 from launch.weights import read_weights
 from torchrec_qr import raise_pending
-from torchrec_qr.schema import ConfigError
+from torchrec_qr.cli.schema import ConfigError
 
 _SCHEMA = pa.schema([("logit", pa.float32()), ("score", pa.float32())])
 

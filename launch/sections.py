@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from launch.run_name import is_run_name
-from torchrec_qr.schema import ConfigError, Range
+from torchrec_qr.cli.schema import ConfigError, Range
 
 Positive = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]

@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from launch.config import Job
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, MixedRadix
-from torchrec_qr.schema import build_tables
+from torchrec_qr.cli.schema import build_tables
 
 _OURS_ALONE = ("adam", "amsgrad")
 

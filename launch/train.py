@@ -33,8 +33,8 @@ from launch.task import TrainTask
 from launch.trainer import Trainer
 from launch.triton_cache import cache_named, use_node_cache
 from launch.waits import Waits
+from torchrec_qr.cli.schema import ConfigError
 from torchrec_qr.distributed.warm_up import warm_up
-from torchrec_qr.schema import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:

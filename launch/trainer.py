@@ -30,7 +30,7 @@ from launch.termination import Terminated, Termination
 from launch.waits import Waits
 from launch.weights import write_weights
 from torchrec_qr import raise_pending
-from torchrec_qr.schema import dump
+from torchrec_qr.cli.schema import dump
 
 
 class Trainer:

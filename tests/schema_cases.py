@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from torchrec_qr.schema import ConfigError
+from torchrec_qr.cli.schema import ConfigError
 
 
 def error_of(function: Any, *args: Any) -> str:

@@ -16,7 +16,7 @@ MODULES = sorted(
     for path in (ROOT / "torchrec_qr").rglob("*.py")
 )
 # What users import from.
-PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.schema"}
+PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.cli.schema"}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module in PUBLIC])

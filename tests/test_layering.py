@@ -17,8 +17,6 @@ LAYERS = (
     ("modules",),
     ("distributed",),
     ("planner",),
-    ("schema",),
-    ("sizing",),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -1,16 +1,21 @@
 """``torchrec-qr plan``: what it prints, what it writes, and what it says of errors."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
 from torchrec_qr.cli.commands import main
-from torchrec_qr.schema import read_tables
+from torchrec_qr.cli.schema import read_tables
 
-MLPERF = str(Path(__file__).parents[1] / "configs" / "mlperf_dcnv2_qr.yaml")
+ROOT = Path(__file__).parents[1]
+MLPERF = str(ROOT / "configs" / "mlperf_dcnv2_qr.yaml")
 SMALL = """
 tables:
   - {name: user, num_embeddings: 40_000_000, embedding_dim: 128,
@@ -46,6 +51,29 @@ def test_the_plan_is_printed_in_100_columns(capsys: pytest.CaptureFixture[str]) 
     (full,) = [line.split() for line in lines if line.startswith("full ")]
     assert full[1:3] == ["26,135,627,264", "97.36"]
     assert full[-1] == "3"
+
+
+def test_the_command_runs_from_what_is_installed(small: str, tmp_path: Path) -> None:
+    """From the files that a wheel has, by its entry point, beside neither the sources nor ``launch``."""
+    lib = tmp_path / "lib"
+    build = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(lib)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["torchrec-qr"].split(":")
+    code = (
+        f"import sys; from {module} import {function}; print(sys.modules[{module!r}].__file__); sys.exit({function}())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--config", small],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(lib)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, head, *_ = run.stdout.splitlines()
+    assert Path(file).is_relative_to(lib)
+    assert head == f"{small}: 3 tables on 1x4 h100"
 
 
 def test_the_plan_is_written_for_machines(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
-from torchrec_qr.schema import (
+from torchrec_qr.cli.schema import (
     ConstraintSpec,
     PlannerSpec,
     TableSpec,

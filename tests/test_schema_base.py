@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from schema_cases import error_of
 
-from torchrec_qr.schema import read_planner, read_tables, read_yaml
+from torchrec_qr.cli.schema import read_planner, read_tables, read_yaml
 
 BASE = """
 train: {name: base, seed: 1, rates: [1, 2]}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from schema_cases import error_of, written
 
 from torchrec_qr import HashPartition, QuotientRemainder
-from torchrec_qr.schema import (
+from torchrec_qr.cli.schema import (
     ConfigError,
     Range,
     dump,

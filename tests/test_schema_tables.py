@@ -32,8 +32,7 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
-from torchrec_qr.partitions import PartitionSpec
-from torchrec_qr.schema import (
+from torchrec_qr.cli.schema import (
     ConfigError,
     TableSpec,
     build_tables,
@@ -44,6 +43,7 @@ from torchrec_qr.schema import (
     read_tables,
     to_spec,
 )
+from torchrec_qr.partitions import PartitionSpec
 
 
 def table(**fields: Any) -> dict[str, Any]:

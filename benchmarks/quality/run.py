@@ -26,7 +26,7 @@ from launch.tables import job_tables
 from launch.train import trained
 from launch.waits import Waits
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
-from torchrec_qr.schema import load
+from torchrec_qr.cli.schema import load
 
 _AMSGRAD_RATE = 1e-3  # PyTorch's default, as in the paper
 _EPS = 1e-10

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.quality.cells import Cell
 from torchrec_qr import ChineseRemainder, CompositionalEmbeddingBagConfig, MixedRadix, QuotientRemainder
-from torchrec_qr.schema import TableSpec, load
+from torchrec_qr.cli.schema import TableSpec, load
 
 DIM = 16
 _PATH_HIDDEN = {"path_16": 16, "path_64": 64}

@@ -16,7 +16,7 @@ from launch.config import Job
 from launch.data.errors import DataError
 from launch.data.loader import Batch, Batches, Data, open_data
 from launch.data.rows import MISSING
-from torchrec_qr.schema import dump, load
+from torchrec_qr.cli.schema import dump, load
 
 FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 TRAIN, VALIDATION, N = 857, 929, 1000  # where validation and test begin

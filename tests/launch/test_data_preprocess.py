@@ -11,7 +11,7 @@ from click_rows import NUM_FEATURES, click_rows, tsv_lines, write_tsv
 from launch.config import Job
 from launch.data.loader import open_data
 from launch.data.preprocess import main
-from torchrec_qr.schema import load
+from torchrec_qr.cli.schema import load
 
 
 def job(**data: object) -> Job:

@@ -10,7 +10,7 @@ import yaml
 from launch.config import Job, read_job, write_job
 from launch.model import build_model
 from launch.overrides import override
-from torchrec_qr.schema import ConfigError, build_tables, dump, load
+from torchrec_qr.cli.schema import ConfigError, build_tables, dump, load
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -23,7 +23,7 @@ from launch.sections import ScheduleSection
 from launch.task import NonFiniteLossError, TrainTask
 from tests.distributed.ranks import run_ranks
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
-from torchrec_qr.schema import build_tables, load
+from torchrec_qr.cli.schema import build_tables, load
 
 CPU = torch.device("cpu")
 INTERACTIONS: dict[str, dict[str, Any]] = {

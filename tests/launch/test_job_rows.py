@@ -16,7 +16,7 @@ from launch.predict import main, predict
 from tests.launch.jobs import run, start
 from tests.launch.parquet_job import config, rows, write
 from tests.run_metrics import metrics
-from torchrec_qr.schema import ConfigError
+from torchrec_qr.cli.schema import ConfigError
 
 
 def sets(*overrides: str) -> list[str]:

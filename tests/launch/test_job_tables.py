@@ -13,7 +13,7 @@ from launch.tables import job_tables
 from tests.launch.jobs import DEMO, SMALL, run, with_set
 from tests.run_metrics import metrics
 from torchrec_qr import CompositionalEmbeddingBagConfig
-from torchrec_qr.schema.errors import ConfigError
+from torchrec_qr.cli.schema.config_error import ConfigError
 
 
 def plain_tables(*overrides: str) -> list[EmbeddingBagConfig]:

@@ -14,7 +14,7 @@ from launch.sections import TrainSection
 from launch.waits import GLOO_TIMEOUT, NCCL_TIMEOUT, Waits, step_timeout
 from tests.distributed.ranks import run_ranks
 from tests.launch.jobs import DEMO
-from torchrec_qr.schema import ConfigError
+from torchrec_qr.cli.schema import ConfigError
 
 CPU = torch.device("cpu")
 

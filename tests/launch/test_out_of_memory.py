@@ -16,7 +16,7 @@ from launch.task import TrainTask
 from tests.distributed.ranks import run_ranks
 from tests.launch.jobs import SMALL, start, with_set
 from torchrec_qr import CompositionalEmbeddingBagCollection
-from torchrec_qr.schema import build_tables, load
+from torchrec_qr.cli.schema import build_tables, load
 
 CPU = torch.device("cpu")
 ROWS = 2**40  # in fp32 and 64 columns 256 TiB, more than a process has addresses for

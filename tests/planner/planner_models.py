@@ -11,10 +11,10 @@ from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr.cli.schema import read_planner, read_tables
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.partitions import PartitionSpec
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
-from torchrec_qr.schema import read_planner, read_tables
 
 ROOT = Path(__file__).parents[2]
 MLPERF = ROOT / "configs" / "mlperf_dcnv2_qr.yaml"

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.quality.cells import COMPRESSIONS, DATA, Cell, Method, cells, in_order
 from benchmarks.quality.tables import DIM, TOLERANCE, ImpossibleCellError, parameters_of, tables_of
-from torchrec_qr.schema import TableSpec, load
+from torchrec_qr.cli.schema import TableSpec, load
 
 # Roughly Criteo's: a few large tables, some of thousands of rows, and many small ones.
 ROWS = dict(zip("abcdefghij", (53_718, 49_113, 28_554, 12_994, 8302, 3981, 1297, 523, 145, 4), strict=True))

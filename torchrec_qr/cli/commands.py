@@ -61,6 +61,6 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from torchrec_qr.sizing.command import run
+    from torchrec_qr.cli.sizing.plan_command import run
 
     return run(arguments)

@@ -11,13 +11,13 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_qr.cli.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedModel, hardware_named
 from torchrec_qr.planner.remedies import within_rows
-from torchrec_qr.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": EmbOptimType.EXACT_SGD},

@@ -11,9 +11,9 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
-from torchrec_qr.schema.errors import ConfigError, key_path, unknown_key
-from torchrec_qr.schema.strict import Range, load
-from torchrec_qr.schema.yaml_file import read_yaml
+from torchrec_qr.cli.schema.config_error import ConfigError, key_path, unknown_key
+from torchrec_qr.cli.schema.strict_loader import Range, load
+from torchrec_qr.cli.schema.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class PlannerSpec:
         (['row_wise', 'table_row_wise'], [10.0])
         >>> spec.check_tables(["t_users", "t_item"])
         Traceback (most recent call last):
-        torchrec_qr.schema.errors.ConfigError: planner.constraints.t_user: no such table; did you mean 't_users'?
+        torchrec_qr.cli.schema.config_error.ConfigError: planner.constraints.t_user: no such table; did you mean
+        't_users'?
     """
 
     topology: str | None = None

@@ -17,6 +17,9 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
+from torchrec_qr.cli.schema.config_error import ConfigError
+from torchrec_qr.cli.schema.strict_loader import Range, dump, gather, load
+from torchrec_qr.cli.schema.yaml_file import read_yaml
 from torchrec_qr.configs import (
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
@@ -34,9 +37,6 @@ from torchrec_qr.partitions import (
     PartitionSpec,
     QuotientRemainder,
 )
-from torchrec_qr.schema.errors import ConfigError
-from torchrec_qr.schema.strict import Range, dump, gather, load
-from torchrec_qr.schema.yaml_file import read_yaml
 
 # Keys that say how ids compose, hence only beside `partitions`.
 _COMPOSITIONAL_KEYS = (
@@ -206,14 +206,14 @@ def load_tables(
     Example:
         >>> load_tables([{"name": "user", "num_embeddings": 1000, "embeding_dim": 8}])
         Traceback (most recent call last):
-        torchrec_qr.schema.errors.ConfigError: 2 errors
+        torchrec_qr.cli.schema.config_error.ConfigError: 2 errors
           tables[0].embeding_dim: unknown key; did you mean 'embedding_dim'?
           tables[0].embedding_dim: missing, and has no default
         >>> qr = {"kind": "quotient_remainder", "num_collisions": 0}
         >>> load_tables([{"name": "user", "num_embeddings": 1000, "embedding_dim": 8, "partitions": qr}])
         Traceback (most recent call last):
-        torchrec_qr.schema.errors.ConfigError: tables[0].partitions: table 'user': QuotientRemainder: num_collisions
-        must be between 1 and 1000 (num_embeddings), got 0
+        torchrec_qr.cli.schema.config_error.ConfigError: tables[0].partitions: table 'user': QuotientRemainder:
+        num_collisions must be between 1 and 1000 (num_embeddings), got 0
     """
     if isinstance(given, Mapping):
         if "tables" not in given:

@@ -5,9 +5,9 @@ import math
 import yaml
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_qr.cli.schema import dump, to_spec
+from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map
 from torchrec_qr.planner.remedies import within_rows
-from torchrec_qr.schema import dump, to_spec
-from torchrec_qr.sizing.model import Sizing, composed, full, is_given_map
 
 
 def fit(sizing: Sizing) -> tuple[int, Sizing]:

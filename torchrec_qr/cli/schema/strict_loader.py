@@ -7,7 +7,7 @@ from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from torchrec_qr.schema.errors import ConfigError, did_you_mean, key_path, unknown_key
+from torchrec_qr.cli.schema.config_error import ConfigError, did_you_mean, key_path, unknown_key
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def load(cls: type[T], given: object, path: str = "") -> T:
         Training(learning_rate=1.0, batch_size=1024)
         >>> load(Training, {"learning_rate": 0.1, "batchsize": 64}, path="training")
         Traceback (most recent call last):
-        torchrec_qr.schema.errors.ConfigError: training.batchsize: unknown key; did you mean 'batch_size'?
+        torchrec_qr.cli.schema.config_error.ConfigError: training.batchsize: unknown key; did you mean 'batch_size'?
     """
     return cast(T, _convert(cls, given, path))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torchrec_qr.schema.errors import ConfigError, did_you_mean
+from torchrec_qr.cli.schema.config_error import ConfigError, did_you_mean
 
 _KEY = r"[A-Za-z_][\w-]*"
 _PATH = re.compile(rf"{_KEY}(\.{_KEY}|\[[^\[\]]+\])*")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 
+from torchrec_qr.cli.schema import ConfigError
+from torchrec_qr.cli.sizing.least_compression import as_yaml, fit
+from torchrec_qr.cli.sizing.plan_report import Totals, as_json, as_text, compared
+from torchrec_qr.cli.sizing.sized_job import VARIANTS, Sizing, Tables, read_sizing
 from torchrec_qr.configs import DTYPES, CompositionalEmbeddingBagConfig
 from torchrec_qr.planner import PlacedModel
-from torchrec_qr.schema import ConfigError
-from torchrec_qr.sizing.fit import as_yaml, fit
-from torchrec_qr.sizing.model import VARIANTS, Sizing, Tables, read_sizing
-from torchrec_qr.sizing.report import Totals, as_json, as_text, compared
 
 
 def run(arguments: argparse.Namespace) -> int:
