@@ -74,7 +74,7 @@ def headline(options: argparse.Namespace, room: int, world_size: int, on_cpu: bo
 
 
 def grid(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
-    """All shardings, optimizers and widths asked for, with as many features of the largest tables as fit."""
+    """All shardings, optimizers and widths, with as many features of the largest tables as fit."""
     cells = []
     for dim, num_ids in itertools.product(options.dims or [16, 64, 128], options.num_ids or [200_000, 10_000_000]):
         fitting = room * world_size // (num_ids * dim * 4)

@@ -1,4 +1,4 @@
-"""The study's data sets, each made once as MLPerf's binary files, in every order of ids that is asked for."""
+"""The study's data sets, each made once as MLPerf's binary files, in every order of ids that a cell needs."""
 
 import json
 import math

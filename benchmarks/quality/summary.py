@@ -53,12 +53,12 @@ def searched(found: Mapping[Cell, Summary], cell: Cell) -> Summary | None:
 
 def search_table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str | None:
     """Returns a Markdown table of the cells that were searched, each at its best rate; None if there are none."""
-    lines = ["| method | asked for | differs in | seeds | logloss | AUC |", "| --- | ---: | --- | ---: | --- | --- |"]
+    lines = ["| method | compression | differs in | seeds | logloss | AUC |", "| --- | ---: | --- | ---: | --- | --- |"]
     for cell in order:
         if cell.lr_factor != 1 or (s := searched(found, cell)) is None:
             continue
         numbers = " | ".join(f"{s.mean(n):.4f} ± {s.deviation(n):.4f}" for n in NUMBERS[:2])
-        lines.append(f"| {cell.method} | {_asked(cell)} | {difference(s.cell)} | {len(s.runs)} | {numbers} |")
+        lines.append(f"| {cell.method} | {_compression(cell)} | {difference(s.cell)} | {len(s.runs)} | {numbers} |")
     return "\n".join(lines) if len(lines) > 2 else None
 
 
@@ -70,7 +70,7 @@ def impossible(results: Iterable[Result]) -> dict[Cell, str]:
 def table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str:
     """Returns a Markdown table, mean ± standard deviation over seeds, in the order of ``order``."""
     lines = [
-        "| method | asked for | differs in | seeds | logloss | AUC | NE | rows | MiB | CPU ms a step |",
+        "| method | compression | differs in | seeds | logloss | AUC | NE | rows | MiB | CPU ms a step |",
         "| --- | ---: | --- | ---: | --- | --- | --- | ---: | ---: | ---: |",
     ]
     for cell in order:
@@ -81,12 +81,12 @@ def table(found: Mapping[Cell, Summary], order: Iterable[Cell]) -> str:
         size = f"{s.of_tables('rows'):,} | {s.of_tables('mib'):.2f}"
         steps = f"{s.mean('cpu_ms_per_step'):.0f}"
         lines.append(
-            f"| {cell.method} | {_asked(cell)} | {difference(cell)} | {len(s.runs)} | {numbers} | {size} | {steps} |"
+            f"| {cell.method} | {_compression(cell)} | {difference(cell)} | {len(s.runs)} | {numbers} | {size} | {steps} |"
         )
     return "\n".join(lines)
 
 
-def _asked(cell: Cell) -> str:
+def _compression(cell: Cell) -> str:
     return "" if cell.compression is None else f"{cell.compression}×"
 
 

@@ -16,7 +16,7 @@ _SIZES: dict[str, tuple[Any, int]] = {
     "chinese_remainder_2": (ChineseRemainder, 2),
     "chinese_remainder_3": (ChineseRemainder, 3),
 }
-# Of the total that was asked for; a step of a table's number of collisions can be larger than what is left.
+# A share of the target total; a step of a table's number of collisions can be larger than what is left.
 TOLERANCE = 0.02
 # A table that takes up what rounding left over: to at most so many times its share.
 _LARGEST_STEP = 1.8
@@ -88,7 +88,7 @@ def _sized(cell: Cell, rows: Mapping[str, int]) -> dict[str, Sized]:
     _fill(cell, found, large, high, target)
     short = 1 - _total(found) / target
     if short > TOLERANCE:
-        raise ImpossibleCellError(f"{cell.method}: the nearest total is {short:.1%} below the one asked for")
+        raise ImpossibleCellError(f"{cell.method}: the nearest total is {short:.1%} below the target")
     return found
 
 
