@@ -97,7 +97,7 @@ def _values(column: pa.Array, hexadecimal: bool, report: Report) -> Array:
     if pa.types.is_floating(kind):
         return _of_floats(column, report)
     if pa.types.is_decimal(kind):
-        return _by_distinct(column.cast(pa.string()).dictionary_encode(), False, report)
+        return _of_decimals(column, report)
     values = column.cast(pa.uint8()) if pa.types.is_boolean(kind) else column
     values = values.fill_null(0).to_numpy(zero_copy_only=False)
     if hexadecimal and values.dtype == np.int32:
@@ -108,32 +108,36 @@ def _values(column: pa.Array, hexadecimal: bool, report: Report) -> Array:
 
 
 def _of_floats(column: pa.Array, report: Report) -> Array:
-    # An integer column of pandas that has nulls is one of floats.
+    # An integer column of pandas that has nulls is one of floats. Beyond 2^bits a float stands for several integers.
+    bits = {16: 11, 32: 24, 64: 53}[column.type.bit_width]
     values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)  # NaN for null
-    exact = (np.abs(values) <= 2**53) & (np.floor(values) == values)
+    exact = (np.abs(values) <= 2**bits) & (np.floor(values) == values)
     wrong = np.flatnonzero(~exact & ~np.isnan(values))
     if len(wrong):
-        report(wrong, "an integer, of a float up to 2^53, or nothing")
+        report(wrong, f"an integer, of a float up to 2^{bits}, or nothing")
     return np.where(exact, np.where(exact, values, 0).astype(np.int64), MISSING)
 
 
 def _by_distinct(column: pa.DictionaryArray, hexadecimal: bool, report: Report) -> Array:
     """Reads each distinct value once."""
     distinct = column.dictionary
-    wrong_values: dict[int, str] = {}
+    if _is_text(distinct.type):
+        distinct = distinct.cast(pa.large_binary())
+    if len(distinct) > len(column):  # of a whole file: leave out the values that these rows lack
+        return _values(distinct.take(column.indices), hexadecimal, report)
 
     def report_value(positions: Array, allowed: str) -> None:
-        wrong_values.update((position, allowed) for position in positions.tolist())
+        wrong = np.zeros(len(distinct) + 1, bool)
+        wrong[positions] = True
+        report(np.flatnonzero(wrong[index]), allowed)
 
+    index = column.indices.cast(pa.int64()).fill_null(len(distinct)).to_numpy(zero_copy_only=False)
     values = np.empty(len(distinct) + 1, np.int64)
     if _is_text(distinct.type) and not hexadecimal:
-        values[:-1] = _of_texts(distinct.cast(pa.large_binary()))
+        values[:-1] = _of_texts(distinct)
     else:
         values[:-1] = _values(distinct, hexadecimal, report_value)
     values[-1] = MISSING
-    index = column.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
-    for position, allowed in wrong_values.items():
-        report(np.flatnonzero(index == position), allowed)
     return values[index]
 
 
@@ -145,11 +149,24 @@ def _of_texts(distinct: pa.LargeBinaryArray) -> Array:
         if text is None or text == b"":
             value = MISSING
         elif number[i]:
-            whole = int(text.removesuffix(b".0"))
-            if -(2**63) < whole < 2**64 and whole != 2**63:
-                value = whole if whole < 2**63 else whole - 2**64
+            value = _signed(int(text.removesuffix(b".0")))
         values[i] = hash_of_text(text) if value is None else value
     return values
+
+
+def _of_decimals(column: pa.Array, report: Report) -> Array:
+    integers = [MISSING if value is None else _signed(int(value)) for value in column.to_pylist()]
+    wrong = np.array([i for i, value in enumerate(integers) if value is None], np.int64)
+    if len(wrong):
+        report(wrong, ALLOWED_INTEGERS)
+    return np.array([MISSING if value is None else value for value in integers], np.int64)
+
+
+def _signed(integer: int) -> int | None:
+    """Returns the signed number of the same 64 bits, or None: it is no id."""
+    if -(2**63) < integer < 2**63:
+        return integer
+    return integer - 2**64 if 2**63 < integer < 2**64 else None
 
 
 def _hexadecimal(texts: pa.Array, report: Report) -> Array:

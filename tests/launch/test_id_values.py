@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data.errors import BadRows
-from launch.data.id_values import id_values, is_id_type
+from launch.data.id_values import hash_of_text, id_values, is_id_type
 from launch.data.ids import IdMapping
 from launch.data.rows import MISSING, Array, Rows
 
@@ -122,12 +122,60 @@ def test_lists(kind: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [1, 5, 128, 200])
+@pytest.mark.parametrize("index", [pa.int8(), pa.uint8(), pa.int32()], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [*(pa.int32(), pa.uint64(), pa.bool_(), pa.float64(), pa.decimal128(20, 0)), *TEXT_TYPES[:6]],
+    ids=str,
+)
+def test_dictionaries_of_any_size_with_nulls_and_repeated_values(
+    size: int, index: pa.DataType, kind: pa.DataType
+) -> None:
+    numbers = [i % 2 if kind == pa.bool_() else i % 60 for i in range(size)]
+    numbers[size // 2 :: 7] = [None] * len(numbers[size // 2 :: 7])
+    text = [None if i is None else str(i) for i in numbers]
+    if kind == pa.float64() or pa.types.is_decimal(kind) or pa.types.is_integer(kind) or kind == pa.bool_():
+        values = pa.array(numbers, pa.int64()).cast(kind)
+    else:
+        values = pa.array(text).cast(kind)
+    positions = [None if i % 9 == 4 else i % min(size, 128) for i in range(150)]
+    column = pa.DictionaryArray.from_arrays(pa.array(positions, index), values)
+    expected = [MISSING if i is None or numbers[i] is None else numbers[i] for i in positions]
+    assert read(column)[0] == expected
+    for start, stop in ((0, 3), (40, 45), (1, 150)):
+        assert read(column.slice(start, stop - start))[0] == expected[start:stop]
+
+
+def test_of_a_large_dictionary_the_values_of_the_rows_alone_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed_texts: list[bytes] = []
+    monkeypatch.setattr(
+        "launch.data.id_values.hash_of_text", lambda text: hashed_texts.append(text) or hash_of_text(text)
+    )
+    column = pa.array([f"u{i}" for i in range(1000)]).dictionary_encode().slice(500, 3)
+    assert read(column)[0] == [hashed("u500"), hashed("u501"), hashed("u502")]
+    assert sorted(hashed_texts) == [b"u500", b"u501", b"u502"]
+
+
+def test_wrong_values_of_a_dictionary() -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 1, None], pa.int8()), pa.array(["g", "f", "0x"]))
+    assert wrong_rows(column, hexadecimal=True) == [0, 2]
+    assert wrong_rows(column.slice(1), hexadecimal=True) == [1]
+
+
+@pytest.mark.parametrize(("kind", "most"), [(np.float16, 2**11), (np.float32, 2**24), (np.float64, 2**53)])
+def test_a_float_is_an_id_as_long_as_it_is_one_integer_alone(kind: type, most: int) -> None:
+    assert read(pa.array(kind([most, -most, 0])))[0] == [most, -most, 0]
+    assert wrong_rows(pa.array(kind([most, 2 * most, -2 * most]))) == [1, 2]
+
+
 def test_wrong_values() -> None:
     assert wrong_rows(pa.array([1.0, 1.5, float("nan"), float("inf"), 2.0**60, None])) == [1, 3, 4]
     assert wrong_rows(pa.array([0, 2**63, 2**64 - 1], pa.uint64())) == [1]
     assert wrong_rows(pa.array([0, -(2**63), None], pa.int64())) == [1]
     assert wrong_rows(pa.array([[1.0], [2.0, 2.5], []])) == [1]
-    assert read(pa.array([decimal.Decimal(2**64 - 1)]))[0] == [-1]
+    assert read(pa.array([decimal.Decimal(2**64 - 1), None]))[0] == [-1, MISSING]
+    assert wrong_rows(pa.array([decimal.Decimal(x) for x in (2**63, 5, 2**64, -(2**63))])) == [0, 2, 3]
     for kind in (
         pa.decimal128(5, 2),
         pa.timestamp("s"),
