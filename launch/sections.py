@@ -70,8 +70,9 @@ class CsvSection(ParquetSection):
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n':
-            raise ConfigError("delimiter", self.delimiter, "one ASCII character that is no quote and ends no line")
+        if len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n\0':
+            allowed = "one ASCII character that is no quote, ends no line, and is not NUL"
+            raise ConfigError("delimiter", self.delimiter, allowed)
         if self.names is not None and len(set(self.names)) < len(self.names):
             raise ConfigError("names", list(self.names), "each column once")
 

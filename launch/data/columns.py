@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from launch.data.errors import DataError
 from launch.data.id_values import ALLOWED_TYPES, id_values, is_id_type
@@ -15,6 +16,8 @@ from launch.data.source import Block, Labels
 from launch.data.validity import Validity
 
 _SHOWN = 40  # characters of a value in a message
+_COLUMNS_SHOWN = 50
+_PLAIN_NUMBER = r"^-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9])?$"  # Arrow reads any of these, and most others
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class ColumnReader:
         names (list[str]): of all columns that are read, each once.
 
     Raises:
-        DataError: the file lacks a column.
+        DataError: the file lacks a column, or has two of its name.
     """
 
     def __init__(self, path: str, columns: Columns, found: Sequence[str], labels: Labels) -> None:
@@ -59,7 +62,10 @@ class ColumnReader:
         self.names = list(dict.fromkeys((*label, *columns.dense, *columns.ids)))
         for name in self.names:
             if name not in found:
-                raise DataError(path, f"no column {name!r}; it has {', '.join(found)}")
+                more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
+                raise DataError(path, f"no column {name!r}; it has {', '.join(found[:_COLUMNS_SHOWN])}{more}")
+            if found.count(name) > 1:
+                raise DataError(path, f"{found.count(name)} columns are called {name!r}; allowed: one")
         self._validity = Validity(columns.label, columns.dense, labels, columns.label_above)
 
     def check_types(self, schema: pa.Schema) -> None:
@@ -70,9 +76,10 @@ class ColumnReader:
         """
         for name in self.names:
             kind = schema.field(name).type
+            # A column may be of ids and of numbers at once.
             if name in self._columns.ids and not is_id_type(kind):
                 raise DataError(self._path, f"column {name!r} is of type {kind}; allowed: {ALLOWED_TYPES}")
-            if name not in self._columns.ids and not _is_number(kind):
+            if name in (self._columns.label, *self._columns.dense) and not _is_number(kind):
                 raise DataError(self._path, f"column {name!r} is of type {kind}; allowed: numbers")
 
     def rows(self, arrays: Mapping[str, pa.Array], num_rows: int) -> Block:
@@ -122,7 +129,11 @@ def _numbers_of_text(column: pa.Array, kind: pa.DataType) -> Array:
     try:
         return column.cast(kind).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
-        return np.array([_number(column.slice(i, 1), kind) for i in range(len(column))])
+        plain = pc.match_substring_regex(column.view(pa.binary()), _PLAIN_NUMBER)
+        numbers = pc.if_else(plain, column, None).cast(kind).to_numpy(zero_copy_only=False).copy()
+        for i in np.flatnonzero(~plain.fill_null(True).to_numpy(zero_copy_only=False)).tolist():
+            numbers[i] = _number(column.slice(i, 1), kind)
+        return numbers
 
 
 def _number(column: pa.Array, kind: pa.DataType) -> float:
@@ -133,15 +144,20 @@ def _number(column: pa.Array, kind: pa.DataType) -> float:
 
 
 def quoted(value: Any) -> str:
-    """Returns a value for a message, text in quotes.
+    """Returns a value for a message, text in quotes; of a long one the beginning, and dots.
 
     Example:
-        >>> quoted(b"u_1"), quoted(1.5), quoted([1, None])
-        ("'u_1'", '1.5', '[1, None]')
+        >>> quoted(b"u_1"), quoted(1.5), quoted([b"a", None]), quoted("0" * 50)
+        ("'u_1'", '1.5', "['a', None]", "'0000000000000000000000000000000000000000'...")
     """
+    if isinstance(value, list):
+        shown = ", ".join(quoted(item) for item in value[:_SHOWN])
+        return f"[{shown}{', ...' if len(value) > _SHOWN else ''}]"
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    return repr(value[:_SHOWN]) if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return f"{value[:_SHOWN]!r}{'...' if len(value) > _SHOWN else ''}"
+    return str(value)
 
 
 def _row_major(parts: Sequence[tuple[Array, Array | None]]) -> tuple[Array, Array | None]:

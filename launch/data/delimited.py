@@ -1,6 +1,7 @@
 """Rows as lines of text: columns between delimiters, plain or gzip, read by Arrow's CSV reader."""
 
 import csv
+import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv as csv_reader
 
 from launch.data.columns import ColumnReader, Columns, quoted
@@ -15,11 +17,10 @@ from launch.data.errors import DataError, OnBadRow
 from launch.data.prefetch import mapped
 from launch.data.rows import Array
 from launch.data.source import Block, Labels, SequentialSource
-from launch.data.text import TextFile, lines_cut
+from launch.data.text import BYTE_ORDER_MARK, TextFile
 
 _PARSERS = 2  # threads: Arrow, which does the work, leaves the interpreter to others meanwhile
 _MISLED = "a line with a carriage return or an open quote"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,53 @@ class Dialect:
     """How lines are cut into columns.
 
     Args:
-        delimiter (str): one character.
+        delimiter (str): one character of ASCII, but NUL.
         quoted (bool): a value may stand in double quotes, which are doubled within it. A line never ends within them.
         nulls (tuple[str, ...]): texts that stand for a missing value.
-        names (tuple[str, ...] | None): of the columns; None: the first line of each file has them. A file that has one
-            column less, if labels are optional, lacks that of the label.
+        names (tuple[str, ...] | None): of the columns; None: the first line of each file has them. A file whose first
+            and last lines have one column less, if labels are optional, lacks that of the label.
     """
 
     delimiter: str = ","
     quoted: bool = True
     nulls: tuple[str, ...] = ("",)
     names: tuple[str, ...] | None = None
+
+
+class _LineCutter:
+    """Counts the columns of single lines, as Arrow's reader does: quotes count where a value begins."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._quoted, self._delimiter = dialect.quoted, dialect.delimiter.encode()
+        delimiter = re.escape(self._delimiter)
+        self._closed = re.compile(rb'(^|%s)"(?:[^"]|"")*+"' % delimiter)
+        self._open = re.compile(rb'(?:^|%s)"' % delimiter)
+
+    def num_columns(self, line: bytes) -> int | None:
+        """Returns the number, or None: a carriage return or an open quote is in the line."""
+        if b"\r" in line:
+            return None
+        if not line:
+            return 0
+        if self._quoted and b'"' in line:
+            line = self._closed.sub(rb"\1", line)
+            if self._open.search(line):
+                return None
+        return line.count(self._delimiter) + 1
+
+    def faults(self, lines: Sequence[bytes], num_columns: int) -> dict[int, str]:
+        """Returns what is wrong with those of ``lines`` that cannot be cut into so many columns, by position."""
+        faults: dict[int, str] = {}
+        for i, line in enumerate(lines):
+            line = line.removesuffix(b"\r")
+            found = self.num_columns(line)
+            if not line:
+                faults[i] = "an empty line"
+            elif found is None:
+                faults[i] = _MISLED
+            elif found != num_columns:
+                faults[i] = f"{found} columns; allowed: {num_columns}"
+        return faults
 
 
 class DelimitedFile:
@@ -58,8 +95,11 @@ class DelimitedFile:
         self, path: str | Path, columns: Columns, dialect: Dialect, labels: Labels, on_bad_row: OnBadRow
     ) -> None:
         self._text, self._columns, self._dialect = TextFile(path), columns, dialect
+        self._cutter = _LineCutter(dialect)
         self._first = 0 if dialect.names is not None else 1  # line of the first row
         if self.num_rows == 0:
+            if self._text.num_lines:
+                self._check_header(self._text.last_line)  # a file of carriage returns alone is one line, and not empty
             return
         self._names = self._column_names(labels)
         self._reader = ColumnReader(self.name, columns, self._names, labels)
@@ -91,19 +131,26 @@ class DelimitedFile:
 
     def _column_names(self, labels: Labels) -> list[str]:
         with closing(self._text.blocks(0)) as blocks:
-            line = next(blocks).partition(b"\n")[0].removeprefix(_BYTE_ORDER_MARK)
-        text = line.decode("utf-8", "replace").rstrip("\r")
-        first = text.split(self._dialect.delimiter)
-        if self._dialect.quoted:
-            first = next(csv.reader([text], delimiter=self._dialect.delimiter))
-        if self._dialect.names is None:
-            if twice := [name for name in first if first.count(name) > 1]:
-                raise DataError(f"{self.name}:1", f"two columns are called {twice[0]!r}")
-            return first
-        names = list(self._dialect.names)
-        if labels == "optional" and len(first) == len(names) - 1 and self._columns.label in names:
-            names.remove(self._columns.label)
-        return names
+            line = next(blocks).partition(b"\n")[0].removesuffix(b"\r")
+        if self._dialect.names is not None:
+            names = list(self._dialect.names)
+            # The last line too, because one that is malformed must not give all others another meaning.
+            first, last = self._cutter.num_columns(line), self._cutter.num_columns(self._text.last_line)
+            if labels == "optional" and first == len(names) - 1 and last != len(names) and self._columns.label in names:
+                names.remove(self._columns.label)
+            return names
+        self._check_header(line)
+        text = line.decode("utf-8", "replace")
+        if not self._dialect.quoted:
+            return text.split(self._dialect.delimiter)
+        try:
+            return next(csv.reader([text], delimiter=self._dialect.delimiter))
+        except csv.Error as error:
+            raise DataError(f"{self.name}:1", f"the names of the columns cannot be read: {error}") from error
+
+    def _check_header(self, line: bytes) -> None:
+        if self._cutter.num_columns(line) is None:
+            raise DataError(f"{self.name}:1", _MISLED)
 
     def _check(self, row: int, line: bytes) -> None:
         _, problems = self._parse(line + b"\n")
@@ -127,46 +174,39 @@ class DelimitedFile:
     def _cut(self, text: bytes) -> tuple[pa.Table, Array, dict[int, str]]:
         """Returns the columns of the lines that have all of them, the positions of these lines, and others' faults."""
         num_lines = text.count(b"\n")
-        table, faults = self._read(text)
-        if len(table) + len(faults) != num_lines:
-            # A carriage return within a line, or quotes that are not closed in it, misled the reader about those after.
-            if num_lines == 1:
-                return table.slice(0, 0), np.empty(0, np.int64), {0: _MISLED}
-            middle = lines_cut(text, num_lines // 2)
-            table, positions, faults = self._cut(text[:middle])
-            more, more_positions, more_faults = self._cut(text[middle:])
-            faults |= {i + num_lines // 2: fault for i, fault in more_faults.items()}
-            return pa.concat_tables([table, more]), np.append(positions, more_positions + num_lines // 2), faults
-        good = np.ones(num_lines, bool)
-        good[list(faults)] = False
-        if all(column.null_count for column in table.columns):  # else no line is blank
-            blank = np.array([not line.strip(b"\r") for line in text[:-1].split(b"\n")])
-            table = table.filter(pa.array(~blank[good]))
-            faults |= dict.fromkeys(np.flatnonzero(blank).tolist(), "an empty line")
-            good &= ~blank
-        return table, np.flatnonzero(good), faults
+        # A quote that is open at the end takes in no other line, so that the number of rows does not show it.
+        last = text[text.rfind(b"\n", 0, -1) + 1 : -1].removesuffix(b"\r")
+        returns = text.count(b"\r")
+        only_at_ends = returns == 0 or returns == text.count(b"\r\n")
+        if only_at_ends and self._cutter.num_columns(last) is not None:
+            try:
+                table = self._read(text)
+            except pa.ArrowInvalid:  # a line without all columns
+                table = None
+            # Rows are fewer than lines if quotes that are not closed in their line have taken in others.
+            if table is not None and len(table) == num_lines and not _has_blank_line(table, text):
+                return table, np.arange(num_lines), {}
+        lines = text.split(b"\n")[:-1]
+        faults = self._cutter.faults(lines, len(self._names))
+        good = np.delete(np.arange(num_lines), list(faults))
+        table = self._read(b"".join(lines[i] + b"\n" for i in good.tolist()))
+        return table, good, faults
 
-    def _read(self, text: bytes) -> tuple[pa.Table, dict[int, str]]:
-        """Returns what Arrow's reader does: the columns that are needed, and the faults of lines without them all."""
-        faults: dict[int, str] = {}
-
-        def fault(row: csv_reader.InvalidRow) -> str:
-            columns = f"{row.actual_columns} columns; allowed: {row.expected_columns}"
-            faults[row.number - 1] = _MISLED if self._dialect.quoted and row.text.count('"') % 2 else columns
-            return "skip"
-
+    def _read(self, text: bytes) -> pa.Table:
+        """Returns the columns that are needed, of lines that Arrow's reader cuts as they are meant."""
         wanted = {name: pa.binary() for name in self._reader.names}
-        if b"\r" in text and text.count(b"\r") != text.count(b"\r\n"):
-            return pa.table({name: pa.array([], kind) for name, kind in wanted.items()}), faults
-        table = csv_reader.read_csv(
+        if not text:
+            return pa.table({name: pa.array([], kind) for name, kind in wanted.items()})
+        if text.startswith(BYTE_ORDER_MARK):
+            text = BYTE_ORDER_MARK + text  # the reader drops one
+        return csv_reader.read_csv(
             pa.BufferReader(text),
-            # One thread, which alone numbers its lines; several texts are read at a time.
+            # One thread: several texts are read at a time.
             csv_reader.ReadOptions(use_threads=False, column_names=self._names, block_size=len(text) + 1),
             csv_reader.ParseOptions(
                 delimiter=self._dialect.delimiter,
                 quote_char='"' if self._dialect.quoted else False,
                 ignore_empty_lines=False,
-                invalid_row_handler=fault,
             ),
             csv_reader.ConvertOptions(
                 check_utf8=False,
@@ -176,7 +216,12 @@ class DelimitedFile:
                 strings_can_be_null=True,
             ),
         )
-        return table, faults
+
+
+def _has_blank_line(table: pa.Table, text: bytes) -> bool:
+    if pc.all(pc.greater(pc.binary_length(table.column(0)), 0), skip_nulls=False).as_py():
+        return False  # found in less time
+    return text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text
 
 
 def delimited_source(

@@ -118,9 +118,10 @@ class _NpyFiles:
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         part = slice(start, stop)
-        ids = self._ids[0][part] if len(self._ids) == 1 else np.concatenate([ids[part] for ids in self._ids], axis=1)
-        ids = np.asarray(ids).view(np.int64) if ids.dtype == np.uint64 else np.asarray(ids)
-        dense = self._dense[part].astype(np.float32)
+        parts = [_signed(ids[part]) for ids in self._ids]
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        with np.errstate(over="ignore"):  # an infinite value is a fault of its row
+            dense = self._dense[part].astype(np.float32)
         rows, problems = self._validity.block(
             np.asarray(self.labels[part]), dense, ids, self.hots, None, {}, partial(self._value, start)
         )
@@ -142,6 +143,13 @@ class _NpyFiles:
 
     def location(self, row: int) -> str:
         return f"{self.prefix}:{row + 1}"
+
+
+def _signed(ids: Array) -> Array:
+    """Returns 64-bit ids as int64: beside signed ones, NumPy makes floats of unsigned ones."""
+    if ids.dtype.kind == "u" and ids.dtype.itemsize == 8:
+        return np.asarray(ids, np.uint64).view(np.int64)
+    return np.asarray(ids)
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], kinds: str) -> None:

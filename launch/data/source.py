@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -105,7 +106,8 @@ class SequentialSource:
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         if self._blocks is None or start != self._position:
             self.close()
-            self._blocks = self._from(start)
+            self._blocks = _blocks_from(self._files, start)
+        self._position = -1  # unknown, if this fails
         parts: list[Rows] = []
         row = start
         while row < stop:
@@ -141,7 +143,19 @@ class SequentialSource:
     def _start(self, file: int) -> int:
         return self._ends[file - 1] if file else 0
 
-    def _from(self, start: int) -> Generator[Block, None, None]:
-        for i, file in enumerate(self._files):
-            if start < self._ends[i]:
-                yield from file.blocks(max(start - self._start(i), 0))
+
+def _blocks_from(files: Sequence[BlockFile], start: int) -> Generator[Block, None, None]:
+    """Yields the rows from ``start`` on. It does not hold its source, so that one that is abandoned ends at once."""
+    first = 0
+    for file in files:
+        end = first + file.num_rows
+        if start < end:
+            row = max(start, first)
+            with closing(file.blocks(row - first)) as blocks:
+                for block in blocks:
+                    row += len(block[0])
+                    if row <= end:
+                        yield block
+            if row != end:
+                raise DataError(file.name, f"it no longer has the {file.num_rows:,} rows of when it was opened")
+        first = end

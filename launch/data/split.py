@@ -119,7 +119,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def opened_files(section: DataSection, paths: Sequence[str], labels: Labels = "needed") -> RowSource:

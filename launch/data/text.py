@@ -12,6 +12,8 @@ from launch.data.prefetch import Prefetched
 
 _READ = 1 << 19  # of a size that stays in the processor's cache while it is parsed
 _CHUNKS_AHEAD = 8
+_LONGEST_LINE = 1 << 26
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
 _OTHER_MAGIC = {
     b"PAR1": "Parquet",
@@ -25,6 +27,8 @@ _OTHER_MAGIC = {
 class TextFile:
     """A text file whose lines are counted once, so that a reader can start near any of them.
 
+    A byte order mark at its beginning is no part of the first line.
+
     Args:
         path (str | Path): a plain file, or a gzip file of any number of members, by its first two bytes.
 
@@ -34,7 +38,8 @@ class TextFile:
         is_cut (bool): True if no newline follows that.
 
     Raises:
-        DataError: missing or unreadable; a gzip file that is truncated or corrupt, with the last whole line.
+        DataError: missing or unreadable; a gzip file that is truncated or corrupt, with the last whole line; a
+            line that is too long.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,6 +86,9 @@ class TextFile:
                     self._marks.append((offset + end, lines))
                 rest = chunk[end:] if end else rest + chunk
                 offset += len(chunk)
+                if len(rest) > _LONGEST_LINE:
+                    problem = f"a line of more than {_LONGEST_LINE:,} bytes; allowed: lines that end in newlines"
+                    raise DataError(str(self.path), problem)
         except DataError as error:
             if offset == 0:
                 raise
@@ -103,13 +111,13 @@ class TextFile:
                 for magic, kind in _OTHER_MAGIC.items():
                     if start.startswith(magic):
                         raise DataError(str(self.path), f"a file of {kind}; allowed: text, plain or gzip")
-                file.seek(offset)
+                file.seek(offset + len(BYTE_ORDER_MARK) * start.startswith(BYTE_ORDER_MARK))
                 while chunk := file.read(_READ):
                     yield chunk
                 return
             file.seek(0)
             skipped = 0
-            for chunk in _decompressed(file, str(self.path)):
+            for chunk in _without_mark(_decompressed(file, str(self.path))):
                 if skipped + len(chunk) > offset:
                     yield chunk[max(offset - skipped, 0) :]
                 skipped += len(chunk)
@@ -139,6 +147,16 @@ def lines_cut(text: bytes, count: int) -> int:
     return position
 
 
+def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    first = b""
+    for chunk in chunks:
+        first += chunk
+        if len(first) >= len(BYTE_ORDER_MARK):
+            break
+    yield first.removeprefix(BYTE_ORDER_MARK)
+    yield from chunks
+
+
 def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
     # Not the gzip module, which reads 8 KiB at a time.
     member = zlib.decompressobj(wbits=31)
@@ -148,8 +166,8 @@ def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
         if not compressed:
             break
         if member.eof:
-            if not compressed.strip(b"\0"):  # padding of tapes and blocks, which gzip ignores
-                compressed = b""
+            compressed = compressed.lstrip(b"\0")  # padding of tapes and blocks, which gzip ignores
+            if not compressed:
                 continue
             member = zlib.decompressobj(wbits=31)
         try:

@@ -60,7 +60,8 @@ class Validity:
                 problems.setdefault(i, f"{column} is {quote(i, column)}; allowed: a finite number or nothing")
         for i, problem in wrong_ids.items():
             problems.setdefault(i, problem)
-        rows = Rows(self._as_labels(labels), dense, ids, hots, lengths)
+        with np.errstate(over="ignore"):  # of wrong labels, which become 0
+            rows = Rows(self._as_labels(labels), dense, ids, hots, lengths)
         return rows.without(np.array(sorted(problems), np.int64)), problems
 
     def _wrong_labels(self, labels: Array) -> Array:

@@ -112,6 +112,18 @@ def test_npy_labels_by_threshold_and_ids_of_64_bits(tmp_path: Path) -> None:
     assert source.quoted(0, 3) == str(2**64 - 5)
 
 
+@pytest.mark.parametrize("other", [np.int64, np.int32, np.uint32, ">u8"])
+def test_multi_hot_ids_of_several_types_stay_integers(tmp_path: Path, other: Any) -> None:
+    prefix = tmp_path / "a"
+    rows = Rows(np.float32([0, 1]), np.zeros((2, NUM_DENSE), np.float32), np.zeros((2, 2), np.int64), (1, 1))
+    write_multi_hot(prefix, rows)
+    large = np.array([[2**53 + 1], [2**64 - 1]], np.uint64)
+    np.savez(f"{prefix}_sparse_multi_hot.npz", **{"0": large, "1": np.array([[5], [6]], other)})
+    read = NpySource([prefix], 2, NUM_DENSE).read(0, 2, BadRows("error"))
+    assert read.ids.dtype == np.int64
+    assert read.ids.tolist() == [[2**53 + 1, 5], [-1, 6]]
+
+
 def parquet_table(rows: Rows, kind: str) -> pa.Table:
     columns: dict[str, Any] = {"label": rows.labels.astype(np.int32)}
     for i, name in enumerate(DENSE):
@@ -181,6 +193,11 @@ def test_parquet_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert message(x=[1.0, np.inf]) == ":2: x is inf; allowed: a finite number or nothing"
     assert message(x=[1e300, 1.0]) == ":1: x is 1e+300; allowed: a finite number or nothing"
     assert message(x=["1", "2"]) == ": column 'x' is of type string; allowed: numbers"
+    with pytest.raises(DataError, match="column 'a' is of type string; allowed: numbers"):
+        parquet_source([file], "label", ["a"], ["a"])
+    pq.write_table(pa.table([pa.array([1, 0])] * 4, names=["label", "x", "a", "a"]), file)
+    with pytest.raises(DataError, match=r"a.parquet: 2 columns are called 'a'; allowed: one"):
+        parquet_source([file], "label", ["x"], ["a"])
     pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"]}), file)
     with pytest.raises(DataError, match="no column 'b'; it has label, x, a"):
         parquet_source([file], "label", ["x"], ["b"])
@@ -208,3 +225,25 @@ def test_real_parquet() -> None:
     assert sum(distinct) == 76_692
     values, counts = np.unique(rows.ids[:, 5], return_counts=True)
     assert f"{values[counts.argmax()]:08x}" == "6fcd6dcb"
+
+
+def test_a_parquet_file_that_changes_is_an_error(tmp_path: Path) -> None:
+    files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    for file, n in zip(files, (10, 5), strict=True):
+        pq.write_table(pa.table({"label": [1] * n, "x": [0.0] * n, "a": list(range(n))}), file)
+    source = parquet_source(files, "label", ["x"], ["a"])
+    for n in (9, 11):
+        pq.write_table(pa.table({"label": [1] * n, "x": [0.0] * n, "a": list(range(n))}), files[0])
+        with pytest.raises(DataError, match=r"0.parquet: it no longer has the 10 rows of when it was opened"):
+            source.read(0, 15, BadRows("error"))
+
+
+def test_long_values_are_cut_in_messages(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": [1], "a": [[b"f" * 100, *([b"1"] * 60)]]}), tmp_path / "a.parquet")
+    source = parquet_source([tmp_path / "a.parquet"], "label", [], ["a"], hexadecimal=["a"])
+    shown = ", ".join([f"'{'f' * 40}'...", *(["'1'"] * 39), "..."])
+    with pytest.raises(DataError) as caught:
+        source.read(0, 1, BadRows("error"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'a.parquet'}:1: a is [{shown}]; allowed: 1 to 16 hexadecimal digits or nothing"
+    )

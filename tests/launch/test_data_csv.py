@@ -2,28 +2,35 @@
 
 import csv
 import gzip
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.data import text as lines_of_text
 from launch.data.columns import Columns
 from launch.data.delimited import Dialect, delimited_source
 from launch.data.errors import BadRows, DataError
-from launch.data.id_values import hash_of_text
+from launch.data.id_values import hash_of_text, id_values
 from launch.data.rows import MISSING
 from launch.data.source import SequentialSource
+from launch.sections import CsvSection
+from torchrec_qr.cli.schema import ConfigError
 
 COLUMNS = Columns("clicked", ["price"], ["user", "shop"])
 HEADER = "user,clicked,ignored,shop,price\n"
 
 
-def source_of(path: Path, text: str | bytes, columns: Columns = COLUMNS, **options: Any) -> SequentialSource:
-    data = text.encode() if isinstance(text, str) else text
+def source_of(path: Path, content: str | bytes, columns: Columns = COLUMNS, **options: Any) -> SequentialSource:
+    data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     dialect = Dialect(**{k: options.pop(k) for k in ("delimiter", "quoted", "nulls", "names") if k in options})
     return delimited_source([path], columns, dialect, **options)
@@ -92,6 +99,7 @@ GOOD = "7,1,,5,0.5"
         ("7,1,,5", "4 columns; allowed: 5"),
         ("7,1,,5,0.5,", "6 columns; allowed: 5"),
         ('7,1,"a,5,0.5', "a line with a carriage return or an open quote"),
+        ('7,1,a,5,"0.5', "a line with a carriage return or an open quote"),
         ("7,1,a\rb,5,0.5", "a line with a carriage return or an open quote"),
         ("7,,,5,0.5", "clicked is None; allowed: 0, 1"),
         ("7,yes,,5,0.5", "clicked is 'yes'; allowed: 0, 1"),
@@ -141,15 +149,15 @@ def test_any_text_as_python_writes_it(
 
 
 def test_files_are_looked_at_before_they_are_read(tmp_path: Path) -> None:
-    def message(text: str | bytes, **options: Any) -> str:
+    def message(content: str | bytes, **options: Any) -> str:
         with pytest.raises(DataError) as caught:
-            source_of(tmp_path / "a.csv", text, **options)
+            source_of(tmp_path / "a.csv", content, **options)
         return str(caught.value).removeprefix(str(tmp_path / "a.csv"))
 
     assert message("user,clicked,shop,price,user\n") == ": empty"
     assert message("") == ": empty"
     assert message("\n\n\r\n") == ": empty"
-    assert message("user,clicked,shop,price,user\n1,1,1,1,1\n") == ":1: two columns are called 'user'"
+    assert message("user,clicked,shop,price,user\n1,1,1,1,1\n") == ": 2 columns are called 'user'; allowed: one"
     assert message(HEADER + "7,1,,5,0.5\n7,1,,") == ":3: 4 columns; allowed: 5; the file ends within this line"
     assert message(HEADER + "7,1,,5,0.5\n7,1,,\n") == ":3: 4 columns; allowed: 5"
     assert message(HEADER + "7,2,,5,0.5\n7,1,,5,1\n") == ":2: clicked is '2'; allowed: 0, 1"
@@ -175,3 +183,178 @@ def test_any_range_of_files_whose_columns_have_other_places(tmp_path: Path) -> N
         assert rows.labels.tolist() == [float(i < n) for i in range(start, stop)]
     assert source.location(n) == f"{tmp_path / '3.csv'}:2"
     source.close()
+
+
+VALUES = ["", "1", "0", "a", '"', '""', 'a"b', '"a""b"', '"x,y"', '"open', '"x"y', "ü", "\ufeff1", "\r", "nan", "\0"]
+LINES = st.lists(st.lists(st.sampled_from(VALUES), min_size=2, max_size=4).map(",".join), min_size=1, max_size=12)
+ALLOWED_LABELS = ("0", "1")
+
+
+def fields_of(line: str) -> list[str] | None:
+    """The values of one line as Python's csv module reads them, or None: it is no row."""
+    line = line.removesuffix("\r")
+    if not line or "\r" in line or len(list(csv.reader([line + "\n", "\n"]))) == 1:  # the quote takes in the next line
+        return None
+    return next(csv.reader([line]))
+
+
+@given(
+    lines=LINES,
+    ends=st.lists(st.sampled_from(["\n", "\r\n"]), min_size=1),
+    blank=st.sampled_from(["", "\n", "\r\n\n", "\n\r"]),
+    mark=st.sampled_from(["", "\ufeff"]),
+    chunk=st.sampled_from([5, 16, 1 << 19]),
+    member=st.sampled_from([None, 1, 30]),
+    data=st.data(),
+)
+def test_any_lines_from_any_row_on(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    ends: list[str],
+    blank: str,
+    mark: str,
+    chunk: int,
+    member: int | None,
+    data: st.DataObject,
+) -> None:
+    lines = [*lines, "1,last,1"]  # trailing blank lines are none
+    whole = mark + "".join(line + ends[i % len(ends)] for i, line in enumerate(lines)) + blank
+    plain = whole.encode()
+    if member is not None:  # zeros pad a member
+        plain = b"".join(gzip.compress(plain[i : i + member]) + b"\0" for i in range(0, len(plain), member))
+    file = tmp_path_factory.getbasetemp() / "lines"
+    file.write_bytes(plain)
+    expected = [fields_of(line) for line in lines]
+    expected = [row if row and len(row) == 3 and row[0] in ALLOWED_LABELS else None for row in expected]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines_of_text, "_READ", chunk)
+        dialect = Dialect(names=("label", "user", "shop"))
+        source = delimited_source([file], Columns("label", [], ["user", "shop"]), dialect, on_bad_row="skip")
+        assert source.num_rows == len(lines)
+        ranges = st.tuples(st.integers(0, len(lines) - 1), st.integers(1, len(lines))).filter(lambda r: r[0] < r[1])
+        for start, stop in [(0, len(lines)), *data.draw(st.lists(ranges, max_size=3))]:
+            bad = BadRows("skip")
+            rows = source.read(start, stop, bad)
+            wanted = expected[start:stop]
+            weights = np.ones(len(rows)) if rows.weights is None else rows.weights
+            assert weights.tolist() == [float(row is not None) for row in wanted]
+            assert bad.count == wanted.count(None)
+            if bad.count:
+                assert str(bad.first).startswith(f"{file}:{start + wanted.index(None) + 1}: ")
+            for i, row in enumerate(wanted):
+                if row is not None:
+                    ids, _ = id_values(pa.array(row[1:]), False, lambda *_: None)
+                    assert rows.ids[i].tolist() == ids.tolist()
+                    assert rows.labels[i] == float(row[0])
+        source.close()
+
+
+def test_a_malformed_line_may_be_of_any_encoding(tmp_path: Path) -> None:
+    lines = [b"7,1,\xfc,5,0.5", b"7,1,\xfc,5", b"7,1,\xfc,5,0.5", b"7,\xfc,,5,0.5", b'7,1,"\xfc,5,0.5']
+    file = tmp_path / "a.csv"
+    found = bad_lines(source_of(file, HEADER.encode() + b"\n".join(lines), on_bad_row="skip"))
+    assert found == (3, f"{file}:3: 4 columns; allowed: 5", [1, 0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("line", ['7,1,"a\rb",5,1', '7,1,"a,5,1', "7,1", "", "7,1,\x01,5,1,"], ids=repr)
+def test_malformed_lines_cost_no_more_than_a_second_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    read, sizes = pyarrow.csv.read_csv, []
+
+    def counted(file: Any, *options: Any) -> pa.Table:
+        sizes.append(file.size())
+        return read(file, *options)
+
+    content = HEADER + "".join((line if i % 3 else GOOD) + "\n" for i in range(20_000)) + GOOD
+    source = source_of(tmp_path / "a.csv", content, on_bad_row="skip")
+    monkeypatch.setattr(pyarrow.csv, "read_csv", counted)
+    assert bad_lines(source)[0] == 13_333
+    assert sum(sizes) <= 2 * len(content)
+
+
+def test_values_that_are_no_numbers_beside_those_that_are(tmp_path: Path) -> None:
+    prices = {"1x": None, " 1": None, "0x10": None, "1_0": None, "1e39": None, "inf": None, "ü": None}
+    prices |= {"+1": 1.0, ".5": 0.5, "5.": 5.0, "1e-50": 0.0, "-2E3": -2000.0, "nan": np.nan, "": np.nan}
+    content = HEADER + "".join(f"7,1,,5,{price}\n" for price in prices)
+    rows = source_of(tmp_path / "a.csv", content, on_bad_row="skip").read(0, len(prices), BadRows("skip"))
+    assert rows.weights is not None
+    assert rows.weights.tolist() == [float(value is not None) for value in prices.values()]
+    np.testing.assert_array_equal(rows.dense[:, 0], np.float32([value or 0 for value in prices.values()]))
+
+
+def test_files_that_are_no_tables_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(content: str, **options: Any) -> str:
+        with pytest.raises(DataError) as caught:
+            source_of(tmp_path / "a.csv", content, **options)
+        return str(caught.value).removeprefix(str(tmp_path / "a.csv"))
+
+    misled = ":1: a line with a carriage return or an open quote"
+    assert message((HEADER + GOOD).replace("\n", "\r") + "\r") == misled  # a Macintosh of old wrote it
+    assert message("us\rer" + HEADER + GOOD) == misled
+    assert message('user,clicked,ignored,shop,"price\n' + GOOD) == misled
+    assert message("u" * 200_000 + "\n1\n").startswith(":1: the names of the columns cannot be read: field larger")
+    assert message("a,a,b\n1,1,1\n") == ": no column 'clicked'; it has a, a, b"
+    many = ",".join(f"c{i}" for i in range(60))
+    assert message(many + "\n" + many).endswith("c48, c49 and 10 more")
+    monkeypatch.setattr(lines_of_text, "_LONGEST_LINE", 1 << 20)
+    problem = "a line of more than 1,048,576 bytes; allowed: lines that end in newlines"
+    assert message(HEADER + "x" * (1 << 21)) == f":2: {problem}"
+    with pytest.raises(ConfigError, match="delimiter"):
+        CsvSection(delimiter="\0")
+
+
+def test_columns_that_are_not_read_may_share_a_name(tmp_path: Path) -> None:
+    rows = source_of(tmp_path / "a.csv", "user,clicked,,shop,,price\n7,1,x,5,y,0.5\n").read(0, 1, BadRows("error"))
+    assert (rows.ids.tolist(), rows.dense.tolist()) == ([[7, 5]], [[0.5]])
+
+
+def test_a_line_is_longer_than_a_block(tmp_path: Path) -> None:
+    lines = [f"7,{i % 2},{'x' * (700_000 if i == 2 else 1)},{i},0.5" for i in range(5)]
+    for name in ("a.csv", "a.csv.gz"):
+        source = source_of(tmp_path / name, HEADER + "\n".join(lines))
+        for start in range(5):
+            assert source.read(start, 5, BadRows("error")).ids[:, 1].tolist() == list(range(start, 5))
+
+
+def test_one_malformed_line_does_not_make_a_file_unlabelled(tmp_path: Path) -> None:
+    columns, names = Columns("label", [], ["user"]), ("label", "user")
+    source = source_of(tmp_path / "a.csv", "7\n1,8\n0,9\n", columns, names=names, labels="optional", on_bad_row="skip")
+    assert bad_lines(source) == (1, f"{tmp_path / 'a.csv'}:1: 1 columns; allowed: 2", [0, 1, 1])
+
+
+def test_a_column_may_have_several_uses(tmp_path: Path) -> None:
+    columns = Columns("clicked", ["user", "clicked"], ["user", "user", "clicked"])
+    rows = source_of(tmp_path / "a.csv", HEADER + GOOD + "\n", columns).read(0, 1, BadRows("error"))
+    assert (rows.labels.tolist(), rows.dense.tolist(), rows.ids.tolist()) == ([1], [[7, 1]], [[7, 7, 1]])
+
+
+@pytest.mark.parametrize("new", [lambda old: old[:-1], lambda old: old[:1]], ids=["one less", "one"])
+def test_a_file_that_changes_is_an_error(tmp_path: Path, new: Callable[[list[str]], list[str]]) -> None:
+    lines = [GOOD] * 10
+    file = tmp_path / "a.csv"
+    source = source_of(file, HEADER + "\n".join(lines) + "\n")
+    file.write_text(HEADER + "\n".join(new(lines)) + "\n")
+    with pytest.raises(DataError, match=r"a.csv: it no longer has the 10 rows of when it was opened"):
+        source.read(0, 10, BadRows("error"))
+
+
+def test_a_reading_that_failed_may_be_repeated(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "a.csv", HEADER + "1,1,,1,1\n2,1,,1,1\n3,7,,1,1\n4,1,,1,1\n", on_bad_row="skip")
+    source.read(0, 1, BadRows("error"))
+    with pytest.raises(DataError, match="clicked is '7'"):
+        source.read(1, 4, BadRows("error"))
+    assert source.read(1, 4, BadRows("skip")).ids[:, 0].tolist() == [2, 0, 4]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_nothing_stays_open(tmp_path: Path, name: str) -> None:
+    content = HEADER + (GOOD + "\n") * 400_000
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    source = source_of(tmp_path / name, content)
+    source.read(0, 10, BadRows("error"))
+    source.close()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
+    source.read(0, 10, BadRows("error"))
+    del source  # abandoned
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
