@@ -14,7 +14,6 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.console import Output
-from launch.data.errors import BadRows
 from launch.data.loader import Batches, Data
 from launch.data.meaning import MeaningError
 from launch.data.split import Split
@@ -24,7 +23,7 @@ from launch.out_of_memory import tables_named
 from launch.parallel import Parallel
 from launch.run_folder import RunFolder
 from launch.schedule import Schedule
-from launch.skipped_rows import SkippedRows
+from launch.skipped_rows import SkippedRows, TrainedRows, require_good_rows
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
 from launch.waits import Waits
@@ -77,8 +76,8 @@ class Trainer:
         self._epoch = 0
         self._batch = 0  # trained of this epoch
         self._window = Predictions()  # since the last line of training metrics
-        self._has_good_rows = False  # as far as is known
         self._skipped = SkippedRows(output.say, waits.group)
+        self._trained = TrainedRows(data.splits.train, self._skipped, job.data.on_bad_row)
         self._best: float | None = None  # least validation log loss so far
         self._validated = self._saved = -1  # the steps at which that was last done
         self._worse = 0  # validations since the best one
@@ -168,6 +167,7 @@ class Trainer:
         self.step = self._saved = about["step"]
         self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
         self._worse = about.get("worse", 0)  # of a checkpoint from before there was patience
+        self._trained.load(about)
         world_size, batch_size = about["world_size"], about["batch_size"]
         # As many samples as were trained, in batches of this world size.
         self._batch = about["batch"] * world_size * batch_size // (dist.get_world_size() * self._job.train.batch_size)
@@ -222,14 +222,15 @@ class Trainer:
             )
             self._parallel.model.train()
             with self._data.train(self._epoch, skip=self._batch) as batches:
+                self._trained.start(self._batch, batches)
                 for predicted in self._steps(pipeline, batches):
                     self._window.add(*predicted)
-                    self._after_step(pipeline, batches.bad_rows)
+                    self._after_step(pipeline)
                     if self._done():
                         break
                 self._waited += batches.wait_seconds
             pipeline.detach()
-            self._after_pass(batches.bad_rows)
+            self._after_pass()
             if not self._done():
                 self._epoch, self._batch = self._epoch + 1, 0
                 if self._validated != self.step:
@@ -264,18 +265,16 @@ class Trainer:
                 self._save()  # unless the folder is lost
                 raise Terminated(signal)
 
-    def _after_pass(self, bad_rows: BadRows) -> None:
-        train = self._data.splits.train
-        self._skipped.count(train, bad_rows)
-        if not self._has_good_rows and bad_rows.policy == "skip":
-            good = self._window.gather(self._device)[0].numel()
-            self._skipped.require_good_rows(train, good, bad_rows)
+    def _after_pass(self) -> None:
+        self._trained.count(self._batch)
+        self._trained.look_for_good(self._window, self._device)
+        self._trained.require_good()
 
-    def _after_step(self, pipeline: Any, bad_rows: BadRows) -> None:
+    def _after_step(self, pipeline: Any) -> None:
         self._output.step(self.step)
         train = self._job.train
         if self.step % train.log_every == 0:
-            self._log_train(bad_rows)
+            self._log_train()
         if train.eval_every and self.step % train.eval_every == 0:
             pipeline.detach()
             self._validate()
@@ -283,12 +282,10 @@ class Trainer:
         if train.checkpoint_every and self.step % train.checkpoint_every == 0:
             self._save()
 
-    def _log_train(self, bad_rows: BadRows) -> None:
+    def _log_train(self) -> None:
         q = quality(*self._window.gather(self._device))
-        skipped = self._skipped.count(self._data.splits.train, bad_rows)
-        self._has_good_rows |= q.samples > 0
-        if not self._has_good_rows:
-            self._skipped.require_good_rows(self._data.splits.train, 0, bad_rows)
+        skipped = self._trained.count(self._batch)
+        self._trained.has_good |= q.samples > 0
         self._window = Predictions()
         speed = self.samples_per_s
         self._folder.log(self.step, "train", **_numbers(q), **skipped, lr=self._schedule.lr, samples_per_s=speed)
@@ -331,8 +328,8 @@ class Trainer:
         model.train()
         raise_pending()
         q = quality(*predictions.gather(self._device))
-        skipped = self._skipped.count(split, batches.bad_rows)
-        self._skipped.require_good_rows(split, q.samples, batches.bad_rows)
+        skipped = self._skipped.count(split, batches.bad_rows, batches.bad_rows.count)
+        require_good_rows(split, q.samples, batches.bad_rows)
         return q, skipped
 
     def _patient_at(self, first: bool) -> AbstractContextManager[None]:
@@ -355,6 +352,7 @@ class Trainer:
         """Writes a checkpoint of this step; all ranks must call it."""
         raise_pending()  # what a GPU has found wrong must not become a checkpoint
         self._folder.require(self._waits.group)
+        self._trained.look_for_good(self._window, self._device)
         about = {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -362,6 +360,7 @@ class Trainer:
             "best": self._best,
             "worse": self._worse,
             "validated": self._validated,
+            **self._trained.state(self._batch),
             "model": model_description(self._job),
             "meaning": self._data.meaning.hash,
         }

@@ -34,10 +34,12 @@ class Batches(Prefetched[Batch]):
 
     Attributes:
         wait_seconds: how long the consumer has waited for batches so far.
-        bad_rows: malformed rows of this rank so far, if they are skipped.
+        bad_rows: malformed rows that this rank has read so far, if they are skipped.
+        malformed: how many of them are in each batch that has been made so far.
     """
 
     bad_rows: BadRows
+    malformed: list[int]
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,19 @@ class Data:
 
     def _start(self, what: _Pass, skip: int) -> Batches:
         bad_rows = BadRows(self._section.on_bad_row)
-        batches = Batches(lambda: self._batches(what, skip, bad_rows), self._section.prefetch)
-        batches.bad_rows = bad_rows
+        malformed: list[int] = []
+        batches = Batches(lambda: self._batches(what, skip, bad_rows, malformed), self._section.prefetch)
+        batches.bad_rows, batches.malformed = bad_rows, malformed
         return batches
 
-    def _batches(self, what: _Pass, skip: int, bad_rows: BadRows) -> Iterator[Batch]:
+    def _batches(self, what: _Pass, skip: int, bad_rows: BadRows, malformed: list[int]) -> Iterator[Batch]:
         size = what.batch_size
-        make = BatchMaker(self._section.features)
+        batch_of = BatchMaker(self._section.features)
+
+        def make(rows: Rows) -> Batch:
+            malformed.append(0 if rows.weights is None else int(np.count_nonzero(rows.weights == 0)))
+            return batch_of(rows.padded(size))
+
         left = num_batches(len(what.split), size, self._world_size) - skip
         rest: Rows | None = None
         for window in self._rows(what, skip * size, bad_rows):
@@ -135,10 +143,9 @@ class Data:
         if left > 0:
             if rest is None:
                 rest = self._empty(what, bad_rows)
-            yield make(rest.padded(size))
-            empty = rest.cut(0, 0)
+            yield make(rest)
             for _ in range(left - 1):
-                yield make(empty.padded(size))
+                yield make(rest.cut(0, 0))
 
     def _rows(self, what: _Pass, skip: int, bad_rows: BadRows) -> Iterator[Rows]:
         """Yields the rank's rows, but the first ``skip``, window by window, the next one being read meanwhile."""

@@ -30,17 +30,54 @@ def half_bad(n: int, seed: int) -> dict[str, Any]:
 
 def test_skipped_rows_are_told_everywhere(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", half_bad(2000, seed=1))
-    printed = run(tmp_path, config=config(tmp_path, files=["a.parquet"], on_bad_row="skip"))
+    printed = run(tmp_path, config=config(tmp_path, files=["a.parquet"], on_bad_row="skip", shuffle=False))
     first = f"{tmp_path / 'a.parquet'}:1: label is 0.5; allowed: 0, 1"
     assert f"malformed rows of the train split are left out, the first is {first}" in printed
     assert "malformed rows left out  train 800, validation 100, test 100" in printed
     lines = metrics(tmp_path / "t")
     assert {line["skipped_rows"] for line in lines if line["split"] != "train"} == {100}
-    assert [line["skipped_rows"] for line in lines if line["split"] == "train"][-1] == 800
+    # Of the rows that were trained, not of those that were read ahead.
+    assert [line["skipped_rows"] for line in lines if line["split"] == "train"] == [64 * 5, 64 * 10]
     assert "rows skipped" in printed
 
     scored = predict(tmp_path / "t", [str(tmp_path / "a.parquet")], tmp_path / "scores.parquet")
     assert (scored.rows, scored.bad_rows.count, scored.quality.samples) == (2000, 1000, 1000)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("stop", "log_every"), [(10, 5), (13, 13), (15, 5)])  # of 13 steps an epoch
+def test_skipped_rows_are_counted_alike_after_a_restart(
+    tmp_path: Path, world_size: int, stop: int, log_every: int
+) -> None:
+    write(tmp_path / "a.parquet", half_bad(2000, seed=1))
+    job = config(tmp_path, files=["a.parquet"], on_bad_row="skip", shuffle_rows=100)
+    often = (f"train.checkpoint_every={stop}", f"train.log_every={log_every}")
+    overrides = sets("train.epochs=2", f"train.batch_size={128 // world_size}", *often)
+    run(tmp_path, *overrides, "--name", "unbroken", config=job, world_size=world_size)
+    run(tmp_path, *overrides, *sets(f"train.max_steps={stop}"), "--name", "broken", config=job, world_size=world_size)
+    path = tmp_path / "broken" / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"test"' not in line))
+    printed = run(tmp_path, *overrides, "--name", "broken", config=job, world_size=world_size)
+    assert f"continues at step {stop}" in printed
+    assert "malformed rows left out  train 800, validation 100, test 100" in printed
+    unbroken, broken = (
+        {line["step"]: line["skipped_rows"] for line in metrics(tmp_path / name) if line["split"] == "train"}
+        for name in ("unbroken", "broken")
+    )
+    assert broken == unbroken
+    if log_every == 13:
+        assert broken == {13: 800, 26: 800}
+    else:
+        assert list(broken) == [5, 10, 15, 20, 25]
+        assert broken[15] < broken[5] < broken[20] < broken[10] < broken[25] < 800
+
+
+def test_a_split_may_begin_with_many_malformed_rows(tmp_path: Path) -> None:
+    columns = rows(2000, seed=1)
+    write(tmp_path / "a.parquet", {**columns, "label": np.where(np.arange(2000) < 500, 7, columns["label"])})
+    job = config(tmp_path, files=["a.parquet"], on_bad_row="skip", shuffle=False)
+    printed = run(tmp_path, *sets("train.log_every=1"), config=job, world_size=1)
+    assert "malformed rows left out  train 500" in printed
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
