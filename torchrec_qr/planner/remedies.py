@@ -1,6 +1,7 @@
 """What to say, and to change, where no plan fits."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -121,20 +122,20 @@ class Infeasible:
                 [self._options_within(t, o, rows) for t, o in zip(self.tables, self.choices, strict=True)]
             )
 
-        rows = largest_that(fits, 1, max(t.rows for t in self.tables))
-        if rows is None:
+        if not fits(1):
             return None
+        rows = bisect_left(range(1, max(t.rows for t in self.tables) + 1), True, key=lambda rows: not fits(rows))
         return f"more compression: at most {rows:,} rows in each table (`torchrec-qr plan --fit` writes them out)"
 
     def _least_collisions(self) -> int | None:
         table = self._table
 
-        def fits(negated: int) -> bool:
-            options = self._options_of(table, QuotientRemainder(num_collisions=-negated))
+        def fits(collisions: int) -> bool:
+            options = self._options_of(table, QuotientRemainder(num_collisions=collisions))
             return self._fits(self._with(options))
 
-        found = largest_that(fits, -max(math.isqrt(table.num_embeddings), 1), -2)
-        return None if found is None else -found
+        most = math.isqrt(table.num_embeddings)
+        return bisect_left(range(most), True, lo=2, key=fits) if most >= 2 and fits(most) else None
 
     def _options_within(self, table: PlannedTable, options: Sequence[Option], rows: int) -> Sequence[Option]:
         return options if table.rows <= rows else self._options_of(table, within_rows(table.num_embeddings, rows))
@@ -152,8 +153,8 @@ class Infeasible:
                 f"more ranks: at least {least * group} of this memory, now {nodes * group}" if least > nodes else None
             )
 
-        def fits(negated: int) -> bool:
-            topology = with_ranks(self.topology, -negated * group)
+        def fits(nodes: int) -> bool:
+            topology = with_ranks(self.topology, nodes * group)
             cluster = replace(
                 self.cluster,
                 memory=(min(self.cluster.memory),) * topology.world_size,
@@ -166,25 +167,10 @@ class Infeasible:
         last = nodes
         while last < _MOST_NODES:
             last *= 2
-            if fits(-last):
-                found = largest_that(fits, -last, -nodes - 1)
-                assert found is not None
-                ranks = -found * group
-                return f"more ranks: {ranks} ({-found}x{group}), now {nodes * group}"
+            if fits(last):
+                least = bisect_left(range(last), True, lo=nodes + 1, key=fits)
+                return f"more ranks: {least * group} ({least}x{group}), now {nodes * group}"
         return None
-
-
-def largest_that(holds: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest n in low..high of which ``holds`` is true, which it is below any of which it is; None: of none."""
-    if low > high or not holds(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:

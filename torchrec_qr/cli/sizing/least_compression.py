@@ -1,12 +1,14 @@
 """The least compression under which a model fits a cluster."""
 
 import math
+from bisect import bisect_left
 
 import yaml
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import dump, to_spec
 from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map
+from torchrec_qr.partitions import QuotientRemainder
 from torchrec_qr.planner.remedies import within_rows
 
 
@@ -20,23 +22,22 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
         ValueError: the least rows of all tables, ⌈2√S⌉ each, do not fit.
     """
     largest = max(table.num_embeddings for table in sizing.tables)
-    least = max(math.isqrt(4 * largest - 1) + 1, 1) if largest > 1 else 1
+    least = QuotientRemainder(balanced=True).bind(largest).num_rows
 
     def limited(rows: int) -> Sizing:
         return sizing.of_tables([_limited(table, rows) for table in sizing.tables])
 
     if limited(largest).fits():
         return largest, limited(largest)
-    low, high = least, largest
-    if not limited(low).fits():
+    if not limited(least).fits():
         raise ValueError(
-            f"no compression fits {sizing.spec.topology}: not even with at most {low:,} rows in each table, the least "
-            "that keep the ids of the largest apart; allowed: more ranks, more memory, a smaller batch"
+            f"no compression fits {sizing.spec.topology}: not even with at most {least:,} rows in each table, the "
+            "least that keep the ids of the largest apart; allowed: more ranks, more memory, a smaller batch"
         )
-    while high - low > max(1, low // 1000):
-        middle = (low + high) // 2
-        low, high = (middle, high) if limited(middle).fits() else (low, middle)
-    return low, limited(low)
+    # To a thousandth, because the exact number of rows would take as many plans again.
+    steps = [round(least * 1.001**k) for k in range(math.ceil(math.log(largest / least, 1.001)))]
+    rows = steps[bisect_left(steps, True, lo=1, key=lambda rows: not limited(rows).fits()) - 1]
+    return rows, limited(rows)
 
 
 def as_yaml(sizing: Sizing, rows: int) -> str:

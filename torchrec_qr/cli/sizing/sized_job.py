@@ -1,5 +1,6 @@
 """A job's tables and cluster, from its YAML, as the planner takes them."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -85,16 +86,16 @@ class Sizing:
         """The fewest ranks that hold the tables: of one node, or so many nodes; None: none do."""
         per_node = self.spec.local_world_size or 1
         sizes = [(1, n) for n in range(1, per_node + 1)] + [(n, per_node) for n in range(2, most_nodes + 1)]
+
+        def fits(size: tuple[int, int]) -> bool:
+            return self.on(*size).fits()
+
         low, high = 0, 1
-        while not self.on(*sizes[min(high, len(sizes)) - 1]).fits():
+        while not fits(sizes[min(high, len(sizes)) - 1]):
             if high >= len(sizes):
                 return None
             low, high = high, 2 * high
-        high = min(high, len(sizes))
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.on(*sizes[middle - 1]).fits() else (middle, high)
-        nodes, ranks = sizes[high - 1]
+        nodes, ranks = sizes[bisect_left(sizes, True, low, min(high, len(sizes)) - 1, key=fits)]
         return nodes * ranks
 
     def variant(self, name: str) -> "Sizing":
