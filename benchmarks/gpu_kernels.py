@@ -1,6 +1,6 @@
 """Speed of the Triton kernels on a GPU: ``python benchmarks/gpu_kernels.py --json FILE``.
 
-Needs PyTorch and Triton only, and of this repository the folder ``torchrec_qr/ops/triton_kernels``. No GPU has run it
+Needs PyTorch and Triton only, and of this repository the folder ``torchrec_qr/ops``. No GPU has run it
 yet. Values are compared with float64 before and after the timed calls; a wrong case gets no times, and the exit code
 is 1. Per case, for the forward and for the backward with an SGD step, over eight batches in turn:
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KERNELS = Path(__file__).parents[1] / "torchrec_qr" / "ops" / "triton_kernels"
+OPS = Path(__file__).parents[1] / "torchrec_qr" / "ops"
 SGD = 1
 LEARNING_RATE = 0.01
 BATCHES = 8  # so that the cache does not hold the rows of all
@@ -39,16 +39,14 @@ QUIET = 1e-6  # of timed steps: rows stay of a size at which a check is exact
 
 def load_kernels() -> Any:
     """The kernels, without ``torchrec_qr``, whose import needs TorchRec."""
-    spec = importlib.util.spec_from_file_location(
-        "triton_kernels", KERNELS / "__init__.py", submodule_search_locations=[str(KERNELS)]
-    )
+    spec = importlib.util.spec_from_file_location("ops", OPS / "__init__.py", submodule_search_locations=[str(OPS)])
     assert spec is not None
     assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
-    sys.modules["triton_kernels"] = package
+    sys.modules["ops"] = package
     spec.loader.exec_module(package)
-    for name in ("run", "tables"):
-        setattr(package, name, importlib.import_module(f"triton_kernels.{name}"))
+    for name in ("triton_kernels.run", "triton_kernels.tables", "description"):
+        setattr(package, name.split(".")[-1], importlib.import_module(f"ops.{name}"))
     return package
 
 
@@ -100,13 +98,12 @@ class Lookup:
         of_tables = []
         for f, size in enumerate(case.num_ids):
             first, second = case.rows(f)
-            stored = [kernels.tables.Stored.of(w) for w in self.weights[2 * f : 2 * f + 2]]
-            partitions = (
-                kernels.tables.Partition(stored[0], 1, first),
-                kernels.tables.Partition(stored[1], first, second),
-            )
-            of_tables.append(kernels.tables.Table("mult", partitions, num_ids=size))
-        self.described = kernels.tables.describe(tuple(of_tables), device)
+            layout, dim = kernels.description.PartitionLayout, case.dims[f]
+            partitions = layout(dim, 1, first), layout(dim, first, second)
+            of_tables.append(kernels.description.TableLayout("mult", partitions, num_ids=size))
+        description = kernels.description.Description(of_tables, [f"t{f}" for f in range(len(of_tables))])
+        stored = list(map(kernels.tables.Stored.of, self.weights))
+        self.described = kernels.tables.describe(description, stored, [], device)
 
     def _batch(self, batch: Batch) -> Any:
         return self.run.batch_of(self.described, batch.ids, batch.offsets, None, True)

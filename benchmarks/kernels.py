@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import about
-from torchrec_qr.ops.arguments import RULES, Gradients
+from torchrec_qr.ops.arguments import Batch, Outcome
 from torchrec_qr.ops.cpu_library import status
-from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.memory import recycled, zeros
+from torchrec_qr.ops.update_rules import RowWiseAdagrad, Sgd, Update, UpdateRule
 
 _NUM_IDS, _DIM, _TABLES, _BAGS = 200_000, 64, 13, 4096
-# SGD and rowwise Adagrad, by their hyperparameters (`torchrec_qr.ops.cpu_structs.HYPER`).
-_HYPER = {"sgd": [0.01, 0, 0, 0, 1, 1, -1], "rowwise_adagrad": [0.01, 1e-8, 0, 0, 1, 1, -1]}
+_RULES: dict[str, UpdateRule] = {"sgd": Sgd(), "rowwise_adagrad": RowWiseAdagrad()}
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [
         measure(m, hot, optimizer, options.runs, options.steps)
-        for optimizer in _HYPER
+        for optimizer in _RULES
         for m in (4, math.isqrt(_NUM_IDS))
         for hot in (1, 10)
     ]
@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(m: int, hot: int, optimizer: str, runs: int, steps: int) -> dict[str, Any]:
     """Returns medians over the runs, each of the run's median, and least and largest ratio."""
-    batches = [_Batch(m, hot, number) for number in range(4)]
+    batches = [_RankBatch(m, hot, number) for number in range(4)]
     tables = _Tables(m, optimizer)
     source = torch.ones(batches[0].required_bytes(m), dtype=torch.uint8)
     target = torch.zeros_like(source)
@@ -79,7 +79,7 @@ def measure(m: int, hot: int, optimizer: str, runs: int, steps: int) -> dict[str
     return row
 
 
-class _Batch:
+class _RankBatch:
     def __init__(self, m: int, hot: int, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
         self.ids = torch.randint(_NUM_IDS, (_TABLES, _BAGS * hot), generator=generator)
@@ -103,19 +103,20 @@ class _Tables:
         layout = TableLayout(
             "mult", (PartitionLayout(_DIM, 1, sizes[0]), PartitionLayout(_DIM, m, sizes[1])), num_ids=_NUM_IDS
         )
-        self._lookup = Lookup(encode([layout] * _TABLES), [f"t{i}" for i in range(_TABLES)], [])
+        self._described = Description([layout] * _TABLES, [f"t{i}" for i in range(_TABLES)])
         # As sharded tables lie.
         self._weights = [
             zeros((n, _DIM), torch.float32, None).add_(1).requires_grad_() for _ in range(_TABLES) for n in sizes
         ]
-        states = [torch.zeros(len(w)) for w in self._weights] if optimizer == "rowwise_adagrad" else []
-        count = len(self._weights)
-        self._steps = Gradients([RULES[optimizer]] * count, states, _HYPER[optimizer] * count, [])
+        rule = _RULES[optimizer]
+        self._updates: list[Outcome] = []
+        for w in self._weights:
+            state = {name: torch.zeros(shape) for name, shape in rule.state_shapes(*w.shape).items()}
+            self._updates.append(Update(rule, state, rule.learning_rate))
 
-    def look_up(self, batch: _Batch) -> Tensor:
-        return stepped_lookup(
-            self._lookup, self._weights, lambda: self._steps, batch.ids.view(-1), batch.offsets, None, True
-        )
+    def look_up(self, batch: _RankBatch) -> Tensor:
+        given = Batch(batch.ids.view(-1), batch.offsets, None, True)
+        return stepped_lookup(self._described, self._weights, given, lambda: self._updates)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -26,15 +26,18 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from benchmarks.step_cells import EPS, LR, OPTIMIZERS, Batch, Tables, Traffic
+from benchmarks.step_cells import LR, OPTIMIZERS, Batch, Tables, Traffic
 from benchmarks.step_plan import plan
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
-from torchrec_qr.ops.arguments import RULES, Gradients
+from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.ops import arguments
 from torchrec_qr.ops.cpu_library import without_kernels
-from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.description import Description, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.memory import zeros
+from torchrec_qr.ops.partition_layouts import partition_layouts
+from torchrec_qr.ops.update_rules import Update
 from torchrec_qr.partitions import ClosedForm
 
 
@@ -218,17 +221,20 @@ class FusedAlone(Variant):
             TableLayout("mult", partition_layouts(p, dict.fromkeys(range(2), tables.dim)), num_ids=n)
             for p, n in zip(partitions, tables.sizes, strict=True)
         ]
-        self._lookup = Lookup(encode(layouts), tables.features, [])
+        self._described = Description(layouts, tables.features)
         sizes = [n for p in partitions for n in p.sizes]
         self._weights = [_uniform(zeros((n, tables.dim), torch.float32, device)).requires_grad_() for n in sizes]
-        self._sums = [torch.zeros(n, device=device) for n in sizes] if tables.optimizer == "rowwise_adagrad" else []
-        hyper = [LR, EPS, 0, 0, 1, 1, -1] * len(sizes)
-        self._gradients = Gradients([RULES[tables.optimizer]] * len(sizes), self._sums, hyper, [])
+        rule = update_rule("fused alone", tables.fused_params)
+        states = [
+            {name: torch.zeros(shape, device=device) for name, shape in rule.state_shapes(*w.shape).items()}
+            for w in self._weights
+        ]
+        self._updates: list[arguments.Outcome] = [Update(rule, state, LR) for state in states]
+        self._sums = [tensor for state in states for tensor in state.values()]
 
     def out(self, batch: Batch) -> Tensor:
-        return stepped_lookup(
-            self._lookup, self._weights, lambda: self._gradients, batch.values, batch.offsets, None, True
-        )
+        given = arguments.Batch(batch.values, batch.offsets, None, True)
+        return stepped_lookup(self._described, self._weights, given, lambda: self._updates)
 
     def state(self) -> dict[str, Any]:
         return self._by_name([w.detach() for w in self._weights])

@@ -57,7 +57,7 @@ def randomize(module: nn.Module, seed: int) -> None:
             p.copy_(torch.empty(p.shape).uniform_(0.5, 1.5, generator=generator))
             p.mul_(torch.empty(p.shape).bernoulli_(0.5, generator=generator).mul(2).sub(1))
         for table in module.modules():
-            if isinstance(table, CompositionalTable) and table.composition.operation == "path":
+            if isinstance(table, CompositionalTable) and table.config.operation == "path":
                 for mlps in table.weights()[1:]:
                     mlps.mul_(0.25)
 

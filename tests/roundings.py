@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr.modules.table import CompositionalTable
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.backends import cpu
 
 # Of what is computed in fp32: relative, and relative to a tenth of the largest value, or to .3, where terms of order
 # one cancel (`cases.randomize`).

@@ -38,7 +38,7 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels
 
 # --- storage types -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`torch.fx`, TorchRec's tracer and `torch.compile` go through the lookup, and what they make computes the same."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels
 
 
@@ -48,33 +49,21 @@ class Model(nn.Module):
         return self.sparse(features)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "pytorch"])
 @pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
 @each_operation
 @each_kind
 @pooled_or_not
-def test_tracers_see_through_the_lookup(
-    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
+def test_tracers_record_the_lookup_as_one_call(
+    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule], kernels: bool
 ) -> None:
-    with without_kernels():
+    """One per table, of which one is plain, on every backend: the device decides on that at run time."""
+    if kernels and not cpu.available():
+        pytest.skip("the CPU kernels are not built")
+    with nullcontext() if kernels else without_kernels():
         calls = _traced_computes_the_same(pooled, kind, operation, trace)
-    expected = {"mult": "mul", "concat": "cat", "add": "add"}.get(operation, "apply_class_mlps")
-    assert expected in calls
-    if pooled:
-        assert "sum_rows" in calls or "sum_bags" in calls
-    else:
-        assert calls.count("read_rows") == (2 if "path" in operation else 3)
-
-
-@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
-@pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
-@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
-@each_kind
-@pooled_or_not
-def test_tracers_record_the_kernels_as_one_call(
-    pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule]
-) -> None:
-    calls = _traced_computes_the_same(pooled, kind, operation, trace)
-    assert calls.count("look_up") == 1
+    assert calls.count("look_up") == 2
+    assert not {"embedding", "embedding_bag", "index_select", "mul", "cat"} & set(calls)
 
 
 def _traced_computes_the_same(

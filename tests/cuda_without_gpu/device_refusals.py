@@ -7,15 +7,17 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, ExplicitPartitions
-from torchrec_qr.ops import triton
-from torchrec_qr.ops.arguments import RULES, Batch, Gradients
-from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, look_up
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.backends import triton
+from torchrec_qr.ops.description import Description, TableLayout
+from torchrec_qr.ops.lookup import look_up
+from torchrec_qr.ops.partition_layouts import partition_layouts
+from torchrec_qr.ops.update_rules import Adagrad, Update
 
 HERE, OTHER, HOST = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 SPEC = ExplicitPartitions(((0, 1, 2, 0, 1, 2), (0, 0, 0, 1, 1, 1)))
 PARTITIONS = SPEC.bind(6)
-MAPPED = encode([TableLayout("mult", partition_layouts(PARTITIONS, {0: 4, 1: 4}), num_ids=6)])
+MAPPED = TableLayout("mult", partition_layouts(PARTITIONS, {0: 4, 1: 4}), num_ids=6)
 
 
 def _batch(ids: torch.device = HERE, offsets: torch.device = HERE, weights: torch.device = HERE) -> Batch:
@@ -35,30 +37,34 @@ def _class_map(device: torch.device = HERE) -> Tensor:
     return torch.zeros(2, 6, dtype=torch.int32, device=device)
 
 
+def _tables(class_map: torch.device = HERE) -> Description:
+    return Description([MAPPED], ["t"], [_class_map(class_map)])
+
+
+def _update(state: torch.device) -> Update:
+    return Update(Adagrad(), {"momentum1": torch.zeros(3, 4, device=state)}, 0.1)
+
+
 def _look_up(batch: Batch, second: torch.device = HERE, class_map: torch.device = HERE) -> None:
-    tables = Lookup(MAPPED, ["t"], [_class_map(class_map)])
-    look_up(tables, _weights(second), batch.ids, batch.offsets, batch.weights, batch.pooled)
+    look_up(_tables(class_map), _weights(second), batch)
 
 
-def _propagate(
+def _backward(
     gradient: torch.device = HERE,
     state: torch.device = HERE,
     touched: torch.device = HERE,
     class_map: torch.device = HERE,
 ) -> None:
-    rules = [RULES["adagrad"]] * 2
-    states = [torch.zeros(3, 4, device=HERE), torch.zeros(2, 4, device=state)]
-    marks = [torch.zeros(3, dtype=torch.uint8, device=HERE), torch.zeros(2, dtype=torch.uint8, device=touched)]
-    steps = Gradients(rules, states, [0.1, 1e-8, 0.9, 0.99, 1.0, 1.0, -1.0] * 2, marks)
+    mask = torch.zeros(2, dtype=torch.uint8, device=touched)
+    outcomes: list[Outcome] = [_update(state), DenseGradient(mask)]
     out_gradient = torch.zeros(2, 4, device=gradient)
-    triton.propagate(out_gradient, _weights(), [_class_map(class_map)], _batch(), MAPPED, "t", steps, False)
+    triton.backward(_tables(class_map), _weights(), _batch(), out_gradient, outcomes, False)
 
 
-def _step_rows(rows: torch.device = HERE, gradients: torch.device = HERE, state: torch.device = HERE) -> None:
+def _update_rows(rows: torch.device = HERE, gradients: torch.device = HERE, state: torch.device = HERE) -> None:
     weight = torch.zeros(3, 4, device=HERE)
     of_rows = torch.zeros(2, dtype=torch.int64, device=rows)
-    states = [torch.zeros(3, 4, device=state)]
-    triton.step_rows(weight, of_rows, torch.zeros(2, 4, device=gradients), "adagrad", states, [0.1] * 7)
+    triton.update_rows(weight, of_rows, torch.zeros(2, 4, device=gradients), _update(state))
 
 
 def _collection(features: torch.device = HERE, move: str = "", to: torch.device = HOST) -> None:
@@ -70,7 +76,7 @@ def _collection(features: torch.device = HERE, move: str = "", to: torch.device 
     if move == "partition":
         table.partition_1.weight = nn.Parameter(torch.zeros(2, 4, device=to))
     if move == "class map":
-        table.class_map = _class_map(to)
+        table.description = Description([MAPPED], ["t"], [_class_map(to)])
     ids = torch.zeros(2, dtype=torch.int64, device=features)
     lengths = torch.ones(2, dtype=torch.int64, device=features)
     collection(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))
@@ -84,13 +90,13 @@ CALLS: dict[str, Callable[[], None]] = {
     "operator: weights of ids": lambda: _look_up(_batch(weights=HOST)),
     "operator: a partition": lambda: _look_up(_batch(), second=OTHER),
     "operator: a class map on the host": lambda: _look_up(_batch(), class_map=HOST),
-    "step: a gradient": lambda: _propagate(gradient=OTHER),
-    "step: a state on the host": lambda: _propagate(state=HOST),
-    "step: touched rows": lambda: _propagate(touched=OTHER),
-    "step: a class map": lambda: _propagate(class_map=OTHER),
-    "rows: their numbers": lambda: _step_rows(rows=HOST),
-    "rows: their gradients": lambda: _step_rows(gradients=OTHER),
-    "rows: a state": lambda: _step_rows(state=OTHER),
+    "step: a gradient": lambda: _backward(gradient=OTHER),
+    "step: a state on the host": lambda: _backward(state=HOST),
+    "step: touched rows": lambda: _backward(touched=OTHER),
+    "step: a class map": lambda: _backward(class_map=OTHER),
+    "rows: their numbers": lambda: _update_rows(rows=HOST),
+    "rows: their gradients": lambda: _update_rows(gradients=OTHER),
+    "rows: a state": lambda: _update_rows(state=OTHER),
     "collection: features on the host": lambda: _collection(features=HOST),
     "collection: features on another device": lambda: _collection(features=OTHER),
     "collection: a partition on the host": lambda: _collection(move="partition"),

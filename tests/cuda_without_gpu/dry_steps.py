@@ -11,9 +11,10 @@ from dry_launch import DryLaunches
 from pairwise import pairwise
 from torch import Tensor
 
-from torchrec_qr.ops import triton
-from torchrec_qr.ops.arguments import GRADIENT, RULES, Batch, Gradients, num_states
-from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.backends import triton
+from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, Update
 
 NUMBERS = (3, 52)
 ARCHITECTURES = (80, 90, 100)
@@ -21,6 +22,13 @@ ARCHITECTURES = (80, 90, 100)
 ARCHITECTURE_BOUND = 89
 ROWS, COLLISIONS, DIM = 1000, 4, 16
 NUM_IDS = ROWS * COLLISIONS
+RULES = {
+    "sgd": Sgd(),
+    "adagrad": Adagrad(),
+    "rowwise_adagrad": RowWiseAdagrad(),
+    "adam": Adam(),
+    "amsgrad": AmsGrad(),
+}
 
 
 @dataclass
@@ -36,26 +44,31 @@ class Tables:
     kind: str = "strided"
     int32: bool = False
     weights: list[Tensor] = field(init=False)
-    states: list[Tensor] = field(init=False)
+    outcomes: list[Outcome] = field(init=False)
+    tables: Description = field(init=False)
 
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.data_type)
         self.weights = [torch.ones(r, DIM, dtype=dtype) for _ in range(self.number) for r in (ROWS, COLLISIONS)]
-        rowwise = self.rule == "rowwise_adagrad"
-        self.states = [
-            torch.zeros(w.shape[:1] if rowwise else w.shape)
-            for w in self.weights
-            for _ in range(num_states(RULES.get(self.rule, GRADIENT)))
-        ]
-        self.class_maps = [torch.zeros(2, NUM_IDS, dtype=torch.int32) for _ in range(self.number)]
-        self.class_maps = self.class_maps if self.kind == "explicit" else []
+        self.outcomes = [self._outcome(w) for w in self.weights]
+        class_maps = [torch.zeros(2, NUM_IDS, dtype=torch.int32) for _ in range(self.number)]
+        names = [f"t{i}" for i in range(self.number)]
+        layouts = [self._layout()] * self.number
+        self.tables = Description(layouts, names, class_maps if self.kind == "explicit" else [])
 
-    def layout(self) -> list[int]:
+    def _outcome(self, weight: Tensor) -> Outcome:
+        if self.rule == "dense":
+            return DenseGradient()
+        rule = RULES[self.rule]
+        shapes = rule.state_shapes(*weight.shape)
+        return Update(rule, {name: torch.zeros(shape) for name, shape in shapes.items()}, learning_rate=0.1)
+
+    def _layout(self) -> TableLayout:
         partitions = PartitionLayout(DIM, 1, ROWS), PartitionLayout(DIM, ROWS, COLLISIONS)
         code = CodeLayout(COLLISIONS, 1, ROWS, 0) if self.kind == "coded" else None
         if self.kind == "explicit":
             partitions = PartitionLayout(DIM, map_row=0), PartitionLayout(DIM, map_row=1)
-        return encode([TableLayout(self.operation, partitions, 1, NUM_IDS, code=code)] * self.number)
+        return TableLayout(self.operation, partitions, 1, NUM_IDS, code=code)
 
     def step(self, bags: int = 16, hot: int = 2, shift: int = 0) -> None:
         """Looks up and steps a batch, whose ids are a slice that begins ``shift`` ids after aligned memory."""
@@ -64,15 +77,11 @@ class Tables:
         ids = torch.zeros(n + shift, dtype=dtype)[shift:]
         weights = torch.ones(n + shift)[shift:].requires_grad_() if self.weighted else None
         ends = torch.arange(0, n + 1, hot if self.pooled else bags * hot, dtype=dtype)
-        given = self.weights, self.class_maps, Batch(ids, ends, weights, self.pooled), self.layout(), self._names()
-        out = triton.look_up(*given)
-        rules = [RULES.get(self.rule, GRADIENT)] * len(self.weights)
-        numbers = [0.1, 1e-8, 0.9, 0.99, 1.0, 1.0, -1.0] * len(self.weights)
+        batch = Batch(ids, ends, weights, self.pooled)
+        out = triton.forward(self.tables, self.weights, batch)
         with torch.no_grad():
-            triton.propagate(torch.zeros_like(out), *given, Gradients(rules, self.states, numbers, []), self.weighted)
-
-    def _names(self) -> str:
-        return "\n".join(f"t{i}" for i in range(self.number))
+            gradient = torch.zeros_like(out)
+            triton.backward(self.tables, self.weights, batch, gradient, self.outcomes, self.weighted)
 
 
 def costs_of(dry: DryLaunches, number: int) -> dict[str, dict[str, dict[str, int]]]:

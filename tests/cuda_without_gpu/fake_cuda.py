@@ -41,7 +41,7 @@ def _folder(package: str) -> str:
 
 LIBRARIES = {package: _folder(package) for package in ("torchrec_qr", "torchrec", "fbgemm_gpu")}
 # The parts of the library that may ask for addresses: they hand them to kernels.
-LAUNCHERS = tuple(LIBRARIES["torchrec_qr"] + part for part in ("ops/triton.py", "ops/triton_kernels/"))
+LAUNCHERS = tuple(LIBRARIES["torchrec_qr"] + part for part in ("ops/backends/triton.py", "ops/triton_kernels/"))
 
 SYNC, BLOCKING, LAUNCH, COLLECTIVE = "host synchronisations", "blocking copies", "launches", "collectives"
 KINDS = (SYNC, BLOCKING, LAUNCH, COLLECTIVE)

@@ -9,8 +9,9 @@ from ranks import run_ranks
 from test_parity_pooled import one_of_each
 from test_parity_sequence import SHARDINGS as SEQUENCE_SHARDINGS
 
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels
+from torchrec_qr.ops.description import Description
 
 
 def train_in_pytorch(rank: int, world_size: int, run: Run) -> Trained:
@@ -33,13 +34,13 @@ def test_pytorch_trains_sequences_as_reference(optimizer: str) -> None:
 def tables_of_kernels(rank: int, world_size: int, run: Run) -> set[str]:
     """The tables whose rows the kernels stepped, or gave gradients of, on this rank."""
     seen: set[str] = set()
-    propagate = cpu.propagate
+    backward = cpu.backward
 
-    def recorded(*args: Any) -> Any:
-        seen.update(args[5].split("\n"))
-        return propagate(*args)
+    def recorded(tables: Description, *args: Any) -> Any:
+        seen.update(tables.names)
+        return backward(tables, *args)
 
-    cpu.propagate = recorded
+    cpu.backward = recorded
     train(rank, world_size, run)
     return seen
 

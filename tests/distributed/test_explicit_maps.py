@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, ExplicitPartitions
 from torchrec_qr.distributed.local_shard import LocalShard
+from torchrec_qr.distributed.lookup import CompositionalKernel
 
 CLASSES = torch.stack([torch.arange(NUM_IDS) % 12, torch.arange(NUM_IDS) // 12])
 
@@ -46,11 +47,12 @@ def moved(rank: int, world_size: int) -> tuple[bool, bool]:
     model = shard(configs, "table_wise")
     before = model(batch_of(configs, 0, rank, world_size))
     shards = [m for m in modules_of(model) if isinstance(m, LocalShard)]
-    for local in shards:
-        local.to("meta")
+    kernels = [m for m in modules_of(model) if isinstance(m, CompositionalKernel)]
+    for kernel in kernels:
+        kernel.to("meta")
     on_meta = all(s.class_map is not None and s.class_map.is_meta for s in shards)
-    for local in shards:
-        local.to_empty(device="cpu")
+    for kernel in kernels:
+        kernel.to_empty(device="cpu")
     return on_meta, torch.equal(model(batch_of(configs, 0, rank, world_size)), before)
 
 

@@ -41,7 +41,7 @@ from torchrec.optim.optimizers import (
     in_backward_optimizer_filter,
 )
 
-from torchrec_qr.distributed.update_rules import RULES, update_rule
+from torchrec_qr.distributed.fused_params import RULES, update_rule
 
 PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 RUN = Run(tuple(TableCase(s, "strided", s, operation="mult") for s in PLANS))

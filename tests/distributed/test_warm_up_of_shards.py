@@ -6,7 +6,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from ranks import run_ranks
 from sharded_model import shard, state_of, tables, train, unsharded, weights_of
 
-from torchrec_qr.distributed import shard_run
+from torchrec_qr.distributed import shard_lookup
 from torchrec_qr.distributed.warm_up import warm_up
 
 PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
@@ -17,15 +17,15 @@ def warm_up_between_steps(rank: int, world_size: int, optimizer: EmbOptimType) -
     for plan in PLANS:
         models = [shard(tables(), plan, optimizer, values=unsharded(tables())) for _ in range(2)]
         given = []
-        told, shard_run.warm_up = shard_run.warm_up, lambda *call, given=given: given.append(call)
+        real, shard_lookup.warm_up = shard_lookup.warm_up, lambda *call, given=given: given.append(call)
         warm_up(models[0])
-        shard_run.warm_up = told
+        shard_lookup.warm_up = real
         calls += len(given)
-        for lookup, weights, steps, pooled, weighted in given:
+        for described, weights, outcomes, pooled, weighted in given:
             assert pooled
             assert not weighted
-            assert len(steps.rules) == len(weights) == len(steps.touched) == len(steps.hyper) // 7
-            assert len(lookup.names) <= len(weights)
+            assert len(outcomes) == len(weights) == len(described.partitions)
+            assert None not in outcomes
         for step in range(2):
             warm_up(models[0])
             for model in models:

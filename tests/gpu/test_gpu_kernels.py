@@ -14,7 +14,10 @@ from test_kernels import close, train
 from torch import Tensor
 
 from torchrec_qr import raise_pending
-from torchrec_qr.ops.lookup import available, look_up
+from torchrec_qr.ops.arguments import Batch
+from torchrec_qr.ops.description import Description
+from torchrec_qr.ops.dispatch import available
+from torchrec_qr.ops.lookup import look_up
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": (("hash", 1), ("wide", 2), ("explicit", 2), ("chinese_remainder", 3), ("mixed_radix", 4)),
@@ -37,7 +40,8 @@ class StepOnDevice(StepCase):
         super().__post_init__()
         self.stored = [w.detach().to(DEVICE).requires_grad_() for w in self.stored]
         self.states = [{name: state.to(DEVICE) for name, state in of.items()} for of in self.states]
-        self.lookup = self.lookup._replace(class_maps=[m.to(DEVICE) for m in self.lookup.class_maps])
+        maps = [m.to(DEVICE) for m in self.tables.class_maps]
+        self.tables = Description(self.tables.tables, self.tables.names, maps)
 
     def look_up(self, ids: Tensor, offsets: Tensor, id_weights: Tensor | None, step: int) -> Tensor:
         weights = None if id_weights is None else id_weights.to(DEVICE)
@@ -95,13 +99,13 @@ def test_bad_input_is_raised_by_raise_pending_at_the_latest(
     stored = weight.to(DEVICE)
 
     def look_up_bad_input() -> None:
-        look_up(tables, [stored], ints(*ids), ints(*offsets), None, True)
+        look_up(tables, [stored], Batch(ints(*ids), ints(*offsets), None, True))
         raise_pending()
 
     with pytest.raises(error, match=message):
         look_up_bad_input()
     # The error is told once, and a right batch is looked up.
     raise_pending()
-    out = look_up(tables, [stored], ints(0, 4), ints(0, 2), None, True)
+    out = look_up(tables, [stored], Batch(ints(0, 4), ints(0, 2), None, True))
     raise_pending()
     close(out, weight[[0, 4]].sum(dim=0, keepdim=True).double(), 1e-6, "after an error")

@@ -12,21 +12,41 @@ from kinds import Kind, kind_of
 from torch import Tensor
 
 from torchrec_qr import MixedRadix
-from torchrec_qr.ops.arguments import Gradients
-from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.arguments import Batch, Outcome
+from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
+from torchrec_qr.ops.partition_layouts import partition_layouts
+from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, Update, UpdateRule
 
 # Of partitions with more rows than a batch has ids: most stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
 LR, EPS, BETA1, BETA2 = 0.02, 1e-4, 0.8, 0.95
 STATES = {
     "sgd": (),
-    "adagrad": ("sums",),
-    "rowwise_adagrad": ("sums",),
-    "adam": ("mean", "square"),
-    "amsgrad": ("mean", "square", "largest"),
+    "adagrad": ("momentum1",),
+    "rowwise_adagrad": ("momentum1",),
+    "adam": ("momentum1", "exp_avg_sq"),
+    "amsgrad": ("momentum1", "exp_avg_sq", "max_exp_avg_sq"),
 }
-RULES = {name: i + 1 for i, name in enumerate(STATES)}
+RULES: dict[str, type[UpdateRule]] = {
+    "sgd": Sgd,
+    "adagrad": Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adam": Adam,
+    "amsgrad": AmsGrad,
+}
+
+
+def rule_of(name: str, max_gradient: float | None = None) -> UpdateRule:
+    betas = {"beta1": BETA1, "beta2": BETA2} if issubclass(RULES[name], Adam) else {}
+    return RULES[name](eps=EPS, max_gradient=max_gradient, **betas)
+
+
+def update_of(rule: UpdateRule, weight: Tensor, lr: float = LR, t: int = 1, fill: float = 0.0) -> Update:
+    """A step whose state holds ``fill`` everywhere."""
+    shapes = rule.state_shapes(*weight.shape)
+    state = {name: torch.full(shape, fill, device=weight.device) for name, shape in shapes.items()}
+    return Update(rule, state, lr, t)
 
 
 def widths_of(operation: str, dim: int, k: int) -> list[int]:
@@ -58,7 +78,7 @@ class StepCase:
     offset_dtype: torch.dtype = torch.int64
     num_bags: int = 7
     hot: bool = False
-    max_gradient: float = -1.0
+    max_gradient: float | None = None
     stored: list[Tensor] = field(init=False)
     exact: list[Tensor] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False)
@@ -88,7 +108,7 @@ class StepCase:
             mean=self.pooling == "mean",
         )
         class_map = partitions.class_map
-        self.lookup = Lookup(encode([layout, layout]), ["a", "b"], [] if class_map is None else [class_map] * 2)
+        self.tables = Description([layout, layout], ["a", "b"], [] if class_map is None else [class_map] * 2)
 
     def batch(self, step: int) -> list[list[list[int]]]:
         """Bags of ids per feature: two tables of two features."""
@@ -131,7 +151,8 @@ class StepCase:
 
     def look_up(self, ids: Tensor, offsets: Tensor, id_weights: Tensor | None, step: int) -> Tensor:
         """The output, whose backward steps; overridden by tests of kernels that are not registered for a CPU."""
-        return stepped_lookup(self.lookup, self.stored, lambda: self.steps(step), ids, offsets, id_weights, True)
+        batch = Batch(ids, offsets, id_weights, True)
+        return stepped_lookup(self.tables, self.stored, batch, lambda: self.updates(step))
 
     def _pool(self, classes: Tensor, table: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
         outputs = []
@@ -150,14 +171,9 @@ class StepCase:
                 outputs.append(out / n.clamp(min=1).unsqueeze(1) if self.pooling == "mean" else out)
         return torch.cat(outputs, dim=1)
 
-    def steps(self, step: int) -> Gradients:
-        numbers = [LR, EPS, BETA1, BETA2, 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1), self.max_gradient]
-        return Gradients(
-            [RULES[self.rule]] * len(self.stored),
-            [s for of in self.states for s in of.values()],
-            numbers * len(self.stored),
-            [],
-        )
+    def updates(self, step: int) -> list[Outcome]:
+        rule = rule_of(self.rule, self.max_gradient)
+        return [Update(rule, state, LR, step + 1) for state in self.states]
 
     @torch.no_grad()
     def _step_exactly(
@@ -166,7 +182,7 @@ class StepCase:
         g = torch.zeros_like(weight) if weight.grad is None else weight.grad
         weight.grad = None
         g = g[rows]
-        if self.max_gradient >= 0:
+        if self.max_gradient is not None:
             g = g.clamp(-self.max_gradient, self.max_gradient)
         of_rows = {name: s[rows] for name, s in state.items()}
         new = weight[rows] - LR * DIRECTIONS[self.rule](g, of_rows, t)
@@ -176,22 +192,22 @@ class StepCase:
 
 
 def _adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    state["sums"] += g**2
-    return g / (state["sums"].sqrt() + EPS)
+    state["momentum1"] += g**2
+    return g / (state["momentum1"].sqrt() + EPS)
 
 
 def _rowwise_adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    state["sums"] += (g**2).mean(dim=1)
-    return g / (state["sums"].sqrt() + EPS).unsqueeze(1)
+    state["momentum1"] += (g**2).mean(dim=1)
+    return g / (state["momentum1"].sqrt() + EPS).unsqueeze(1)
 
 
 def _adam(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    mean, square = state["mean"], state["square"]
+    mean, square = state["momentum1"], state["exp_avg_sq"]
     mean.copy_(BETA1 * mean + (1 - BETA1) * g)
     square.copy_(BETA2 * square + (1 - BETA2) * g**2)
     bound = square
-    if "largest" in state:
-        bound = state["largest"].copy_(torch.maximum(state["largest"], square))
+    if "max_exp_avg_sq" in state:
+        bound = state["max_exp_avg_sq"].copy_(torch.maximum(state["max_exp_avg_sq"], square))
     return mean / (1 - BETA1**t) / ((bound / (1 - BETA2**t)).sqrt() + EPS)
 
 
@@ -204,8 +220,8 @@ DIRECTIONS: dict[str, Callable[[Tensor, dict[str, Tensor], int], Tensor]] = {
 }
 
 
-def one_table(rows: int = 5, width: int = 4, **fields: Any) -> tuple[Lookup, list[Tensor]]:
+def one_table(rows: int = 5, width: int = 4, **fields: Any) -> tuple[Description, list[Tensor]]:
     """The smallest lookup: a table of one partition, ids being rows."""
     layout = TableLayout("add", (PartitionLayout(width, 1, rows),), **{"num_ids": rows, **fields})
     weight = torch.arange(float(rows * width)).view(rows, width)
-    return Lookup(encode([layout]), ["t"], []), [weight]
+    return Description([layout], ["t"]), [weight]

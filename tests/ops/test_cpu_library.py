@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrec_qr.ops import cpu, cpu_library
+from torchrec_qr.ops import cpu_library
+from torchrec_qr.ops.backends import cpu
 
 SCRIPT = """
 import sys, warnings
 from pathlib import Path
 import torch
-from torchrec_qr.ops import cpu, cpu_library
+from torchrec_qr.ops import cpu_library
+from torchrec_qr.ops.backends import cpu
 cpu_library._PATH = Path(sys.argv[1])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

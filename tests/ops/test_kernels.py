@@ -8,7 +8,10 @@ from kernel_reference import StepCase
 from pairwise import pairwise
 from torch import Tensor
 
-from torchrec_qr.ops import cpu, cpu_library
+from torchrec_qr.ops import cpu_library
+from torchrec_qr.ops.backends import cpu
+from torchrec_qr.ops.cpu_library import without_kernels
+from torchrec_qr.ops.update_rules import Sgd, Update
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 
@@ -88,6 +91,16 @@ def best_isa() -> int:
     return int(library.qr_best_isa())
 
 
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
+def test_ten_steps_in_pytorch(rule: str, operation: str) -> None:
+    """The backend that the kernels give way to: of every operation and rule, with repeated ids and empty bags."""
+    kinds = {"mult": ("explicit", 2), "add": ("wide", 3), "concat": ("strided", 2)}
+    with without_kernels():
+        for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
+            train(StepCase(*kinds[operation], operation, rule=rule, dtype=dtype, weighted=True, pooling="mean"), rtol)
+
+
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
 def test_untouched_rows_do_not_move(rule: str) -> None:
     assert train(StepCase("wide", 2, rule=rule), 2e-5) > 400
@@ -149,17 +162,17 @@ def test_conversions_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     for isa in cpu_library.ISAS[: best_isa() + 1]:
         monkeypatch.setenv(cpu_library.VARIABLE, isa)
         weight = stored.clone()
-        numbers = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
-        cpu.step_rows(weight, rows, torch.zeros(weight.shape), "sgd", [], numbers)
+        update = Update(Sgd(), {}, 1.0)
+        cpu.update_rows(weight, rows, torch.zeros(weight.shape), update)
         number = ~stored.isnan()
         assert torch.equal(weight[number].view(torch.int16), stored[number].view(torch.int16))
         assert weight[~number].isnan().all()
         steps = torch.randn(stored.shape) * torch.logspace(-9, 5, stored.numel()).view(stored.shape)
         weight = torch.zeros(stored.shape, dtype=dtype)
-        cpu.step_rows(weight, rows, steps, "sgd", [], numbers)
+        cpu.update_rows(weight, rows, steps, update)
         assert torch.equal(weight, (-steps).to(dtype))
         halfway = (stored.float() + torch.nextafter(stored, torch.tensor(torch.inf, dtype=dtype)).float()) / 2
         finite = halfway.isfinite().all(dim=1)
         weight = torch.zeros(stored.shape, dtype=dtype)
-        cpu.step_rows(weight, rows, -halfway, "sgd", [], numbers)
+        cpu.update_rows(weight, rows, -halfway, update)
         assert torch.equal(weight[finite], halfway[finite].to(dtype))

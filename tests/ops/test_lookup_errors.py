@@ -6,20 +6,23 @@ from kernel_reference import one_table
 from torch import Tensor
 
 from torchrec_qr import ExplicitPartitions
-from torchrec_qr.ops import cpu
-from torchrec_qr.ops.arguments import Batch, Gradients
-from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import (
-    Lookup,
-    look_up,
-    lookup_gradients_op,
-    lookup_op,
-    lookup_step_op,
-    stepped_lookup,
-)
+from torchrec_qr.ops import lookup
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.backends import cpu
+from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
+from torchrec_qr.ops.operators import lookup_gradients_op, lookup_op
+from torchrec_qr.ops.partition_layouts import partition_layouts
+from torchrec_qr.ops.update_rules import Adagrad, Sgd, Update
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
-NUMBERS = [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]
+SGD = Update(Sgd(), {}, 0.1)
+
+
+def look_up(
+    tables: Description, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
+) -> Tensor:
+    return lookup.look_up(tables, weights, Batch(ids, offsets, id_weights, pooled))
 
 
 def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -47,43 +50,35 @@ def test_any_id_of_a_closed_form_without_a_range() -> None:
     layout = TableLayout("add", (PartitionLayout(4, 3, 5),), num_ids=-1)
     weight = torch.arange(20.0).view(5, 4)
     ids = ints(-1, -3, -4, 2**63 - 1, -(2**63), 14)
-    out = look_up(Lookup(encode([layout]), ["t"], []), [weight], ids, ints(0, 6), None, False)
+    out = look_up(Description([layout], ["t"]), [weight], ids, ints(0, 6), None, False)
     assert torch.equal(out.view(-1, 4), weight[ids // 3 % 5])
 
 
 def test_rows_outside_of_what_is_stored() -> None:
     """A block of rows: codes and rows of other blocks are refused, though their ids are within the table."""
     layout = TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)
-    tables, weight = Lookup(encode([layout]), ["t"], []), torch.arange(20.0).view(5, 4)
+    tables, weight = Description([layout], ["t"]), torch.arange(20.0).view(5, 4)
     assert torch.equal(look_up(tables, [weight], ints(5, 9), ints(0, 2), None, False).view(-1, 4), weight[[0, 4]])
     with pytest.raises(IndexError, match="table 't': id number 1 has row -1 of partition 0"):
         look_up(tables, [weight], ints(5, 4), ints(0, 2), None, True)
     coded = TableLayout("add", (PartitionLayout(4, 1, 10, 5),), num_ids=10, code=CodeLayout(1, 1, 10, 5))
-    assert torch.equal(
-        look_up(Lookup(encode([coded]), ["t"], []), [weight], ints(3), ints(0, 1), None, False), weight[3]
-    )
+    assert torch.equal(look_up(Description([coded], ["t"]), [weight], ints(3), ints(0, 1), None, False), weight[3])
     for bad in (5, 2**62, 2**63 - 1, -1):
         with pytest.raises(IndexError, match="out of range"):
-            look_up(Lookup(encode([coded]), ["t"], []), [weight], ints(bad), ints(0, 1), None, True)
+            look_up(Description([coded], ["t"]), [weight], ints(bad), ints(0, 1), None, True)
 
 
 def test_class_maps_point_outside_of_no_weight() -> None:
     partitions = ExplicitPartitions([[0, 1, 2]]).bind(3)
     layout = TableLayout("add", partition_layouts(partitions, {0: 4}), num_ids=3)
-    tables = Lookup(encode([layout]), ["t"], [torch.tensor([[0, 1, 7]], dtype=torch.int32)])
+    tables = Description([layout], ["t"], [torch.tensor([[0, 1, 7]], dtype=torch.int32)])
     with pytest.raises(IndexError, match="has row 7 of partition 0"):
         look_up(tables, [torch.zeros(3, 4)], ints(2), ints(0, 1), None, True)
+    short = Description([layout], ["t"], [torch.zeros(1, 2, dtype=torch.int64)])
     with pytest.raises(ValueError, match=r"class map of shape \(1, 2\); allowed: \(K, 3\)"):
-        look_up(
-            tables._replace(class_maps=[torch.zeros(1, 2, dtype=torch.int64)]),
-            [torch.zeros(3, 4)],
-            ints(0),
-            ints(0, 1),
-            None,
-            True,
-        )
+        look_up(short, [torch.zeros(3, 4)], ints(0), ints(0, 1), None, True)
     with pytest.raises(ValueError, match="0 class maps"):
-        look_up(tables._replace(class_maps=[]), [torch.zeros(3, 4)], ints(0), ints(0, 1), None, True)
+        look_up(Description([layout], ["t"]), [torch.zeros(3, 4)], ints(0), ints(0, 1), None, True)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +101,7 @@ def test_offsets_that_do_not_cover_the_ids(offsets: Tensor, message: str) -> Non
     # Of the backward alone, which is given what the forward never saw.
     out = torch.zeros(max(offsets.numel() - 1, 0), 4)
     with pytest.raises(ValueError, match=message):
-        lookup_gradients_op(out, weights, [], ints(0, 1, 2), offsets, None, tables.layout, "t", True, [True], False)
+        lookup_gradients_op(out, weights, [], ints(0, 1, 2), offsets, None, tables.text, True, [True], False)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +115,14 @@ def test_offsets_that_do_not_cover_the_ids(offsets: Tensor, message: str) -> Non
 )
 def test_steps_that_do_not_fit(weight: Tensor, rows: Tensor, gradients: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cpu.step_rows(weight, rows, gradients, "sgd", [], NUMBERS)
+        cpu.update_rows(weight, rows, gradients, SGD)
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
 def test_steps_of_rows_outside(bad: int) -> None:
     weight = torch.zeros(3, 4)
     with pytest.raises(IndexError, match=rf"row {bad} is out of range \[0, 3\)"):
-        cpu.step_rows(weight, ints(0, bad), torch.ones(2, 4), "sgd", [], NUMBERS)
+        cpu.update_rows(weight, ints(0, bad), torch.ones(2, 4), SGD)
     assert not weight.any()
 
 
@@ -136,8 +131,7 @@ def test_a_backward_of_what_no_forward_has_seen() -> None:
     before = weight.clone()
 
     def step(out_gradient: Tensor, ids: Tensor) -> None:
-        rest = (ints(0, 3), None, tables.layout, "t", True, [1], NUMBERS, False)
-        lookup_step_op(out_gradient, [weight], [], [], [], ids, *rest)
+        cpu.backward(tables, [weight], Batch(ids, ints(0, 3), None, True), out_gradient, [SGD], False)
 
     with pytest.raises(IndexError, match="id 5"):
         step(torch.ones(1, 4), ints(0, 5, 2))
@@ -167,8 +161,8 @@ def test_sizes_that_do_not_fit() -> None:
     two = one_table(num_features=2)[0]
     with pytest.raises(ValueError, match="4 offsets for 2 features"):
         look_up(two, [weight], ids, ints(0, 1, 1, 2), None, True)
-    steps = Gradients([2], [torch.zeros(4, 4)], NUMBERS, [])
-    out = stepped_lookup(tables, [weight.requires_grad_()], lambda: steps, ids, offsets, None, True)
+    step = Update(Adagrad(), {"momentum1": torch.zeros(4, 4)}, 0.1)
+    out = stepped_lookup(tables, [weight.requires_grad_()], Batch(ids, offsets, None, True), lambda: [step])
     with pytest.raises(ValueError, match=r"state of shape \(4, 4\).*; allowed: contiguous, \(5, 4\)"):
         out.sum().backward()
 
@@ -231,25 +225,25 @@ def test_rows_that_overlap_are_read_as_what_they_are(kind: str) -> None:
 def test_rows_that_overlap_are_refused_by_operators_and_steps(kind: str) -> None:
     tables, _ = one_table()
     weight, ids, offsets = overlapping()[kind], ints(0, 4), ints(0, 2)
-    common = (tables.class_maps, ids, offsets, None, tables.layout, "t", True)
+    common = (tables.class_maps, ids, offsets, None, tables.text, True)
+    batch = Batch(ids, offsets, None, True)
     message = "whose rows overlap; allowed: rows that are 4 or more apart"
     with pytest.raises(ValueError, match=message):
         lookup_op([weight], *common)
     with pytest.raises(ValueError, match=message):
         lookup_gradients_op(torch.ones(1, 4), [weight], *common, [True], False)
     with pytest.raises(ValueError, match=message):
-        lookup_step_op(torch.ones(1, 4), [weight], [], [], *common, [1], NUMBERS, False)
-    steps = Gradients([1], [], NUMBERS, [])
+        cpu.backward(tables, [weight], batch, torch.ones(1, 4), [SGD], False)
     with pytest.raises(ValueError, match=message):
-        stepped_lookup(tables, [weight.detach().requires_grad_()], lambda: steps, ids, offsets, None, True)
+        stepped_lookup(tables, [weight.detach().requires_grad_()], batch, lambda: [SGD])
     with pytest.raises(ValueError, match=message):
-        cpu.step_rows(weight, ints(1), torch.ones(1, 4), "sgd", [], NUMBERS)
+        cpu.update_rows(weight, ints(1), torch.ones(1, 4), SGD)
 
 
 def test_a_class_map_whose_rows_overlap_is_refused() -> None:
     partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]]).bind(3)
-    layout = encode([TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)])
-    tables = Lookup(layout, ["t"], [partitions.class_map[:1].expand(2, 3)])
+    layout = TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)
+    tables = Description([layout], ["t"], [partitions.class_map[:1].expand(2, 3)])
     with pytest.raises(ValueError, match=r"a class map of shape \(2, 3\), strides \(0, 1\), whose rows overlap"):
         look_up(tables, [torch.ones(3, 4), torch.ones(2, 4)], ints(0), ints(0, 1), None, True)
 
@@ -257,10 +251,10 @@ def test_a_class_map_whose_rows_overlap_is_refused() -> None:
 META = torch.device("meta")
 
 
-def mapped_table() -> tuple[list[int], list[Tensor], list[Tensor]]:
+def mapped_table() -> tuple[TableLayout, list[Tensor], list[Tensor]]:
     partitions = ExplicitPartitions([[0, 1, 2], [0, 1, 0]]).bind(3)
     layout = TableLayout("mult", partition_layouts(partitions, {0: 4, 1: 4}), num_ids=3)
-    return encode([layout]), [torch.ones(3, 4), torch.ones(2, 4)], [partitions.class_map]
+    return layout, [torch.ones(3, 4), torch.ones(2, 4)], [partitions.class_map]
 
 
 @pytest.mark.parametrize(
@@ -299,14 +293,16 @@ def test_a_tensor_on_another_device_is_named(where: str, message: str) -> None:
             states[0] = states[0].to(META)
         case "touched":
             touched[0] = touched[0].to(META)
-    gradients = Gradients([2, 2], states, NUMBERS * 2, touched)
-    before = [w.clone() for w in weights]
+    outcomes: list[Outcome] = [Update(Adagrad(), {"momentum1": state}, 0.1) for state in states]
+    if where == "touched":
+        outcomes = list(map(DenseGradient, touched))
+    tables, before = Description([layout], ["t"], class_maps), [w.clone() for w in weights]
     with pytest.raises(ValueError, match=message):
-        cpu.propagate(gradient, weights, class_maps, batch, layout, "t", gradients, False)
+        cpu.backward(tables, weights, batch, gradient, outcomes, False)
     assert all(w.is_meta or torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     if where in ("ids", "offsets", "id weights", "partition", "class map"):
         with pytest.raises(ValueError, match=message):
-            cpu.look_up(weights, class_maps, batch, layout, "t")
+            cpu.forward(tables, weights, batch)
 
 
 @pytest.mark.parametrize("where", ["rows", "gradients"])
@@ -315,4 +311,4 @@ def test_rows_to_step_lie_where_the_weight_lies(where: str) -> None:
     rows = rows.to(META) if where == "rows" else rows
     gradients = gradients.to(META) if where == "gradients" else gradients
     with pytest.raises(ValueError, match="allowed: cpu, as the weight"):
-        cpu.step_rows(torch.ones(3, 4), rows, gradients, "sgd", [], NUMBERS)
+        cpu.update_rows(torch.ones(3, 4), rows, gradients, SGD)

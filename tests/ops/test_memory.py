@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchrec_qr.ops import memory
-from torchrec_qr.ops.cpu import available
+from torchrec_qr.ops.backends.cpu import available
 from torchrec_qr.ops.memory import recycled
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
@@ -16,9 +16,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads t
 STEP = """
 import sys
 import torch
-from torchrec_qr.ops.arguments import RULES, Gradients
-from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup, stepped_lookup
+from torchrec_qr.ops.arguments import Batch
+from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
+from torchrec_qr.ops.update_rules import Sgd, Update
 
 def kib(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
@@ -28,10 +29,10 @@ num_ids, dim, (m, hot, bags) = 200_000, 64, map(int, sys.argv[1:])
 quotients = -(-num_ids // m)
 layout = TableLayout("mult", (PartitionLayout(dim, 1, m), PartitionLayout(dim, m, quotients)), num_ids=num_ids)
 weights = [torch.ones(m, dim, requires_grad=True), torch.ones(quotients, dim, requires_grad=True)]
-steps = lambda: Gradients([RULES["sgd"]] * 2, [], [0.01, 0, 0, 0, 1, 1, -1] * 2, [])
+tables, updates = Description([layout], ["t"]), lambda: [Update(Sgd(), {}, 0.01)] * 2
 
 def step(ids, offsets, gradient):
-    stepped_lookup(Lookup(encode([layout]), ["t"], []), weights, steps, ids, offsets, None, True).backward(gradient)
+    stepped_lookup(tables, weights, Batch(ids, offsets, None, True), updates).backward(gradient)
 
 step(torch.arange(2), torch.arange(3), torch.ones(2, dim))  # what a first step loads is not a step's
 ids, offsets, gradient = torch.randint(num_ids, (bags * hot,)), torch.arange(bags + 1) * hot, torch.ones(bags, dim)

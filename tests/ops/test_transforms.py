@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.modules.table import CompositionalTable
-from torchrec_qr.ops.arguments import GRADIENT, Gradients
+from torchrec_qr.ops.arguments import Batch, DenseGradient
 from torchrec_qr.ops.lookup import stepped_lookup
 
 BATCH = KeyedJaggedTensor(["a"], torch.tensor([3, 7, 7, 19, 0]), lengths=torch.tensor([2, 0, 3]))
@@ -71,9 +71,8 @@ def test_forward_mode_raises_as_torchrecs_does(operation: str, data_type: DataTy
 def test_forward_mode_of_a_sharded_lookup_raises() -> None:
     table = collection("mult").embedding_bags["t"]
     assert isinstance(table, CompositionalTable)
-    tables, ids, offsets = table._lookup(), BATCH.values(), BATCH.offsets()
-    nothing = Gradients([GRADIENT] * 2, [], [], [])
+    batch = Batch(BATCH.values(), BATCH.offsets(), None, True)
     with forward_ad.dual_level():
         weights = list(duals({str(j): w for j, w in enumerate(table.weights())}).values())
         with pytest.raises(NotImplementedError, match="jvp"):
-            stepped_lookup(tables, weights, lambda: nothing, ids, offsets, None, True)
+            stepped_lookup(table.description, weights, batch, lambda: [DenseGradient()] * 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import triton_cases
 
-from torchrec_qr.ops import cpu
+from torchrec_qr.ops.backends import cpu
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[2]
 
 FIRST_LOOKUP = """
 import sysconfig, torch
-from torchrec_qr.ops import lookup
+from torchrec_qr.ops import dispatch
 
 torch.cuda.is_available = lambda: True
 paths = sysconfig.get_paths
 sysconfig.get_paths = lambda *a, **k: {{**paths(*a, **k), "include": {include!r}}}
 try:
-    lookup._backend(torch.device("cuda"))
+    dispatch.kernels_on(torch.device("cuda"))
 except Exception as error:
     print(type(error).__name__, error, sep=": ")
 """

@@ -27,7 +27,7 @@ KERNELS = ["chunks_of_keys", "forward", "keys_of_ids", "step_rows", "sum_chunks"
 def test_steps_compile_nothing_after_the_warm_up(
     rule: str, dtype: str, pooling: str, weights: str, tmp_path: Path
 ) -> None:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS / "cuda_without_gpu")])
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "cuda_without_gpu")))
     done = subprocess.run(
         [sys.executable, str(CASE), rule, dtype, pooling, weights],
         env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},

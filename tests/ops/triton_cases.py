@@ -32,7 +32,6 @@ OTHERS = (
     "hot_rows",
     "hot_rows_of_every_shape",
     "dense_gradients_and_touched_rows",
-    "unique_rows",
     "sequences",
     "codes",
     "rows_given",
@@ -44,7 +43,7 @@ OTHERS = (
 )
 NAMES = [*STEPS, *OTHERS]
 # Those that compare with the CPU kernels, which are not on every machine.
-AGAINST_CPU = ("dense_gradients_and_touched_rows", "unique_rows", "sequences", "codes", "rows_given")
+AGAINST_CPU = ("dense_gradients_and_touched_rows", "sequences", "codes", "rows_given")
 
 
 def step(case: dict[str, Any]) -> None:

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_reference import StepCase, one_table
+from kernel_reference import RULES, StepCase, one_table, rule_of, update_of
 from torch import Tensor
 
-from torchrec_qr.ops import cpu, triton
-from torchrec_qr.ops.arguments import GRADIENT, NOTHING, RULES, Batch, Gradients, num_states
-from torchrec_qr.ops.layout import CodeLayout, PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.backends import cpu, triton
+from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.triton_kernels import run
-from torchrec_qr.ops.triton_kernels.tables import Partition, Stored, Table, describe
+from torchrec_qr.ops.triton_kernels.tables import Stored, describe
+from torchrec_qr.ops.update_rules import Sgd, Update
 from torchrec_qr.ops.warm_up import launch_every_kernel
 
 
@@ -26,23 +26,21 @@ def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, case: StepCase, steps: Gradients, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
+        ctx: Any, case: StepCase, step: int, ids: Tensor, offsets: Tensor, w: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        ctx.rest = [t.data for t in weights], case.lookup.class_maps, Batch(ids, offsets, w, True)
-        ctx.layout, ctx.steps = case.lookup.layout, steps
-        return triton.look_up(*ctx.rest, ctx.layout, "a\nb")
+        ctx.given = case.tables, [t.data for t in weights], Batch(ids, offsets, w, True)
+        ctx.updates = case.updates(step)
+        return triton.forward(*ctx.given)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        steps, weighted = ctx.steps, ctx.needs_input_grad[4]
-        gradients = Gradients(steps.rules, steps.states, steps.hyper, steps.touched)
-        out = triton.propagate(gradient, *ctx.rest, ctx.layout, "a\nb", gradients, weighted)
-        return None, None, None, None, out[-1] if weighted else None, *[None] * (len(out) - 1)
+        found = triton.backward(*ctx.given, gradient, ctx.updates, ctx.needs_input_grad[4])
+        return None, None, None, None, found.id_weights, *found.weights
 
 
 class StepThroughTriton(StepCase):
     def look_up(self, ids: Tensor, offsets: Tensor, id_weights: Tensor | None, step: int) -> Tensor:
-        return _Lookup.apply(self, self.steps(step), ids, offsets, id_weights, *self.stored)
+        return _Lookup.apply(self, step, ids, offsets, id_weights, *self.stored)
 
 
 def ints(*values: int) -> Tensor:
@@ -83,73 +81,61 @@ def hot_rows_of_every_shape() -> None:
     lengths = [1, 3, 4, 5, 8, 9, 7, 16, 40, 1, 1, 2, 33, 24, 8, 64]
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     weight = torch.randn(len(lengths), 4)
-    table = Table("add", (Partition(Stored.of(weight), 1, len(lengths)),), num_ids=len(lengths))
-    d = describe((table,), weight.device)
+    table = TableLayout("add", (PartitionLayout(4, 1, len(lengths)),), num_ids=len(lengths))
+    d = describe(Description([table], ["t"]), [Stored.of(weight)], [], weight.device)
     gradient = torch.randn(len(rows), 4)
     expected = torch.zeros(len(lengths), 4, dtype=torch.float64).index_add_(0, rows, gradient.double())
     for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
         for cuts in (run.Cuts(4, 2), run.Cuts(8, 4)):
             batch = run.batch_of(d, rows[order], ints(0, len(rows)), None, False)
             sums = run.sum_rows(d, batch, gradient[order].flatten(), 0, [True], cuts)
-            found, of_rows = run.unique_rows(d, [sums], 0)
-            assert torch.equal(found, torch.arange(len(lengths)))
-            close(of_rows, expected, 1e-5, f"{cuts}")
+            filled = sums.rows >= 0
+            assert torch.equal(sums.rows[filled], torch.arange(len(lengths)))
+            close(sums.sums[filled, :4], expected, 1e-5, f"{cuts}")
 
 
-def two_tables() -> tuple[list[Tensor], list[int], Batch, int]:
+QR = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))
+
+
+def two_tables() -> tuple[Description, list[Tensor], Batch]:
     """A product of two partitions over two features, and a concatenation of two widths; ids, weights, MEAN."""
-    qr = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))
     pair = (PartitionLayout(4, 3, 5), PartitionLayout(8, 1, 3))
-    layout = [TableLayout("mult", qr, 2, 15, mean=True), TableLayout("concat", pair, 1, 15)]
+    layouts = [TableLayout("mult", QR, 2, 15, mean=True), TableLayout("concat", pair, 1, 15)]
     weights = [torch.randn(r, w) for r, w in ((5, 8), (3, 8), (5, 4), (3, 8))]
     ids = torch.randint(0, 15, (23,))
-    return weights, encode(layout), Batch(ids, ints(0, 3, 3, 8, 14, 15, 23), torch.rand(23), True), 28
+    batch = Batch(ids, ints(0, 3, 3, 8, 14, 15, 23), torch.rand(23), True)
+    return Description(layouts, ["a", "b"]), weights, batch
 
 
 def dense_gradients_and_touched_rows() -> None:
-    """Every kind of rule in one call, as the CPU kernels have it."""
-    weights, layout, batch, columns = two_tables()
-    gradient = torch.randn(2, columns)
-    rules = [GRADIENT, 4, NOTHING, 1]
+    """Every kind of outcome in one call, as the CPU kernels have it."""
+    tables, weights, batch = two_tables()
+    gradient = torch.randn(2, tables.columns)
     results = []
     for backend in (cpu, triton):
-        own = [w.clone() for w in weights]
-        states = [torch.zeros(3, 8), torch.zeros(3, 8)]
-        touched = [torch.zeros(5, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-        touched += [torch.empty(0, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)]
-        numbers = [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, -1.0] * 4
-        gradients = Gradients(rules, states, numbers, touched)
-        out = backend.propagate(gradient, own, [], batch, layout, "a\nb", gradients, True)
-        results.append([*own, *states, *touched, *out])
+        own, touched = [w.clone() for w in weights], torch.zeros(5, dtype=torch.uint8)
+        adam = update_of(rule_of("adam"), own[1], t=3)
+        outcomes: list[Outcome] = [DenseGradient(touched), adam, None, Update(Sgd(), {}, 0.1)]
+        found = backend.backward(tables, own, batch, gradient, outcomes, True)
+        assert [g is None for g in found.weights] == [False, True, True, True]
+        results.append([*own, *adam.state.values(), touched, found.weights[0], found.id_weights])
     for i, (actual, expected) in enumerate(zip(results[1], results[0], strict=True)):
         close(actual, expected, 1e-5, f"number {i}")
 
 
-def unique_rows() -> None:
-    weights, layout, batch, columns = two_tables()
-    gradient = torch.randn(2, columns)
-    found = triton.unique_gradients(gradient, weights, [], batch, layout, "a\nb")
-    dense = cpu.propagate(gradient, weights, [], batch, layout, "a\nb", Gradients([GRADIENT] * 4, [], [], []), False)
-    for (rows, of_rows), of_all in zip(found, dense, strict=False):
-        assert torch.equal(rows, of_all.abs().sum(dim=1).nonzero().squeeze(1))
-        close(of_rows, of_all[rows], 1e-5)
-
-
 def sequences() -> None:
-    """Not pooled: tables of one width, whose output's size the ids tell, and of two."""
-    weights, layout, batch, _ = two_tables()
+    """Not pooled: tables of one width, whose output's size the ids give, and of two."""
+    tables, weights, batch = two_tables()
     offsets = ints(0, 8, 15, 23)
-    one_width = encode([TableLayout("mult", (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3)), 3, 15)])
-    for own, of_layout in ((weights, layout), (weights[:2], one_width)):
-        names = "a\nb"[: len(own) - 1]
+    one_width = Description([TableLayout("mult", QR, 3, 15)], ["a"])
+    for own, of_tables in ((weights, tables), (weights[:2], one_width)):
         for given in (batch.ids, batch.ids.to(torch.int32)):
             of = Batch(given, offsets, None, False)
-            out = triton.look_up(own, [], of, of_layout, names)
-            assert torch.equal(out, cpu.look_up(own, [], of, of_layout, names))
-        gradient = torch.randn(out.shape)
-        rules = Gradients([GRADIENT] * len(own), [], [], [])
-        actual = triton.propagate(gradient, own, [], of, of_layout, names, rules, False)
-        for a, e in zip(actual, cpu.propagate(gradient, own, [], of, of_layout, names, rules, False), strict=True):
+            out = triton.forward(of_tables, own, of)
+            assert torch.equal(out, cpu.forward(of_tables, own, of))
+        gradient, dense = torch.randn(out.shape), [DenseGradient()] * len(own)
+        actual, expected = (b.backward(of_tables, own, of, gradient, dense, False).weights for b in (triton, cpu))
+        for a, e in zip(actual, expected, strict=True):
             close(a, e, 1e-5)
 
 
@@ -165,21 +151,20 @@ def codes() -> None:
     weights = [wide[:, 4:8], torch.randn(3, 4)]
     batch = Batch(torch.arange(15), ints(0, 4, 15), None, True)
     for table in (strided, adjacent):
-        out = triton.look_up(weights, [], batch, encode([table]), "t")
-        close(out, cpu.look_up(weights, [], batch, encode([table]), "t"), 1e-6)
+        tables = Description([table], ["t"])
+        close(triton.forward(tables, weights, batch), cpu.forward(tables, weights, batch), 1e-6)
 
 
 def rows_given() -> None:
     """Steps of rows whose gradients came another way."""
     rows, gradients = ints(3, 0, 4), torch.randn(3, 8)
-    for rule, number in RULES.items():
+    for rule in RULES:
         results = []
         for backend in (cpu, triton):
             weight = torch.linspace(-1, 1, 40).view(5, 8).to(torch.float16)
-            shape = (5,) if rule == "rowwise_adagrad" else (5, 8)
-            states = [torch.full(shape, 0.5) for _ in range(num_states(number))]
-            backend.step_rows(weight, rows, gradients, rule, states, [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, 0.5])
-            results.append([weight, *states])
+            update = update_of(rule_of(rule, max_gradient=0.5), weight, lr=0.1, fill=0.5)
+            backend.update_rows(weight, rows, gradients, update)
+            results.append([weight, *update.state.values()])
         for actual, expected in zip(results[1], results[0], strict=True):
             close(actual, expected, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
 
@@ -189,8 +174,8 @@ def any_id() -> None:
     weight, ids = torch.arange(20.0).view(5, 4), ints(-1, -3, -4, 2**63 - 1, -(2**63), 14, 2**40)
     batch = Batch(ids, ints(0, len(ids)), None, False)
     for divisor in (1, 3, 2**33 + 1):
-        layout = encode([TableLayout("add", (PartitionLayout(4, divisor, 5),), num_ids=-1)])
-        out = triton.look_up([weight], [], batch, layout, "t")
+        tables = Description([TableLayout("add", (PartitionLayout(4, divisor, 5),), num_ids=-1)], ["t"])
+        out = triton.forward(tables, [weight], batch)
         assert torch.equal(out.view(-1, 4), weight[ids // divisor % 5])
 
 
@@ -201,15 +186,14 @@ def ids_out_of_range() -> None:
     for bad in (-1, 5, 2**62, -(2**63)):
         batch = Batch(ints(0, 4, bad, 1), ints(0, 4), None, True)
         with pytest.raises(IndexError, match=rf"table 't': id {bad} \(number 2\) is out of range \[0, 5\)"):
-            triton.look_up([weight], [], batch, tables.layout, "t")
-    step = Gradients([1], [], [0.1, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0], [])
+            triton.forward(tables, [weight], batch)
     with pytest.raises(IndexError, match="number 2"):
-        triton.propagate(torch.ones(1, 4), [weight], [], batch, tables.layout, "t", step, False)
+        triton.backward(tables, [weight], batch, torch.ones(1, 4), [Update(Sgd(), {}, 0.1)], False)
     expected = before - torch.tensor([0.1, 0.1, 0.0, 0.0, 0.1]).unsqueeze(1)
     close(weight, expected, 1e-6, "only rows of ids move")
-    block = encode([TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)])
+    block = Description([TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)], ["t"])
     with pytest.raises(IndexError, match="table 't': id number 1 has row -1 of partition 0"):
-        triton.look_up([weight], [], Batch(ints(5, 4), ints(0, 2), None, True), block, "t")
+        triton.forward(block, [weight], Batch(ints(5, 4), ints(0, 2), None, True))
 
 
 def offsets_that_do_not_cover_the_ids() -> None:
@@ -223,32 +207,29 @@ def offsets_that_do_not_cover_the_ids() -> None:
         (ints(0, 2**40, 3), r"offsets\[1\] = 1099511627776"),
     ):
         with pytest.raises(ValueError, match=message):
-            triton.look_up([weight], [], Batch(ints(0, 1, 2), offsets, None, True), tables.layout, "t")
+            triton.forward(tables, [weight], Batch(ints(0, 1, 2), offsets, None, True))
 
 
 def nothing_to_look_up() -> None:
     tables, (weight,) = one_table()
-    rule = Gradients([GRADIENT], [], [], [])
     for offsets, pooled, shape in ((ints(0), True, (0, 4)), (ints(0, 0, 0), True, (2, 4)), (ints(0, 0), False, (0,))):
         batch = Batch(ints(), offsets, None, pooled)
-        out = triton.look_up([weight], [], batch, tables.layout, "t")
+        out = triton.forward(tables, [weight], batch)
         assert torch.equal(out, torch.zeros(shape))
-        gradient, _ = triton.propagate(out, [weight], [], batch, tables.layout, "t", rule, False)
+        (gradient,) = triton.backward(tables, [weight], batch, out, [DenseGradient()], False).weights
         assert torch.equal(gradient, torch.zeros(5, 4))
 
 
 def a_warm_up_changes_nothing() -> None:
-    """Neither weights nor states nor marks move, and nothing is said of ids that the table lacks."""
-    for rule, number in RULES.items():
+    """Neither weights nor states nor marks move, and no error is raised of ids that the table lacks."""
+    for rule in RULES:
         for pooled in (True, False):
-            weights, layout, _, _ = two_tables()
-            shapes = [w.shape[:1] if rule == "rowwise_adagrad" else w.shape for w in weights[:3]]
-            states = [torch.full(s, 0.5) for s in shapes for _ in range(num_states(number))]
-            touched = [torch.zeros(len(w), dtype=torch.uint8) for w in weights]
-            steps = Gradients([number] * 3 + [GRADIENT], states, [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, -1.0] * 4, touched)
-            held = [*weights, *states, *touched]
+            tables, weights, _ = two_tables()
+            updates = [update_of(rule_of(rule), w, fill=0.5) for w in weights[:3]]
+            touched = torch.zeros(len(weights[3]), dtype=torch.uint8)
+            held = [*weights, *(s for u in updates for s in u.state.values()), touched]
             before = [t.clone() for t in held]
-            launch_every_kernel(Lookup(layout, ["a", "b"], []), weights, steps, pooled, weighted=True)
+            launch_every_kernel(tables, weights, [*updates, DenseGradient(touched)], pooled, weighted=True)
             assert all(map(torch.equal, held, before)), rule
-    weight, empty = torch.ones(2, 4), encode([TableLayout("add", (PartitionLayout(4, 1, 2),), num_ids=0)])
-    launch_every_kernel(Lookup(empty, ["t"], []), [weight], Gradients([GRADIENT], [], [0.0] * 7, []), True, False)
+    empty = Description([TableLayout("add", (PartitionLayout(4, 1, 2),), num_ids=0)], ["t"])
+    launch_every_kernel(empty, [torch.ones(2, 4)], [DenseGradient()], True, False)

@@ -10,51 +10,50 @@ from collections import Counter
 
 import torch
 from dry_launch import DryLaunches
+from kernel_reference import rule_of, update_of
 from torch import Tensor
 
-from torchrec_qr.ops import triton, warm_up
-from torchrec_qr.ops.arguments import GRADIENT, RULES, Batch, Gradients, num_states
-from torchrec_qr.ops.layout import PartitionLayout, TableLayout, encode
-from torchrec_qr.ops.lookup import Lookup
+from torchrec_qr.ops import warm_up
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.backends import triton
+from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
 
 FEATURES = 3
 
 
-def tables_of(dtype: torch.dtype) -> tuple[Lookup, list[Tensor]]:
+def tables_of(dtype: torch.dtype) -> tuple[Description, list[Tensor]]:
     """A product and a sum, of two features and one; the sum's second partition is replicated, in fp32."""
     qr = (PartitionLayout(16, 1, 40), PartitionLayout(16, 40, 5))
-    layout = encode([TableLayout("mult", qr, 2, 200), TableLayout("add", qr, 1, 200)])
+    layouts = [TableLayout("mult", qr, 2, 200), TableLayout("add", qr, 1, 200)]
     weights = [torch.randn(rows, 16) for rows in (40, 5, 40, 5)]
-    return Lookup(layout, ["a", "b"], []), [w.to(dtype) if i < 3 else w for i, w in enumerate(weights)]
+    return Description(layouts, ["a", "b"]), [w.to(dtype) if i < 3 else w for i, w in enumerate(weights)]
 
 
-def steps_of(rule: str, weights: list[Tensor]) -> Gradients:
-    rules = [RULES[rule]] * 3 + [GRADIENT]
-    shapes = [w.shape[:1] if rule == "rowwise_adagrad" else w.shape for w in weights]
-    states = [torch.zeros(s) for r, s in zip(rules, shapes, strict=True) for _ in range(num_states(r))]
-    return Gradients(rules, states, [0.1, 1e-3, 0.9, 0.99, 0.1, 0.01, -1.0] * 4, [])
+def outcomes_of(rule: str, weights: list[Tensor]) -> list[Outcome]:
+    return [*(update_of(rule_of(rule), w) for w in weights[:3]), DenseGradient()]
 
 
-def step(tables: Lookup, weights: list[Tensor], steps: Gradients, bags: int, pooled: bool, weighted: bool) -> None:
+def step(
+    tables: Description, weights: list[Tensor], outcomes: list[Outcome], bags: int, pooled: bool, weighted: bool
+) -> None:
     groups = FEATURES * (bags if pooled else 1)
     offsets = torch.arange(groups + 1) * 3
     ids = torch.zeros(3 * groups, dtype=torch.int64)
     batch = Batch(ids, offsets, torch.ones(len(ids)) if weighted else None, pooled)
-    given = weights, tables.class_maps, batch, tables.layout, "a\nb"
     # Nothing runs, so that what memory holds by chance must not be taken for a verdict: the calls read none here.
     triton._Call.done = lambda self: None  # type: ignore[method-assign]
-    out = triton.look_up(*given)
-    triton.propagate(torch.zeros_like(out), *given, steps, weighted)
+    out = triton.forward(tables, weights, batch)
+    triton.backward(tables, weights, batch, torch.zeros_like(out), outcomes, weighted)
 
 
 def main(rule: str, dtype: str, pooled: bool, weighted: bool) -> None:
     dry = DryLaunches()
     tables, weights = tables_of(getattr(torch, dtype))
-    steps = steps_of(rule, weights)
-    warm_up.launch_every_kernel(tables, weights, steps, pooled, weighted)
+    outcomes = outcomes_of(rule, weights)
+    warm_up.launch_every_kernel(tables, weights, outcomes, pooled, weighted)
     before, dry.compilations = dict(dry.compilations), Counter()
     for bags in (16, 17, 1_000):
-        step(tables, weights, steps, bags, pooled, weighted)
+        step(tables, weights, outcomes, bags, pooled, weighted)
     print(json.dumps({"warm_up": sorted(before), "steps": sorted(dry.compilations)}))
 
 

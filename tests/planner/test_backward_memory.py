@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
-from torchrec_qr.ops.layout import partition_layouts
+from torchrec_qr.ops.description import Description, TableLayout
+from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.planner.backward_memory import backward_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from torchrec_qr.ops.triton_kernels import run
-from torchrec_qr.ops.triton_kernels.tables import Partition, Stored, Table, describe
+from torchrec_qr.ops.triton_kernels.tables import Stored, describe
 
 CPU = torch.device("cpu")
 
@@ -41,10 +42,7 @@ def test_bytes_are_those_that_are_allocated(
     # The addresses are never read, so that a table of any size is described in no memory.
     layouts = partition_layouts(partitions, {0: dim, 1: dim})
     stored = [Stored(4096 * (j + 1), size, dim, dim, torch.float32) for j, size in enumerate(partitions.sizes)]
-    of_table = tuple(
-        Partition(weight, p.divisor, p.modulus, p.first_row) for weight, p in zip(stored, layouts, strict=True)
-    )
-    d = describe((Table("mult", of_table, num_ids=num_ids),), CPU)
+    d = describe(Description([TableLayout("mult", layouts, num_ids=num_ids)], ["t"]), stored, [], CPU)
     batch = run.batch_of(d, torch.zeros(ids, dtype=torch.int64), torch.arange(ids + 1), None, True)
     sums = [run.sum_rows(d, batch, torch.zeros(ids, dim), number, [True, True]) for number in range(2)]
     kept = sum(t.nbytes for s in sums for t in s)

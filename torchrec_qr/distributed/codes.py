@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.configs import CompositionalConfig
-from torchrec_qr.ops.layout import CodeLayout
+from torchrec_qr.ops.description import CodeLayout
 from torchrec_qr.partitions import ClosedForm
 
 
@@ -56,10 +56,6 @@ class RowCode:
         p = self.config.bound_partitions
         stride, size = self._base(p) if isinstance(p, ClosedForm) else (0, 0)
         return CodeLayout(self.codes_per_row, stride, size, first_row)
-
-    def decode(self, codes: Tensor, first_row: int) -> Tensor:
-        """(N,) codes, counted from ``first_row`` · C → (N,) ids."""
-        return self.layout(first_row).ids_of(codes)
 
     def _base(self, p: ClosedForm) -> tuple[int, int]:
         """M and r: stride and size of the base partition."""

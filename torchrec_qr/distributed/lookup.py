@@ -14,13 +14,12 @@ from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import DTYPES
+from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.local_shard import LocalShard, ReplicatedPartitions
 from torchrec_qr.distributed.optimizer import RowOptimizer, StoredPartition
 from torchrec_qr.distributed.placement import compositional, is_fused, stored_shard_of
-from torchrec_qr.distributed.shard_run import FeatureRange, runs_of
+from torchrec_qr.distributed.shard_lookup import shard_lookups
 from torchrec_qr.distributed.shards import is_replicated, stored_shards
-from torchrec_qr.distributed.update_rules import update_rule
-from torchrec_qr.ops.lookup import available
 from torchrec_qr.ops.out_of_memory import named_zeros
 
 
@@ -119,8 +118,8 @@ class Replicas(nn.Module):
 class CompositionalKernel(BaseEmbedding):
     """Looks up a group of compositional shards: maps ids to rows, looks up, composes, and pools unless ``sequence``.
 
-    Stores the partitions that are not replicated. Fused ones are leaves that are stepped as
-    soon as their gradient is complete; others are plain parameters.
+    Stores the partitions that are not replicated. The lookup's backward steps the rows of fused ones, which are leaves;
+    others are plain parameters.
     """
 
     def __init__(
@@ -147,9 +146,6 @@ class CompositionalKernel(BaseEmbedding):
             optimizer = RowOptimizer(stored, update_rule(tables[0].name, tables[0].fused_params or {}), pg)
             holders.append(FusedOptimizerHolder(optimizer))
             optimizers[tables[0].name] = optimizer
-            for partition in stored:
-                for leaf in partition.tensors:
-                    optimizer.step_in_backward(leaf)
             tensors_of = {partition.name: partition.tensors for partition in stored}
             frozen = compositional(tables[0]).frozen
             self._exposed = [
@@ -162,7 +158,7 @@ class CompositionalKernel(BaseEmbedding):
             )
             for t in config.embedding_tables
         )
-        self._runs = runs_of(list(self._local_shards()), sequence)
+        self._lookups = shard_lookups(list(self._local_shards()), sequence)
         self.optimizers = nn.ModuleList(holders)
         self.dense = nn.ParameterList(p for _, p in self._exposed if not hasattr(p, "_in_backward_optimizers"))
 
@@ -190,7 +186,7 @@ class CompositionalKernel(BaseEmbedding):
             starts = [0, *accumulate(a * b for a, b in sizes)]
             pieces = [flat[start : start + a * b].view(a, b) for start, (a, b) in zip(starts, sizes, strict=False)]
             if is_fused(tables[0]):
-                # Leaves of their own: the gradient of a view of the parameter would be dense.
+                # Leaves of their own, which lead autograd to the backward that steps them.
                 pieces = [p.detach().requires_grad_() for p in pieces]
             for (t, _), piece, start in zip(here, pieces, starts, strict=False):
                 leaves[id(t), j] = partial(_leaf, piece) if is_fused(t) else partial(_view, exposed, start, piece.shape)
@@ -215,23 +211,20 @@ class CompositionalKernel(BaseEmbedding):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Returns (B, ΣD) of the group's features in order; for sequences their (N, D) end to end, flat."""
-        kernels = available(features.device())
-        outputs: list[Tensor] = []
-        first = 0
-        for run in self._runs:
-            part = FeatureRange(features, first, first + run.num_features, self._config.is_weighted)
-            first += run.num_features
-            if kernels and run.has_kernels:
-                outputs.append(run.in_kernels(part, self.replicas))
-            else:
-                outputs += run.in_pytorch(part, self.replicas)
+        weighted = self._config.is_weighted
+        outputs = [lookup.look_up(features, weighted, self.replicas) for lookup in self._lookups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
 
     def warm_up(self, replicas: ReplicatedPartitions) -> None:
-        """Has the kernels of a step compiled, where they run on a GPU."""
-        for run in self._runs:
-            if run.has_kernels:
-                run.warm_up(replicas, self._config.is_weighted)
+        """Has the kernels of a step compiled, if they run on a GPU."""
+        for lookup in self._lookups:
+            lookup.warm_up(self._config.is_weighted, replicas)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalKernel":
+        super()._apply(fn, recurse)
+        # Class maps follow to another device.
+        self._lookups = shard_lookups(list(self._local_shards()), self._sequence)
+        return self
 
     def uses(self) -> set[tuple[str, int]]:
         """The partitions, by table and number, that the output depends on."""

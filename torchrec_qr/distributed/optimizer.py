@@ -11,12 +11,9 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, Sharde
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.optim.fused import FusedOptimizer
 
-from torchrec_qr.distributed.update_rules import UpdateRule
-from torchrec_qr.ops.arguments import NOTHING, RULES
-from torchrec_qr.ops.cpu_structs import HYPER, MAX_WIDTH
-from torchrec_qr.ops.lookup import available, step_rows
+from torchrec_qr.ops.dispatch import kernels_step, update_rows
 from torchrec_qr.ops.out_of_memory import named_zeros
-from torchrec_qr.ops.read_rows import RowGradients
+from torchrec_qr.ops.update_rules import Update, UpdateRule
 
 
 @dataclass
@@ -66,7 +63,6 @@ class RowOptimizer(FusedOptimizer):
         self.rule = rule
         self._state_of: dict[Tensor, dict[str, Tensor]] = {}
         self._count_of: dict[Tensor, tuple[_StepCount, int]] = {}
-        self._gradients_of: dict[Tensor, RowGradients] = {}
         self._shown_as: dict[Tensor, nn.Parameter] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
@@ -100,36 +96,23 @@ class RowOptimizer(FusedOptimizer):
     @torch.no_grad()
     def update(self, tensor: Tensor, rows: Tensor, grad: Tensor) -> None:
         """Steps ``rows`` (n,), each once, of a stored tensor by their gradients (n, columns), unless it is frozen."""
-        if self.is_frozen(tensor):
-            return
-        # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
-        weight, t = tensor.data, self._advance(tensor)
-        full_state = self._state_of[tensor]
-        if self._has_kernels(weight):
-            step_rows(weight, rows, grad, self.rule.name, list(full_state.values()), self.rule.numbers(self._lr, t))
-            return
-        state = {name: value.index_select(0, rows) for name, value in full_state.items()}
-        new = self.rule.step(weight.index_select(0, rows).float(), grad.float(), state, self._lr, t)
-        weight.index_copy_(0, rows, new.to(weight.dtype))
-        for name, value in state.items():
-            full_state[name].index_copy_(0, rows, value)
+        update = self.begin_step(tensor)
+        if update is not None:
+            # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
+            update_rows(tensor.data, rows, grad, update)
 
     @torch.no_grad()
     def update_where(self, tensor: Tensor, stepped: Tensor, grad: Tensor) -> None:
         """Steps the rows of a stored tensor (R, columns) that a mask (R,) names by their gradients in ``grad``."""
         if self.is_frozen(tensor):
             return
-        if tensor.is_cuda and self._has_kernels(tensor):
+        if tensor.is_cuda and kernels_step(tensor):
             # How many rows there are is the device's to say, so all of them are given, -1 for those that stay.
             every = torch.arange(len(stepped), device=tensor.device)
             self.update(tensor, every.where(stepped, -1), grad)
         else:
             rows = stepped.nonzero().squeeze(1)
             self.update(tensor, rows, grad.index_select(0, rows))
-
-    def _has_kernels(self, tensor: Tensor) -> bool:
-        # The MLPs of `path` may be wider than any row that the kernels take.
-        return available(tensor.device) and tensor.shape[1] <= MAX_WIDTH
 
     def show(self, tensors: Sequence[Tensor], data: Tensor, frozen: bool) -> nn.Parameter:
         """Returns the parameter that a model shows of stored tensors, over ``data``; its flag freezes them.
@@ -146,39 +129,21 @@ class RowOptimizer(FusedOptimizer):
         shown = self._shown_as.get(tensor)
         return self._lr == 0 or (shown is not None and not shown.requires_grad)
 
-    def step_in_backward(self, leaf: Tensor) -> None:
-        """Has a stored tensor stepped as soon as a backward has all gradients of its rows (`gradients_of`)."""
-        gradients = self._gradients_of[leaf] = RowGradients(leaf.shape[0])
-
-        def hook(leaf: Tensor) -> None:
-            leaf.grad = None
-            # Otherwise the kernels have stepped the rows, and given no gradient.
-            if (summed := gradients.take()) is not None:
-                self.update(leaf, *summed)
-
-        leaf.register_post_accumulate_grad_hook(hook)
-
-    def gradients_of(self, leaf: Tensor) -> RowGradients:
-        """Returns what takes the gradients of the rows of a stored tensor, after `step_in_backward`."""
-        return self._gradients_of[leaf]
-
-    def kernel_step(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
-        """Begins a step that the kernels take: the number of the rule, its state and its numbers."""
+    def begin_step(self, tensor: Tensor) -> Update | None:
+        """Returns the next step of a stored tensor, and counts it; None: it is frozen."""
         if self.is_frozen(tensor):
-            return NOTHING, [], [0.0] * len(HYPER)
-        rule, states, _ = self.kernel_rule(tensor)
-        return rule, states, self.rule.numbers(self._lr, self._advance(tensor))
+            return None
+        return Update(self.rule, self._state_of[tensor], self._lr, self._advance(tensor))
 
-    def kernel_rule(self, tensor: Tensor) -> tuple[int, list[Tensor], list[float]]:
-        """Returns what `kernel_step` does, without a step: its numbers are 0."""
-        return RULES[self.rule.name], list(self._state_of[tensor].values()), [0.0] * len(HYPER)
+    def same_step(self, tensor: Tensor) -> Update:
+        """Returns a step of a stored tensor that is not counted, to compile what takes it."""
+        return Update(self.rule, self._state_of[tensor], self._lr)
 
     def warm_up(self, tensor: Tensor) -> None:
-        """Has the step of a replicated partition compiled, where a GPU takes it."""
-        if tensor.is_cuda and self._has_kernels(tensor):
-            rows, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
-            _, states, numbers = self.kernel_rule(tensor)
-            step_rows(tensor.data, rows, gradients, self.rule.name, states, numbers)
+        """Has the step of a replicated partition compiled, if a GPU takes it."""
+        if tensor.is_cuda and kernels_step(tensor):
+            no_row, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
+            update_rows(tensor.data, no_row, gradients, self.same_step(tensor))
 
     def _advance(self, tensor: Tensor) -> int:
         if tensor not in self._count_of:

@@ -6,8 +6,8 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardedEmbeddingTable
 
 from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.distributed.fused_params import says_something
 from torchrec_qr.distributed.shards import stored_shard
-from torchrec_qr.distributed.update_rules import says_something
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ from torchrec_qr.distributed.placement import Placed, place, placed
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
 from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside
 from torchrec_qr.late_errors import raise_pending
-from torchrec_qr.ops import cpu
-from torchrec_qr.ops.lookup import available
+from torchrec_qr.ops.backends import cpu
+from torchrec_qr.ops.description import kernels_have
+from torchrec_qr.ops.dispatch import available
 from torchrec_qr.partitions.class_map import class_map_on
 
 
@@ -264,7 +265,7 @@ class _PrepareIds:
         if device.type == "cpu":
             return cpu.available()
         # There the kernels check each id where they read its rows, so that nothing need be launched for it here.
-        return available(device) and cpu.supports(at.config.operation, at.config.partition_columns)
+        return available(device) and kernels_have(at.config.operation, at.config.partition_columns)
 
     def _check(self, features: KeyedJaggedTensor) -> None:
         """Looks at all ids of a batch on a CPU in one pass."""

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
+from torchrec_qr.distributed.fused_params import RULES
 from torchrec_qr.distributed.optimizer import RowOptimizer
-from torchrec_qr.distributed.update_rules import RULES
 
 
 def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Optimizer]) -> dict[str, str]:

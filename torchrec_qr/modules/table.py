@@ -19,10 +19,10 @@ from torchrec_qr.configs import (
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
-from torchrec_qr.ops import cpu
-from torchrec_qr.ops.compositional_bag import Composition, compositional_bag, compositional_embedding
-from torchrec_qr.ops.layout import TableLayout, encode, partition_layouts
-from torchrec_qr.ops.lookup import Lookup, available, look_up
+from torchrec_qr.ops.arguments import Batch
+from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.lookup import look_up
+from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions.class_map import class_map_on
 
 
@@ -33,6 +33,7 @@ class _Table:
     """
 
     init_fn: InitFn | None = None
+    description: Description
 
     def reset_parameters(self) -> None:
         if self.init_fn is not None:  # which torch's constructors do not know of
@@ -63,16 +64,14 @@ class CompositionalTable(nn.Module):
     """
 
     fingerprint: Tensor
-    class_map: Tensor | None
+    description: Description
 
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
         self.config = config
         self._partitions = config.bound_partitions
-        self.composition = Composition(config.operation, config.path_hidden, config.path_activation)
         for j, partition in enumerate(partition_configs(config)):
             self.add_module(f"partition_{j}", _Partition(partition, device))
-        self._layout = _layout(config)
         self.register_buffer("fingerprint", None)
         self.set_constants(device)
         # After `load_state_dict(assign=True)`, which takes parameters off the meta device one by one.
@@ -82,34 +81,14 @@ class CompositionalTable(nn.Module):
         """Returns the K parameters, in the order of the partitions."""
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Returns (N, D): the embedding of each id (N,)."""
-        if self._has_kernels():
-            out = look_up(self._lookup(), list(self.weights()), ids, None, None, False)
-            return out.view(-1, self.config.embedding_dim)
-        return compositional_embedding(self.composition, list(self.weights()), self._rows(ids))
-
-    def sum(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Returns (B, D): per bag, the sum of its ids' embeddings times their weights (N,)."""
-        if self._has_kernels():
-            return look_up(self._lookup(), list(self.weights()), ids, offsets, weights, True)
-        return compositional_bag(self.composition, list(self.weights()), self._rows(ids), offsets, weights)
-
-    def _has_kernels(self) -> bool:
-        return self._layout is not None and available(device_of(self))
-
-    def _lookup(self) -> Lookup:
-        assert self._layout is not None
-        return Lookup(self._layout, [self.config.name], [] if self.class_map is None else [self.class_map])
-
-    def _rows(self, ids: Tensor) -> list[Tensor]:
-        return self._partitions.class_rows(ids, self.class_map)
-
     def set_constants(self, device: torch.device) -> None:
-        """Makes anew what follows from the config alone: fingerprint and explicit map."""
+        """Makes anew what follows from the config alone: fingerprint and description, with its explicit map."""
         self.fingerprint = fingerprint(self.config).to(device)
         # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
-        self.class_map = class_map_on(self._partitions, device)
+        class_map = class_map_on(self._partitions, device)
+        self.description = Description(
+            [_layout(self.config)], [self.config.name], [] if class_map is None else [class_map]
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalTable":
         super()._apply(fn, recurse)
@@ -118,14 +97,15 @@ class CompositionalTable(nn.Module):
         return self
 
 
-def _layout(config: CompositionalConfig) -> list[int] | None:
-    """How the kernels see the table; None: they do not have it."""
-    widths = config.partition_columns
-    if not cpu.supports(config.operation, widths):
-        return None
+def _layout(config: CompositionalConfig) -> TableLayout:
     any_id = config.out_of_range == "unchecked" and config.bound_partitions.class_map is None
-    partitions = partition_layouts(config.bound_partitions, dict(enumerate(widths)))
-    return encode([TableLayout(config.operation, partitions, num_ids=-1 if any_id else config.num_embeddings)])
+    return TableLayout(
+        config.operation,
+        partition_layouts(config.bound_partitions, dict(enumerate(config.partition_columns))),
+        num_ids=-1 if any_id else config.num_embeddings,
+        path_hidden=config.path_hidden,
+        path_activation=config.path_activation,
+    )
 
 
 def build_tables(
@@ -167,6 +147,9 @@ def build_tables(
             **as_torchrec,
         )
         table.init_fn = config.init_fn
+        rows_are_ids = PartitionLayout(config.embedding_dim, divisor=1)
+        layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
+        table.description = Description([layout], [config.name])
         modules[config.name] = table
     return modules
 
@@ -195,16 +178,19 @@ def init_tables(tables: nn.Module) -> None:
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
     """Returns (N, D) fp32: the embedding of each id (N,) in a table of either kind."""
-    if isinstance(table, CompositionalTable):
-        return table.embed(ids)
-    return compositional_embedding(_PLAIN, [_weight(table)], [ids])
+    tables, weights = _described(table)
+    return look_up(tables, weights, Batch(ids, None, None, pooled=False)).view(-1, tables.columns)
 
 
 def sum_bags_of(table: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     """Returns (B, D) fp32: per bag, the weighted sum of its ids' embeddings in a table of either kind."""
+    return look_up(*_described(table), Batch(ids, offsets, weights, pooled=True))
+
+
+def _described(table: nn.Module) -> tuple[Description, list[Tensor]]:
     if isinstance(table, CompositionalTable):
-        return table.sum(ids, offsets, weights)
-    return compositional_bag(_PLAIN, [_weight(table)], [ids], offsets, weights)
+        return table.description, list(table.weights())
+    return cast(_Table, table).description, [_weight(table)]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -227,8 +213,5 @@ def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:
     table.set_constants(device_of(table))
 
 
-# A plain table is the trivial partition, K = 1.
-_PLAIN = Composition("add")
-
-# Recorded as a call by `torch.fx`: which implementation runs follows from the device, at run time.
+# Recorded as a call by `torch.fx`: which backend runs follows from the device, at run time.
 torch.fx.wrap("look_up")

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrec_qr.ops.read_rows import RowGradients, read_rows
+from torchrec_qr.ops.read_rows import Rows, read_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 
 
-def apply_class_mlps(
-    x: Tensor, mlps: Tensor, classes: Tensor, hidden: int | None, activation: str, into: RowGradients | None = None
-) -> Tensor:
+def apply_class_mlps(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None, activation: str) -> Tensor:
     """Returns y (N, D), y_n = MLP_{c_n}(x_n): each input through the MLP of its own class.
 
     ``hidden is None``: MLP_c(x) = A_c x + a_c. Otherwise MLP_c(x) = B_c φ(A_c x + a_c) + b_c, with H = ``hidden``.
@@ -21,11 +19,10 @@ def apply_class_mlps(
     Args:
         x: (N, D) inputs.
         mlps: (|P_j|, P) one MLP a row, flattened: A_c (H, D), a_c (H,), B_c (D, H), b_c (D,); H = D and no B_c, b_c
-            where ``hidden`` is None.
+            if ``hidden`` is None.
         classes: (N,) int64, c_n.
         hidden: H or None.
         activation: φ, ``"relu"`` or ``"tanh"``.
-        into: takes the gradients of ``mlps``, of the classes that occur; see `torchrec_qr.ops.read_rows`.
 
     Example:
         >>> double_plus_one = torch.tensor([[2.0, 0.0, 0.0, 2.0, 1.0, 1.0]])
@@ -35,7 +32,7 @@ def apply_class_mlps(
     # Inputs sorted by class make one matrix product per class that occurs, with no (N, P) gather of MLPs.
     present, sorted_class, counts = classes.unique(return_inverse=True, return_counts=True)
     order = sorted_class.argsort(stable=True)
-    used = read_rows(mlps, present, into)
+    used = read_rows(mlps, present)
     outputs = [
         _mlp(inputs, flat, hidden, activation)
         for inputs, flat in zip(x[order].split(counts.tolist()), used.unbind(0), strict=True)

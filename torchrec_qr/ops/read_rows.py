@@ -11,71 +11,85 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class RowGradients:
-    """Gradients that a backward has left for a weight of R rows, which are stepped once it is complete.
+class RowReads:
+    """Reads of a weight (R, D), each of which is a leaf of the graph, and the gradients of these leaves.
 
     Example:
-        >>> gradients = RowGradients(3)
-        >>> gradients.add(torch.tensor([2, 0, 2]), torch.ones(3, 1))
-        >>> gradients.take()
+        >>> reads = RowReads(torch.ones(3, 1))
+        >>> read_rows(reads, torch.tensor([2, 0, 2])).tolist()
+        [[1.0], [1.0], [1.0]]
+        >>> reads.gradients = [torch.ones(3, 1)]
+        >>> reads.summed()
         (tensor([0, 2]), tensor([[1.],
                 [2.]]))
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._parts: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        self.rows: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.gradients: list[Tensor] = []
 
-    def add(self, rows: Tensor, gradients: Tensor) -> None:
-        """Adds the gradients (N, D) of rows (N,), which may occur more than once."""
-        self._parts.append((rows, gradients))
+    def read(self, rows: Tensor) -> Tensor:
+        """Returns a leaf (N, D) fp32: W[rows_n]."""
+        leaf = self.weight.index_select(0, rows).float().requires_grad_()
+        self.rows.append(rows)
+        self.leaves.append(leaf)
+        return leaf
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """Returns rows (U,), ascending and each once, with their summed gradients (U, D) fp32, and forgets them; None
-        where there are none."""
-        if not self._parts:
-            return None
-        parts, self._parts = self._parts, []
-        rows, gradients = parts[0] if len(parts) == 1 else (torch.cat(of) for of in zip(*parts, strict=True))
-        size = (self._num_rows, gradients.shape[1])
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Returns the rows (U,) that were read, ascending and each once, with their summed gradients (U, D) fp32."""
+        rows, gradients = self.rows[0], self.gradients[0]
+        if len(self.rows) > 1:
+            rows, gradients = torch.cat(self.rows), torch.cat(self.gradients)
+        size = (self.weight.shape[0], gradients.shape[1])
         # Its sums are in order, on a GPU too, where those of `index_add_` are not.
-        summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients.float(), size, check_invariants=False).coalesce()
+        summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size, check_invariants=False).coalesce()
         return summed.indices()[0], summed.values()
+
+    def dense(self) -> Tensor:
+        """Returns the gradient (R, D) of the weight in its type, rounded once."""
+        if not self.rows:
+            return torch.zeros_like(self.weight)
+        total, *others = (
+            torch.ops.aten.embedding_dense_backward(gradient, rows, self.weight.shape[0], -1, False)
+            for rows, gradient in zip(self.rows, self.gradients, strict=True)
+        )
+        for other in others:
+            total += other
+        return total.to(self.weight.dtype)
+
+
+# A weight as such, whose gradient is of all rows, or its reads.
+Rows = Tensor | RowReads
 
 
 class _ReadRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, rows: Tensor, into: RowGradients | None) -> Tensor:
+    def forward(weight: Tensor, rows: Tensor) -> Tensor:
         return weight.index_select(0, rows).float()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, RowGradients | None], output: Tensor) -> None:
-        weight, rows, ctx.into = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        weight, rows = inputs
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.save_for_backward(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        if ctx.into is None:
-            total = gradient.new_zeros(ctx.shape).index_add(0, rows, gradient)
-            return total.to(ctx.dtype), None, None
-        ctx.into.add(rows, gradient)
-        # Without elements: it only leads autograd to the weight's hook, which takes the sums.
-        nothing = gradient.new_empty(0, ctx.shape[1], dtype=ctx.dtype)
-        return torch.sparse_coo_tensor(rows.new_empty(1, 0), nothing, ctx.shape), None, None
+        total = gradient.new_zeros(ctx.shape).index_add(0, rows, gradient)
+        return total.to(ctx.dtype), None
 
 
-def read_rows(weight: Tensor, rows: Tensor, into: RowGradients | None = None) -> Tensor:
+def read_rows(weight: Rows, rows: Tensor) -> Tensor:
     """Returns (N, D) fp32: out_n = W[rows_n].
 
     Args:
         weight: (R, D) fp32, fp16 or bf16. Its gradient is summed in fp32 and rounded once.
         rows: (N,) int64, in [0, R).
-        into: takes the gradients in place of ``weight.grad``, in fp32, for the hook of a leaf that is stepped in
-            backward.
 
     Example:
         >>> weight = torch.ones(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -83,7 +97,9 @@ def read_rows(weight: Tensor, rows: Tensor, into: RowGradients | None = None) ->
         >>> weight.grad.tolist()  # 5,000 rounded to bf16
         [[4992.0], [0.0]]
     """
-    if weight.dtype == torch.float32 and into is None:
+    if isinstance(weight, RowReads):
+        return weight.read(rows)
+    if weight.dtype == torch.float32:
         return F.embedding(rows, weight)
-    out: Tensor = _ReadRows.apply(weight, rows, into)
+    out: Tensor = _ReadRows.apply(weight, rows)
     return out

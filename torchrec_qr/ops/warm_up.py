@@ -3,37 +3,39 @@
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops.arguments import Batch, Gradients
-from torchrec_qr.ops.cpu_structs import plan_of
-from torchrec_qr.ops.lookup import Lookup, available, gpu_kernels
+from torchrec_qr.ops.arguments import Batch, Outcome
+from torchrec_qr.ops.description import Description
+from torchrec_qr.ops.dispatch import kernels_on, kernels_take
 
 _BAGS = 16
 # So many ids of one row that sums of sums are needed, which have kernels of their own.
 _IDS = 2_081
 
 
-def warm_up(tables: Lookup, weights: list[Tensor], steps: Gradients, pooled: bool, weighted: bool) -> None:
-    """Launches every kernel of a lookup and of its step once, and changes nothing; on a CPU there is nothing to do.
+def warm_up(tables: Description, weights: list[Tensor], outcomes: list[Outcome], pooled: bool, weighted: bool) -> None:
+    """Launches every kernel of a lookup and of its step once, and changes nothing; there is nothing to do on a CPU.
 
     Args:
         tables, weights: as `torchrec_qr.ops.lookup.look_up` has them.
-        steps: rules and states as they will be; the numbers do not matter.
+        outcomes: rules and states as they will be; the numbers do not matter.
         pooled, weighted: as they will be.
 
     Example:
-        >>> from torchrec_qr.ops.arguments import Gradients
-        >>> warm_up(Lookup([], [], []), [torch.ones(2, 4)], Gradients([], [], [], []), pooled=True, weighted=False)
+        >>> warm_up(Description([], []), [torch.ones(2, 4)], [], pooled=True, weighted=False)
     """
-    device = weights[0].device if weights else torch.device("cpu")
-    if device.type != "cuda" or not available(device):
-        return
-    launch_every_kernel(tables, weights, steps, pooled, weighted)
+    if weights and weights[0].device.type == "cuda" and kernels_take(tables, weights):
+        kernels_on(weights[0].device)
+        launch_every_kernel(tables, weights, outcomes, pooled, weighted)
 
 
-def launch_every_kernel(tables: Lookup, weights: list[Tensor], steps: Gradients, pooled: bool, weighted: bool) -> None:
+def launch_every_kernel(
+    tables: Description, weights: list[Tensor], outcomes: list[Outcome], pooled: bool, weighted: bool
+) -> None:
     """`warm_up` of tables on any device, such as the CPU of Triton's interpreter."""
-    num_features, device = plan_of(tuple(tables.layout)).num_features, weights[0].device
-    groups = num_features * (_BAGS if pooled else 1)
+    # Here, because it imports Triton, which may be missing.
+    from torchrec_qr.ops.backends import triton
+
+    device, groups = weights[0].device, tables.num_features * (_BAGS if pooled else 1)
     # Lengths of a batch that is not pooled lie on the host, as in a step.
     offsets = torch.linspace(0, _IDS, groups + 1, dtype=torch.int64, device=device if pooled else "cpu")
     batch = Batch(
@@ -42,4 +44,4 @@ def launch_every_kernel(tables: Lookup, weights: list[Tensor], steps: Gradients,
         weights=torch.zeros(_IDS, device=device) if weighted else None,
         pooled=pooled,
     )
-    gpu_kernels().launch_every_kernel(weights, tables.class_maps, batch, tables.layout, "\n".join(tables.names), steps)
+    triton.launch_every_kernel(tables, weights, batch, outcomes)

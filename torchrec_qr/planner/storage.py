@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.distributed.fused_params import says_something, update_rule
 from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
-from torchrec_qr.distributed.update_rules import UpdateRule, says_something, update_rule
+from torchrec_qr.ops.update_rules import UpdateRule
 from torchrec_qr.planner.tables import PlannedTable, optimizer_of
 
 DENSE = EmbeddingComputeKernel.DENSE.value

@@ -53,7 +53,7 @@ def batch_of(d: Descriptors, ids: Tensor, offsets: Tensor, weights: Tensor | Non
     flat_starts, most_ids = d.parts, n
     shape: tuple[int, ...] = ((offsets.numel() - 1) // d.num_features, d.columns)
     if not pooled:
-        dims = {of.dim for of in d.shapes}
+        dims = {of.dim for of in d.tables}
         if len(dims) == 1:
             shape = (n * dims.pop(),)
         else:
@@ -73,7 +73,7 @@ def batch_of(d: Descriptors, ids: Tensor, offsets: Tensor, weights: Tensor | Non
 def _flat_starts(d: Descriptors, offsets: list[int]) -> tuple[Tensor, int]:
     """Returns ``Batch.flat_starts``, and the number of floats of the output."""
     start_of, floats, feature = [], 0, 0
-    for of in d.shapes:
+    for of in d.tables:
         first, last = offsets[feature], offsets[feature + of.num_features]
         start_of.append(floats - first * of.dim)
         floats += max(last - first, 0) * of.dim
@@ -100,7 +100,7 @@ def _short_tile(width: int) -> dict[str, int]:
 
 def _out_align(d: Descriptors) -> int:
     """Floats at whose multiples every entry's columns begin."""
-    return gcd(WIDEST_READ // 4, *(width for of in d.shapes for width in of.widths))
+    return gcd(WIDEST_READ // 4, *(width for of in d.tables for width in of.widths))
 
 
 def _blocks(lanes: int, batch: Batch, d: Descriptors) -> int:
@@ -186,7 +186,7 @@ def sum_rows(
     entry_of, no_key = d.entry_of[number], d.keys[number]
     if not all(wanted):
         entry_of = _only(d, number, tuple(wanted))
-    width = max(of.widths[number] for of in d.shapes if number < len(of.widths))
+    width = max(of.widths[number] for of in d.tables if number < len(of.widths))
     stride = triton.cdiv(width, SUMS_ALIGN.value) * SUMS_ALIGN.value
     num_cuts = triton.cdiv(n, cuts.chunk)
     capacity = min(n, no_key + 1) + num_cuts
@@ -254,7 +254,7 @@ def _only(d: Descriptors, number: int, wanted: tuple[bool, ...]) -> Tensor:
     """``entry_of`` without the tables whose partition ``number`` is not wanted."""
     keep: list[bool] = []
     index = 0
-    for of in d.shapes:
+    for of in d.tables:
         own = wanted[index : index + len(of.widths)]
         index += len(of.widths)
         keep += [number < len(own) and own[number]] * of.num_features
@@ -315,14 +315,3 @@ def _described(numbers: tuple[int, ...], device: torch.device, stream: int) -> T
 
 def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
-
-
-def unique_rows(d: Descriptors, row_sums: list[RowSums], weight: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows (U,) int64 of a weight, ascending and each once, and their gradients (U, D_j) fp32.
-
-    How many they are is the device's to say: this waits for it.
-    """
-    number, width = [(j, width) for of in d.shapes for j, width in enumerate(of.widths)][weight]
-    own = row_sums[number]
-    here = ((own.rows >= 0) & (own.weights == weight)).nonzero().squeeze(1)
-    return own.rows[here], own.sums[here, :width]

@@ -1,6 +1,6 @@
 """One exact step of an optimizer per row, from its summed gradient.
 
-Formulas: `torchrec_qr.distributed.update_rules`. In fp32; weights of fp16 and bf16 are rounded to the nearest, once.
+Formulas: `torchrec_qr.distributed.fused_params`. In fp32; weights of fp16 and bf16 are rounded to the nearest, once.
 Only rows with a gradient move, and their state.
 """
 
@@ -17,7 +17,7 @@ DENSE = tl.constexpr(3)  # gradient (R_j, D_j) to write, of the weight's type
 TOUCHED = tl.constexpr(4)  # (R_j,) uint8, or 0
 STATE = tl.constexpr(5)  # three, fp32
 WEIGHT_FIELDS = tl.constexpr(8)
-# Positions in a weight's numbers, float32: `torchrec_qr.ops.cpu_structs.HYPER`.
+# Positions in a weight's numbers, float32: `torchrec_qr.ops.update_rules.NUMBERS`.
 LEARNING_RATE = tl.constexpr(0)
 EPS = tl.constexpr(1)
 BETA1 = tl.constexpr(2)

@@ -1,4 +1,4 @@
-"""What the kernels are told of tables: descriptors on the device, made once for tables at the same addresses."""
+"""Descriptors of tables on the device, as the kernels read them; made once for tables at the same addresses."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..description import Description, PartitionLayout, TableLayout
 from . import rows as fields
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -39,33 +40,18 @@ class Stored(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Row of an id: ``(id // divisor) % modulus - first_row``, or ``class_map[map_row, id] - first_row``."""
+    """A partition, and where its weight and its class map lie."""
 
+    layout: PartitionLayout
     weight: Stored
-    divisor: int = 1
-    modulus: int = 1
-    first_row: int = 0
-    class_map: Stored | None = None
-    map_row: int = 0
+    class_map: Stored | None
 
 
 class Table(NamedTuple):
-    """As `torchrec_qr.ops.layout.TableLayout`, with places: ``operation`` is mult, add or concat."""
+    """A table, and its partitions with their places."""
 
-    operation: str
+    layout: TableLayout
     partitions: tuple[Partition, ...]
-    num_features: int = 1
-    num_ids: int = -1
-    mean: bool = False
-    code: tuple[int, int, int, int] | None = None
-
-
-class Shape(NamedTuple):
-    """What the host needs of a table after it has been described."""
-
-    widths: tuple[int, ...]
-    dim: int
-    num_features: int
 
 
 class Kernel(NamedTuple):
@@ -104,7 +90,7 @@ class Descriptors(NamedTuple):
     each entry.
     """
 
-    shapes: list[Shape]
+    tables: tuple[TableLayout, ...]
     groups: list[Group]
     entries: Tensor
     entry_of: list[Tensor]
@@ -149,14 +135,20 @@ class _Entry(NamedTuple):
     partitions: tuple[int, ...]
 
 
-def describe(tables: tuple[Table, ...], device: torch.device) -> Descriptors:
+def describe(
+    description: Description, weights: Sequence[Stored], class_maps: Sequence[Stored], device: torch.device
+) -> Descriptors:
     """Returns the descriptors of tables whose weights lie on ``device``."""
+    of_weights, of_maps, tables = iter(weights), iter(class_maps), []
+    for layout in description.tables:
+        class_map = next(of_maps) if layout.has_map else None
+        tables.append(Table(layout, tuple(Partition(p, next(of_weights), class_map) for p in layout.partitions)))
     entries: list[_Entry] = []
     feature = column = 0
     for t, table in enumerate(tables):
         widths = [p.weight.width for p in table.partitions]
-        split = table.operation == "concat"
-        for _ in range(table.num_features):
+        split = table.layout.operation == "concat"
+        for _ in range(table.layout.num_features):
             offset = 0
             for part, own in enumerate([(j,) for j in range(len(widths))] if split else [tuple(range(len(widths)))]):
                 kernel = _kernel(table, [table.partitions[j] for j in own])
@@ -176,7 +168,7 @@ def describe(tables: tuple[Table, ...], device: torch.device) -> Descriptors:
 
 
 def _written(
-    tables: tuple[Table, ...],
+    tables: list[Table],
     entries: list[_Entry],
     groups: list[Group],
     num_features: int,
@@ -188,29 +180,29 @@ def _written(
     base: dict[tuple[int, int], int] = {}
     weight_index: dict[tuple[int, int], int] = {}
     for t, table in enumerate(tables):
-        for j, p in enumerate(table.partitions):
+        for j, partition in enumerate(table.partitions):
             base[t, j], weight_index[t, j] = keys[j], len(weight_index)
-            keys[j] += p.weight.rows
+            keys[j] += partition.weight.rows
     numbers: list[int] = []
     entry_of = [[-1] * num_features for _ in range(most)]
     target_of = [[0] * num_features for _ in range(most)]
     group_of = [g for g, group in enumerate(groups) for _ in range(group.size)]
     for i, e in enumerate(entries):
         table = tables[e.table]
-        per_row, stride, size, first_row = table.code or (1, 0, 0, 0)
-        own = [e.feature, e.column, *_ids(table), int(table.mean), group_of[i], _shape(table).dim]
+        per_row, stride, size, first_row = table.layout.code or (1, 0, 0, 0)
+        own = [e.feature, e.column, *_ids(table.layout), int(table.layout.mean), group_of[i], table.layout.dim]
         own += [per_row, *magic(per_row), stride, *magic(max(stride, 1)), size, first_row]
         for k, j in enumerate(e.partitions):
             entry_of[j][e.feature], target_of[j][e.feature] = i, k
-            p, w = table.partitions[j], table.partitions[j].weight
+            p, w, class_map = table.partitions[j]
             own += [w.address, w.rows, w.row_stride]
             divisor, modulus = max(p.divisor, 1), max(p.modulus, 1)
             own += [divisor, *magic(divisor), modulus, *magic(modulus), p.first_row]
-            own += [0 if p.class_map is None else p.class_map.row_address(p.map_row)]
+            own += [0 if class_map is None else class_map.row_address(p.map_row)]
             own += [base[e.table, j], weight_index[e.table, j]]
         numbers += own + [0] * (fields.ENTRY_FIELDS.value - len(own))
     return Descriptors(
-        [_shape(table) for table in tables],
+        tuple(table.layout for table in tables),
         groups,
         on_device(numbers, torch.int64, device),
         [on_device(of, torch.int32, device) for of in entry_of],
@@ -223,13 +215,8 @@ def _written(
     )
 
 
-def _ids(table: Table) -> tuple[int, int]:
+def _ids(table: TableLayout) -> tuple[int, int]:
     return (-(2**63), 2**63 - 1) if table.num_ids < 0 else (0, table.num_ids - 1)
-
-
-def _shape(table: Table) -> Shape:
-    widths = tuple(p.weight.width for p in table.partitions)
-    return Shape(widths, sum(widths) if table.operation == "concat" else widths[0], table.num_features)
 
 
 def _kernel(table: Table, partitions: list[Partition]) -> Kernel:
@@ -239,7 +226,7 @@ def _kernel(table: Table, partitions: list[Partition]) -> Kernel:
         WIDTH=partitions[0].weight.width,
         TYPES=sum(TYPES[p.weight.dtype] << (2 * i) for i, p in enumerate(partitions)),
         ALIGN=gcd(*(p.weight.alignment for p in partitions)),
-        MULT=table.operation == "mult" and len(partitions) > 1,
+        MULT=table.layout.operation == "mult" and len(partitions) > 1,
         MAP=0 if class_map is None else 1 if class_map.dtype == torch.int32 else 2,
-        CODED=table.code is not None,
+        CODED=table.layout.code is not None,
     )

@@ -1,24 +1,24 @@
-"""The structs of ``csrc/lookup.h`` as numpy arrays, and how tensors and layouts are written into them."""
+"""The structs of ``csrc/lookup.h`` as numpy arrays, and how tensors and descriptions are written into them."""
 
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops.layout import OPERATIONS, TableLayout, decode
+from torchrec_qr.ops.description import KERNEL_OPERATIONS, Description
+from torchrec_qr.ops.update_rules import NUMBERS
 
 _POINTER, _INT64, _INT32, _FLOAT = np.uintp, np.int64, np.int32, np.float32
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
-MAX_PARTITIONS, MAX_WIDTH, MAX_STATES = 4, 1024, 3  # as csrc/lookup.h has them
+MAX_STATES = 3  # as csrc/lookup.h has it
 
 
 def _struct(*fields: tuple[Any, ...]) -> np.dtype[np.void]:
     return np.dtype(list(fields), align=True)
 
 
-HYPER = ("learning_rate", "eps", "beta1", "beta2", "correction1", "correction2", "max_gradient")
 PARTITION = _struct(
     ("weight", _POINTER),
     *((name, _INT64) for name in ("rows", "width", "row_stride", "divisor", "modulus")),
@@ -30,7 +30,7 @@ PARTITION = _struct(
     ("touched", _POINTER),
     ("state", _POINTER, (MAX_STATES,)),
     ("rule", _INT32),
-    *((name, _FLOAT) for name in HYPER),
+    ("numbers", _FLOAT, (len(NUMBERS),)),
 )
 TABLE = _struct(
     *((name, _INT32) for name in ("operation", "mean", "first_partition", "num_partitions")),
@@ -50,51 +50,53 @@ FAILURE = _struct(
 STRUCTS = (PARTITION, TABLE, GROUP, FAILURE)
 
 
-class Plan:
-    """What follows from a layout alone; made once per layout."""
+class Structs:
+    """The structs that follow from a description alone."""
 
-    def __init__(self, tables: list[TableLayout]) -> None:
-        self.layouts = tables
+    def __init__(self, description: Description) -> None:
+        tables = description.tables
         self.tables = np.zeros(len(tables), TABLE)
-        self.partitions = np.zeros(sum(len(t.partitions) for t in tables), PARTITION)
+        self._partitions = np.zeros(len(description.partitions), PARTITION)
         # Where the class map of each partition with one begins: (partition, number of the map, row of the map).
-        self.maps: list[tuple[int, int, int]] = []
+        self._maps: list[tuple[int, int, int]] = []
         partition = feature = column = num_maps = 0
         for i, t in enumerate(tables):
             code = t.code or (0, 0, 0, 0)
             self.tables[i] = (
-                *(OPERATIONS.index(t.operation), t.mean, partition, len(t.partitions), feature, t.num_features),
+                *(KERNEL_OPERATIONS.index(t.operation), t.mean, partition, len(t.partitions), feature, t.num_features),
                 *(t.dim, column, t.num_ids, *code),
             )
             for p in t.partitions:
-                row = self.partitions[partition]
+                row = self._partitions[partition]
                 row["width"], row["divisor"], row["modulus"], row["first_row"] = p[:4]
                 if t.has_map:
-                    self.maps.append((partition, num_maps, p.map_row))
+                    self._maps.append((partition, num_maps, p.map_row))
                 partition += 1
             num_maps += t.has_map
             feature += t.num_features
             column += t.num_features * t.dim
-        self.num_features, self.columns = feature, column
-        self.widths: list[int] = self.partitions["width"].tolist()
+
+    def partitions_with(self, weights: list[Tensor], class_maps: list[Tensor]) -> np.ndarray[Any, Any]:
+        """Returns the partitions with the addresses of weights and class maps."""
+        out = self._partitions.copy()
+        out["weight"] = [w.data_ptr() for w in weights]
+        out["rows"] = [w.shape[0] for w in weights]
+        # A row apart, also of one row, or none, whose stride means nothing.
+        out["row_stride"] = [max(w.stride(0), w.shape[1]) for w in weights]
+        out["weight_type"] = [TYPES[w.dtype] for w in weights]
+        for partition, number, row in self._maps:
+            class_map = class_maps[number]
+            out["class_map"][partition] = class_map.data_ptr() + row * class_map.stride(0) * class_map.element_size()
+            out["class_map_type"][partition] = TYPES[class_map.dtype]
+        return out
 
 
-@lru_cache(maxsize=1024)
-def plan_of(layout: tuple[int, ...]) -> Plan:
-    """Returns the plan of a layout as ``layout.encode`` has it."""
-    return Plan(decode(layout))
+_structs: WeakKeyDictionary[Description, Structs] = WeakKeyDictionary()
 
 
-def partitions_with(plan: Plan, weights: list[Tensor], class_maps: list[Tensor]) -> np.ndarray[Any, Any]:
-    """Returns the plan's partitions with the addresses of weights and class maps."""
-    out = plan.partitions.copy()
-    out["weight"] = [w.data_ptr() for w in weights]
-    out["rows"] = [w.shape[0] for w in weights]
-    # A row apart, also where there is one row, or none, and its stride means nothing.
-    out["row_stride"] = [max(w.stride(0), w.shape[1]) for w in weights]
-    out["weight_type"] = [TYPES[w.dtype] for w in weights]
-    for partition, number, row in plan.maps:
-        class_map = class_maps[number]
-        out["class_map"][partition] = class_map.data_ptr() + row * class_map.stride(0) * class_map.element_size()
-        out["class_map_type"][partition] = TYPES[class_map.dtype]
-    return out
+def structs_of(description: Description) -> Structs:
+    """Returns the structs of a description, which are made once."""
+    found = _structs.get(description)
+    if found is None:
+        found = _structs[description] = Structs(description)
+    return found

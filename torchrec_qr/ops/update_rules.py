@@ -6,19 +6,21 @@ Formulas are FBGEMM's (``EmbOptimType``): one step per row and batch, from the g
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torch import Tensor
+
+# What the kernels read of a step: the numbers of `UpdateRule.numbers`, in this order.
+NUMBERS = ("learning_rate", "eps", "beta1", "beta2", "correction1", "correction2", "max_gradient")
 
 
 @dataclass(frozen=True)
 class UpdateRule(ABC):
     """w ← w - lr · direction(g), g the gradient of a row, its entries clipped to ±max_gradient."""
 
-    # In `torchrec_qr.ops.arguments.RULES`.
-    name: ClassVar[str]
+    # As csrc/lookup.h numbers the rules, from 1.
+    number: ClassVar[int]
     # Whether a step moves a row whose gradient is zero, and depends on the number t of steps so far.
     counts_steps: ClassVar[bool] = False
 
@@ -41,7 +43,7 @@ class UpdateRule(ABC):
         return weight - lr * self.direction(grad, state, t)
 
     def numbers(self, lr: float, t: int) -> list[float]:
-        """The numbers of step t, as the kernels take them (``cpu_structs.HYPER``); no limit: -1."""
+        """The `NUMBERS` of step t; no limit: -1."""
         limit = -1.0 if self.max_gradient is None else self.max_gradient
         return [lr, self.eps, 0.0, 0.0, 1.0, 1.0, limit]
 
@@ -50,7 +52,7 @@ class UpdateRule(ABC):
 class Sgd(UpdateRule):
     """w ← w - lr · g."""
 
-    name = "sgd"
+    number = 1
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {}
@@ -63,7 +65,7 @@ class Sgd(UpdateRule):
 class Adagrad(UpdateRule):
     """h ← h + g²; w ← w - lr · g / (√h + eps)."""
 
-    name = "adagrad"
+    number = 2
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {"momentum1": (rows, columns)}
@@ -77,7 +79,7 @@ class Adagrad(UpdateRule):
 class RowWiseAdagrad(UpdateRule):
     """h ← h + mean over the row's stored columns of g²; w ← w - lr · g / (√h + eps); one h per row and column shard."""
 
-    name = "rowwise_adagrad"
+    number = 3
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {"momentum1": (rows,)}
@@ -94,7 +96,7 @@ class Adam(UpdateRule):
     Only the rows that the batch looked up move, and their m and v; t counts the steps of the table.
     """
 
-    name = "adam"
+    number = 4
     counts_steps = True
 
     beta1: float = 0.9
@@ -121,7 +123,7 @@ class Adam(UpdateRule):
 class AmsGrad(Adam):
     """`Adam` with u ← max(u, v) and û = u / (1 - β₂ᵗ) in the place of v̂, as ``torch.optim.Adam(amsgrad=True)``."""
 
-    name = "amsgrad"
+    number = 5
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {**super().state_shapes(rows, columns), "max_exp_avg_sq": (rows, columns)}
@@ -131,69 +133,30 @@ class AmsGrad(Adam):
         return torch.maximum(largest, square, out=largest)
 
 
-RULES: dict[EmbOptimType, type[UpdateRule]] = {
-    EmbOptimType.SGD: Sgd,
-    EmbOptimType.EXACT_SGD: Sgd,
-    EmbOptimType.EXACT_ADAGRAD: Adagrad,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: RowWiseAdagrad,
-    EmbOptimType.ADAM: Adam,
-}
+class Update(NamedTuple):
+    """One step of the rows of a weight that a batch looked up.
 
-# Keys with which TorchRec and optimizer classes say "nothing special", by the values that say so.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "output_dtype": (SparseType.FP32,),
-    "lr_decay": (0,),
-    "initial_accumulator_value": (0,),
-    "momentum": (0,),
-    "dampening": (0,),
-    "weight_decay": (0,),
-}
-
-
-def says_something(key: str, value: object) -> bool:
-    """Whether a key of ``fused_params`` asks for anything: neither TorchRec's own note nor at its neutral value."""
-    return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
-
-
-def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
-    """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
-
-    Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``, ``eps``, of
-    Adam ``beta1`` and ``beta2`` (or torch's ``betas``) and ``amsgrad``, and ``gradient_clipping`` with
-    ``max_gradient``, which clips the gradient of a row, as summed over the batch: so the plan does not change the
-    result. (FBGEMM clips that of the pooled output, on CUDA, and ignores it on a CPU.) Weights in fp16 and bf16 are
-    stepped in fp32 and rounded to the nearest.
-
-    Raises:
-        NotImplementedError: another optimizer or key, by name; nothing is dropped in silence.
-
-    Example:
-        >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
-        Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
+    Args:
+        rule: how a row moves.
+        state: the rule's state of all rows of the weight, by the names of `UpdateRule.state_shapes`; fp32.
+        learning_rate: of this step.
+        t: the number of this step, from 1.
     """
-    given = {k: v for k, v in fused_params.items() if says_something(k, v)}
-    optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
-    if optimizer not in RULES:
-        raise NotImplementedError(
-            f"table {table!r}: optimizer={optimizer} is not supported by compositional tables; "
-            f"allowed: {', '.join(str(o) for o in RULES)}"
-        )
-    rule = RULES[optimizer]
-    fields: tuple[str, ...] = ("learning_rate", "eps")
-    if rule is Adam:
-        fields += ("beta1", "beta2")
-        if "betas" in given:
-            given["beta1"], given["beta2"] = given.pop("betas")
-        if given.pop("amsgrad", False):
-            rule = AmsGrad
-    chosen: dict[str, Any] = {k: given.pop(k) for k in fields if k in given}
-    max_gradient = given.pop("max_gradient", 1.0)
-    if given.pop("gradient_clipping", False):
-        chosen["max_gradient"] = max_gradient
-    if given:
-        key, value = next(iter(given.items()))
-        raise NotImplementedError(
-            f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
-            "learning_rate, eps, gradient_clipping, max_gradient, and of Adam beta1, beta2, betas, amsgrad"
-        )
-    return rule(**chosen)
+
+    rule: UpdateRule
+    state: Mapping[str, Tensor]
+    learning_rate: float
+    t: int = 1
+
+    def numbers(self) -> list[float]:
+        """Returns the `NUMBERS` of the step."""
+        return self.rule.numbers(self.learning_rate, self.t)
+
+    def step(self, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, columns), in PyTorch."""
+        of_rows = {name: value.index_select(0, rows) for name, value in self.state.items()}
+        old = weight.index_select(0, rows).float()
+        new = self.rule.step(old, grad.float(), of_rows, self.learning_rate, self.t)
+        weight.index_copy_(0, rows, new.to(weight.dtype))
+        for name, value in of_rows.items():
+            self.state[name].index_copy_(0, rows, value)

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,37 +11,31 @@ from torch import Tensor
 
 from torchrec_qr.ops import cpu_library
 from torchrec_qr.ops.arguments import (
-    GRADIENT,
-    RULES,
     Batch,
+    DenseGradient,
     Gradients,
+    Outcome,
     check_call,
     check_out_gradient,
+    check_outcome,
     check_state,
     check_step,
-    check_touched,
-    num_states,
 )
-from torchrec_qr.ops.cpu_structs import (
+from torchrec_qr.ops.backends.cpu_structs import (
     FAILURE,
     GROUP,
-    HYPER,
-    MAX_PARTITIONS,
-    MAX_WIDTH,
+    MAX_STATES,
     PARTITION,
     STRUCTS,
     TYPES,
-    Plan,
-    partitions_with,
-    plan_of,
+    Structs,
+    structs_of,
 )
-from torchrec_qr.ops.layout import OPERATIONS
+from torchrec_qr.ops.description import Description
 from torchrec_qr.ops.memory import recycled
+from torchrec_qr.ops.update_rules import NUMBERS, Update
 
-
-def supports(operation: str, widths: Sequence[int]) -> bool:
-    """Returns whether the kernels have tables with such partitions."""
-    return operation in OPERATIONS and 0 < len(widths) <= MAX_PARTITIONS and max(widths) <= MAX_WIDTH
+_NO_STATES, _NO_NUMBERS = [0] * MAX_STATES, [0.0] * len(NUMBERS)
 
 
 @torch.compiler.assume_constant_result
@@ -49,73 +44,52 @@ def available() -> bool:
     return _library() is not None
 
 
-def look_up(weights: list[Tensor], class_maps: list[Tensor], batch: Batch, layout: list[int], names: str) -> Tensor:
+def forward(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
     """Returns (B, ΣD) if pooled, else the (N, D) of each table end to end, flat."""
-    plan = plan_of(tuple(layout))
-    call = _Call(plan, weights, class_maps, batch, names)
+    call = _Call(tables, weights, batch)
     out = recycled(call.out_shape, torch.float32)
     call.group["out"] = out.data_ptr()
     call.run("qr_forward")
     return out
 
 
-def propagate(
-    out_gradient: Tensor,
+def backward(
+    tables: Description,
     weights: list[Tensor],
-    class_maps: list[Tensor],
     batch: Batch,
-    layout: list[int],
-    names: str,
-    gradients: Gradients,
-    weights_need_gradient: bool,
-) -> list[Tensor]:
-    """Steps rows in place, and returns a gradient per weight and that of the batch's weights; empty where not asked."""
-    call = _Call(plan_of(tuple(layout)), weights, class_maps, batch, names)
+    out_gradient: Tensor,
+    outcomes: list[Outcome],
+    id_weights_need_gradient: bool,
+) -> Gradients:
+    """Steps rows in place, and returns the gradients that are needed."""
+    call = _Call(tables, weights, batch)
     check_out_gradient(out_gradient, call.out_shape, weights[0].device)
     out_gradient = out_gradient.to(torch.float32).contiguous()
-    dense = [
-        torch.zeros(w.shape) if rule == GRADIENT else torch.empty(0)
-        for w, rule in zip(weights, gradients.rules, strict=True)
-    ]
-    p = call.partitions
-    p["gradient"] = [d.data_ptr() if rule == GRADIENT else 0 for d, rule in zip(dense, gradients.rules, strict=True)]
-    p["rule"] = [max(rule, 0) for rule in gradients.rules]
-    if gradients.touched:
-        for touched, weight in zip(gradients.touched, weights, strict=True):
-            check_touched(touched, weight)
-        p["touched"] = [t.data_ptr() if t.numel() else 0 for t in gradients.touched]
-    if gradients.hyper:
-        hyper = np.asarray(gradients.hyper, np.float32).reshape(len(weights), len(HYPER))
-        for i, name in enumerate(HYPER):
-            p[name] = hyper[:, i]
-    states = iter(gradients.states)
-    for i, rule in enumerate(gradients.rules):
-        for s in range(num_states(rule)):
-            state = next(states)
-            check_state(state, weights[i], rule)
-            p["state"][i, s] = state.data_ptr()
-    of_weights = torch.zeros(batch.ids.shape) if weights_need_gradient else torch.empty(0)
+    dense: list[Tensor | None] = []
+    for i, (weight, outcome) in enumerate(zip(weights, outcomes, strict=True)):
+        check_outcome(outcome, weight)
+        gradient = torch.zeros(weight.shape) if isinstance(outcome, DenseGradient) else None
+        dense.append(gradient)
+        if isinstance(outcome, DenseGradient) and gradient is not None:
+            call.partitions["gradient"][i] = gradient.data_ptr()
+            call.partitions["touched"][i] = 0 if outcome.touched is None else outcome.touched.data_ptr()
+    _write_updates(call.partitions, [o if isinstance(o, Update) else None for o in outcomes])
+    of_ids = torch.zeros(batch.ids.shape) if id_weights_need_gradient else None
     call.group["out_gradient"] = out_gradient.data_ptr()
-    call.group["id_weights_gradient"] = of_weights.data_ptr() if weights_need_gradient else 0
+    call.group["id_weights_gradient"] = 0 if of_ids is None else of_ids.data_ptr()
     call.run("qr_backward")
-    return [*(d.to(w.dtype) for d, w in zip(dense, weights, strict=True)), of_weights]
+    return Gradients([None if d is None else d.to(w.dtype) for d, w in zip(dense, weights, strict=True)], of_ids)
 
 
-def step_rows(
-    weight: Tensor, rows: Tensor, gradients: Tensor, rule: str, states: list[Tensor], hyper: Sequence[float]
-) -> None:
+def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j)."""
     check_step(weight, rows, gradients)
+    check_state(update, weight)
     rows, gradients = rows.contiguous(), gradients.to(torch.float32).contiguous()
     p = np.zeros(1, PARTITION)
     p["weight"], p["rows"], p["width"] = weight.data_ptr(), weight.shape[0], weight.shape[1]
     p["row_stride"], p["weight_type"] = max(weight.stride(0), weight.shape[1]), TYPES[weight.dtype]
-    p["rule"] = RULES[rule]
-    for i, state in enumerate(states):
-        check_state(state, weight, RULES[rule])
-        p["state"][0, i] = state.data_ptr()
-    for name, value in zip(HYPER, hyper, strict=True):
-        p[name] = value
+    _write_updates(p, [update])
     failure = np.zeros(1, FAILURE)
     library = _library()
     assert library is not None
@@ -123,6 +97,27 @@ def step_rows(
         p.ctypes.data, rows.data_ptr(), gradients.data_ptr(), rows.numel(), cpu_library.isa(), failure.ctypes.data
     ):
         raise IndexError(f"row {int(failure[0]['value'])} is out of range [0, {weight.shape[0]})")
+
+
+def _write_updates(partitions: np.ndarray[Any, Any], updates: list[Update | None]) -> None:
+    """Writes steps into the structs of their partitions, column by column, because numpy is slow on one field."""
+    rules, states, numbers = [], [], []
+    # Tables of one optimizer have the same numbers.
+    known: dict[tuple[int, float, int], list[float]] = {}
+    for update in updates:
+        if update is None:
+            rules.append(0)
+            states.append(_NO_STATES)
+            numbers.append(_NO_NUMBERS)
+            continue
+        rule, state, learning_rate, t = update
+        key = id(rule), learning_rate, t
+        if key not in known:
+            known[key] = rule.numbers(learning_rate, t)
+        rules.append(rule.number)
+        states.append([*(tensor.data_ptr() for tensor in state.values()), *_NO_STATES][:MAX_STATES])
+        numbers.append(known[key])
+    partitions["rule"], partitions["state"], partitions["numbers"] = rules, states, numbers
 
 
 def id_bounds(ids: Tensor, starts: Sequence[int]) -> list[tuple[int, int]]:
@@ -144,21 +139,21 @@ def id_bounds(ids: Tensor, starts: Sequence[int]) -> list[tuple[int, int]]:
 class _Call:
     """One call of the library: the structs, and what they point to."""
 
-    def __init__(self, plan: Plan, weights: list[Tensor], class_maps: list[Tensor], batch: Batch, names: str) -> None:
-        self._plan, self._batch, self._names = plan, batch, names
-        check_call(plan, weights, class_maps, batch, names)
-        self._ids, self._offsets = batch.ids.contiguous(), batch.offsets.contiguous()
+    def __init__(self, tables: Description, weights: list[Tensor], batch: Batch) -> None:
+        self._tables, self._batch = tables, batch
+        offsets = check_call(tables, weights, batch)
+        self._ids, self._offsets = batch.ids.contiguous(), offsets.contiguous()
         self._weights = None if batch.weights is None else batch.weights.to(torch.float32).contiguous()
-        self._class_maps = class_maps
-        self.partitions = partitions_with(plan, weights, class_maps)
-        num_bags = (batch.offsets.numel() - 1) // max(plan.num_features, 1) if batch.pooled else 0
-        self.out_shape = (num_bags, plan.columns) if batch.pooled else (_floats(plan, batch),)
+        structs = structs_of(tables)
+        self.partitions = structs.partitions_with(weights, tables.class_maps)
+        num_bags = (offsets.numel() - 1) // max(tables.num_features, 1) if batch.pooled else 0
+        self.out_shape = (num_bags, tables.columns) if batch.pooled else (_floats(structs, self._offsets),)
         self.group = np.zeros(1, GROUP)
         self.group[0] = (
-            *(plan.tables.ctypes.data, self.partitions.ctypes.data, self._ids.data_ptr(), self._offsets.data_ptr()),
+            *(structs.tables.ctypes.data, self.partitions.ctypes.data, self._ids.data_ptr(), self._offsets.data_ptr()),
             *(0 if self._weights is None else self._weights.data_ptr(), 0, 0, 0),
-            *(len(plan.tables), plan.num_features, batch.ids.numel(), num_bags, plan.columns if batch.pooled else 0),
-            *(TYPES[batch.ids.dtype], TYPES[batch.offsets.dtype], batch.pooled),
+            *(len(structs.tables), tables.num_features, batch.ids.numel(), num_bags),
+            *(tables.columns if batch.pooled else 0, TYPES[batch.ids.dtype], TYPES[offsets.dtype], batch.pooled),
             *(torch.get_num_threads(), cpu_library.isa()),
         )
 
@@ -171,10 +166,10 @@ class _Call:
 
     def _raise(self, failure: np.void) -> None:
         code, position, value = int(failure["code"]), int(failure["position"]), int(failure["value"])
-        table = self._names.split("\n")[int(failure["table"])] if failure["table"] >= 0 else ""
+        table = self._tables.names[int(failure["table"])] if failure["table"] >= 0 else ""
         match code:  # `Code` in csrc/lookup.h
             case 1:
-                num_ids = self._plan.layouts[int(failure["table"])].num_ids
+                num_ids = self._tables.tables[int(failure["table"])].num_ids
                 raise IndexError(f"table {table!r}: id {value} (number {position}) is out of range [0, {num_ids})")
             case 2:
                 raise IndexError(
@@ -195,12 +190,12 @@ class _Call:
         raise ValueError(f"table {table!r}: a layout that the kernels refuse (check {position}, value {value})")
 
 
-def _floats(plan: Plan, batch: Batch) -> int:
+def _floats(structs: Structs, offsets: Tensor) -> int:
     """Floats in the output of a batch that is not pooled."""
-    offsets, first = batch.offsets.numpy(), plan.tables["first_feature"]
-    ids = offsets[first + plan.tables["num_features"]] - offsets[first]
+    starts, first = offsets.numpy(), structs.tables["first_feature"]
+    ids = starts[first + structs.tables["num_features"]] - starts[first]
     # Offsets that are none are found by the library, which then writes nothing.
-    return max(int(np.dot(ids.astype(np.int64), plan.tables["dim"])), 0)
+    return max(int(np.dot(ids.astype(np.int64), structs.tables["dim"])), 0)
 
 
 def _library() -> ctypes.CDLL | None:

@@ -1,0 +1,75 @@
+"""The optimizer of a table, as TorchRec attaches it: in the words of FBGEMM's table-batched embeddings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+
+from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, UpdateRule
+
+RULES: dict[EmbOptimType, type[UpdateRule]] = {
+    EmbOptimType.SGD: Sgd,
+    EmbOptimType.EXACT_SGD: Sgd,
+    EmbOptimType.EXACT_ADAGRAD: Adagrad,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: RowWiseAdagrad,
+    EmbOptimType.ADAM: Adam,
+}
+
+# Keys with which TorchRec and optimizer classes say "nothing special", by the values that say so.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "output_dtype": (SparseType.FP32,),
+    "lr_decay": (0,),
+    "initial_accumulator_value": (0,),
+    "momentum": (0,),
+    "dampening": (0,),
+    "weight_decay": (0,),
+}
+
+
+def says_something(key: str, value: object) -> bool:
+    """Whether a key of ``fused_params`` asks for anything: neither TorchRec's own note nor at its neutral value."""
+    return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
+
+
+def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
+    """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
+
+    Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``, ``eps``, of
+    Adam ``beta1`` and ``beta2`` (or torch's ``betas``) and ``amsgrad``, and ``gradient_clipping`` with
+    ``max_gradient``, which clips the gradient of a row, as summed over the batch: so the plan does not change the
+    result. (FBGEMM clips that of the pooled output, on CUDA, and ignores it on a CPU.) Weights in fp16 and bf16 are
+    stepped in fp32 and rounded to the nearest.
+
+    Raises:
+        NotImplementedError: another optimizer or key, by name; nothing is dropped in silence.
+
+    Example:
+        >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
+        Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
+    """
+    given = {k: v for k, v in fused_params.items() if says_something(k, v)}
+    optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
+    if optimizer not in RULES:
+        raise NotImplementedError(
+            f"table {table!r}: optimizer={optimizer} is not supported by compositional tables; "
+            f"allowed: {', '.join(str(o) for o in RULES)}"
+        )
+    rule = RULES[optimizer]
+    fields: tuple[str, ...] = ("learning_rate", "eps")
+    if rule is Adam:
+        fields += ("beta1", "beta2")
+        if "betas" in given:
+            given["beta1"], given["beta2"] = given.pop("betas")
+        if given.pop("amsgrad", False):
+            rule = AmsGrad
+    chosen: dict[str, Any] = {k: given.pop(k) for k in fields if k in given}
+    max_gradient = given.pop("max_gradient", 1.0)
+    if given.pop("gradient_clipping", False):
+        chosen["max_gradient"] = max_gradient
+    if given:
+        key, value = next(iter(given.items()))
+        raise NotImplementedError(
+            f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
+            "learning_rate, eps, gradient_clipping, max_gradient, and of Adam beta1, beta2, betas, amsgrad"
+        )
+    return rule(**chosen)

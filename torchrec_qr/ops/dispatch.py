@@ -1,0 +1,68 @@
+"""The choice between kernels and PyTorch, by device, type and operation."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from torchrec_qr.ops.backends import Backend, cpu
+from torchrec_qr.ops.description import MAX_WIDTH, Description
+from torchrec_qr.ops.transforms import is_transformed
+from torchrec_qr.ops.triton_compiler import load_driver
+from torchrec_qr.ops.update_rules import Update
+
+# Of weights in the kernels.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def available(device: torch.device) -> bool:
+    """Returns whether there are kernels for a device."""
+    return _has_triton() if device.type == "cuda" else device.type == "cpu" and cpu.available()
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernels_take(tables: Description, weights: Sequence[Tensor]) -> bool:
+    """Returns whether the kernels look up these tables: not under transforms, which PyTorch alone goes through."""
+    return (
+        tables.has_kernels
+        and available(weights[0].device)
+        and all(w.dtype in DTYPES for w in weights)
+        and not is_transformed()
+    )
+
+
+def kernels_step(weight: Tensor) -> bool:
+    """Returns whether the kernels step given rows of a weight; the MLPs of ``path`` may be wider than they take."""
+    return weight.shape[1] <= MAX_WIDTH and weight.dtype in DTYPES and available(weight.device)
+
+
+def kernels_on(device: torch.device) -> Backend:
+    """Returns the kernels of a device that is `available`, once they can be launched."""
+    if device.type == "cpu":
+        return cpu
+    # Here, because it imports Triton, which may be missing and is of no use on a CPU.
+    from torchrec_qr.ops.backends import triton
+
+    load_driver()
+    return triton
+
+
+def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
+    """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
+
+    Example:
+        >>> from torchrec_qr.ops.update_rules import Sgd
+        >>> weight = torch.ones(3, 4)
+        >>> update_rows(weight, torch.tensor([2]), torch.ones(1, 4), Update(Sgd(), {}, learning_rate=0.5))
+        >>> weight[:, 0].tolist()
+        [1.0, 1.0, 0.5]
+    """
+    if kernels_step(weight):
+        kernels_on(weight.device).update_rows(weight, rows, gradients, update)
+    else:
+        update.step(weight, rows, gradients)
