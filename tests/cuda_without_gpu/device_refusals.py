@@ -41,8 +41,8 @@ def _tables(class_map: torch.device = HERE) -> Description:
     return Description([MAPPED], ["t"], [_class_map(class_map)])
 
 
-def _update(state: torch.device) -> Update:
-    return Update(Adagrad(), {"momentum1": torch.zeros(3, 4, device=state)}, 0.1)
+def _update(state: torch.device, rows: int = 3) -> Update:
+    return Update(Adagrad(), {"momentum1": torch.zeros(rows, 4, device=state)}, 0.1)
 
 
 def _look_up(batch: Batch, second: torch.device = HERE, class_map: torch.device = HERE) -> None:
@@ -55,10 +55,11 @@ def _backward(
     touched: torch.device = HERE,
     class_map: torch.device = HERE,
 ) -> None:
-    mask = torch.zeros(2, dtype=torch.uint8, device=touched)
-    outcomes: list[Outcome] = [_update(state), DenseGradient(mask)]
+    second: Outcome = _update(state, rows=2)
+    if touched != HERE:
+        second = DenseGradient(torch.zeros(2, dtype=torch.uint8, device=touched))
     out_gradient = torch.zeros(2, 4, device=gradient)
-    triton.backward(_tables(class_map), _weights(), _batch(), out_gradient, outcomes, False)
+    triton.backward(_tables(class_map), _weights(), _batch(), out_gradient, [_update(HERE), second], False)
 
 
 def _update_rows(rows: torch.device = HERE, gradients: torch.device = HERE, state: torch.device = HERE) -> None:

@@ -41,7 +41,8 @@ class RowReads:
         """Returns the rows (U,) that were read, ascending and each once, with their summed gradients (U, D) fp32."""
         rows, gradients = self.rows[0], self.gradients[0]
         if len(self.rows) > 1:
-            rows, gradients = torch.cat(self.rows), torch.cat(self.gradients)
+            # The last read first, which is the order in which autograd adds gradients up.
+            rows, gradients = torch.cat(self.rows[::-1]), torch.cat(self.gradients[::-1])
         size = (self.weight.shape[0], gradients.shape[1])
         # Its sums are in order, on a GPU too, where those of `index_add_` are not.
         summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size, check_invariants=False).coalesce()
@@ -53,7 +54,7 @@ class RowReads:
             return torch.zeros_like(self.weight)
         total, *others = (
             torch.ops.aten.embedding_dense_backward(gradient, rows, self.weight.shape[0], -1, False)
-            for rows, gradient in zip(self.rows, self.gradients, strict=True)
+            for rows, gradient in zip(self.rows[::-1], self.gradients[::-1], strict=True)
         )
         for other in others:
             total += other
