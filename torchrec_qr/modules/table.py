@@ -179,12 +179,13 @@ def init_tables(tables: nn.Module) -> None:
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
     """Returns (N, D) fp32: the embedding of each id (N,) in a table of either kind."""
     tables, weights = _described(table)
-    return look_up(tables, weights, Batch(ids, None, None, pooled=False)).view(-1, tables.columns)
+    # All fields, here and below, because the compiler of torch 2.11 loses the defaults of named tuples.
+    return look_up(tables, weights, Batch(ids, None, None, False, None, None)).view(-1, tables.columns)
 
 
 def sum_bags_of(table: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     """Returns (B, D) fp32: per bag, the weighted sum of its ids' embeddings in a table of either kind."""
-    return look_up(*_described(table), Batch(ids, offsets, weights, pooled=True))
+    return look_up(*_described(table), Batch(ids, offsets, weights, True, None, None))
 
 
 def _described(table: nn.Module) -> tuple[Description, list[Tensor]]:

@@ -47,7 +47,9 @@ def look_up(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
     offsets = torch.tensor([0, batch.ids.shape[0]]) if batch.offsets is None else batch.offsets
     if not kernels_take(tables, weights):
         # PyTorch differentiates, transforms and compiles its own operations.
-        return pytorch.forward(tables, weights, batch._replace(offsets=offsets, kept=None))
+        return pytorch.forward(
+            tables, weights, Batch(batch.ids, offsets, batch.weights, batch.pooled, batch.starts, None)
+        )
     # The kernels go from row to row by a stride of at least a row. Autograd leads the copy's gradient back.
     weights = [w.contiguous() if rows_overlap(w) else w for w in weights]
     if is_traced(weights[0], batch.ids):
