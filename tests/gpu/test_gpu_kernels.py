@@ -26,7 +26,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "weighted": (False, True),
-    "pooling": ("sum", "mean"),
     "id_dtype": (torch.int64, torch.int32),
     "offset_dtype": (torch.int64, torch.int32),
 }
@@ -61,7 +60,7 @@ def test_ten_steps(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", [("hash", 1), ("strided", 2), ("chinese_remainder", 3)])
 def test_hot_rows(kind: tuple[str, int]) -> None:
     """Nine tenths of the ids are one, in several thousand places."""
-    case = StepOnDevice(*kind, dim=64, rule="adagrad", num_bags=260, hot=True, pooling="mean")
+    case = StepOnDevice(*kind, dim=64, rule="adagrad", num_bags=260, hot=True)
     for step in range(2):
         out, expected, _, _ = case.run(step)
         close(out, expected, 1e-4, "output")

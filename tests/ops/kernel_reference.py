@@ -73,7 +73,6 @@ class StepCase:
     rule: str = "sgd"
     dtype: torch.dtype = torch.float32
     weighted: bool = False
-    pooling: str = "sum"
     id_dtype: torch.dtype = torch.int64
     offset_dtype: torch.dtype = torch.int64
     num_bags: int = 7
@@ -105,7 +104,6 @@ class StepCase:
             partition_layouts(partitions, dict(enumerate(self.widths))),
             num_features=2,
             num_ids=partitions.num_embeddings,
-            mean=self.pooling == "mean",
         )
         class_map = partitions.class_map
         self.tables = Description([layout, layout], ["a", "b"], [] if class_map is None else [class_map] * 2)
@@ -168,7 +166,7 @@ class StepCase:
             for values, n in zip(composed.split(of_features.sum(dim=1).tolist()), of_features, strict=True):
                 bag = torch.repeat_interleave(torch.arange(self.num_bags), n)
                 out = torch.zeros(self.num_bags, composed.shape[1], dtype=torch.float64).index_add(0, bag, values)
-                outputs.append(out / n.clamp(min=1).unsqueeze(1) if self.pooling == "mean" else out)
+                outputs.append(out)
         return torch.cat(outputs, dim=1)
 
     def updates(self, step: int) -> list[Outcome]:

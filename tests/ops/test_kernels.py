@@ -33,7 +33,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "weighted": (False, True),
-    "pooling": ("sum", "mean"),
     "id_dtype": (torch.int64, torch.int32),
     "offset_dtype": (torch.int64, torch.int32),
     "isa": cpu_library.ISAS,
@@ -98,7 +97,7 @@ def test_ten_steps_in_pytorch(rule: str, operation: str) -> None:
     kinds = {"mult": ("explicit", 2), "add": ("wide", 3), "concat": ("strided", 2)}
     with without_kernels():
         for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
-            train(StepCase(*kinds[operation], operation, rule=rule, dtype=dtype, weighted=True, pooling="mean"), rtol)
+            train(StepCase(*kinds[operation], operation, rule=rule, dtype=dtype, weighted=True), rtol)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
@@ -109,14 +108,14 @@ def test_untouched_rows_do_not_move(rule: str) -> None:
 @pytest.mark.parametrize("operation", ["mult", "concat"])
 def test_rows_that_do_not_fit_the_sort_keys(operation: str) -> None:
     """Then what is sorted is a place in the batch, and rows and bags are looked up from there."""
-    train(StepCase("vast", 4, operation=operation, rule="adagrad", weighted=True, pooling="mean"), 2e-5)
+    train(StepCase("vast", 4, operation=operation, rule="adagrad", weighted=True), 2e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("kind", [("hash", 1), ("strided", 2), ("chinese_remainder", 3)])
 def test_hot_rows(kind: tuple[str, int], threads: int) -> None:
     """Nine tenths of the ids are one; enough of them that a table is accumulated in parts."""
-    case = StepCase(*kind, operation="mult", dim=64, rule="adagrad", num_bags=260, hot=True, pooling="mean")
+    case = StepCase(*kind, operation="mult", dim=64, rule="adagrad", num_bags=260, hot=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -22,7 +22,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
     "dtype": ("float32", "float16", "bfloat16"),
     "weighted": (False, True),
-    "pooling": ("sum", "mean"),
     "id_dtype": ("int64", "int32"),
     "offset_dtype": ("int64", "int32"),
 }

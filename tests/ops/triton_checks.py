@@ -73,7 +73,7 @@ def several_steps() -> None:
 
 def hot_rows() -> None:
     """Nine tenths of the ids are one, enough of them that rows are cut: against the float64 reference."""
-    train(StepThroughTriton("strided", 2, dim=8, rule="adagrad", num_bags=2, hot=True, pooling="mean"), 1, 2e-5)
+    train(StepThroughTriton("strided", 2, dim=8, rule="adagrad", num_bags=2, hot=True), 1, 2e-5)
 
 
 def hot_rows_of_every_shape() -> None:
@@ -98,9 +98,9 @@ QR = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))
 
 
 def two_tables() -> tuple[Description, list[Tensor], Batch]:
-    """A product of two partitions over two features, and a concatenation of two widths; ids, weights, MEAN."""
+    """A product of two partitions over two features, and a concatenation of two widths; ids and weights."""
     pair = (PartitionLayout(4, 3, 5), PartitionLayout(8, 1, 3))
-    layouts = [TableLayout("mult", QR, 2, 15, mean=True), TableLayout("concat", pair, 1, 15)]
+    layouts = [TableLayout("mult", QR, 2, 15), TableLayout("concat", pair, 1, 15)]
     weights = [torch.randn(r, w) for r, w in ((5, 8), (3, 8), (5, 4), (3, 8))]
     ids = torch.randint(0, 15, (23,))
     batch = Batch(ids, ints(0, 3, 3, 8, 14, 15, 23), torch.rand(23), True)

@@ -64,7 +64,6 @@ class TableLayout(NamedTuple):
         partitions: K of them, in order.
         num_features: consecutive features of the batch that are looked up here.
         num_ids: S; -1: any id at all, for closed forms.
-        mean: whether the sum of a bag is divided by its number of ids.
         code: None if ids travel.
         path_hidden, path_activation: of the MLPs under ``path``; see `torchrec_qr.CompositionalEmbeddingBagConfig`.
     """
@@ -73,7 +72,6 @@ class TableLayout(NamedTuple):
     partitions: tuple[PartitionLayout, ...]
     num_features: int = 1
     num_ids: int = -1
-    mean: bool = False
     code: CodeLayout | None = None
     path_hidden: int | None = None
     path_activation: str = "relu"

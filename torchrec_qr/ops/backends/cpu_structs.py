@@ -33,7 +33,7 @@ PARTITION = _struct(
     ("numbers", _FLOAT, (len(NUMBERS),)),
 )
 TABLE = _struct(
-    *((name, _INT32) for name in ("operation", "mean", "first_partition", "num_partitions")),
+    *((name, _INT32) for name in ("operation", "reserved", "first_partition", "num_partitions")),
     *((name, _INT32) for name in ("first_feature", "num_features")),
     *((name, _INT64) for name in ("dim", "column", "num_ids")),
     *((name, _INT64) for name in ("codes_per_row", "code_stride", "code_size", "code_first_row")),
@@ -63,7 +63,7 @@ class Structs:
         for i, t in enumerate(tables):
             code = t.code or (0, 0, 0, 0)
             self.tables[i] = (
-                *(KERNEL_OPERATIONS.index(t.operation), t.mean, partition, len(t.partitions), feature, t.num_features),
+                *(KERNEL_OPERATIONS.index(t.operation), 0, partition, len(t.partitions), feature, t.num_features),
                 *(t.dim, column, t.num_ids, *code),
             )
             for p in t.partitions:

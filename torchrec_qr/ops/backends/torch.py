@@ -105,11 +105,10 @@ def _look_up(tables: Description, weights: list[Any], batch: Batch) -> Tensor:
             ids, bags, id_weights = features.next()
             ids = table.ids_of(ids)
             rows = [p.rows_of(ids, class_map) for p in table.partitions]
-            if not batch.pooled:
+            if batch.pooled:
+                outputs.append(_pooled_composition(table, own, rows, bags, id_weights))
+            else:
                 outputs.append(_composed(table, own, rows).reshape(-1))
-                continue
-            out = _pooled_composition(table, own, rows, bags, id_weights)
-            outputs.append(out / bags.diff().clamp(min=1).unsqueeze(1) if table.mean else out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1 if batch.pooled else 0)
 
 

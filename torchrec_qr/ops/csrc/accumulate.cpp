@@ -270,14 +270,13 @@ QR_INLINE void bag_by_bag(const Part& part) {
         int64_t n = g.pooled ? integer_at(g.offsets, g.offset_type, first_bag + bag) : work.first_id + bag;
         const int64_t end = g.pooled ? integer_at(g.offsets, g.offset_type, first_bag + bag + 1) : n + 1;
         const float* given = work.gradient + b * work.gradient_stride + f * t.dim;
-        const float mean = t.mean && end > n ? 1.0f / static_cast<float>(end - n) : 1.0f;
         if (bag + kAhead < part.last) prefetch(given + kAhead * work.gradient_stride, t.dim * 4);
         V of_bag[NV > 0 ? NV : 1] = {};
         if constexpr (NV > 0) {
-            for (int v = 0; v < NV; ++v) of_bag[v] = load<V>(given + v * kLanes<V>) * mean;
+            for (int v = 0; v < NV; ++v) of_bag[v] = load<V>(given + v * kLanes<V>);
             for (int v = 0; v < NV; ++v) store(gradient + v * kLanes<V>, of_bag[v]);
         } else {
-            for (int64_t d = 0; d < t.dim; ++d) gradient[d] = given[d] * mean;
+            for (int64_t d = 0; d < t.dim; ++d) gradient[d] = given[d];
         }
         for (; n < end; ++n) {
             int64_t rows[kMaxPartitions];

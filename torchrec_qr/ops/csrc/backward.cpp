@@ -120,21 +120,14 @@ int32_t TableBackward::prepare_sorted(int32_t t, int64_t n, Failure* failure) {
 void TableBackward::copy_gradient(int64_t n) {
     const Group& g = *group;
     if (!g.pooled) return;
-    if (table->num_features == 1 && !table->mean && n < kIdsPerCopiedBag * g.num_bags) return;
+    if (table->num_features == 1 && n < kIdsPerCopiedBag * g.num_bags) return;
     gradient_copy_.resize(num_bags(n) * table->dim);
-    const int64_t first_bag = table->first_feature * g.num_bags;
     for (int64_t f = 0; f < table->num_features; ++f) {
         for (int64_t b = 0; b < g.num_bags; ++b) {
             const int64_t bag = f * g.num_bags + b;
             const float* from = gradient + b * gradient_stride + f * table->dim;
             float* to = gradient_copy_.data() + bag * table->dim;
-            float scale = 1.0f;
-            if (table->mean) {
-                const int64_t ids = integer_at(g.offsets, g.offset_type, first_bag + bag + 1) -
-                                    integer_at(g.offsets, g.offset_type, first_bag + bag);
-                scale = 1.0f / static_cast<float>(std::max<int64_t>(ids, 1));
-            }
-            for (int64_t d = 0; d < table->dim; ++d) to[d] = from[d] * scale;
+            for (int64_t d = 0; d < table->dim; ++d) to[d] = from[d];
         }
     }
     gradient = gradient_copy_.data();

@@ -19,7 +19,7 @@ namespace qr {
 struct Sums {
     const Partition* p;
     int index;                      // in the table
-    bool needed;                    // stepped, or a gradient is asked for
+    bool needed;                    // stepped, or its gradient is returned
     bool compact;                   // a slot per row that occurs; else per row
     int64_t slots;
     std::vector<uint32_t> slot_of;  // (n,), compact
@@ -50,8 +50,7 @@ class TableBackward {
     Sums sums[kMaxPartitions];  // of all partitions, or of those that are not the pivot
     int num_sums = 0;
     int64_t first_id = 0;
-    // The gradient of bag i of the table begins here: the caller's, or a copy whose bags follow each other, divided by
-    // their numbers of ids for MEAN.
+    // The gradient of bag i of the table begins here: the caller's, or a copy whose bags follow each other.
     const float* gradient = nullptr;
     int64_t gradient_stride = 0;
 

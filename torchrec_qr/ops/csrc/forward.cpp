@@ -128,7 +128,6 @@ QR_INLINE void look_up_as(const Task& task) {
     ahead.end = integer_at(g.offsets, g.offset_type, task.last_bag);
     for (int64_t b = task.first_bag; b < task.last_bag; ++b, out += task.out_stride) {
         const int64_t end = integer_at(g.offsets, g.offset_type, b + 1);
-        const float scale = t.mean && end > n ? 1.0f / static_cast<float>(end - n) : 1.0f;
         if constexpr (NV > 0) {
             V sum[NV];
             for (int v = 0; v < NV; ++v) sum[v] = V{};
@@ -139,16 +138,13 @@ QR_INLINE void look_up_as(const Task& task) {
                 compose_in_registers<V, NV, OP, K>(ahead.row[n % kRing], e);
                 for (int v = 0; v < NV; ++v) sum[v] += e[v] * s;
             }
-            for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, sum[v] * scale);
+            for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, sum[v]);
         } else {
             for (int64_t d = 0; d < t.dim; ++d) out[d] = 0.0f;
             for (; n < end; ++n) {
                 if (!ahead.reach(task, n)) return;
                 const float s = g.id_weights ? g.id_weights[n] : 1.0f;
                 compose_in_memory(t, partitions, ahead.row[n % kRing], s, false, buffer, out);
-            }
-            if (scale != 1.0f) {
-                for (int64_t d = 0; d < t.dim; ++d) out[d] *= scale;
             }
         }
     }

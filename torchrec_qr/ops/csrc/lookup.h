@@ -2,9 +2,9 @@
 //
 // A *group* is a list of tables that are looked up together. For feature f of table t and bag b it computes
 //
-//     out[b, f] = scale_b · Σ_{ids x of bag (b, f)} w_x · compose_j( W_j[row_j(x)] )
+//     out[b, f] = Σ_{ids x of bag (b, f)} w_x · compose_j( W_j[row_j(x)] )
 //
-// with scale_b = 1, or 1 / (ids of the bag) for MEAN; or, not pooled, out[n] = compose_j( W_j[row_j(x_n)] ).
+// or, not pooled, out[n] = compose_j( W_j[row_j(x_n)] ).
 // Shapes: F features, B bags per feature, N ids, K partitions per table.
 //
 // The layouts below are mirrored in `cpu_structs.py`, which compares sizes with `qr_struct_sizes` when it loads.
@@ -57,7 +57,7 @@ struct Partition {
 };
 
 struct Table {
-    int32_t operation, mean;
+    int32_t operation, reserved;
     int32_t first_partition, num_partitions, first_feature, num_features;
     int64_t dim;        // columns of its output
     int64_t column;     // pooled: of its first feature in a row of `out`

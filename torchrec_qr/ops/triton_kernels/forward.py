@@ -8,7 +8,7 @@ is the output alone. Where a bag is shorter than the longest of its tile, its la
 import triton
 import triton.language as tl
 
-from .rows import COLUMN, DIM, ENTRY_FIELDS, MEAN, has_row, id_of, is_id_of, load_rows, report, row_of, spans
+from .rows import COLUMN, DIM, ENTRY_FIELDS, has_row, id_of, is_id_of, load_rows, report, row_of, spans
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def forward(
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[bag] = scale · Σ_{ids x of the bag} w_x · compose_j(W_j[row_j(x)]), scale 1, or for MEAN 1 / ids.
+    """out[bag] = Σ_{ids x of the bag} w_x · compose_j(W_j[row_j(x)]).
 
     Grid: (blocks of LANES bags, entries of one group).
     """
@@ -98,8 +98,6 @@ def forward(
         total += value
     if POOLED:
         written = lane < num_bags
-        if tl.load(entry + MEAN) != 0:
-            total /= tl.maximum(end - start, 1).to(tl.float32)[:, None]
     else:
         written = start < end
     to = output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN, POOLED)
@@ -144,9 +142,6 @@ def weights_gradient(
     at = output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN, POOLED)
     has_gradient = (start < end)[:, None] & (columns < WIDTH)[None, :]
     gradient = tl.load(out_gradient + (at[:, None] + columns[None, :]), mask=has_gradient, other=0.0)
-    if POOLED:
-        if tl.load(entry + MEAN) != 0:
-            gradient /= tl.maximum(end - start, 1).to(tl.float32)[:, None]
     for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end

@@ -14,14 +14,13 @@ FEATURE = tl.constexpr(0)
 COLUMN = tl.constexpr(1)  # pooled: of its first column in a row of the output
 FIRST_ID = tl.constexpr(2)
 LAST_ID = tl.constexpr(3)
-MEAN = tl.constexpr(4)
-GROUP = tl.constexpr(5)
-DIM = tl.constexpr(6)  # columns of the table's output, not pooled the distance between those of two ids
-PER_ROW = tl.constexpr(7)  # of codes: see `torchrec_qr.ops.layout.CodeLayout`; each divisor with magic and shift
-STRIDE = tl.constexpr(10)
-SIZE = tl.constexpr(13)
-CODE_FIRST_ROW = tl.constexpr(14)
-PARTITIONS = tl.constexpr(15)  # where the K partitions begin
+GROUP = tl.constexpr(4)
+DIM = tl.constexpr(5)  # columns of the table's output, not pooled the distance between those of two ids
+PER_ROW = tl.constexpr(6)  # of codes: see `torchrec_qr.ops.description.CodeLayout`; each divisor with magic and shift
+STRIDE = tl.constexpr(9)
+SIZE = tl.constexpr(12)
+CODE_FIRST_ROW = tl.constexpr(13)
+PARTITIONS = tl.constexpr(14)  # where the K partitions begin
 # Positions in a partition's part of a descriptor.
 WEIGHT = tl.constexpr(0)
 ROWS = tl.constexpr(1)
@@ -33,7 +32,7 @@ CLASS_MAP = tl.constexpr(10)
 KEY_BASE = tl.constexpr(11)  # of its rows among those of all tables' partitions of the same number
 WEIGHT_INDEX = tl.constexpr(12)
 PARTITION_FIELDS = tl.constexpr(13)
-ENTRY_FIELDS = tl.constexpr(67)
+ENTRY_FIELDS = tl.constexpr(66)
 
 # Offsets that are none are reported before ids that are none: `failure` takes the least number.
 OFFSET_FAILURE = tl.constexpr(-(2**62))
@@ -133,7 +132,7 @@ def report(failure, number, failed):
 
 @triton.jit
 def span_of_bag(offsets, failure, index, exists, num_offsets, num_ids):
-    """Positions [start, end) of the ids of bag ``index`` out of ``num_offsets``: within [0, N) whatever offsets say."""
+    """Positions [start, end) of the ids of bag ``index`` out of ``num_offsets``: within [0, N) whatever the offsets."""
     start = tl.load(offsets + index, mask=exists, other=0).to(tl.int64)
     end = tl.load(offsets + index + 1, mask=exists, other=0).to(tl.int64)
     wrong = (end < start) | (start < 0) | (end > num_ids) | ((index == 0) & (start != 0))

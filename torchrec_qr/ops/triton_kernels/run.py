@@ -44,8 +44,8 @@ class Batch(NamedTuple):
 def batch_of(d: Descriptors, ids: Tensor, offsets: Tensor, weights: Tensor | None, pooled: bool) -> Batch:
     """Brings what is looked up to the device.
 
-    Not pooled, the size of the output is known without a word from the device where all tables are of one width;
-    else, or where it is at hand, ``offsets`` on the CPU tells it.
+    The size of an output that is not pooled follows from the number of ids if all tables are of one width, else from
+    ``offsets`` on the CPU.
     """
     device, n = d.entries.device, ids.numel()
     if n > _MAX_INT32 or offsets.numel() > _MAX_INT32:
@@ -180,7 +180,7 @@ def sum_rows(
     """Sums the gradients of the rows of every table's partition ``number``.
 
     Args:
-        wanted: per weight, whether its rows are asked for.
+        wanted: per weight, whether its rows are summed.
     """
     device, n = d.entries.device, batch.ids.numel()
     entry_of, no_key = d.entry_of[number], d.keys[number]
@@ -223,7 +223,7 @@ def sum_rows(
     for group, target in _targets(d, number):
         tile = _short_tile(group.kernel.WIDTH)
         sum_chunks[(triton.cdiv(capacity, tile["LANES"]),)](
-            *(sums, out_gradient, batch.ids, batch.offsets, batch.weights, order, bag_of, starts, entry_of_chunk),
+            *(sums, out_gradient, batch.ids, batch.weights, order, bag_of, starts, entry_of_chunk),
             *(chunk_numbers, entry_of, d.entries, batch.flat_starts),
             *(d.groups.index(group), num_bags, n, d.columns, stride),
             **group.kernel._asdict(),
@@ -281,7 +281,7 @@ class _StepKernel(NamedTuple):
 
 
 def step_weights(weights: list[Tensor], row_sums: list[RowSums], steps: Steps) -> None:
-    """Steps every row of ``row_sums`` once; writes its dense gradient, and marks it, where that is asked for."""
+    """Steps every row of ``row_sums`` once; writes its dense gradient, and marks it, if there is memory for that."""
     device = weights[0].device
     kernels: list[_StepKernel] = []
     numbers: list[int] = []

@@ -19,7 +19,7 @@ is sorting keys, of 4 bytes where they fit, next to rows of hundreds.
 import triton
 import triton.language as tl
 
-from .rows import COLUMN, DIM, ENTRY_FIELDS, GROUP, MEAN, id_of, load_rows, row_of
+from .rows import COLUMN, DIM, ENTRY_FIELDS, GROUP, id_of, load_rows, row_of
 
 # Rows of `sums` begin at multiples of so many floats.
 SUMS_ALIGN = tl.constexpr(4)
@@ -30,7 +30,6 @@ def sum_chunks(
     sums,
     out_gradient,
     ids,
-    offsets,
     id_weights,
     order,
     bag_of,
@@ -59,7 +58,7 @@ def sum_chunks(
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sums[c] = Σ_{ids x of chunk c} w_x · scale · gradient of x's bag, and of mult ⊙ Π_{j ≠ TARGET} W_j[row_j(x)].
+    """sums[c] = Σ_{ids x of chunk c} w_x · gradient of x's bag, and of mult ⊙ Π_{j ≠ TARGET} W_j[row_j(x)].
 
     Of the chunks of one group of entries; those of others are left to their own launches.
     """
@@ -75,7 +74,6 @@ def sum_chunks(
     mine &= tl.load(entry + GROUP) == group
     start = tl.load(starts + chunk, mask=mine, other=0)
     end = tl.load(starts + chunk + 1, mask=mine, other=0)
-    is_mean = tl.load(entry + MEAN) != 0
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
     for i in range(tl.max(end - start, axis=0)):
         live = start + i < end
@@ -101,10 +99,6 @@ def sum_chunks(
                     gradient *= load_rows(row, entry, mask, columns, j, TYPES, ALIGN)
         if WEIGHTED:
             gradient *= tl.load(id_weights + n, mask=live, other=0.0)[:, None]
-        if POOLED:
-            first = tl.load(offsets + bag, mask=live & is_mean, other=0)
-            last = tl.load(offsets + bag + 1, mask=live & is_mean, other=1)
-            gradient /= (last - first).to(tl.float32)[:, None]
         total += gradient
     to = tl.multiple_of(chunk.to(tl.int64) * sums_stride, SUMS_ALIGN)
     tl.store(sums + (to[:, None] + columns[None, :]), total, mask=mine[:, None] & (columns < WIDTH)[None, :])

@@ -190,7 +190,7 @@ def _written(
     for i, e in enumerate(entries):
         table = tables[e.table]
         per_row, stride, size, first_row = table.layout.code or (1, 0, 0, 0)
-        own = [e.feature, e.column, *_ids(table.layout), int(table.layout.mean), group_of[i], table.layout.dim]
+        own = [e.feature, e.column, *_ids(table.layout), group_of[i], table.layout.dim]
         own += [per_row, *magic(per_row), stride, *magic(max(stride, 1)), size, first_row]
         for k, j in enumerate(e.partitions):
             entry_of[j][e.feature], target_of[j][e.feature] = i, k
