@@ -1,4 +1,4 @@
-"""The optimizer of a table, as TorchRec attaches it: in the words of FBGEMM's table-batched embeddings."""
+"""The optimizer of a table, as TorchRec attaches it: by the keys of FBGEMM's table-batched embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ RULES: dict[EmbOptimType, type[UpdateRule]] = {
     EmbOptimType.ADAM: Adam,
 }
 
-# Keys with which TorchRec and optimizer classes say "nothing special", by the values that say so.
+# Keys that TorchRec and optimizer classes pass in any case, by the values that change nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "output_dtype": (SparseType.FP32,),
     "lr_decay": (0,),
@@ -27,12 +27,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def says_something(key: str, value: object) -> bool:
-    """Whether a key of ``fused_params`` asks for anything: neither TorchRec's own note nor at its neutral value."""
+    """Returns whether a key of ``fused_params`` changes anything: no note of TorchRec's, and not at a neutral value."""
     return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
 
 
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
-    """Reads the optimizer that TorchRec attached to a table, in the words of FBGEMM's table-batched embeddings.
+    """Returns the rule of the optimizer that TorchRec attached to a table, by the keys of FBGEMM's embeddings.
 
     Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``, ``eps``, of
     Adam ``beta1`` and ``beta2`` (or torch's ``betas``) and ``amsgrad``, and ``gradient_clipping`` with

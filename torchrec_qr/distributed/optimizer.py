@@ -107,7 +107,7 @@ class RowOptimizer(FusedOptimizer):
         if self.is_frozen(tensor):
             return
         if tensor.is_cuda and kernels_step(tensor):
-            # How many rows there are is the device's to say, so all of them are given, -1 for those that stay.
+            # The host does not wait for the number of rows: it passes all of them, -1 for those that stay.
             every = torch.arange(len(stepped), device=tensor.device)
             self.update(tensor, every.where(stepped, -1), grad)
         else:

@@ -1,4 +1,4 @@
-"""The shared library of CPU kernels: found, loaded and checked. Imports no torch, so that ``doctor`` can ask.
+"""The shared library of CPU kernels: found, loaded and checked. Imports no torch, so that ``doctor`` can import it.
 
 The environment variable ``TORCHREC_QR_CPU_KERNELS`` chooses: ``auto`` (default, the best that the machine has),
 ``avx512``, ``avx2``, ``baseline`` (at most that), or ``off``, which leaves lookups to PyTorch.
@@ -41,7 +41,7 @@ def _loaded(path: Path) -> ctypes.CDLL | str:
 
 
 def library() -> ctypes.CDLL | None:
-    """Returns the library, or None where PyTorch takes its place; says so once, where that was not asked for.
+    """Returns the library, or None if PyTorch takes its place; warns once if nobody chose that.
 
     Raises:
         ValueError: ``TORCHREC_QR_CPU_KERNELS`` has none of its values.

@@ -12,7 +12,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def named_zeros(what: str, shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """`torchrec_qr.ops.memory.zeros`, whose failure tells what wanted the memory.
+    """`torchrec_qr.ops.memory.zeros`, whose failure names what wanted the memory.
 
     Raises:
         OutOfMemoryError: torch's, on every device; names ``what``, the bytes that it wanted and those that are free.
@@ -36,14 +36,14 @@ def named_zeros(what: str, shape: tuple[int, ...] | int, dtype: torch.dtype, dev
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an exception says that memory did not suffice: torch's own, or its CPU allocator's text."""
+    """Returns whether an exception is of memory that did not suffice: torch's own, or its CPU allocator's text."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def bytes_wanted(error: BaseException) -> str | None:
-    """Returns what an allocation asked for, in units, as torch's message has it; None: it does not say.
+    """Returns the size of an allocation, in units, as torch's message has it; None: the message has none.
 
     Example:
         >>> bytes_wanted(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2048 bytes."))

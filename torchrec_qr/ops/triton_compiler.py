@@ -59,7 +59,7 @@ def load_driver() -> None:
         RuntimeError: it needs a compiler or Python.h, which are missing. A driver that lies in Triton's cache already
             needs neither.
     """
-    # Here, since `torchrec-qr doctor` asks where they may be missing.
+    # Here, because `torchrec-qr doctor` imports this module where they may be missing.
     import torch
 
     if not torch.cuda.is_available():

@@ -63,10 +63,10 @@ inline int32_t best_isa() {
 #endif
 }
 
-// What is asked for, but never more than the machine has.
-inline int32_t usable_isa(int32_t asked) {
+// The instruction set of the caller, but never more than the machine has.
+inline int32_t usable_isa(int32_t chosen) {
     const int32_t best = best_isa();
-    return asked < best ? asked : best;
+    return chosen < best ? chosen : best;
 }
 
 }  // namespace qr

@@ -1,7 +1,7 @@
 """The lookup and its backward as Triton kernels. Needs PyTorch and Triton only: no module here imports another of
 ``torchrec_qr``, so that the folder runs, and is measured, on a machine without FBGEMM and TorchRec.
 
-- `tables`: what the kernels are told of tables, on the device;
+- `tables`: descriptors of tables, on the device;
 - `rows`: from ids to rows of partitions, in a kernel;
 - `forward`: outputs, and the gradient of the ids' weights;
 - `occurrences`: which ids selected a row, in the order of rows;
