@@ -190,7 +190,7 @@ def test_bytes_are_those_of_full_tables(sharding: str, pooled: bool) -> None:
             assert sum(n for (_, kind), n in stock[1].items() if kind == "floats") >= 4 * DIM * BAGS * TABLES
             assert stock[1]["exchange", "integers"] >= 8 * BAGS * hot
             for k in (2, 3, 4):
-                sizes = MixedRadix(balanced=True, num_partitions=k).sizes
+                sizes = MixedRadix(balanced=True, num_partitions=k).bind(NUM_IDS).sizes
                 replicated = sum(sizes) - max(sizes) if sharding in ROW_SPLIT else 0
                 for step, expected in zip(rank[k, hot], stock, strict=True):
                     own = dict(step)
@@ -202,6 +202,6 @@ def test_bytes_are_those_of_full_tables(sharding: str, pooled: bool) -> None:
 def test_data_parallel_tables_exchange_gradients_alone() -> None:
     for rank in run_ranks(measured, 2, "data_parallel", True):
         for k in (2, 3, 4):
-            rows = sum(MixedRadix(balanced=True, num_partitions=k).sizes)
+            rows = sum(MixedRadix(balanced=True, num_partitions=k).bind(NUM_IDS).sizes)
             for hot in (1, 10):
                 assert rank[k, hot] == [{("all_reduce", "floats"): 4 * DIM * TABLES * rows}] * 2, (k, hot)
