@@ -39,10 +39,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.codes import RowCode
-from torchrec_qr.distributed.exchange import exchanging_in_place
 from torchrec_qr.distributed.local_shard import ReplicatedPartitions
 from torchrec_qr.distributed.lookup import CompositionalKernel, Replicas
 from torchrec_qr.distributed.placement import Placed, place, placed
+from torchrec_qr.distributed.pooled_all_to_all import without_copies
 from torchrec_qr.distributed.shards import ROW_SPLIT, block_rows, num_row_blocks
 from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside
 from torchrec_qr.late_errors import raise_pending
@@ -162,7 +162,7 @@ class _Compositional:
         if isinstance(self, _SCATTERING) and dist.get_backend(self._pg) == "gloo":
             names = ", ".join(sorted({repr(table.name) for table in self._feature_tables()}))
             output_dist.register_forward_pre_hook(partial(_refuse_uneven_batches, names))
-        return exchanging_in_place(output_dist, device or self._device)  # type: ignore[attr-defined]
+        return without_copies(output_dist, device or self._device)  # type: ignore[attr-defined]
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the input dist takes, with the ids of compositional tables brought into range."""

@@ -1,9 +1,9 @@
-"""The exchange of pooled embeddings between processes on CPUs, and of their gradients.
+"""Sends pooled embeddings between processes on CPUs, and their gradients back.
 
-TorchRec's (``PooledEmbeddingsAllToAll``) copies more than need be, into memory that is new each time, which on a CPU is
-a good part of a step once rows are few. Here a rank's own part is not sent, others are sent theirs from where the
-lookup wrote it, gradients are received where the backward reads them, and steps hand their memory on. The values are
-TorchRec's, to the bit.
+TorchRec's ``PooledEmbeddingsAllToAll`` copies more than need be, into memory that is new each time, which on a CPU is
+a good part of a step once rows are few. Here a rank's own part is not sent. Others receive theirs from where the lookup
+wrote it, gradients arrive where the backward reads them, and steps hand their memory on. The values are TorchRec's, to
+the bit.
 """
 
 from itertools import accumulate, pairwise
@@ -11,24 +11,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchrec.distributed.comm_ops import get_gradient_division, get_use_sync_collectives
 from torchrec.distributed.dist_data import PooledEmbeddingsAwaitable
-from torchrec.distributed.embedding_sharding import BaseEmbeddingDist
+from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 
 from torchrec_qr.ops.memory import recycled
 
 
-def exchanging_in_place(
+def without_copies(
     output_dist: BaseEmbeddingDist[Any, Any, Any], device: torch.device | None
 ) -> BaseEmbeddingDist[Any, Any, Any]:
-    """Returns an output dist of TorchRec's, which exchanges by `PooledExchange` where that is the same.
+    """Returns a `PooledAllToAll` in place of an output dist of TorchRec's, or the latter if they would differ.
 
-    That is by gloo, between several processes, of embeddings on a CPU (``device``), without codecs. TorchRec's dist
-    makes its exchange, ``_dist``, at its first batch unless it has one: the private attributes are touched here alone.
+    They are the same by gloo, between several processes, of embeddings on a CPU (``device``), without codecs.
     """
     if (
         isinstance(output_dist, TwPooledEmbeddingDist)
@@ -39,18 +38,16 @@ def exchanging_in_place(
         and device.type == "cpu"
         and not get_use_sync_collectives()
     ):
-        callbacks = output_dist._callbacks or []
-        exchange: Any = PooledExchange(output_dist._pg, output_dist._dim_sum_per_rank, callbacks)
-        output_dist._dist = exchange
+        return PooledAllToAll(output_dist._pg, output_dist._dim_sum_per_rank, output_dist._callbacks or [])
     return output_dist
 
 
-class PooledExchange(nn.Module):
+class PooledAllToAll(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]):
     """Sends a rank's columns of all samples, (Σ_r B_r, D_own), and receives all columns of its samples, (B, Σ_r D_r).
 
         out[b, columns of rank r] = local_r[b], for this rank's samples b
 
-    Gradients go the other way, divided by W where TorchRec's are. TorchRec: ``PooledEmbeddingsAllToAll``.
+    Gradients go the other way, divided by W where TorchRec's are. TorchRec: ``TwPooledEmbeddingDist``.
 
     Args:
         pg: the processes, by gloo.
@@ -63,16 +60,16 @@ class PooledExchange(nn.Module):
         self._pg, self._dims, self._callbacks = pg, dim_sum_per_rank, callbacks
 
     @torch.compiler.disable
-    def forward(self, local: Tensor, batch_size_per_rank: list[int] | None = None) -> PooledEmbeddingsAwaitable:
-        sizes = batch_size_per_rank or [local.shape[0] // self._pg.size()] * self._pg.size()
-        transfer = _Transfer(self._pg, self._dims, sizes)
+    def forward(self, local: Tensor, sharding_ctx: EmbeddingShardingContext | None = None) -> PooledEmbeddingsAwaitable:
+        sizes = [] if sharding_ctx is None else sharding_ctx.batch_size_per_rank
+        transfer = _Transfer(self._pg, self._dims, sizes or [local.shape[0] // self._pg.size()] * self._pg.size())
         out = PooledEmbeddingsAwaitable(_Received(transfer, _Send.apply(transfer, local)))
         out.callbacks.extend(self._callbacks)
         return out
 
 
 class _Transfer:
-    """A batch's exchange under way, and later its gradient's."""
+    """What is under way for a batch, and later for its gradient."""
 
     def __init__(self, pg: dist.ProcessGroup, dims: list[int], batch_sizes: list[int]) -> None:
         self.own = dist.get_rank(pg)
@@ -112,7 +109,7 @@ class _Received(Awaitable[Tensor]):
 
 
 class _Send(torch.autograd.Function):
-    """Starts the exchange; what it returns has no elements, and only leads the gradient of `_Receive` here."""
+    """Starts to send; the result has no elements, and only leads the gradient of `_Receive` here."""
 
     @staticmethod
     def forward(ctx: Any, transfer: _Transfer, local: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """Waits for the exchange; its backward starts that of the gradient, which the backward of `_Send` waits for."""
+    """Waits for the batch; its backward starts to send the gradient, which the backward of `_Send` waits for."""
 
     @staticmethod
     def forward(ctx: Any, transfer: _Transfer, sent: Tensor) -> Tensor:

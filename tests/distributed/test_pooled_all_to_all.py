@@ -1,4 +1,4 @@
-"""The exchange of pooled embeddings, against TorchRec's own."""
+"""Sending pooled embeddings between processes on CPUs, against TorchRec's own way."""
 
 from datetime import timedelta
 
@@ -10,7 +10,7 @@ from torchrec.distributed.comm_ops import get_gradient_division, set_gradient_di
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 
-from torchrec_qr.distributed.exchange import PooledExchange, exchanging_in_place
+from torchrec_qr.distributed.pooled_all_to_all import PooledAllToAll, without_copies
 
 CPU = torch.device("cpu")
 
@@ -21,8 +21,8 @@ def output_dist(dims: list[int]) -> TwPooledEmbeddingDist:
     return TwPooledEmbeddingDist(group, dims, [[d] for d in dims], torch.device("cpu"), [torch.neg])
 
 
-def exchanged(rank: int, world_size: int, dims: list[int], sizes: list[int]) -> list[list[list[list[float]]]]:
-    """Outputs and gradients of TorchRec's exchange, of ours, and of both without division of gradients."""
+def sent(rank: int, world_size: int, dims: list[int], sizes: list[int]) -> list[list[list[list[float]]]]:
+    """Outputs and gradients of TorchRec's output dist, of ours, and of both without division of gradients."""
     # Rounded divisions tell whether they are made once, of the same numbers.
     generator = torch.Generator().manual_seed(rank)
     local = torch.randn(sum(sizes), dims[rank], generator=generator)
@@ -31,14 +31,14 @@ def exchanged(rank: int, world_size: int, dims: list[int], sizes: list[int]) -> 
     divided, out = get_gradient_division(), []
     for divide in (True, False):
         set_gradient_division(divide)
-        for made in (output_dist(dims), exchanging_in_place(output_dist(dims), CPU)):
+        for made in (output_dist(dims), without_copies(output_dist(dims), CPU)):
             given = local.clone().requires_grad_()
             result = made(given, context).wait()
             result.backward(upstream)
             assert given.grad is not None
             out.append([result.tolist(), given.grad.tolist()])
     set_gradient_division(divided)
-    assert isinstance(made._dist, PooledExchange)
+    assert isinstance(made, PooledAllToAll)
     return out
 
 
@@ -47,14 +47,14 @@ def exchanged(rank: int, world_size: int, dims: list[int], sizes: list[int]) -> 
     [([8, 4], [3, 3]), ([8, 0], [3, 3]), ([0, 0], [2, 2]), ([8, 4, 12], [2, 2, 2]), ([4, 8, 0, 16], [2, 1, 3, 2])],
 )
 def test_values_and_gradients_are_those_of_torchrec(dims: list[int], sizes: list[int]) -> None:
-    for stock, ours, stock_undivided, ours_undivided in run_ranks(exchanged, len(dims), dims, sizes):
+    for stock, ours, stock_undivided, ours_undivided in run_ranks(sent, len(dims), dims, sizes):
         assert ours == stock
         assert ours_undivided == stock_undivided
 
 
 def in_flight(rank: int, world_size: int) -> list[list[list[float]]]:
     """Two batches of which the second is sent before the first is waited for, and backward in that order."""
-    made = exchanging_in_place(output_dist([2, 1]), CPU)
+    made = without_copies(output_dist([2, 1]), CPU)
     local = [torch.full((4, 2 - rank), 10.0 * rank + number, requires_grad=True) for number in (1, 2)]
     awaited = [made(x) for x in local]
     outputs = [a.wait() for a in awaited]
@@ -78,7 +78,7 @@ def unanswered(rank: int, world_size: int) -> str:
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     message = ""
     if rank == 0:
-        awaited = PooledExchange(group, [2, 1], [])(torch.ones(4, 2))
+        awaited = PooledAllToAll(group, [2, 1], [])(torch.ones(4, 2))
         try:
             awaited.wait()
         except RuntimeError as error:
@@ -92,10 +92,10 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_groups_tim
     assert "Timed out" in message
 
 
-def test_one_process_keeps_torchrecs_exchange() -> None:
+def test_one_process_keeps_torchrecs_output_dist() -> None:
     assert run_ranks(kept, 1) == [True]
 
 
 def kept(rank: int, world_size: int) -> bool:
-    made = exchanging_in_place(output_dist([4]), CPU)
-    return made._dist is None
+    made = without_copies(output_dist([4]), CPU)
+    return isinstance(made, TwPooledEmbeddingDist)
