@@ -18,7 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
 from torchrec_qr.configs import DTYPES
-from torchrec_qr.distributed.shards import stored_shards
+from torchrec_qr.distributed.layout import ShardLayout
 from torchrec_qr.ops.out_of_memory import bytes_wanted, free_text, in_units, is_out_of_memory
 
 _SHOWN = 5
@@ -108,7 +108,7 @@ def _bytes_of(table: EmbeddingBagConfig, sharding_type: str, shards: list[Any], 
         return values * DTYPES[table.data_type].itemsize
     total = 0
     for j, (rows, columns) in enumerate(zip(table.bound_partitions.sizes, table.partition_columns, strict=True)):
-        of_partition = stored_shards(table, j, sharding_type, shards)
+        of_partition = ShardLayout(table, sharding_type, shards).stored_shards(j)
         values = rows * columns if of_partition is None else _values(of_partition, rank)
         total += values * DTYPES[table.partition_data_types[j]].itemsize
     return total

@@ -34,7 +34,7 @@ from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
 )
-from torchrec_qr.distributed.shards import ROW_SPLIT
+from torchrec_qr.distributed.layout import ROW_SPLIT
 
 NUM_IDS, DIM, BAGS, TABLES = 1000, 16, 6, 3
 # With the number of ranks; of four, two are a node.

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_qr import CompositionalEmbeddingBagCollection, ExplicitPartitions
-from torchrec_qr.distributed.local_shard import LocalShard
-from torchrec_qr.distributed.lookup import CompositionalKernel
+from torchrec_qr.distributed.lookup_kernel import CompositionalKernel, LocalShard
 
 CLASSES = torch.stack([torch.arange(NUM_IDS) % 12, torch.arange(NUM_IDS) // 12])
 

@@ -43,7 +43,7 @@ from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
 )
-from torchrec_qr.distributed.collection import check_plain_types, check_plan
+from torchrec_qr.distributed.logical_tables import check_plain_tables, check_plan
 from torchrec_qr.ops.cpu_library import without_kernels
 
 JOB = Path(__file__).with_name("faulty_job.py")
@@ -93,14 +93,29 @@ def test_other_compute_kernels_are_refused(kernel: str) -> None:
         check_plan({"a": TABLES[0]}, plan)
 
 
+def check_plain(config: EmbeddingBagConfig, device: torch.device | None, kernel: str = "fused") -> None:
+    """Checks a plain table beside a compositional one in bf16, which is allowed."""
+    plan = {config.name: ParameterSharding("table_wise", kernel)}
+    parameters = {config.name: torch.nn.Parameter(torch.empty(9, 8, device="meta"))}
+    check_plain_tables([replace(TABLES[0], data_type=DataType.BF16), config], plan, parameters, device)
+
+
 def test_a_plain_table_in_bf16_is_refused_on_a_cpu() -> None:
     plain = EmbeddingBagConfig(num_embeddings=9, embedding_dim=8, name="p", data_type=DataType.BF16)
-    match = r"table 'p': data_type=BF16 .* one partition, MixedRadix\(9, \(9,\)\)"
+    match = r"table 'p': data_type=BF16 .* one partition, MixedRadix\(sizes=\[9\]\)"
     for device in (None, torch.device("cpu")):
         with pytest.raises(NotImplementedError, match=match):
-            check_plain_types([TABLES[0], plain], device)
-    check_plain_types([plain], torch.device("cuda"))
-    check_plain_types([replace(plain, data_type=DataType.FP16), replace(TABLES[0], data_type=DataType.BF16)], None)
+            check_plain(plain, device)
+    check_plain(plain, torch.device("cuda"))
+    check_plain(replace(plain, data_type=DataType.FP16), None)
+
+
+def test_a_plain_table_in_a_store_of_its_own_is_refused() -> None:
+    plain = EmbeddingBagConfig(num_embeddings=9, embedding_dim=8, name="p")
+    match = "table 'p': compute kernel 'key_value' of a plain table .*; allowed: fused, fused_uvm, fused_uvm_caching"
+    with pytest.raises(NotImplementedError, match=match):
+        check_plain(plain, None, "key_value")
+    check_plain(plain, None, "fused_uvm")
 
 
 def refused(rank: int, world_size: int) -> dict[str, str]:
@@ -157,7 +172,7 @@ def test_plans_that_cannot_work_are_refused() -> None:
         assert message.startswith(f"table 'p': operation='path' cannot be {sharding}")
         assert message.endswith(
             "allowed: table_wise, row_wise, table_row_wise, data_parallel "
-            "(a planner is told by sharding_types of ParameterConstraints)"
+            "(a planner takes sharding_types of ParameterConstraints)"
         )
 
 

@@ -12,7 +12,7 @@ from torchrec.distributed.types import ParameterSharding
 
 from torchrec_qr import QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
-from torchrec_qr.distributed.own_device import on_own_device
+from torchrec_qr.distributed.sharder import on_own_device
 
 
 def elsewhere(generate: ParameterShardingGenerator) -> ParameterShardingGenerator:

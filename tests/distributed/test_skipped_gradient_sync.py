@@ -9,8 +9,6 @@ from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules import embedding_modules
 
-from torchrec_qr.distributed.replication import replicate_lookups
-
 mark: Any = getattr(embedding_modules, "mark_data_parallel_skip_grad_sync", None)
 
 
@@ -62,7 +60,7 @@ def unwrapped(rank: int, world_size: int, run: Run) -> str:
         if isinstance(lookup, DistributedDataParallel):
             collection._lookups[i] = lookup.module
     with pytest.raises(RuntimeError) as raised:
-        replicate_lookups(collection)
+        collection._replicate_lookups()
     return str(raised.value)
 
 

@@ -13,8 +13,8 @@ from ranks import run_ranks
 from torchrec_qr.distributed.embedding import ShardedCompositionalEmbeddingCollection
 from torchrec_qr.distributed.embeddingbag import ShardedCompositionalEmbeddingBagCollection
 from torchrec_qr.distributed.hooks import HOOKS, Hook, _functions, require
-from torchrec_qr.distributed.lookup import CompositionalKernel
-from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS, PooledLookup, SequenceLookup
+from torchrec_qr.distributed.lookup_kernel import CompositionalKernel, PooledLookup, SequenceLookup
+from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
 
 HERE = Path(__file__).parent
 # Pipelines call the first, quantisation and virtual tables ask for the kernel's config, and the others are dynamic

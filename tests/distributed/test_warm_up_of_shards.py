@@ -6,7 +6,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from ranks import run_ranks
 from sharded_model import shard, state_of, tables, train, unsharded, weights_of
 
-from torchrec_qr.distributed import shard_lookup
+from torchrec_qr.distributed import lookup_kernel
 from torchrec_qr.distributed.warm_up import warm_up
 
 PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
@@ -17,9 +17,9 @@ def warm_up_between_steps(rank: int, world_size: int, optimizer: EmbOptimType) -
     for plan in PLANS:
         models = [shard(tables(), plan, optimizer, values=unsharded(tables())) for _ in range(2)]
         given = []
-        real, shard_lookup.warm_up = shard_lookup.warm_up, lambda *call, given=given: given.append(call)
+        real, lookup_kernel.warm_up = lookup_kernel.warm_up, lambda *call, given=given: given.append(call)
         warm_up(models[0])
-        shard_lookup.warm_up = real
+        lookup_kernel.warm_up = real
         calls += len(given)
         for described, weights, outcomes, pooled, weighted in given:
             assert pooled

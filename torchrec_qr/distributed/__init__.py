@@ -8,7 +8,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.hooks import HOOKS, require
-from torchrec_qr.distributed.neighbours import with_compositional_inside
+from torchrec_qr.distributed.inner_collections import with_compositional_inside
 from torchrec_qr.distributed.stepped_by import optimizer_of_each_parameter
 
 __all__ = [

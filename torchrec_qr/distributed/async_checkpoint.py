@@ -6,7 +6,7 @@
 - Its thread talks to the other ranks over the default process group, where training talks at the same time. The ranks'
   messages then mix.
 
-`async_save` stages by itself, and wants a group of its own.
+`async_save` stages by itself, and requires a group of its own.
 """
 
 import copy

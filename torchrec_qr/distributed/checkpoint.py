@@ -1,7 +1,7 @@
 """Loading a checkpoint of `torch.distributed.checkpoint` (DCP) into collections that are sharded in another way.
 
 ``torch.distributed.checkpoint.save`` and ``load`` work as they are, across plans and world sizes, but for two things
-that they cannot know of, and that `load` adds:
+that they leave out, and that `load` adds:
 
 - Tables of equal sizes may differ in meaning. DCP writes into the tensors of the state dict it is given, which are the
   model's own; ``load_state_dict`` then raises for a fingerprint that differs, when the model's values are overwritten.
@@ -68,7 +68,7 @@ def load(
         ...
         ValueError: table 't': the checkpoint is of another table: grouping: saved strided, here adjacent
     """
-    # Of modules and optimizers once: DCP would ask for new ones, and hand back the fingerprints' to be checked.
+    # Take each state dict once: DCP would take new ones, and return the one that holds the fingerprints to be checked.
     states = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
     where: dict[str, Any] = {
         "checkpoint_id": checkpoint_id,
@@ -147,7 +147,7 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
 
 @dataclass
 class _Conversion:
-    """Of rowwise state ``read``, of column shards ``source`` end to end, into ``target`` shards of ``destination``."""
+    """Turns rowwise state ``read``, of column shards ``source`` end to end, into ``target`` of ``destination``."""
 
     destination: Tensor | ShardedTensor
     read: Tensor

@@ -1,31 +1,19 @@
 """The sharded unpooled collection and its sharder."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_qr.configs import CompositionalEmbeddingConfig
-from torchrec_qr.distributed.collection import (
-    CompositionalState,
-    LogicalView,
-    attach,
-    check_plain_types,
-    check_plan,
-    checked_features,
-    placeholders,
-    refuse_frozen,
-)
-from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
 
 
-class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddingCollection):
+class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, ShardedEmbeddingCollection):
     """`CompositionalEmbeddingCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
 
     TorchRec's ``ShardedEmbeddingCollection``; rows are looked up and composed on the ranks that own them, and D
@@ -33,7 +21,6 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
     """
 
     _tables_attribute = "embeddings"
-    _configs_attribute = "_embedding_configs"
 
     def __init__(
         self,
@@ -44,24 +31,11 @@ class ShardedCompositionalEmbeddingCollection(CompositionalState, ShardedEmbeddi
         device: torch.device | None = None,
         **kwargs: Any,
     ) -> None:
-        configs = module.embedding_configs()
-        compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingConfig)}
-        check_plan(compositional, table_name_to_parameter_sharding)
-        check_plain_types(configs, device)
-        refuse_frozen({c.name: module.embeddings[c.name].weight for c in configs if c.name not in compositional})
         _check_column_widths(table_name_to_parameter_sharding)
-        view = LogicalView(module, configs, "embeddings", module.embeddings)
-        super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
-        replicate_lookups(self)
-        # As TorchRec's collection of sequences, which keeps the values of a module on a CPU, unlike the pooled one.
+        super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        # Keep the values of a module on a CPU, because TorchRec's collection of sequences does, unlike the pooled one.
         if module.device.type != "meta":
             self.load_state_dict(module.state_dict())
-
-    @classmethod
-    def create_grouped_sharding_infos(cls, module: Any, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
-        infos = super().create_grouped_sharding_infos(module, *args, **kwargs)
-        attach(infos, module.embedding_configs())
-        return infos
 
     @classmethod
     def create_embedding_sharding(
@@ -137,10 +111,6 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry)
         self._use_index_dedup = use_index_dedup
-
-    def shardable_parameters(self, module: CompositionalEmbeddingCollection) -> dict[str, nn.Parameter]:
-        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
-        return placeholders(list(module.embedding_configs()), module.embeddings)
 
     def _options(self) -> dict[str, Any]:
         return {"use_index_dedup": self._use_index_dedup}

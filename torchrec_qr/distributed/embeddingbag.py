@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import PoolingType
@@ -13,17 +13,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
-from torchrec_qr.distributed.collection import (
-    CompositionalState,
-    LogicalView,
-    attach,
-    check_plain_types,
-    check_plan,
-    checked_features,
-    placeholders,
-    refuse_frozen,
-)
-from torchrec_qr.distributed.replication import replicate_lookups
+from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
@@ -41,7 +31,7 @@ class CompositionalContext(EmbeddingBagCollectionContext):
             self.bag_sizes.record_stream(stream)
 
 
-class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbeddingBagCollection):
+class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection, ShardedEmbeddingBagCollection):
     """`CompositionalEmbeddingBagCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
 
     TorchRec's ``ShardedEmbeddingBagCollection``, whose ids travel once and whose D floats per bag come back, whatever
@@ -50,7 +40,6 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
     """
 
     _tables_attribute = "embedding_bags"
-    _configs_attribute = "_embedding_bag_configs"
 
     def __init__(
         self,
@@ -62,29 +51,17 @@ class ShardedCompositionalEmbeddingBagCollection(CompositionalState, ShardedEmbe
         **kwargs: Any,
     ) -> None:
         configs = module.embedding_bag_configs()
-        compositional = {c.name: c for c in configs if isinstance(c, CompositionalEmbeddingBagConfig)}
-        check_plan(compositional, table_name_to_parameter_sharding)
-        check_plain_types(configs, device)
-        refuse_frozen({c.name: module.embedding_bags[c.name].weight for c in configs if c.name not in compositional})
         # Before the constructor of nn.Module: plain attributes only.
         self._mean_names = {
             name
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
-            if config.name in compositional and config.pooling == PoolingType.MEAN
+            if isinstance(config, CompositionalEmbeddingBagConfig) and config.pooling == PoolingType.MEAN
             for name in names
         }
-        view = LogicalView(module, configs, "embedding_bags", module.embedding_bags)
-        super().__init__(cast(Any, view), table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
-        replicate_lookups(self)
-        # As TorchRec's pooled collection, which draws the values of a module on a CPU anew.
+        super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
+        # Draw the values of a module on a CPU anew, because TorchRec's pooled collection does.
         if module.device.type not in ("meta", "cpu"):
             self.load_state_dict(module.state_dict())
-
-    @classmethod
-    def create_grouped_sharding_infos(cls, module: Any, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
-        infos = super().create_grouped_sharding_infos(module, *args, **kwargs)
-        attach(infos, module.embedding_bag_configs())
-        return infos
 
     @classmethod
     def create_embedding_bag_sharding(
@@ -152,10 +129,6 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
     _unsharded = CompositionalEmbeddingBagCollection
     _sharded = ShardedCompositionalEmbeddingBagCollection
     _shardings = POOLED_SHARDINGS
-
-    def shardable_parameters(self, module: CompositionalEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
-        return placeholders(list(module.embedding_bag_configs()), module.embedding_bags)
 
 
 def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:

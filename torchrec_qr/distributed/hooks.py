@@ -24,22 +24,16 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
-from torchrec.distributed.sharding.cw_sequence_sharding import CwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
-from torchrec.distributed.sharding.dp_sequence_sharding import DpSequenceEmbeddingSharding
-from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
-from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
-from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.sharding.tw_sequence_sharding import TwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist, TwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
+from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizerWrapper, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from torchrec_qr.distributed.layout import DATA_PARALLEL
+from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
 
 
 class Hook(NamedTuple):
@@ -55,54 +49,55 @@ class Hook(NamedTuple):
 
 
 _COLLECTION = (
-    *("_lookups", "_env", "_device", "_table_names", "_table_name_to_config", "module_sharding_plan"),
-    *("_output_dtensor", "_model_parallel_name_to_local_shards"),
+    *("_lookups", "_env", "_device", "module_sharding_plan", "_output_dtensor", "CUSTOMIZED_KERNEL"),
+    *("_initialize_torch_state", "reset_parameters"),
 )
-_STATE = ("_initialize_torch_state", "_pre_load_state_dict_hook", "reset_parameters", "create_grouped_sharding_infos")
-_SHARDING = ("_shard", "create_input_dist", "create_output_dist", "create_lookup", "feature_names")
-_OF_A_SHARDING = ("_env", "_device", "_grouped_embedding_configs_per_rank")
 
 HOOKS = (
+    # The seam for kernels that are not TorchRec's.
+    Hook(add_params_from_parameter_sharding, used=("get_additional_fused_params", "CUSTOMIZED_KERNEL")),
+    Hook(group_tables, used=("fused_params", "compute_kernel")),
+    Hook(ShardedEmbeddingTable, used=("local_metadata", "fused_params", "compute_kernel")),
     Hook(
         ShardedEmbeddingBagCollection,
         defined=(
-            *(*_STATE, "create_embedding_bag_sharding", "create_context", "input_dist", "output_dist"),
-            *("compute_and_output_dist", "update_shards", "unsharded_module_type"),
+            *("_initialize_torch_state", "reset_parameters", "create_embedding_bag_sharding", "create_context"),
+            *("input_dist", "output_dist", "compute_and_output_dist", "update_shards", "unsharded_module_type"),
         ),
-        used=(*_COLLECTION, "embedding_bags", "_embedding_bag_configs", "_embedding_names", *_STATE[:3]),
+        used=(*_COLLECTION, "embedding_bags", "_embedding_names"),
     ),
     Hook(
         ShardedEmbeddingCollection,
-        defined=(*_STATE, "create_embedding_sharding", "create_context", "input_dist", "_dedup_indices"),
-        used=(*_COLLECTION, "embeddings", "_embedding_configs", "_sharding_type_to_sharding", *_STATE[:3]),
+        defined=(
+            *("_initialize_torch_state", "reset_parameters", "create_embedding_sharding", "create_context"),
+            *("input_dist", "_dedup_indices"),
+        ),
+        used=(*_COLLECTION, "embeddings", "_sharding_type_to_sharding"),
     ),
     Hook(EmbeddingBagCollectionContext, defined=("record_stream",)),
     Hook(EmbeddingCollectionContext, used=("input_features", "reverse_indices")),
     *(
         Hook(
             lookup,
-            defined=("_create_embedding_kernel", "named_parameters", "named_parameters_by_table", "forward"),
-            used=("_create_embedding_kernel", "_emb_modules"),
+            defined=("_create_embedding_kernel", "named_parameters", "forward"),
+            used=("_create_embedding_kernel", "_emb_modules", "named_parameters_by_table", "state_dict"),
         )
         for lookup in (GroupedPooledEmbeddingsLookup, GroupedEmbeddingsLookup)
     ),
     Hook(BaseEmbedding, defined=("forward", "config")),
     *(
-        Hook(sharding, defined=_SHARDING, used=(*_OF_A_SHARDING, "_pg"))
-        for sharding in (
-            *(TwPooledEmbeddingSharding, CwPooledEmbeddingSharding, TwCwPooledEmbeddingSharding),
-            *(RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding),
-            *(TwSequenceEmbeddingSharding, CwSequenceEmbeddingSharding, RwSequenceEmbeddingSharding),
+        Hook(
+            # The sharding of TorchRec's that ours is derived from.
+            ours.__bases__[-1],
+            defined=("create_input_dist", "create_output_dist", "create_lookup", "feature_names"),
+            used=(
+                *("_env", "_device", "_grouped_embedding_configs_per_rank"),
+                *(() if kind == DATA_PARALLEL else ("_pg",)),
+                *(("_grouped_embedding_configs_per_node",) if kind in ("table_row_wise", "grid_shard") else ()),
+            ),
         )
+        for kind, ours in (*POOLED_SHARDINGS.items(), *SEQUENCE_SHARDINGS.items())
     ),
-    *(
-        Hook(sharding, defined=_SHARDING, used=_OF_A_SHARDING)
-        for sharding in (DpPooledEmbeddingSharding, DpSequenceEmbeddingSharding)
-    ),
-    Hook(TwRwPooledEmbeddingSharding, used=("_grouped_embedding_configs_per_node",)),
-    Hook(GridPooledEmbeddingSharding, used=("_grouped_embedding_configs_per_node",)),
-    Hook(group_tables, used=("_batch_key",)),
-    Hook(ShardedEmbeddingTable, used=("global_metadata", "local_metadata", "fused_params", "compute_kernel")),
     Hook(TwPooledEmbeddingDist, used=("_codecs", "_pg", "_callbacks", "_dim_sum_per_rank")),
     Hook(Awaitable, defined=("callbacks",)),
     Hook(FeatureProcessedEmbeddingBagCollection, used=("_embedding_bag_collection",)),
@@ -118,7 +113,7 @@ HOOKS = (
     Hook(dist.ProcessGroup, defined=("_device_types",)),
     # The application in launch/ changes the time-outs of groups that exist.
     Hook(distributed_c10d, defined=("_world", "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout")),
-    Hook(nn.Module, defined=("_apply",), used=("_apply", "_modules")),
+    Hook(nn.Module, defined=("_apply",), used=("_apply",)),
 )
 
 

@@ -69,7 +69,7 @@ class PooledAllToAll(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]
 
 
 class _Transfer:
-    """What is under way for a batch, and later for its gradient."""
+    """The transfer of a batch, and later of its gradient."""
 
     def __init__(self, pg: dist.ProcessGroup, dims: list[int], batch_sizes: list[int]) -> None:
         self.own = dist.get_rank(pg)
@@ -87,7 +87,7 @@ class _Transfer:
             *(dist.irecv(received[i], group=self._pg, group_src=i) for i in others if received[i].numel()),
             *(dist.isend(sent[i], group=self._pg, group_dst=i) for i in others if sent[i].numel()),
         ]
-        # What is being sent must live until it is gone.
+        # Keep tensors until they are sent.
         self._sent, self.result = sent, result
 
     def wait(self) -> list[Tensor]:

@@ -1,20 +1,78 @@
-"""Reducing and stepping replicated partitions: the communication hook of `DistributedDataParallel`."""
+"""Partitions that every rank holds whole: `DistributedDataParallel` reduces their gradients, then they are stepped."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
-from torchrec_qr.distributed.lookup import Replicas
-from torchrec_qr.distributed.optimizer import RowOptimizer
-from torchrec_qr.distributed.sharding import PooledLookup, SequenceLookup
-from torchrec_qr.distributed.shards import DATA_PARALLEL
+from torchrec_qr.distributed.customized_kernel import is_fused, layout_of
+from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer
+from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.stored_partition import StoredPartition
+
+
+class Replicas(nn.Module):
+    """Partitions that every rank holds whole, as parameters for `DistributedDataParallel` to reduce.
+
+    Args:
+        tables: the tables of one sharding type, of all ranks, so that all ranks hold and reduce the same parameters.
+    """
+
+    def __init__(self, tables: Sequence[ShardedEmbeddingTable], device: torch.device | None) -> None:
+        super().__init__()
+        self.partitions: list[StoredPartition] = []
+        self.parameters_of: dict[tuple[str, int], nn.Parameter] = {}
+        self.optimizer_of: dict[Tensor, RowOptimizer] = {}
+        # Gradients of parameters that nothing steps in backward are multiplied by this; `replicate` sets it.
+        self.gradient_scale = 1.0
+        holders = []
+        for table in tables:
+            layout = layout_of(table)
+            replicated = (j for j in range(layout.config.num_partitions) if layout.is_replicated(j))
+            stored = [StoredPartition(layout, j, is_fused(table), device) for j in replicated]
+            self.partitions += stored
+            self.parameters_of.update((p.key, p.reduced) for p in stored)
+            if is_fused(table) and stored:
+                optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
+                holders.append(FusedOptimizerHolder(optimizer))
+                self.optimizer_of.update((p.reduced, optimizer) for p in stored)
+        if self.parameters_of and not any(p.requires_grad for p in self.parameters_of.values()):
+            raise NotImplementedError(
+                f"tables {sorted({name for name, _ in self.parameters_of})}: all frozen, and held whole by every rank "
+                "without a fused optimizer, so that nothing is left for DistributedDataParallel to reduce; allowed: a "
+                "fused optimizer, under which a table may be frozen and released at any time"
+            )
+        # A lookup marks in these the rows that it reads, by table and number; see `RowOptimizer.touched_of`.
+        masks = {leaf: mask for optimizer in self.optimizer_of.values() for leaf, mask in optimizer.touched_of.items()}
+        self.touched_of = {p.key: masks[p.reduced] for p in self.partitions if p.reduced in masks}
+        self.weights = nn.ParameterList(self.parameters_of.values())
+        self.optimizers = nn.ModuleList(holders)
+
+    def forward(self) -> list[Tensor]:
+        """Returns the parameters as tensors of this step's graph: DDP reduces what is used of a module's outputs."""
+        for p in self.optimizer_of:
+            p.grad = None  # stepped in backward, so that nobody else clears it
+        views = [p.view_as(p) for p in self.weights]
+        if self.gradient_scale != 1.0:
+            for p, view in zip(self.weights, views, strict=True):
+                if view.requires_grad and p not in self.optimizer_of:
+                    view.register_hook(self._scaled)
+        return views
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        # Not in place: under ``add`` the sibling partitions have the same tensor as their gradient.
+        return grad * self.gradient_scale
+
+    def warm_up(self) -> None:
+        """Has the kernels that step the parameters compiled, where they run on a GPU."""
+        for p, optimizer in self.optimizer_of.items():
+            optimizer.warm_up(p)
 
 
 @dataclass(frozen=True)
@@ -22,7 +80,6 @@ class _Reduction:
     pg: dist.ProcessGroup
     average: bool
     optimizer_of: dict[Tensor, RowOptimizer]
-    touched_of: dict[Tensor, Tensor]
 
 
 def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> DistributedDataParallel:
@@ -35,83 +92,41 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     if not isinstance(module, DistributedDataParallel):
         module = DistributedDataParallel(module, process_group=pg, gradient_as_bucket_view=True)
     optimizer_of: dict[Tensor, RowOptimizer] = {}
-    touched_of: dict[Tensor, Tensor] = {}
     for child in module.modules():
         if isinstance(child, Replicas):
             optimizer_of.update(child.optimizer_of)
-            touched_of.update((child.parameters_of[key], touched) for key, touched in child.touched_of.items())
-            # What is left to a dense optimizer may hold the gradient of an earlier backward, the same on all ranks: so
-            # it must be averaged in any case, and a sum is the average of larger gradients.
+            # Average a gradient that is left to a dense optimizer in any case, because it may hold that of an earlier
+            # backward, which is the same on all ranks. A sum is the average of larger gradients.
             child.gradient_scale = 1.0 if average else float(pg.size())
-    module.register_comm_hook(_Reduction(pg, average, optimizer_of, touched_of), _reduce_and_step)
+    module.register_comm_hook(_Reduction(pg, average, optimizer_of), _reduce_and_step)
     return module
-
-
-def replicate_lookups(collection: Any) -> None:
-    """Prepares the lookups of a sharded collection, of which TorchRec has wrapped the data-parallel ones in DDP.
-
-    It has not if ``mark_data_parallel_skip_grad_sync`` of TorchRec 1.9 asks for no reduction of their gradients: each
-    rank then steps its replicas of data-parallel tables alone.
-
-    Raises:
-        RuntimeError: TorchRec has left a data-parallel lookup unwrapped, and nobody asked for that.
-    """
-    pg: dist.ProcessGroup = collection._env.process_group
-    is_marked: bool = getattr(collection, "_skip_data_parallel_grad_sync", False)
-    for lookup in collection._lookups:
-        own = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
-        assert isinstance(own, PooledLookup | SequenceLookup)
-        if not own.is_data_parallel:
-            own.replicate(partial(replicate, pg=pg, average=False))
-        elif isinstance(lookup, DistributedDataParallel):
-            replicate(lookup, pg, average=True)
-        elif is_marked:
-            step_alone(own)
-        else:
-            plan = collection.module_sharding_plan
-            tables = [name for name, sharding in plan.items() if sharding.sharding_type == DATA_PARALLEL]
-            raise RuntimeError(
-                f"{type(collection).__name__}: TorchRec {metadata.version('torchrec')} has not wrapped the lookup of "
-                f"data_parallel tables {tables} in DistributedDataParallel, which would reduce their gradients; "
-                "allowed: a version of TorchRec that `torchrec-qr doctor` calls tested"
-            )
 
 
 def step_alone(module: nn.Module) -> None:
     """Has the replicas in ``module`` stepped by this rank's gradients, which nobody reduces."""
     for child in module.modules():
         if isinstance(child, Replicas):
-            for key, p in child.parameters_of.items():
-                if p in child.optimizer_of:
-                    hook = partial(_step_alone, child.optimizer_of[p], child.touched_of.get(key))
-                    p.register_post_accumulate_grad_hook(hook)
+            for leaf, optimizer in child.optimizer_of.items():
+                leaf.register_post_accumulate_grad_hook(partial(_step_alone, optimizer))
 
 
-def _step_alone(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor) -> None:
-    assert p.grad is not None
-    _step(optimizer, touched, p, p.grad)
-    p.grad = None
-
-
-def _step(optimizer: RowOptimizer, touched: Tensor | None, p: Tensor, grad: Tensor) -> None:
-    if touched is None:
-        # The other rows are untouched, or as good as that under the rules that do not count steps.
-        optimizer.update_where(p, grad.ne(0).any(dim=1), grad)
-    else:
-        optimizer.update_where(p, touched.bool(), grad)
-        touched.zero_()
+def _step_alone(optimizer: RowOptimizer, leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    optimizer.update_replica(leaf, leaf.grad)
+    leaf.grad = None
 
 
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:
-    parameters, buffer = bucket.parameters(), bucket.buffer()
+    optimizers, buffer = reduction.optimizer_of, bucket.buffer()
+    parameters = bucket.parameters()
     # A sum over many ranks in the storage type stops growing, and in fp16 it may overflow.
     summed = buffer.float()
     first = buffer.storage_offset()
     gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in bucket.gradients()]
     for p, grad in zip(parameters, gradients, strict=True):
-        if reduction.average or p not in reduction.optimizer_of:
+        if reduction.average or p not in optimizers:
             grad.div_(reduction.pg.size())
-    masks = [reduction.touched_of[p] for p in parameters if p in reduction.touched_of]
+    masks = [optimizers[p].touched_of[p] for p in parameters if p in optimizers and p in optimizers[p].touched_of]
     touched = torch.cat(masks) if masks else None
     touched_work = None
     if touched is not None:
@@ -127,8 +142,8 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
             for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
                 mask.copy_(reduced)
         for p, grad in zip(parameters, gradients, strict=True):
-            if p in reduction.optimizer_of:
-                _step(reduction.optimizer_of[p], reduction.touched_of.get(p), p, grad)
+            if p in optimizers:
+                optimizers[p].update_replica(p, grad)
         return buffer if summed is buffer else buffer.copy_(summed)
 
     # NCCL's futures are complete at once. A callback of this very future runs on a stream that waits for the sum, and

@@ -1,14 +1,16 @@
-"""What the two sharders share."""
+"""The sharder of both collections: what a planner may choose for their tables."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder
-from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torch.distributed.remote_device import _remote_device
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingEnv, ShardMetadata
 
-from torchrec_qr.distributed.collection import compute_kernels
-from torchrec_qr.distributed.own_device import on_own_device
+from torchrec_qr.distributed.layout import DATA_PARALLEL
+from torchrec_qr.distributed.logical_tables import placeholders
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,7 +19,7 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
     """A sharder by the classes that it turns into one another, and the sharding types that the latter has."""
 
     _unsharded: ClassVar[type[nn.Module]]
-    _sharded: ClassVar[type[nn.Module]]
+    _sharded: ClassVar[Any]
     _shardings: ClassVar[dict[str, Any]]
 
     def shard(
@@ -31,7 +33,7 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         """Returns the sharded module for the plan ``params`` of its tables.
 
         Raises:
-            NotImplementedError, ValueError: see `torchrec_qr.distributed.collection.check_plan`.
+            NotImplementedError, ValueError: see `torchrec_qr.distributed.logical_tables.check_plan`.
         """
         return self._sharded(
             module,
@@ -54,7 +56,13 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Returns ``["fused"]``, or ``["dense"]`` under data-parallel; TorchRec's cached kernels are not supported."""
-        return compute_kernels(sharding_type)
+        dense = sharding_type == DATA_PARALLEL
+        return [EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value]
+
+    def shardable_parameters(self, module: M) -> dict[str, nn.Parameter]:
+        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
+        collection: Any = module
+        return placeholders(collection.embedding_configs(), getattr(collection, self._sharded._tables_attribute))
 
     @property
     def module_type(self) -> Any:
@@ -67,3 +75,35 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
     def _options(self) -> dict[str, Any]:
         """Further arguments of the sharded module."""
         return {}
+
+
+def on_own_device(
+    plan: dict[str, ParameterSharding], rank: int, device: torch.device | None
+) -> dict[str, ParameterSharding]:
+    """Returns a plan whose shards on ``rank`` lie on ``device``; all else is as in ``plan``, which stays as it is.
+
+    Planners and TorchRec's helpers place rank r on ``cuda:(r % ranks of a node)``. A rank that sees one GPU alone, as
+    under Slurm's ``--gpus-per-task=1``, has it as ``cuda:0``, and ``ShardedTensor`` refuses tensors on another device
+    than the plan's.
+
+    Args:
+        plan: per table, as a sharder gets it.
+        rank: this one, in the group of the plan.
+        device: of this rank; None: the plan is returned.
+    """
+    if device is None or device.type == "meta":
+        return plan
+    return {name: _on_device(sharding, rank, device) for name, sharding in plan.items()}
+
+
+def _on_device(sharding: ParameterSharding, rank: int, device: torch.device) -> ParameterSharding:
+    spec = sharding.sharding_spec
+    if not isinstance(spec, EnumerableShardingSpec):
+        return sharding
+    shards = []
+    for shard in spec.shards:
+        placement = shard.placement
+        if isinstance(placement, _remote_device) and placement.rank() == rank and placement.device() != device:
+            placement = _remote_device(f"rank:{rank}/{device}")
+        shards.append(ShardMetadata(list(shard.shard_offsets), list(shard.shard_sizes), placement))
+    return replace(sharding, sharding_spec=EnumerableShardingSpec(shards))

@@ -1,4 +1,4 @@
-"""Which optimizer steps which parameter: of a sharded model, a parameter may belong to none, or to two."""
+"""The optimizer of each parameter: in a sharded model, a parameter may belong to none, or to two."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
+from torchrec_qr.distributed.fused_optimizer import RowOptimizer
 from torchrec_qr.distributed.fused_params import RULES
-from torchrec_qr.distributed.optimizer import RowOptimizer
 
 
 def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Optimizer]) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _leaves(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def _rules_by_storage(model: nn.Module) -> dict[int, str]:
-    """What steps the tables of the model, by the storage of their shards here: TorchRec's marks do not say."""
+    """Returns the rules of the model's tables by the storage of their shards here: TorchRec's marks have none."""
     rules = {}
     for module in model.modules():
         if not isinstance(module, FusedOptimizerModule):
@@ -113,5 +113,5 @@ def _rule(optimizer: Optimizer) -> str:
     return type(optimizer).__name__
 
 
-# As ours are called, so that a compositional and a plain table with one rule read the same.
+# Plain tables have the names of our rules, so that a compositional and a plain table with one rule read the same.
 _TABLE_RULES = {kind: rule.__name__ for kind, rule in RULES.items()}

@@ -1,11 +1,10 @@
 """Compiling what a sharded model needs on a GPU before its first collective."""
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_qr.distributed.embedding import ShardedCompositionalEmbeddingCollection
 from torchrec_qr.distributed.embeddingbag import ShardedCompositionalEmbeddingBagCollection
-from torchrec_qr.distributed.sharding import PooledLookup, SequenceLookup
+from torchrec_qr.distributed.lookup_kernel import own_lookup
 
 
 def warm_up(model: nn.Module) -> None:
@@ -26,6 +25,4 @@ def warm_up(model: nn.Module) -> None:
         if isinstance(module, ShardedCompositionalEmbeddingBagCollection | ShardedCompositionalEmbeddingCollection):
             # A list, not modules of it.
             for lookup in module._lookups:
-                inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
-                if isinstance(inner, PooledLookup | SequenceLookup):
-                    inner.warm_up()
+                own_lookup(lookup).warm_up()

@@ -36,7 +36,7 @@ class PartitionLayout(NamedTuple):
 
 
 class CodeLayout(NamedTuple):
-    """How an id follows from the code that travels in its place; see `torchrec_qr.distributed.codes`.
+    """How an id follows from the code that travels in its place; see `torchrec_qr.distributed.layout`.
 
     row = code // per_row + first_row, rest = code % per_row; id = rest if ``stride`` is 0, else
     rest % stride + stride · (row + size · (rest // stride)).

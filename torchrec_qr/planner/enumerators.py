@@ -17,8 +17,7 @@ from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
-from torchrec_qr.distributed.codes import RowCode
-from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, block_rows
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, RowCode, block_rows
 from torchrec_qr.planner.costs import Cost
 from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.storage import DENSE, FUSED

@@ -38,7 +38,7 @@ from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ShardingType
 
 from torchrec_qr.configs import CompositionalConfig
-from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, stored_columns
 from torchrec_qr.planner.backward_memory import backward_bytes
 from torchrec_qr.planner.costs import NO_COST, Cost
 from torchrec_qr.planner.hardware import Hardware, all_reduce_passes

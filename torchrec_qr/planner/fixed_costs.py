@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torchrec.distributed.planner.types import CollectiveType, Topology
 
-from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT
 from torchrec_qr.planner.estimators import memory_bandwidth
 from torchrec_qr.planner.hardware import Hardware
 from torchrec_qr.planner.tables import PlannedTable

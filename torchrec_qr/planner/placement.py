@@ -15,7 +15,7 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
-from torchrec_qr.distributed.shards import DATA_PARALLEL
+from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.planner.costs import Cost
 from torchrec_qr.planner.enumerators import Option, Scope, shard_layout
 from torchrec_qr.planner.tables import PlannedTable

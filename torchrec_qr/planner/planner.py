@@ -22,7 +22,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, Sh
 from torchrec.distributed.utils import get_device_type
 
 from torchrec_qr.distributed import get_default_sharders
-from torchrec_qr.distributed.shards import DATA_PARALLEL, num_row_blocks
+from torchrec_qr.distributed.layout import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
 from torchrec_qr.planner.error_kinds import NOT_IN_PLAN
 from torchrec_qr.planner.estimators import Estimator

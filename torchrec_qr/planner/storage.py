@@ -11,7 +11,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.fused_params import says_something, update_rule
-from torchrec_qr.distributed.shards import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, stored_columns
 from torchrec_qr.ops.update_rules import UpdateRule
 from torchrec_qr.planner.tables import PlannedTable, optimizer_of
 
@@ -121,7 +121,7 @@ class OptimizerState:
         self._rules: dict[str, tuple[UpdateRule, bool]] = {}
 
     def of_compositional(self, table: PlannedTable, kernel: str, stored: Stored) -> int:
-        """The rule steps replicated partitions too, if there is one: `torchrec_qr.distributed.lookup.is_fused`."""
+        """The rule steps replicated partitions too, if there is one: `distributed.customized_kernel.is_fused`."""
         if table.fqn not in self._rules:
             said = any(says_something(key, value) for key, value in table.fused_params.items())
             self._rules[table.fqn] = update_rule(table.name, table.fused_params), said

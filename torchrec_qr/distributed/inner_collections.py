@@ -45,7 +45,7 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         return super().shardable_parameters(module)
 
 
-# TorchRec's annotation asks for its own class; it calls no more than a sharder of pooled collections has.
+# TorchRec's annotation is its own class; it calls no more than a sharder of pooled collections has.
 _OF_COMPOSITIONAL = FeatureProcessedEmbeddingBagCollectionSharder(
     ebc_sharder=CompositionalEmbeddingBagCollectionSharder()  # type: ignore[arg-type]
 )

@@ -1,0 +1,211 @@
+"""The logical tables of a collection as TorchRec sees them, and what is refused of a plan for them."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+
+from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
+from torchrec_qr.distributed.layout import ShardLayout, ShardLayouts, shards_of
+from torchrec_qr.modules.table import CompositionalTable
+
+
+def is_compositional(config: BaseEmbeddingConfig) -> TypeGuard[CompositionalConfig]:
+    """Returns whether a config is of a compositional table, pooled or not."""
+    return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
+
+
+def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) -> dict[str, nn.Parameter]:
+    """Returns one parameter per logical table for TorchRec to plan: a plain table's own, or (R, D) on the meta device.
+
+    Raises:
+        ValueError: partitions of one table with different optimizers attached, or frozen in part.
+    """
+    out: dict[str, nn.Parameter] = {}
+    for config in configs:
+        table = tables[config.name]
+        if not isinstance(table, CompositionalTable):
+            out[config.name] = table.get_parameter("weight")
+            continue
+        weights = table.weights()
+        if len({w.requires_grad for w in weights}) > 1:
+            flags = [w.requires_grad for w in weights]
+            raise ValueError(
+                f"table {config.name!r}: requires_grad of its partitions is {flags}; allowed: one flag for all "
+                "partitions of a table that is sharded; those of a sharded table may be frozen one by one"
+            )
+        rows = sum(w.shape[0] for w in weights)
+        logical = torch.empty(rows, config.embedding_dim, dtype=weights[0].dtype, device="meta")
+        p = nn.Parameter(logical, requires_grad=weights[0].requires_grad)
+        if hasattr(weights[0], "_in_backward_optimizers"):
+            # TorchRec's helpers for plans by hand read the compute kernel from this mark.
+            p._in_backward_optimizers = weights[0]._in_backward_optimizers  # type: ignore[attr-defined]
+        for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
+            values = [getattr(w, attribute, None) for w in weights]
+            if any(v != values[0] for v in values):
+                raise ValueError(
+                    f"table {config.name!r}: its partitions have different optimizers attached, {attribute[1:]} "
+                    f"{values}; allowed: one optimizer for all partitions of a table"
+                )
+            if values[0] is not None:
+                # A copy: TorchRec changes these in place.
+                setattr(p, attribute, copy.deepcopy(values[0]))
+        out[config.name] = p
+    return out
+
+
+class LogicalView:
+    """A collection as TorchRec's sharded classes see it: one plain table per logical table.
+
+    ``pooling`` of compositional tables is SUM here: `ShardedCompositionalEmbeddingBagCollection` divides for MEAN.
+
+    Args:
+        module: the collection.
+        layouts: of its compositional tables.
+        parameters: one per logical table, from `placeholders`.
+        prefix: TorchRec's, of the names of parameters.
+    """
+
+    device = torch.device("meta")  # parameters are taken over by our own state, not by TorchRec's constructor
+
+    def __init__(self, module: Any, layouts: ShardLayouts, parameters: Mapping[str, nn.Parameter], prefix: str) -> None:
+        self._module = module
+        self._configs = [_as_plain(layouts[c.name]) if c.name in layouts else c for c in module.embedding_configs()]
+        self._parameters = {f"{prefix}.{name}.weight": p for name, p in parameters.items()}
+
+    def embedding_bag_configs(self) -> list[Any]:
+        return self._configs
+
+    embedding_configs = embedding_bag_configs
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._parameters.items())
+
+    def state_dict(self) -> dict[str, nn.Parameter]:
+        return dict(self._parameters)
+
+    def use_gather_select(self) -> bool:
+        return False
+
+    def use_gather_select_per_sharding(self) -> None:
+        return None
+
+    def use_sorted_select(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        # is_weighted, need_indices, embedding_dim, embedding_names_by_table, …: as the module has them.
+        return getattr(self._module, name)
+
+
+def _as_plain(layout: ShardLayout) -> EmbeddingBagConfig | EmbeddingConfig:
+    config = layout.config
+    fields: dict[str, Any] = {
+        "name": config.name,
+        "feature_names": config.feature_names,
+        "num_embeddings": layout.num_ids,
+        "embedding_dim": config.embedding_dim,
+        "data_type": config.data_type,
+    }
+    if isinstance(config, CompositionalEmbeddingBagConfig):
+        return EmbeddingBagConfig(**fields, pooling=PoolingType.SUM)
+    return EmbeddingConfig(**fields)
+
+
+def shard_layouts(
+    configs: Sequence[BaseEmbeddingConfig],
+    plan: Mapping[str, ParameterSharding],
+    parameters: Mapping[str, nn.Parameter],
+) -> ShardLayouts:
+    """Returns the layouts of the compositional tables among ``configs`` under a plan.
+
+    Raises:
+        NotImplementedError, ValueError: see `check_plan`.
+    """
+    compositional = {c.name: c for c in configs if is_compositional(c)}
+    check_plan(compositional, plan)
+    return ShardLayouts(
+        {
+            name: ShardLayout(
+                config=config,
+                sharding_type=plan[name].sharding_type,
+                compute_kernel=plan[name].compute_kernel,
+                shards=shards_of(plan[name]),
+                frozen=not parameters[name].requires_grad,
+            )
+            for name, config in compositional.items()
+        }
+    )
+
+
+def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, ParameterSharding]) -> None:
+    """Refuses what a plan may not have for compositional tables.
+
+    Raises:
+        NotImplementedError: a compute kernel that is neither fused nor dense.
+        ValueError: ``path`` where the plan splits columns.
+    """
+    for name, config in configs.items():
+        sharding = plan[name]
+        allowed = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
+        if sharding.compute_kernel not in allowed:
+            raise NotImplementedError(
+                f"table {name!r}: compute kernel {sharding.compute_kernel!r} is not supported by compositional tables; "
+                f"allowed: {', '.join(allowed)}"
+            )
+        if config.operation == "path" and num_column_blocks(sharding) > 1:
+            raise ValueError(
+                f"table {name!r}: operation='path' cannot be {sharding.sharding_type}: its MLPs need all "
+                f"{config.embedding_dim} columns of the base row; allowed: table_wise, row_wise, table_row_wise, "
+                "data_parallel (a planner takes sharding_types of ParameterConstraints)"
+            )
+
+
+def check_plain_tables(
+    configs: Sequence[BaseEmbeddingConfig],
+    plan: Mapping[str, ParameterSharding],
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device | None,
+) -> None:
+    """Refuses plain tables that TorchRec would refuse later, in words that name no table, or step all the same.
+
+    Raises:
+        NotImplementedError: bf16 on a CPU; ``requires_grad_(False)``; a compute kernel with a store of its own.
+    """
+    allowed = [EmbeddingComputeKernel(kernel).value for kernel in ("fused", "fused_uvm", "fused_uvm_caching", "dense")]
+    for config in (c for c in configs if not is_compositional(c)):
+        name, rows = config.name, config.num_embeddings
+        on_cpu = device is None or device.type == "cpu"
+        if on_cpu and config.data_type == DataType.BF16:
+            raise NotImplementedError(
+                f"table {name!r}: data_type={config.data_type} is not supported by FBGEMM's kernels on a CPU, "
+                "which look up plain tables; allowed: FP32, FP16, or a compositional table of one partition, "
+                f"MixedRadix(sizes=[{rows}])"
+            )
+        if not parameters[name].requires_grad:
+            raise NotImplementedError(
+                f"table {name!r}: requires_grad_(False) of a plain table is not honoured by TorchRec's kernels, which "
+                "would step it; allowed: a compositional table of one partition, which can be frozen: "
+                "MixedRadix(sizes=[num_embeddings])"
+            )
+        if plan[name].compute_kernel not in allowed:
+            raise NotImplementedError(
+                f"table {name!r}: compute kernel {plan[name].compute_kernel!r} of a plain table is not supported in a "
+                f"compositional collection; allowed: {', '.join(allowed)}, or TorchRec's own collection"
+            )
+
+
+def num_column_blocks(sharding: ParameterSharding) -> int:
+    """Returns into how many blocks of columns a plan cuts a table."""
+    return max(1, len({shard.shard_offsets[1] for shard in shards_of(sharding)}))

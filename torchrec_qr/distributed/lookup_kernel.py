@@ -1,0 +1,359 @@
+"""The lookup of compositional tables on the ranks that own them.
+
+TorchRec's lookup of a sharding type splits the features among groups of tables. `PooledLookup` and `SequenceLookup`
+have a `CompositionalKernel` for a group of compositional tables, and hold the partitions that every rank has whole.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding_kernel import BaseEmbedding
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_qr.distributed.customized_kernel import is_fused, layout_of, position_of
+from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer
+from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.layout import RowCode, stored_columns
+from torchrec_qr.distributed.replication import Replicas
+from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.description import Description, TableLayout
+from torchrec_qr.ops.lookup import stepped_lookup
+from torchrec_qr.ops.partition_layouts import partition_layouts
+from torchrec_qr.ops.update_rules import Update
+from torchrec_qr.ops.warm_up import warm_up
+from torchrec_qr.partitions.class_map import class_map_on
+
+
+class ReplicatedPartitions(NamedTuple):
+    """The partitions that every rank holds whole, by table and number.
+
+    Args:
+        weights: as tensors of the step's graph.
+        touched: see `torchrec_qr.distributed.fused_optimizer.RowOptimizer.touched_of`.
+    """
+
+    weights: dict[tuple[str, int], Tensor]
+    touched: dict[tuple[str, int], Tensor]
+
+
+class LocalShard(nn.Module):
+    """One shard of one logical table: the layout of its lookup, its weights, and what steps them.
+
+    Args:
+        table: as TorchRec describes the shard.
+        stored: the partitions of the table that are not replicated, as this rank stores them.
+        optimizer: of these, if they are stepped in backward.
+        device: of the shard.
+    """
+
+    class_map: Tensor | None
+
+    def __init__(
+        self,
+        table: ShardedEmbeddingTable,
+        stored: Sequence[StoredPartition],
+        optimizer: RowOptimizer | None,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        self._config = config = layout_of(table).config
+        self._optimizer, self._position = optimizer, position_of(table)
+        self._stored = {p.key: p for p in stored if p.holds(self._position)}
+        start = table.local_metadata.shard_offsets[1] if table.local_metadata is not None else 0
+        columns = {j: stored_columns(config, j, start, start + table.local_cols) for j in range(config.num_partitions)}
+        self._columns = {j: (a, b) for j, (a, b) in columns.items() if a < b}
+        # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
+        self.class_map = class_map_on(config.bound_partitions, device)
+        self.name = config.name
+        self.layout = _layout(table, {j: b - a for j, (a, b) in self._columns.items()})
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LocalShard":
+        super()._apply(fn, recurse)
+        if self.class_map is not None:
+            self.class_map = class_map_on(self._config.bound_partitions, fn(self.class_map.new_empty(0)).device)
+        return self
+
+    def uses(self) -> set[tuple[str, int]]:
+        """Returns the partitions that this shard's output depends on."""
+        return {(self._config.name, j) for j in self._columns}
+
+    def weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
+        """Returns the partitions that the output depends on, those columns of them that this shard has."""
+        out = []
+        for j, (a, b) in self._columns.items():
+            key = self._config.name, j
+            if key in self._stored:
+                out.append(self._stored[key].piece(self._position))
+            else:
+                whole = replicas.weights[key]
+                # Not a slice of all columns, whose gradient would be copied.
+                out.append(whole if b - a == whole.shape[1] else whole[:, a:b])
+        return out
+
+    def outcomes(
+        self, replicas: ReplicatedPartitions, step: Callable[[RowOptimizer, Tensor], Update | None]
+    ) -> list[Outcome]:
+        """Returns, per weight, what ``step`` makes of a stored one that is stepped in backward, else its gradient."""
+        out: list[Outcome] = []
+        for key in ((self._config.name, j) for j in self._columns):
+            if self._optimizer is not None and key in self._stored:
+                out.append(step(self._optimizer, self._stored[key].piece(self._position)))
+            else:
+                out.append(DenseGradient(replicas.touched.get(key)))
+        return out
+
+
+def _layout(table: ShardedEmbeddingTable, widths: dict[int, int]) -> TableLayout:
+    config = layout_of(table).config
+    code, first_row = None, 0
+    if layout_of(table).splits_rows:
+        first_row = layout_of(table).first_row(position_of(table))
+        code = RowCode(config).layout(first_row)
+    any_id = config.out_of_range == "unchecked" and config.bound_partitions.class_map is None
+    return TableLayout(
+        config.operation,
+        partition_layouts(config.bound_partitions, widths, {config.base_partition: first_row}),
+        len(table.feature_names),
+        num_ids=-1 if any_id else config.num_embeddings,
+        code=code,
+        path_hidden=config.path_hidden,
+        path_activation=config.path_activation,
+    )
+
+
+class ShardLookup:
+    """Consecutive shards of a group: features [first, first + num_features) of its batches."""
+
+    def __init__(self, shards: list[LocalShard], first: int, sequence: bool) -> None:
+        self._shards, self._first, self._sequence = shards, first, sequence
+        self.num_features = sum(shard.layout.num_features for shard in shards)
+        maps = [shard.class_map for shard in shards if shard.class_map is not None]
+        self._tables = Description([shard.layout for shard in shards], [shard.name for shard in shards], maps)
+
+    def look_up(self, features: KeyedJaggedTensor, weighted: bool, replicas: ReplicatedPartitions) -> Tensor:
+        """Returns (B, ΣD), or for sequences the (N, D) of all features end to end, flat."""
+
+        def outcomes() -> list[Outcome]:
+            return [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.begin_step)]
+
+        return stepped_lookup(self._tables, self._weights(replicas), self._batch(features, weighted), outcomes)
+
+    def warm_up(self, weighted: bool, replicas: ReplicatedPartitions) -> None:
+        """Has the kernels of a lookup and of its step compiled, if they run on a GPU."""
+        outcomes = [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.same_step)]
+        warm_up(self._tables, self._weights(replicas), outcomes, not self._sequence, weighted)
+
+    def _weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
+        return [weight for shard in self._shards for weight in shard.weights(replicas)]
+
+    def _batch(self, features: KeyedJaggedTensor, weighted: bool) -> Batch:
+        of_all: list[int] = features.offset_per_key()
+        first, last, bags = self._first, self._first + self.num_features, features.stride()
+        span = slice(of_all[first], of_all[last])
+        starts = [start - span.start for start in of_all[first : last + 1]]
+        if self._sequence:
+            offsets = torch.tensor(starts)
+        elif self.num_features == len(features.keys()):
+            offsets = features.offsets()
+        else:
+            offsets = features.offsets()[first * bags : last * bags + 1] - span.start
+        weights = features.weights()[span] if weighted else None
+        return Batch(features.values()[span], offsets, weights, not self._sequence, starts)
+
+
+def shard_lookups(shards: list[LocalShard], sequence: bool) -> list[ShardLookup]:
+    """Returns lookups of the shards, in order, as few as can be if no table keeps another one from the kernels."""
+    out: list[ShardLookup] = []
+    first = 0
+    for _, group in groupby(shards, key=lambda shard: shard.layout.has_kernels):
+        out.append(ShardLookup(list(group), first, sequence))
+        first += out[-1].num_features
+    return out
+
+
+def _stored_partitions(tables: list[ShardedEmbeddingTable], device: torch.device | None) -> list[StoredPartition]:
+    """Allocates the partitions of a table, of which ``tables`` are the shards on this rank, unless replicated."""
+    layout, fused, positions = layout_of(tables[0]), is_fused(tables[0]), [position_of(t) for t in tables]
+    numbers = (j for j in range(layout.config.num_partitions) if not layout.is_replicated(j))
+    stored = (StoredPartition(layout, j, fused, device, positions) for j in numbers)
+    return [partition for partition in stored if any(map(partition.holds, positions))]
+
+
+class CompositionalKernel(BaseEmbedding):
+    """Looks up a group of compositional shards: maps ids to rows, looks up, composes, and pools unless ``sequence``.
+
+    Stores the partitions that are not replicated. The lookup's backward steps the rows of fused ones, which are leaves;
+    others are plain parameters.
+    """
+
+    def __init__(
+        self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None, sequence: bool
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._sequence = sequence
+        # Set by the lookup for every forward.
+        self.replicas = ReplicatedPartitions({}, {})
+        self.partitions: list[StoredPartition] = []
+        optimizers: dict[str, RowOptimizer] = {}
+        # Shards of one table may lie anywhere in the group; those of a partition have one storage.
+        of_name = attrgetter("name")
+        for name, group in groupby(sorted(config.embedding_tables, key=of_name), key=of_name):
+            tables = list(group)
+            stored = _stored_partitions(tables, device)
+            self.partitions += stored
+            if stored and is_fused(tables[0]):
+                optimizers[name] = RowOptimizer(stored, update_rule(name, tables[0].fused_params or {}), pg)
+        self._shards = nn.ModuleList(
+            LocalShard(t, [p for p in self.partitions if p.key[0] == t.name], optimizers.get(t.name), device)
+            for t in config.embedding_tables
+        )
+        self._lookups = shard_lookups(list(self._local_shards()), sequence)
+        self.optimizers = nn.ModuleList(FusedOptimizerHolder(optimizer) for optimizer in optimizers.values())
+        self.dense = nn.ParameterList(p.weight for p in self.partitions if not p.leaves)
+
+    @property
+    def config(self) -> GroupedEmbeddingConfig:
+        return self._config
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Returns (B, ΣD) of the group's features in order; for sequences their (N, D) end to end, flat."""
+        weighted = self._config.is_weighted
+        outputs = [lookup.look_up(features, weighted, self.replicas) for lookup in self._lookups]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
+
+    def warm_up(self, replicas: ReplicatedPartitions) -> None:
+        """Has the kernels of a step compiled, if they run on a GPU."""
+        for lookup in self._lookups:
+            lookup.warm_up(self._config.is_weighted, replicas)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalKernel":
+        super()._apply(fn, recurse)
+        # Class maps follow to another device.
+        self._lookups = shard_lookups(list(self._local_shards()), self._sequence)
+        return self
+
+    def uses(self) -> set[tuple[str, int]]:
+        """Returns the partitions, by table and number, that the output depends on."""
+        return {key for shard in self._local_shards() for key in shard.uses()}
+
+    def _local_shards(self) -> Iterator[LocalShard]:
+        return (shard for shard in self._shards if isinstance(shard, LocalShard))
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Shows nothing: TorchRec would look for a table of each name. The collection shows ``partitions``."""
+        return iter(())
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        """Shows nothing, for the reason that `named_parameters_by_table` gives."""
+        return {} if destination is None else destination
+
+    def flush(self) -> None:
+        """TorchRec calls this before a checkpoint; there is no cache to write back."""
+
+    def purge(self) -> None:
+        """TorchRec calls this before loading; there is no cache to drop."""
+
+
+class _CompositionalLookup:
+    """A lookup of TorchRec's with a `CompositionalKernel` per group of compositional tables.
+
+    Args:
+        tables: the compositional tables of this sharding type on all ranks, each once.
+        is_data_parallel: whether ranks hold these tables whole and look up their own samples.
+        device: of the parameters.
+        kwargs: of TorchRec's lookup.
+    """
+
+    _sequence: bool
+    _emb_modules: nn.ModuleList
+    _replicated: nn.Module
+
+    def __init__(
+        self, tables: list[ShardedEmbeddingTable], is_data_parallel: bool, device: torch.device | None, **kwargs: Any
+    ) -> None:
+        super().__init__(device=device, **kwargs)  # type: ignore[call-arg]
+        self.is_data_parallel = is_data_parallel
+        self._replicated = Replicas(tables, device)
+        used = {key for kernel in self.kernels() for key in kernel.uses()}
+        self._unused = [i for i, key in enumerate(self._replicas().parameters_of) if key not in used]
+
+    def kernels(self) -> Iterator[CompositionalKernel]:
+        return (m for m in self._emb_modules if isinstance(m, CompositionalKernel))
+
+    def partitions(self) -> Iterator[StoredPartition]:
+        """The partitions that this rank stores, in whole or in part."""
+        for kernel in self.kernels():
+            yield from kernel.partitions
+        yield from self._replicas().partitions
+
+    def replicate(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Has DDP reduce the replicas of this lookup alone, if the lookup is not wrapped as a whole."""
+        if self._replicas().parameters_of and not isinstance(self._replicated, DistributedDataParallel):
+            self._replicated = wrap(self._replicated)
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
+        weights: list[Tensor] = self._replicated() if self._replicas().parameters_of else []
+        by_partition = dict(zip(self._replicas().parameters_of, weights, strict=True))
+        for kernel in self.kernels():
+            kernel.replicas = ReplicatedPartitions(by_partition, self._replicas().touched_of)
+        out: Tensor = super().forward(sparse_features)  # type: ignore[misc]
+        for i in self._unused:
+            # Ranks that own none of a table reduce its replicas with the others: DDP waits for every gradient.
+            out = out + weights[i][:0].sum()
+        return out
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Has the kernels of a step compiled, if they run on a GPU; see `torchrec_qr.distributed.warm_up`."""
+        replicas = self._replicas()
+        weights = {key: p.detach() for key, p in replicas.parameters_of.items()}
+        for kernel in self.kernels():
+            kernel.warm_up(ReplicatedPartitions(weights, replicas.touched_of))
+        replicas.warm_up()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)  # type: ignore[misc]
+        if recurse:
+            yield from self._replicated.named_parameters(f"{prefix}_replicated", recurse)
+
+    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *args: Any, **kwargs: Any) -> BaseEmbedding:
+        if config.compute_kernel != EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
+            kernel: BaseEmbedding = super()._create_embedding_kernel(config, *args, **kwargs)  # type: ignore[misc]
+            return kernel
+        # The two lookups of TorchRec pass these in different orders.
+        pg = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+        device = next((a for a in args if isinstance(a, torch.device)), None)
+        return CompositionalKernel(config, pg, device, self._sequence)
+
+    def _replicas(self) -> Replicas:
+        module = self._replicated
+        replicas = module.module if isinstance(module, DistributedDataParallel) else module
+        assert isinstance(replicas, Replicas)
+        return replicas
+
+
+class PooledLookup(_CompositionalLookup, GroupedPooledEmbeddingsLookup):
+    _sequence = False
+
+
+class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):
+    _sequence = True
+
+
+def own_lookup(lookup: nn.Module) -> PooledLookup | SequenceLookup:
+    """Returns a lookup of a sharded collection without the ``DistributedDataParallel`` around it."""
+    inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+    assert isinstance(inner, PooledLookup | SequenceLookup)
+    return inner

@@ -1,0 +1,201 @@
+"""The common part of the two sharded collections: how they are built, and the state that they show."""
+
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from torchrec_qr.distributed.customized_kernel import with_customized_kernel
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ShardLayouts
+from torchrec_qr.distributed.logical_tables import (
+    LogicalView,
+    check_plain_tables,
+    is_compositional,
+    placeholders,
+    shard_layouts,
+)
+from torchrec_qr.distributed.lookup_kernel import own_lookup
+from torchrec_qr.distributed.replication import replicate, step_alone
+from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.fingerprint import check_saved_tables, fingerprint
+from torchrec_qr.init import partition_configs
+from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
+from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
+
+
+class ShardedCompositionalCollection:
+    """A mixin of TorchRec's two sharded collections: compositional tables get the customized kernel.
+
+    TorchRec leaves the state of such tables to us. It registers the parameters of plain tables, and for each
+    compositional table an empty module, which `_register_partitions` fills.
+    """
+
+    # Set by the subclass: TorchRec's name for its tables.
+    _tables_attribute: str
+
+    # Set before the constructor of nn.Module: the configs of all tables, and the layouts of compositional ones.
+    _configs: Sequence[BaseEmbeddingConfig]
+    _layouts: ShardLayouts
+
+    module_sharding_plan: Any
+    _lookups: list[nn.Module]
+    _device: torch.device | None
+    _env: ShardingEnv
+    _output_dtensor: bool
+    # All partitions by name, None until they are registered, and the global tensors of those that are split.
+    _partitions: dict[str, StoredPartition] | None
+    _split: dict[str, Tensor | ShardedTensor]
+
+    def __init__(
+        self,
+        module: CompositionalEmbeddingBagCollection | CompositionalEmbeddingCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        plan = table_name_to_parameter_sharding
+        self._configs = module.embedding_configs()
+        parameters = placeholders(self._configs, getattr(module, self._tables_attribute))
+        self._layouts = shard_layouts(self._configs, plan, parameters)
+        check_plain_tables(self._configs, plan, parameters, device)
+        view: Any = LogicalView(module, self._layouts, parameters, self._tables_attribute)
+        plan = with_customized_kernel(plan, self._layouts)
+        super().__init__(view, plan, env, fused_params, device, **kwargs)  # type: ignore[call-arg]
+        self._replicate_lookups()
+
+    def _replicate_lookups(self) -> None:
+        """Has DDP reduce what ranks hold whole; TorchRec has wrapped the data-parallel lookups in DDP.
+
+        It has not if ``mark_data_parallel_skip_grad_sync`` of TorchRec 1.9 is set on the module. Each rank then steps
+        its replicas of data-parallel tables alone.
+
+        Raises:
+            RuntimeError: TorchRec has left a data-parallel lookup unwrapped, and nobody asked for that.
+        """
+        pg = self._env.process_group
+        assert pg is not None
+        is_marked: bool = getattr(self, "_skip_data_parallel_grad_sync", False)
+        for lookup in self._lookups:
+            own = own_lookup(lookup)
+            if not own.is_data_parallel:
+                own.replicate(partial(replicate, pg=pg, average=False))
+            elif isinstance(lookup, DistributedDataParallel):
+                replicate(lookup, pg, average=True)
+            elif is_marked:
+                step_alone(own)
+            else:
+                plan = self.module_sharding_plan
+                tables = [name for name, sharding in plan.items() if sharding.sharding_type == DATA_PARALLEL]
+                raise RuntimeError(
+                    f"{type(self).__name__}: TorchRec {metadata.version('torchrec')} has not wrapped the lookup of "
+                    f"data_parallel tables {tables} in DistributedDataParallel, which would reduce their gradients; "
+                    "allowed: a version of TorchRec that `torchrec-qr doctor` calls tested"
+                )
+
+    def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
+        if self._output_dtensor:
+            # `DMPCollection` sets it too: FBGEMM's kernel synchronises its replicas, and not ours.
+            raise NotImplementedError(
+                f"tables {list(self._layouts)}: output_dtensor=True of the sharding environment, as of DMPCollection, "
+                "is not supported by sharded compositional collections; allowed: False, with DistributedModelParallel"
+            )
+        self._partitions = None
+        super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
+        self._partitions = self._register_partitions()
+        pg = self._env.process_group
+        self._split = {name: p.as_global(pg) for name, p in self._partitions.items() if not p.is_replicated}
+        module = cast(nn.Module, self)
+        module.register_state_dict_post_hook(_show_shards)
+        module.register_load_state_dict_pre_hook(_load_shards)
+        self.reset_parameters()
+
+    def _register_partitions(self) -> dict[str, StoredPartition]:
+        """Returns all partitions by name, those too of which this rank stores nothing."""
+        here = {p.key: p for lookup in self._lookups for p in own_lookup(lookup).partitions()}
+        partitions: dict[str, StoredPartition] = {}
+        for name, layout in self._layouts.items():
+            module = self._module_of(name)
+            module.register_buffer("fingerprint", fingerprint(layout.config).to(self._device))
+            fused = layout.compute_kernel != EmbeddingComputeKernel.DENSE.value
+            for j in range(layout.config.num_partitions):
+                stored = here.get((name, j))
+                if stored is None:
+                    stored = StoredPartition(layout, j, fused, self._device)
+                    if fused:
+                        stored.weight._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
+                child = nn.Module()
+                child.register_parameter("weight", stored.weight)
+                module.add_module(f"partition_{j}", child)
+                partitions[stored.name] = stored
+        return partitions
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, table by table, as TorchRec does."""
+        # TorchRec calls this when it has registered plain tables, and we have not registered partitions.
+        if self._partitions is None or (self._device is not None and self._device.type == "meta"):
+            return
+        for config in self._configs:
+            if is_compositional(config):
+                for partition in partition_configs(config):
+                    stored = self._partitions[partition.name]
+                    self._draw(partition, stored.weight, stored.is_replicated)
+            else:
+                weight = self._module_of(config.name).get_parameter("weight")
+                is_replicated = self.module_sharding_plan[config.name].sharding_type == DATA_PARALLEL
+                self._draw(config, weight, is_replicated)
+
+    def _draw(self, config: BaseEmbeddingConfig, weight: nn.Parameter, is_replicated: bool) -> None:
+        assert config.init_fn is not None
+        config.init_fn(weight)
+        if is_replicated:
+            dist.broadcast(weight.data, src=0, group=self._env.process_group)
+
+    def _module_of(self, table: str) -> nn.Module:
+        module: nn.Module = getattr(self, self._tables_attribute)[table]
+        return module
+
+
+def _show_shards(collection: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Puts partitions that are split into a state dict, in place of what this rank stores of them."""
+    for name, shown in collection._split.items():
+        state_dict[f"{prefix}{collection._tables_attribute}.{name}.weight"] = shown
+
+
+def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Brings values of partitions into the shape that this rank stores, and refuses tables of another meaning."""
+    prefix = f"{prefix}{collection._tables_attribute}."
+    tables = [(of.config, collection._module_of(name).fingerprint) for name, of in collection._layouts.items()]
+    check_saved_tables(state_dict, prefix, tables)
+    for name, stored in collection._partitions.items():
+        key = f"{prefix}{name}.weight"
+        if key in state_dict:
+            state_dict[key] = stored.part_of(state_dict[key])
+
+
+def checked_features(features: Any) -> KeyedJaggedTensor:
+    """Returns the batch of a sharded collection, a ``KeyedJaggedTensor`` or a ``TensorDict``, as the former.
+
+    Raises:
+        NotImplementedError: features that differ in their number of bags.
+    """
+    features = maybe_td_to_kjt(features, None)
+    if features.variable_stride_per_key():
+        raise NotImplementedError(
+            "variable batch per feature is not supported by sharded compositional collections; features "
+            f"{features.keys()}"
+        )
+    return features
