@@ -87,7 +87,7 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
 
 
 class CompositionalEmbeddingCollectionSharder(CompositionalSharder[CompositionalEmbeddingCollection]):
-    """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` its own.
+    """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` shards its own.
 
     Args:
         fused_params, qcomm_codecs_registry: as `CompositionalEmbeddingBagCollectionSharder`.
@@ -117,7 +117,7 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
 
 
 def _check_column_widths(plan: dict[str, ParameterSharding]) -> None:
-    """TorchRec lays column shards of sequences side by side by one width, and reads past their end where they differ.
+    """TorchRec lays column shards of sequences side by side by one width, and reads past their end if they differ.
 
     Raises:
         ValueError: column shards of different widths.

@@ -51,7 +51,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         **kwargs: Any,
     ) -> None:
         configs = module.embedding_bag_configs()
-        # Before the constructor of nn.Module: plain attributes only.
+        # Set plain attributes only, because the constructor of nn.Module has not been called.
         self._mean_names = {
             name
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
@@ -112,7 +112,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
 
 
 class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[CompositionalEmbeddingBagCollection]):
-    """Shards `CompositionalEmbeddingBagCollection`, as TorchRec's ``EmbeddingBagCollectionSharder`` its own.
+    """Shards `CompositionalEmbeddingBagCollection`, as TorchRec's ``EmbeddingBagCollectionSharder`` shards its own.
 
     Args:
         fused_params: of the optimizer that steps all tables in backward, as TorchRec's: ``optimizer``,
@@ -132,7 +132,7 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
 
 
 def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:
-    """Divides the features pooled by MEAN, (B, ΣD) in all, by their numbers of ids (features, B), 1 where empty."""
+    """Divides the features pooled by MEAN, (B, ΣD) in all, by their numbers of ids (features, B), 1 if empty."""
     mean = torch.tensor(is_mean, device=bag_sizes.device).unsqueeze(1)
     divisors = torch.where(mean, bag_sizes.clamp(min=1), 1).T
     dims = torch.tensor(pooled.length_per_key(), device=bag_sizes.device)

@@ -1,4 +1,4 @@
-"""Sharders of TorchRec's modules that have a collection inside of them, where that may be a compositional one."""
+"""Sharders of TorchRec's modules that have a collection inside, which may be a compositional one."""
 
 from typing import Any
 

@@ -71,7 +71,7 @@ class LocalShard(nn.Module):
         start = table.local_metadata.shard_offsets[1] if table.local_metadata is not None else 0
         columns = {j: stored_columns(config, j, start, start + table.local_cols) for j in range(config.num_partitions)}
         self._columns = {j: (a, b) for j, (a, b) in columns.items() if a < b}
-        # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
+        # Keep no buffer, because DDP sends the buffers of a module to all ranks at every forward.
         self.class_map = class_map_on(config.bound_partitions, device)
         self.name = config.name
         self.layout = _layout(table, {j: b - a for j, (a, b) in self._columns.items()})
@@ -95,7 +95,7 @@ class LocalShard(nn.Module):
                 out.append(self._stored[key].piece(self._position))
             else:
                 whole = replicas.weights[key]
-                # Not a slice of all columns, whose gradient would be copied.
+                # Take no slice of all columns, because its gradient would be copied.
                 out.append(whole if b - a == whole.shape[1] else whole[:, a:b])
         return out
 
@@ -201,7 +201,7 @@ class CompositionalKernel(BaseEmbedding):
         super().__init__()
         self._config = config
         self._sequence = sequence
-        # Set by the lookup for every forward.
+        # The lookup sets these for every forward.
         self.replicas = ReplicatedPartitions({}, {})
         self.partitions: list[StoredPartition] = []
         optimizers: dict[str, RowOptimizer] = {}

@@ -66,11 +66,11 @@ class Replicas(nn.Module):
         return views
 
     def _scaled(self, grad: Tensor) -> Tensor:
-        # Not in place: under ``add`` the sibling partitions have the same tensor as their gradient.
+        # Do not multiply in place, because under ``add`` the sibling partitions share the tensor of their gradient.
         return grad * self.gradient_scale
 
     def warm_up(self) -> None:
-        """Has the kernels that step the parameters compiled, where they run on a GPU."""
+        """Has the kernels that step the parameters compiled, if they run on a GPU."""
         for p, optimizer in self.optimizer_of.items():
             optimizer.warm_up(p)
 

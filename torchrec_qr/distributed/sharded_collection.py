@@ -42,10 +42,10 @@ class ShardedCompositionalCollection:
     compositional table an empty module, which `_register_partitions` fills.
     """
 
-    # Set by the subclass: TorchRec's name for its tables.
+    # The subclass sets TorchRec's name for its tables.
     _tables_attribute: str
 
-    # Set before the constructor of nn.Module: the configs of all tables, and the layouts of compositional ones.
+    # The configs of all tables, and the layouts of compositional ones, are set before the constructor of nn.Module.
     _configs: Sequence[BaseEmbeddingConfig]
     _layouts: ShardLayouts
 

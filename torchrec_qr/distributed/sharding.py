@@ -132,7 +132,7 @@ class _PrepareIds:
         prepared: dict[tuple[str, str], Tensor] = {}
         for (start, end), feature, at in zip(pairwise(starts), features.keys(), self._tables, strict=True):
             if at is None:
-                # One type for all: codes of one feature may need int64 where the ids of all came as int32.
+                # Use one type for all, because codes of one feature may need int64 if the ids of all came as int32.
                 ids.append(values[start:end].to(torch.int64))
                 continue
             key = (at.config.name, feature)
