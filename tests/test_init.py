@@ -21,7 +21,7 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.init import init_partition
-from torchrec_qr.modules.table import CompositionalTable, init_tables
+from torchrec_qr.modules.table import CompositionalTable, embed, init_tables
 from torchrec_qr.partitions import PartitionSpec
 
 SEEDS = 64
@@ -63,7 +63,7 @@ def sampled(table_config: CompositionalEmbeddingBagConfig, ids: Tensor) -> tuple
         torch.manual_seed(seed)
         init_tables(table)
         with torch.no_grad():
-            composed.add(table.embed(ids))
+            composed.add(embed(table, ids))
         for moments, weight in zip(parts, table.weights(), strict=True):
             moments.add(weight)
     return composed, parts
@@ -169,7 +169,7 @@ def of_one_main_row(**fields: Any) -> Tensor:
         config(QuotientRemainder(num_collisions=4), embedding_dim=1024, **fields), torch.device("cpu")
     )
     init_tables(table)
-    return table.embed(torch.tensor([7, 2507, 5007])).detach()  # 2500 main rows
+    return embed(table, torch.tensor([7, 2507, 5007])).detach()  # 2500 main rows
 
 
 def test_ids_of_one_main_row_start_nearly_alike_under_identity() -> None:

@@ -224,7 +224,8 @@ def test_any_lines_from_any_row_on(
         plain = b"".join(gzip.compress(plain[i : i + member]) + b"\0" for i in range(0, len(plain), member))
     file = tmp_path_factory.getbasetemp() / "lines"
     file.write_bytes(plain)
-    expected = [fields_of(line) for line in lines]
+    # The file's first mark is that of its encoding, whoever wrote it.
+    expected = [fields_of(line) for line in ([lines[0].removeprefix("\ufeff"), *lines[1:]] if not mark else lines)]
     expected = [row if row and len(row) == 3 and row[0] in ALLOWED_LABELS else None for row in expected]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines_of_text, "_READ", chunk)
