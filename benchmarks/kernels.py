@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import about
+from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.ops.arguments import Batch, Outcome
 from torchrec_qr.ops.cpu_library import status
 from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.memory import recycled, zeros
-from torchrec_qr.ops.update_rules import RowWiseAdagrad, Sgd, Update, UpdateRule
+from torchrec_qr.ops.update_rules import Update
 
 _NUM_IDS, _DIM, _TABLES, _BAGS = 200_000, 64, 13, 4096
-_RULES: dict[str, UpdateRule] = {"sgd": Sgd(), "rowwise_adagrad": RowWiseAdagrad()}
+_OPTIMIZERS = ("sgd", "rowwise_adagrad")
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [
         measure(m, hot, optimizer, options.runs, options.steps)
-        for optimizer in _RULES
+        for optimizer in _OPTIMIZERS
         for m in (4, math.isqrt(_NUM_IDS))
         for hot in (1, 10)
     ]
@@ -108,7 +109,7 @@ class _Tables:
         self._weights = [
             zeros((n, _DIM), torch.float32, None).add_(1).requires_grad_() for _ in range(_TABLES) for n in sizes
         ]
-        rule = _RULES[optimizer]
+        rule = OPTIMIZERS[optimizer].rule()
         self._updates: list[Outcome] = []
         for w in self._weights:
             state = {name: torch.zeros(shape) for name, shape in rule.state_shapes(*w.shape).items()}

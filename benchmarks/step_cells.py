@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from torchrec_qr.distributed.fused_params import OPTIMIZERS
+
 LR, EPS = 0.01, 1e-8
-OPTIMIZERS = {"sgd": EmbOptimType.EXACT_SGD, "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tables:
 
     @property
     def fused_params(self) -> dict[str, object]:
-        return {"optimizer": OPTIMIZERS[self.optimizer], "learning_rate": LR, "eps": EPS}
+        return {**OPTIMIZERS[self.optimizer].fused_params, "learning_rate": LR, "eps": EPS}
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from benchmarks.step_cells import LR, OPTIMIZERS, Batch, Tables, Traffic
+from benchmarks.step_cells import LR, Batch, Tables, Traffic
 from benchmarks.step_plan import plan
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
-from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.fused_params import OPTIMIZERS, update_rule
 from torchrec_qr.ops import arguments
 from torchrec_qr.ops.cpu_library import without_kernels
 from torchrec_qr.ops.description import Description, TableLayout
@@ -259,7 +259,7 @@ class Tbe(Variant):
         place = on_gpu if device.type == "cuda" else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(n, tables.dim, *place) for n in tables.sizes],
-            optimizer=OPTIMIZERS[tables.optimizer],
+            **OPTIMIZERS[tables.optimizer].fused_params,
             learning_rate=LR,
             device=device,
         )

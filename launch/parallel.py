@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -23,16 +22,10 @@ from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from launch.topology import planned_topology
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
+from torchrec_qr.distributed.fused_params import OPTIMIZERS, OptimizerName
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner
 
-_FUSED: dict[str, dict[str, Any]] = {
-    "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
-    "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
-    "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
-    "adam": {"optimizer": EmbOptimType.ADAM},
-    "amsgrad": {"optimizer": EmbOptimType.ADAM, "amsgrad": True},
-}
-_DENSE: dict[str, Any] = {
+_DENSE: dict[OptimizerName, Any] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
@@ -67,7 +60,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         OutOfMemoryError: torch's; names the tables of this rank, and what would fit.
     """
     rule = job.optimizer.sparse
-    fused_params = {**_FUSED[rule.name], "learning_rate": rule.lr, "eps": rule.eps}
+    fused_params = {**OPTIMIZERS[rule.name].fused_params, "learning_rate": rule.lr, "eps": rule.eps}
     sharders: list[Any] = [
         EmbeddingBagCollectionSharder(fused_params=fused_params),
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from launch.run_name import is_run_name
 from torchrec_qr.cli.schema import ConfigError, Range
+from torchrec_qr.distributed.fused_params import OptimizerName
 
 Positive = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]
@@ -254,7 +255,7 @@ class OptimizerSection:
         eps: added to denominators.
     """
 
-    name: Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"] = "adagrad"
+    name: OptimizerName = "adagrad"
     lr: Annotated[float, Range(above=0)] = 0.01
     eps: Annotated[float, Range(0)] = 1e-8
 

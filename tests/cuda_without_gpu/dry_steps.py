@@ -11,10 +11,11 @@ from dry_launch import DryLaunches
 from pairwise import pairwise
 from torch import Tensor
 
+from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.backends import triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
-from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, Update
+from torchrec_qr.ops.update_rules import Update
 
 NUMBERS = (3, 52)
 ARCHITECTURES = (80, 90, 100)
@@ -22,13 +23,7 @@ ARCHITECTURES = (80, 90, 100)
 ARCHITECTURE_BOUND = 89
 ROWS, COLLISIONS, DIM = 1000, 4, 16
 NUM_IDS = ROWS * COLLISIONS
-RULES = {
-    "sgd": Sgd(),
-    "adagrad": Adagrad(),
-    "rowwise_adagrad": RowWiseAdagrad(),
-    "adam": Adam(),
-    "amsgrad": AmsGrad(),
-}
+RULES = {name: optimizer.rule() for name, optimizer in OPTIMIZERS.items()}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The optimizer of compositional tables: how it is given, what it refuses; it does the same under every plan."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ from torchrec.optim.optimizers import (
     in_backward_optimizer_filter,
 )
 
-from torchrec_qr.distributed.fused_params import RULES, update_rule
+from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
 
 PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 RUN = Run(tuple(TableCase(s, "strided", s, operation="mult") for s in PLANS))
@@ -145,6 +145,13 @@ def test_other_keys_raise(key: str) -> None:
     value = _TELLING.get(key, 0.75)
     with pytest.raises(NotImplementedError, match=rf"table 't_user': {key}=.*; allowed: optimizer, learning_rate"):
         update_rule("t_user", {"optimizer": EmbOptimType.EXACT_SGD, key: value})
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_the_table_of_optimizers_has_every_name(name: str) -> None:
+    params, rule = OPTIMIZERS[name]
+    assert type(update_rule("t_user", params)) is rule
+    assert OPTIMIZERS.keys() == set(get_args(OptimizerName))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in EmbOptimType if kind not in RULES], ids=str)

@@ -12,11 +12,12 @@ from kinds import Kind, kind_of
 from torch import Tensor
 
 from torchrec_qr import MixedRadix
+from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.ops.arguments import Batch, Outcome
 from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.partition_layouts import partition_layouts
-from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, Update, UpdateRule
+from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 
 # Of partitions with more rows than a batch has ids: most stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
@@ -28,13 +29,7 @@ STATES = {
     "adam": ("momentum1", "exp_avg_sq"),
     "amsgrad": ("momentum1", "exp_avg_sq", "max_exp_avg_sq"),
 }
-RULES: dict[str, type[UpdateRule]] = {
-    "sgd": Sgd,
-    "adagrad": Adagrad,
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adam": Adam,
-    "amsgrad": AmsGrad,
-}
+RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
 
 def rule_of(name: str, max_gradient: float | None = None) -> UpdateRule:

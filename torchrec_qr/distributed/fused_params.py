@@ -1,18 +1,37 @@
-"""The optimizer of a table, as TorchRec attaches it: by the keys of FBGEMM's table-batched embeddings."""
+"""The optimizers of tables, and that of a table as TorchRec attaches it: by keys of FBGEMM's batched embeddings."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 
 from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, UpdateRule
 
+OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"]
+
+
+class TableOptimizer(NamedTuple):
+    """An optimizer of tables.
+
+    Args:
+        fused_params (dict[str, Any]): its name in the ``fused_params`` of a sharder.
+        rule (type[UpdateRule]): its formula and its state.
+    """
+
+    fused_params: dict[str, Any]
+    rule: type[UpdateRule]
+
+
+OPTIMIZERS: dict[str, TableOptimizer] = {
+    "sgd": TableOptimizer({"optimizer": EmbOptimType.EXACT_SGD}, Sgd),
+    "adagrad": TableOptimizer({"optimizer": EmbOptimType.EXACT_ADAGRAD}, Adagrad),
+    "rowwise_adagrad": TableOptimizer({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}, RowWiseAdagrad),
+    "adam": TableOptimizer({"optimizer": EmbOptimType.ADAM}, Adam),
+    "amsgrad": TableOptimizer({"optimizer": EmbOptimType.ADAM, "amsgrad": True}, AmsGrad),
+}
 RULES: dict[EmbOptimType, type[UpdateRule]] = {
     EmbOptimType.SGD: Sgd,
-    EmbOptimType.EXACT_SGD: Sgd,
-    EmbOptimType.EXACT_ADAGRAD: Adagrad,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: RowWiseAdagrad,
-    EmbOptimType.ADAM: Adam,
+    **{params["optimizer"]: rule for params, rule in OPTIMIZERS.values() if "amsgrad" not in params},
 }
 
 # Keys that TorchRec and optimizer classes pass in any case, by the values that change nothing.

@@ -1,6 +1,7 @@
 """Bytes that a table's values and optimizer state take, wherever a plan puts them."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_qr.configs import CompositionalConfig
-from torchrec_qr.distributed.fused_params import says_something, update_rule
+from torchrec_qr.distributed.fused_params import RULES, says_something, update_rule
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, stored_columns
 from torchrec_qr.ops.update_rules import UpdateRule
 from torchrec_qr.planner.tables import PlannedTable, optimizer_of
@@ -24,13 +25,9 @@ MakeOptimizer = Callable[[Any], Optimizer]
 Stored = list[tuple[int, int, torch.dtype]]
 """Rows, columns and type of each tensor."""
 
-# float32 values of state per value and per row, in FBGEMM's kernels; of what is not listed TorchRec assumes (1, 0).
+# float32 values of state per value and per row, in FBGEMM's kernels, of optimizers that compositional tables do not
+# have. TorchRec assumes (1, 0) for all others.
 _STATE_OF = {
-    EmbOptimType.SGD: (0, 0),
-    EmbOptimType.EXACT_SGD: (0, 0),
-    EmbOptimType.EXACT_ADAGRAD: (1, 0),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (0, 1),
-    EmbOptimType.ADAM: (2, 0),
     EmbOptimType.LAMB: (2, 0),
     EmbOptimType.LARS_SGD: (1, 0),
     EmbOptimType.PARTIAL_ROWWISE_ADAM: (1, 1),
@@ -128,24 +125,22 @@ class OptimizerState:
         rule, said = self._rules[table.fqn]
         if kernel != FUSED and not said:
             return self._of_dense(stored)
-        values = sum(
-            _count(shape) for rows, columns, _ in stored for shape in rule.state_shapes(rows, columns).values()
-        )
+        values = sum(_state_values(rule, rows, columns) for rows, columns, _ in stored)
         return 4 * (values + (len(stored) if rule.counts_steps else 0))
 
     def of_plain(self, table: PlannedTable, kernel: str, rows: int, columns: int) -> int:
         """FBGEMM's in backward, except of TorchRec's dense kernel, which data-parallel tables have."""
         if kernel == DENSE:
             return self._of_dense([(rows, columns, table.parameter.dtype)])
-        per_value, per_row = _STATE_OF.get(optimizer_of(table), (1, 0))
+        optimizer = optimizer_of(table)
+        if optimizer in RULES:
+            return 4 * _state_values(RULES[optimizer](), rows, columns)
+        per_value, per_row = _STATE_OF.get(optimizer, (1, 0))
         return 4 * rows * (per_value * columns + per_row)
 
     def _of_dense(self, stored: Stored) -> int:
         return sum(self._dense.bytes_of(*tensor) for tensor in stored)
 
 
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+def _state_values(rule: UpdateRule, rows: int, columns: int) -> int:
+    return sum(math.prod(shape) for shape in rule.state_shapes(rows, columns).values())

@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedModel, hardware_named
 from torchrec_qr.planner.remedies import within_rows
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
-    "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
-    "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
-    "adam": {"optimizer": EmbOptimType.ADAM},
-    "amsgrad": {"optimizer": EmbOptimType.ADAM, "amsgrad": True},
-}
 VARIANTS = ("full", "hash", "qr")
 
 Tables = Sequence[EmbeddingBagConfig]
@@ -108,7 +101,7 @@ class Sizing:
 
     @cached_property
     def _sharders(self) -> list[Any]:
-        return [CompositionalEmbeddingBagCollectionSharder(OPTIMIZERS[self.optimizer])]
+        return [CompositionalEmbeddingBagCollectionSharder(OPTIMIZERS[self.optimizer].fused_params)]
 
 
 def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str | None = None) -> Sizing:
