@@ -18,6 +18,8 @@ endif
 PYTHON ?=
 # `make test PYTEST_ARGS="tests/test_doctor.py -x"`
 PYTEST_ARGS ?=
+# The tests of a file stay in one process, because several share a program that runs for a minute.
+PARALLEL ?= -n 2 --dist loadfile
 # Of `make train`. Two ranks, or one for the only GPU; the CPU set is not held to the number of GPUs.
 CONFIG ?= configs/demo.yaml
 RANKS ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -n 2 | wc -l),2)
@@ -35,7 +37,7 @@ install: $(INSTALLED)  ## Create .venv: the locked versions and this package
 
 # On the CPU, whatever the machine has: jobs that the tests start on two ranks would look for two GPUs.
 test: $(INSTALLED)  ## Run the tests, on the CPU
-	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)  ## Run the tests of GPUs, on the GPUs of this machine
 	TORCHREC_QR_GPU_TESTS_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

@@ -81,7 +81,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dims", nargs="+", type=_positive, help="headline, grid, tbe: D")
     parser.add_argument("--num-ids", nargs="+", type=_positive, help="headline, grid, tbe: S of all tables")
     parser.add_argument("--shardings", nargs="+", choices=("table_wise", "column_wise", "data_parallel"), help="grid")
-    parser.add_argument("--max-gib", type=float, help="grid, dlrm, tbe: full tables on a rank; default: 40 % of memory")
+    parser.add_argument(
+        "--max-gib", type=float, help="grid, dlrm, tbe: full tables on a rank; default: 40 %% of memory"
+    )
     parser.add_argument("--max-rows", type=_positive, help="dlrm: of a table; default: by --max-gib")
     parser.add_argument("--scale", type=_positive_float, help="dynamicemb: of rows and batch; default: 1, CPU: 0.01")
     parser.add_argument("--rate", help="hosts, without torchrun: of the link, as tc takes it; default: 1gbit")

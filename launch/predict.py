@@ -127,20 +127,22 @@ def predict(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     batches = data.test()
-    with pq.ParquetWriter(part, _SCHEMA) as writer:
-        for x, y, weights in opened.scores(batches):
-            x, y, weights = x[:left], y[:left], weights[:left]
-            left -= len(x)
-            malformed = weights.numpy() == 0
-            columns = [pa.array(c.numpy(), pa.float32(), mask=malformed) for c in (x, x.double().sigmoid().float())]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-            counts = (weights > 0) & ~y.isnan()
-            logits.append(x[counts])
-            labels.append(y[counts])
-    if batches.bad_rows.count == num_rows:
-        part.unlink()
-        raise DataError(str(files[0]), f"no row is good, the first: {batches.bad_rows.first}")
-    part.replace(out)
+    try:
+        with pq.ParquetWriter(part, _SCHEMA) as writer:
+            for x, y, weights in opened.scores(batches):
+                x, y, weights = x[:left], y[:left], weights[:left]
+                left -= len(x)
+                malformed = weights.numpy() == 0
+                columns = [pa.array(c.numpy(), pa.float32(), mask=malformed) for c in (x, x.double().sigmoid().float())]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+                counts = (weights > 0) & ~y.isnan()
+                logits.append(x[counts])
+                labels.append(y[counts])
+        if batches.bad_rows.count == num_rows:
+            raise DataError(str(files[0]), f"no row is good, the first: {batches.bad_rows.first}")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)  # of a run that failed; a whole one has been renamed
     scored = quality(torch.cat(logits), torch.cat(labels))
     return Scored(num_rows, batches.bad_rows, scored, data.splits.empty_files())
 
