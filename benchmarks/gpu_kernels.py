@@ -45,7 +45,7 @@ def load_kernels() -> Any:
     package = importlib.util.module_from_spec(spec)
     sys.modules["ops"] = package
     spec.loader.exec_module(package)
-    for name in ("triton_kernels.run", "triton_kernels.tables", "description"):
+    for name in ("triton_kernels.launches", "triton_kernels.device_tables", "description"):
         setattr(package, name.split(".")[-1], importlib.import_module(f"ops.{name}"))
     return package
 
@@ -86,7 +86,7 @@ class Lookup:
     """Tables of two partitions, multiplied."""
 
     def __init__(self, kernels: Any, case: Case, device: torch.device) -> None:
-        self.run, self.case = kernels.run, case
+        self.run, self.case = kernels.launches, case
         self.batches = [batch_of(case, i, device) for i in range(BATCHES)]
         self.weights = [
             torch.empty(r, dim, device=device).uniform_(0.5, 1.5)
@@ -102,8 +102,8 @@ class Lookup:
             partitions = layout(dim, 1, first), layout(dim, first, second)
             of_tables.append(kernels.description.TableLayout("mult", partitions, num_ids=size))
         description = kernels.description.Description(of_tables, [f"t{f}" for f in range(len(of_tables))])
-        stored = list(map(kernels.tables.Stored.of, self.weights))
-        self.described = kernels.tables.describe(description, stored, [], device)
+        stored = list(map(kernels.device_tables.Stored.of, self.weights))
+        self.described = kernels.device_tables.describe(description, stored, [], device)
 
     def _batch(self, batch: Batch) -> Any:
         return self.run.batch_of(self.described, batch.ids, batch.offsets, None, True)

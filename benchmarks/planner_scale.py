@@ -22,7 +22,7 @@ from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from benchmarks.machine import about
-from benchmarks.planner import RESULTS
+from benchmarks.planner_estimates import RESULTS
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.data.errors import DataError
 from launch.data.meaning import Meaning, MeaningError, settled
+from launch.run_checkpoints import Checkpoints
 from launch.run_folder import RunFolder, writing_errors_named
 from launch.run_lock import RunFolderError
 from launch.waits import Waits

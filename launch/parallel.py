@@ -17,7 +17,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
-from launch.out_of_memory import bytes_on_rank, tables_named
+from launch.memory_errors import bytes_on_rank, tables_named
 from launch.sections import OptimizerSection
 from launch.table_optimizer import DataParallelTableOptimizer
 from launch.topology import planned_topology

@@ -24,10 +24,10 @@ from launch.data.errors import BadRows, DataError, OnBadRow
 from launch.data.loader import Batches, Data, data_of
 from launch.data.meaning import Meaning, MeaningError
 from launch.data.split import Split, Splits, opened_files
+from launch.job_tables import job_tables
 from launch.metrics import Quality, quality
 from launch.model import build_model
 from launch.quiet_stack import silence_the_stack
-from launch.tables import job_tables
 from launch.task import TrainTask
 from launch.weights import read_weights
 from torchrec_qr import raise_pending

@@ -19,6 +19,7 @@ from launch.class_maps import with_class_maps
 from launch.config import Job, read_job, write_job
 from launch.console import Output
 from launch.data.loader import Data, open_data
+from launch.job_tables import freeze, job_tables
 from launch.kept_meaning import agreed_meaning
 from launch.metrics import Quality
 from launch.model import build_model
@@ -28,7 +29,6 @@ from launch.profile import profiled
 from launch.quiet_stack import silence_the_stack
 from launch.run_folder import RunFolder, opened_by_all
 from launch.run_name import is_run_name
-from launch.tables import freeze, job_tables
 from launch.task import TrainTask
 from launch.trainer import Trainer
 from launch.triton_cache import cache_named, use_node_cache

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from launch.checkpoint import Checkpoints
 from launch.config import Job
 from launch.console import Output
 from launch.data.loader import Batches, Data
 from launch.data.meaning import MeaningError
 from launch.data.split import Split
 from launch.differences import differences
+from launch.memory_errors import tables_named
 from launch.metrics import Predictions, Quality, quality
-from launch.out_of_memory import tables_named
 from launch.parallel import Parallel
+from launch.run_checkpoints import Checkpoints
 from launch.run_folder import RunFolder
 from launch.schedule import Schedule
 from launch.skipped_rows import SkippedRows, TrainedRows, require_good_rows

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from launch.checkpoint import errors_of_dcp
 from launch.data.errors import DataError
 from launch.data.text import readable
 from launch.dcp_reader import CheckpointReader
+from launch.run_checkpoints import errors_of_dcp
 
 _MODEL = "model.model."  # of the state's model, and therein of the training task's
 _FILE_BYTES = 2**30

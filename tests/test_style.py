@@ -18,17 +18,7 @@ LONGER = {
     "tests/test_module_behaviour.py",
     "tests/test_schema_tables.py",
 }
-SAME_NAME = {
-    "cells.py",
-    "checkpoint.py",
-    "ids.py",
-    "out_of_memory.py",
-    "planner.py",
-    "rows.py",
-    "run.py",
-    "tables.py",
-    "warm_up.py",
-}
+SAME_NAME: set[str] = set()
 # Python and pytest give these names their meaning.
 NAMED_BY_OTHERS = {"__init__.py", "__main__.py", "conftest.py"}
 

@@ -15,14 +15,14 @@ from torchrec import EmbeddingBagConfig
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.datasets import DataSet, data_set
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
+from benchmarks.quality.method_tables import DIM, parameters_of, tables_of
 from benchmarks.quality.pool_first import PoolFirstEmbeddingBagCollection
-from benchmarks.quality.tables import DIM, parameters_of, tables_of
 from launch.config import Job
 from launch.console import Output
 from launch.data.loader import open_data
+from launch.job_tables import job_tables
 from launch.model import Collection, build_model
 from launch.run_folder import RunFolder
-from launch.tables import job_tables
 from launch.train import trained
 from launch.waits import Waits
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.datasets import MissingDataError
+from benchmarks.quality.method_tables import ImpossibleCellError
 from benchmarks.quality.run import run
-from benchmarks.quality.tables import ImpossibleCellError
 from launch.process_group import start_process_group
 from launch.quiet_stack import silence_the_stack
 

@@ -12,7 +12,7 @@ from launch.data.batch import Batch, BatchMaker
 from launch.data.dense import transformed
 from launch.data.errors import BadRows
 from launch.data.generator import GeneratorSource
-from launch.data.ids import IdMapping
+from launch.data.id_mapping import IdMapping
 from launch.data.meaning import Meaning
 from launch.data.prefetch import Prefetched
 from launch.data.rows import Rows, concat

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.data.errors import BadRows, DataError
-from launch.data.ids import Vocabulary, count_values, load_vocabularies, save_vocabularies
+from launch.data.id_mapping import Vocabulary, count_values, load_vocabularies, save_vocabularies
 from launch.data.split import Split
 from launch.data.text import readable
 from launch.differences import differences

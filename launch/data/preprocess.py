@@ -17,7 +17,7 @@ from rich.table import Table
 
 from launch.data.criteo_tsv import NUM_CATEGORICAL, NUM_DENSE, tsv_source
 from launch.data.errors import BadRows, DataError, OnBadRow
-from launch.data.ids import ValueCounts, Vocabulary, columns, save_vocabularies
+from launch.data.id_mapping import ValueCounts, Vocabulary, columns, save_vocabularies
 from launch.data.source import RowSource
 from launch.data.split import expanded
 from launch.sections import CRITEO_FEATURES

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import dry_steps
 from triton.runtime.jit import JITFunction
 
-from torchrec_qr.ops.triton_kernels import run
+from torchrec_qr.ops.triton_kernels import launches
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -29,8 +29,8 @@ def results() -> dict[str, Any]:
 def test_every_kernel_binds_and_compiles(results: dict[str, Any], architecture: int) -> None:
     result = results[f"every kernel for sm_{architecture}"]
     assert "error" not in result, result["error"]
-    indexed = set(re.findall(r"(\w+)\[", Path(run.__file__).read_text()))
-    assert result["launched"] == sorted(name for name in indexed if isinstance(vars(run).get(name), JITFunction))
+    indexed = set(re.findall(r"(\w+)\[", Path(launches.__file__).read_text()))
+    assert result["launched"] == sorted(name for name in indexed if isinstance(vars(launches).get(name), JITFunction))
 
 
 @pytest.mark.parametrize("case", BOUND)

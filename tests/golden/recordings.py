@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.distributed.ranks import run_ranks
-from tests.golden.cells import RANKS_PER_NODE, WORLD_SIZE, losses
+from tests.golden.golden_cells import RANKS_PER_NODE, WORLD_SIZE, losses
 from tests.launch.jobs import SMALL, run, with_set
 from tests.run_metrics import metrics
 from torchrec_qr.ops.cpu_library import status

@@ -9,7 +9,7 @@ from click_rows import click_rows
 
 from launch.data.dense import transformed
 from launch.data.errors import BadRows, DataError
-from launch.data.ids import IdMapping, ValueCounts, Vocabulary, load_vocabularies, save_vocabularies
+from launch.data.id_mapping import IdMapping, ValueCounts, Vocabulary, load_vocabularies, save_vocabularies
 from launch.data.rows import MISSING, Rows, ragged
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data.errors import BadRows
+from launch.data.id_mapping import IdMapping
 from launch.data.id_values import hash_of_text, id_values, is_id_type
-from launch.data.ids import IdMapping
 from launch.data.rows import MISSING, Array, Rows
 
 

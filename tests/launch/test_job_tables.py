@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchrec import EmbeddingBagConfig
 
 from launch.config import read_job
-from launch.tables import job_tables
+from launch.job_tables import job_tables
 from tests.launch.jobs import DEMO, SMALL, run, with_set
 from tests.run_metrics import metrics
 from torchrec_qr import CompositionalEmbeddingBagConfig

@@ -10,7 +10,7 @@ import pytest
 
 from launch.config import read_job
 from launch.data.errors import DataError
-from launch.data.ids import Vocabulary
+from launch.data.id_mapping import Vocabulary
 from launch.data.loader import open_data
 from launch.data.meaning import Meaning
 from tests.launch.jobs import run, start, with_set

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from launch.config import Job
+from launch.memory_errors import described, tables_named
 from launch.model import Collection, build_model
-from launch.out_of_memory import described, tables_named
 from launch.parallel import Parallel, parallelize
 from launch.task import TrainTask
 from tests.distributed.ranks import run_ranks

@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from launch.checkpoint import CheckpointError, errors_of_dcp
 from launch.dcp_reader import CheckpointReader, UnsafeCheckpointError
+from launch.run_checkpoints import CheckpointError, errors_of_dcp
 from launch.weights import write_weights
 from tests.launch.jobs import run, start, with_set
 from tests.launch.parquet_job import config, rows, write

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.backends import cpu, triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
-from torchrec_qr.ops.triton_kernels import run
-from torchrec_qr.ops.triton_kernels.tables import Stored, describe
+from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
+from torchrec_qr.ops.triton_kernels import launches
+from torchrec_qr.ops.triton_kernels.device_tables import Stored, describe
 from torchrec_qr.ops.update_rules import Sgd, Update
-from torchrec_qr.ops.warm_up import launch_every_kernel
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -> None:
@@ -86,9 +86,9 @@ def hot_rows_of_every_shape() -> None:
     gradient = torch.randn(len(rows), 4)
     expected = torch.zeros(len(lengths), 4, dtype=torch.float64).index_add_(0, rows, gradient.double())
     for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
-        for cuts in (run.Cuts(4, 2), run.Cuts(8, 4)):
-            batch = run.batch_of(d, rows[order], ints(0, len(rows)), None, False)
-            sums = run.sum_rows(d, batch, gradient[order].flatten(), 0, [True], cuts)
+        for cuts in (launches.Cuts(4, 2), launches.Cuts(8, 4)):
+            batch = launches.batch_of(d, rows[order], ints(0, len(rows)), None, False)
+            sums = launches.sum_rows(d, batch, gradient[order].flatten(), 0, [True], cuts)
             filled = sums.rows >= 0
             assert torch.equal(sums.rows[filled], torch.arange(len(lengths)))
             close(sums.sums[filled, :4], expected, 1e-5, f"{cuts}")

@@ -13,7 +13,7 @@ from dry_launch import DryLaunches
 from kernel_reference import rule_of, update_of
 from torch import Tensor
 
-from torchrec_qr.ops import warm_up
+from torchrec_qr.ops import lookup_warm_up
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.backends import triton
 from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
@@ -50,7 +50,7 @@ def main(rule: str, dtype: str, pooled: bool, weighted: bool) -> None:
     dry = DryLaunches()
     tables, weights = tables_of(getattr(torch, dtype))
     outcomes = outcomes_of(rule, weights)
-    warm_up.launch_every_kernel(tables, weights, outcomes, pooled, weighted)
+    lookup_warm_up.launch_every_kernel(tables, weights, outcomes, pooled, weighted)
     before, dry.compilations = dict(dry.compilations), Counter()
     for bags in (16, 17, 1_000):
         step(tables, weights, outcomes, bags, pooled, weighted)

@@ -11,8 +11,8 @@ from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.planner.backward_memory import backward_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from torchrec_qr.ops.triton_kernels import run
-from torchrec_qr.ops.triton_kernels.tables import Stored, describe
+from torchrec_qr.ops.triton_kernels import launches
+from torchrec_qr.ops.triton_kernels.device_tables import Stored, describe
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def test_bytes_are_those_that_are_allocated(
     num_ids: int, collisions: int, ids: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kernel in ("keys_of_ids", "chunks_of_keys", "sum_chunks", "sum_supers", "sum_runs"):
-        monkeypatch.setattr(run, kernel, _NoLaunch())
+        monkeypatch.setattr(launches, kernel, _NoLaunch())
     config = CompositionalEmbeddingBagConfig(
         name="t",
         feature_names=["f"],
@@ -43,8 +43,8 @@ def test_bytes_are_those_that_are_allocated(
     layouts = partition_layouts(partitions, {0: dim, 1: dim})
     stored = [Stored(4096 * (j + 1), size, dim, dim, torch.float32) for j, size in enumerate(partitions.sizes)]
     d = describe(Description([TableLayout("mult", layouts, num_ids=num_ids)], ["t"]), stored, [], CPU)
-    batch = run.batch_of(d, torch.zeros(ids, dtype=torch.int64), torch.arange(ids + 1), None, True)
-    sums = [run.sum_rows(d, batch, torch.zeros(ids, dim), number, [True, True]) for number in range(2)]
+    batch = launches.batch_of(d, torch.zeros(ids, dtype=torch.int64), torch.arange(ids + 1), None, True)
+    sums = [launches.sum_rows(d, batch, torch.zeros(ids, dim), number, [True, True]) for number in range(2)]
     kept = sum(t.nbytes for s in sums for t in s)
     counted = backward_bytes(config, ids, 0, dim)
     # Sorting takes what is counted beside the rows, and only while it lasts.

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from benchmarks.quality.cells import COMPRESSIONS, DATA, Cell, Method, cells, in_order
-from benchmarks.quality.tables import DIM, TOLERANCE, ImpossibleCellError, parameters_of, tables_of
+from benchmarks.quality.method_tables import DIM, TOLERANCE, ImpossibleCellError, parameters_of, tables_of
 from torchrec_qr.cli.schema import TableSpec, load
 
 # Roughly Criteo's: a few large tables, some of thousands of rows, and many small ones.

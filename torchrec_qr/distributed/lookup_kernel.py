@@ -27,9 +27,9 @@ from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.description import Description, TableLayout
 from torchrec_qr.ops.lookup import stepped_lookup
+from torchrec_qr.ops.lookup_warm_up import warm_up
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.ops.update_rules import Update
-from torchrec_qr.ops.warm_up import warm_up
 from torchrec_qr.partitions.class_map import class_map_on
 
 

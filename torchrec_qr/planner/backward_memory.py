@@ -5,7 +5,7 @@ import math
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.layout import stored_columns
 
-# As `torchrec_qr.ops.triton_kernels.run` allocates them.
+# As `torchrec_qr.ops.triton_kernels.launches` allocates them.
 _IDS_PER_CHUNK, _ROW_BYTES, _SORTED_BYTES = 32, 16, 50
 
 

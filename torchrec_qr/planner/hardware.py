@@ -179,7 +179,7 @@ HARDWARE = MappingProxyType(
     {
         hardware.name: hardware
         for hardware in (
-            # Measured by `python -m benchmarks.planner --calibrate`; see docs/planner.md.
+            # Measured by `python -m benchmarks.planner_estimates --calibrate`; see docs/planner.md.
             Hardware(
                 name="cpu",
                 compute_device="cpu",

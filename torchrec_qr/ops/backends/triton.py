@@ -24,8 +24,8 @@ from torchrec_qr.ops.arguments import (
     check_step,
 )
 from torchrec_qr.ops.description import Description, TableLayout
-from torchrec_qr.ops.triton_kernels import run
-from torchrec_qr.ops.triton_kernels.tables import Descriptors, Stored, describe
+from torchrec_qr.ops.triton_kernels import launches
+from torchrec_qr.ops.triton_kernels.device_tables import Descriptors, Stored, describe
 from torchrec_qr.ops.update_rules import NUMBERS, Update
 
 _NO_NUMBERS = [0.0] * len(NUMBERS)
@@ -36,7 +36,7 @@ def forward(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
     with _current(weights[0].device):
         call = _Call(tables, weights, batch)
-        out = run.look_up(call.descriptors, call.batch)
+        out = launches.look_up(call.descriptors, call.batch)
         call.done()
     return out
 
@@ -60,9 +60,9 @@ def backward(
         steps, dense = _steps(weights, outcomes)
         of_ids = None
         if id_weights_need_gradient:
-            of_ids = run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
+            of_ids = launches.gradient_of_weights(call.descriptors, call.batch, out_gradient)
         wanted = [outcome is not None for outcome in outcomes]
-        run.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
+        launches.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
         call.done()
     return Gradients(dense, of_ids)
 
@@ -75,12 +75,12 @@ def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch
     """
     with _current(weights[0].device):
         call = _Call(tables, weights, batch)
-        out_gradient = torch.zeros_like(run.look_up(call.descriptors, call.batch))
+        out_gradient = torch.zeros_like(launches.look_up(call.descriptors, call.batch))
         if batch.weights is not None:
-            run.gradient_of_weights(call.descriptors, call.batch, out_gradient)
+            launches.gradient_of_weights(call.descriptors, call.batch, out_gradient)
         sums = call.row_sums(out_gradient, [outcome is not None for outcome in outcomes])
         none = [own._replace(rows=torch.full_like(own.rows, -1)) for own in sums]
-        run.step_weights(weights, none, _steps(weights, outcomes)[0])
+        launches.step_weights(weights, none, _steps(weights, outcomes)[0])
 
 
 def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
@@ -93,10 +93,10 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
     gradients = gradients.to(torch.float32).contiguous()
     with _current(weight.device):
         _refuse_capture(weight.device)
-        sums = run.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
+        sums = launches.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
         states = [list(update.state.values())]
-        steps = run.Steps([update.rule.number], states, [_EMPTY], [_EMPTY], update.numbers())
-        run.step_weights([weight], [sums], steps)
+        steps = launches.Steps([update.rule.number], states, [_EMPTY], [_EMPTY], update.numbers())
+        launches.step_weights([weight], [sums], steps)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -123,9 +123,9 @@ class _Check(NamedTuple):
     rows: list[int]
 
     def raise_failure(self, verdict: Tensor) -> None:
-        """Raises what the kernels left in ``verdict`` (1,), on the host: see `report` in `triton_kernels.rows`."""
+        """Raises what the kernels left in ``verdict`` (1,), on the host: see `report` in `triton_kernels.id_rows`."""
         failure = int(verdict)
-        if failure == run.NO_FAILURE:
+        if failure == launches.NO_FAILURE:
             return
         offsets = self.offsets.tolist()
         if failure < 0:
@@ -173,17 +173,17 @@ class _Call:
         self._tables, self._device = tables, weights[0].device
         self._check = _Check(tables, batch.ids, offsets, batch.pooled, [w.shape[0] for w in weights])
         self.descriptors = _descriptors(tables, weights)
-        self.batch = run.batch_of(self.descriptors, batch.ids, offsets, batch.weights, batch.pooled)
+        self.batch = launches.batch_of(self.descriptors, batch.ids, offsets, batch.weights, batch.pooled)
 
     def checked(self, out_gradient: Tensor) -> Tensor:
         check_out_gradient(out_gradient, self.batch.out_shape, self._device)
         return out_gradient.to(torch.float32).contiguous()
 
-    def row_sums(self, out_gradient: Tensor, wanted: list[bool]) -> list[run.RowSums]:
+    def row_sums(self, out_gradient: Tensor, wanted: list[bool]) -> list[launches.RowSums]:
         """Per number of partitions, the sums of all tables; those of none left out."""
         numbers = [j for table in self._tables.tables for j in range(len(table.partitions))]
         return [
-            run.sum_rows(self.descriptors, self.batch, out_gradient, number, wanted)
+            launches.sum_rows(self.descriptors, self.batch, out_gradient, number, wanted)
             for number in sorted({j for j, w in zip(numbers, wanted, strict=True) if w})
         ]
 
@@ -205,7 +205,7 @@ _KEPT = 16  # of a description: weights that move leave entries behind
 def _descriptors(tables: Description, weights: list[Tensor]) -> Descriptors:
     device = weights[0].device
     of_tables = _described.setdefault(tables, {})
-    key = tuple(map(Stored.of, weights)), tuple(map(Stored.of, tables.class_maps)), device, run.stream_of(device)
+    key = tuple(map(Stored.of, weights)), tuple(map(Stored.of, tables.class_maps)), device, launches.stream_of(device)
     found = of_tables.get(key)
     if found is None:
         if len(of_tables) == _KEPT:
@@ -214,18 +214,20 @@ def _descriptors(tables: Description, weights: list[Tensor]) -> Descriptors:
     return found
 
 
-def _steps(weights: list[Tensor], outcomes: list[Outcome]) -> tuple[run.Steps, list[Tensor | None]]:
+def _steps(weights: list[Tensor], outcomes: list[Outcome]) -> tuple[launches.Steps, list[Tensor | None]]:
     """Returns the steps as the kernels read them, and the dense gradients that they will write."""
     rules, states, numbers, touched = [], [], [], []
     dense: list[Tensor | None] = []
     for weight, outcome in zip(weights, outcomes, strict=True):
         check_outcome(outcome, weight)
         update = outcome if isinstance(outcome, Update) else None
-        rules.append(run.NOTHING if outcome is None else run.GRADIENT if update is None else update.rule.number)
+        rules.append(
+            launches.NOTHING if outcome is None else launches.GRADIENT if update is None else update.rule.number
+        )
         states.append([] if update is None else list(update.state.values()))
         numbers += _NO_NUMBERS if update is None else update.numbers()
         is_dense = isinstance(outcome, DenseGradient)
         dense.append(torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if is_dense else None)
         mask = outcome.touched if isinstance(outcome, DenseGradient) else None
         touched.append(_EMPTY if mask is None else mask)
-    return run.Steps(rules, states, [_EMPTY if d is None else d for d in dense], touched, numbers), dense
+    return launches.Steps(rules, states, [_EMPTY if d is None else d for d in dense], touched, numbers), dense

@@ -8,7 +8,7 @@ is the output alone. Where a bag is shorter than the longest of its tile, its la
 import triton
 import triton.language as tl
 
-from .rows import COLUMN, DIM, ENTRY_FIELDS, has_row, id_of, is_id_of, load_rows, report, row_of, spans
+from .id_rows import COLUMN, DIM, ENTRY_FIELDS, has_row, id_of, is_id_of, load_rows, report, row_of, spans
 
 
 @triton.jit

@@ -8,7 +8,7 @@ is a run of equal keys that crosses no multiple of CHUNK positions in the sorted
 import triton
 import triton.language as tl
 
-from .rows import (
+from .id_rows import (
     ENTRY_FIELDS,
     FEATURE,
     KEY_BASE,

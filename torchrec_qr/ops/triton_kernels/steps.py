@@ -7,7 +7,7 @@ Only rows with a gradient move, and their state.
 import triton
 import triton.language as tl
 
-from .rows import pointer_to
+from .id_rows import pointer_to
 
 # Positions in a weight's descriptor, int64.
 WEIGHT = tl.constexpr(0)

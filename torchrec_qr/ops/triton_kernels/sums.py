@@ -19,7 +19,7 @@ is sorting keys, of 4 bytes where they fit, next to rows of hundreds.
 import triton
 import triton.language as tl
 
-from .rows import COLUMN, DIM, ENTRY_FIELDS, GROUP, id_of, load_rows, row_of
+from .id_rows import COLUMN, DIM, ENTRY_FIELDS, GROUP, id_of, load_rows, row_of
 
 # Rows of `sums` begin at multiples of so many floats.
 SUMS_ALIGN = tl.constexpr(4)

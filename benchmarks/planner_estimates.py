@@ -1,8 +1,8 @@
 """Whether a plan's estimated step is its measured one: plans drawn by a seed, estimated, run, and compared.
 
-    python -m benchmarks.planner                 # two ranks over loopback
-    python -m benchmarks.planner --link 1gbit    # two network namespaces, as root
-    python -m benchmarks.planner --calibrate     # this host's constants, for torchrec_qr/planner/hardware.py
+    python -m benchmarks.planner_estimates                 # two ranks over loopback
+    python -m benchmarks.planner_estimates --link 1gbit    # two network namespaces, as root
+    python -m benchmarks.planner_estimates --calibrate     # this host's constants, for torchrec_qr/planner/hardware.py
 
 Plans take turns, round after round, so that a busy machine is as slow for each; medians are compared.
 """
@@ -256,7 +256,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 def launch(arguments: argparse.Namespace) -> int:
     """Starts the ranks, and waits for them."""
-    command = [sys.executable, "-m", "benchmarks.planner", "--rank"]
+    command = [sys.executable, "-m", "benchmarks.planner_estimates", "--rank"]
     if arguments.link == "loopback":
         return run_ranks([*command, *sys.argv[1:]], [THIS_HOST], WORLD_SIZE, _ALLOCATOR)[0]
     code, constants = run_ranks([*command, "--calibrate"], [THIS_HOST], WORLD_SIZE, _ALLOCATOR, capture=True)

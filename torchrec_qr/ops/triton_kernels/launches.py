@@ -9,11 +9,11 @@ import triton
 from torch import Tensor
 
 from . import steps as step_fields
+from .device_tables import TYPES, WIDEST_READ, Descriptors, Group, Stored, on_device
 from .forward import forward, weights_gradient
 from .occurrences import chunks_of_keys, keys_of_ids
 from .steps import step_rows
 from .sums import SUMS_ALIGN, sum_chunks, sum_runs, sum_supers
-from .tables import TYPES, WIDEST_READ, Descriptors, Group, Stored, on_device
 
 # What `failure` holds where nothing failed.
 NO_FAILURE = 2**63 - 1
