@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..description import Description, PartitionLayout, TableLayout
-from . import rows as fields
+from . import id_rows as fields
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # As many bytes as a thread reads at once.
