@@ -11,7 +11,7 @@ from torchrec_qr.cli.schema.yaml_file import read_value
 def override(sections: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of ``sections`` with the values of ``assignments``, each ``path=value``, later ones winning.
 
-    Whether a key is known, and its value right, is for the config to say.
+    The config decides if a key is known and its value right.
 
     Raises:
         ConfigError: no ``=``, a value that is not YAML, or a path that leads nowhere: see `places`.

@@ -56,7 +56,7 @@ class SkippedRows:
 
 
 class TrainedRows:
-    """What is known of the rows of an epoch that were trained: malformed ones, and whether any was good.
+    """Counts the malformed rows of an epoch that were trained, and finds out whether any row was good.
 
     It counts batches that were trained, since a rank reads ahead. A checkpoint keeps it.
 

@@ -1,4 +1,4 @@
-"""What the specs of closed forms refuse, and the message: class, field, value given, what is allowed."""
+"""The specs of closed forms refuse bad values by a message: class, field, value given, what is allowed."""
 
 from collections.abc import Callable
 from typing import Any

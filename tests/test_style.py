@@ -1,4 +1,4 @@
-"""What can be checked of the style: one concept a file, and a name that occurs once."""
+"""The style, as far as a test can check it: one concept a file, and a name that occurs once."""
 
 import subprocess
 from collections import Counter

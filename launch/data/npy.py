@@ -81,12 +81,17 @@ class NpySource:
         return concat(parts)
 
     def location(self, row: int) -> str:
-        i = bisect.bisect_right(self._ends, row)
-        return self._files[i].location(row - (self._ends[i - 1] if i else 0))
+        file, row = self._place(row)
+        return file.location(row)
 
     def quoted(self, row: int, feature: int) -> str:
+        file, row = self._place(row)
+        return file.quoted(row, feature)
+
+    def _place(self, row: int) -> "tuple[_NpyFiles, int]":
+        """Returns the files of a row, and its number in them."""
         i = bisect.bisect_right(self._ends, row)
-        return self._files[i].quoted(row - (self._ends[i - 1] if i else 0), feature)
+        return self._files[i], row - (self._ends[i - 1] if i else 0)
 
     def close(self) -> None:
         """Does nothing: the files are mapped into memory."""

@@ -125,12 +125,12 @@ class SequentialSource:
         return concat(parts)
 
     def location(self, row: int) -> str:
-        file = bisect.bisect_right(self._ends, row)
-        return self._files[file].location(row - self._start(file))
+        file, row = self._place(row)
+        return file.location(row)
 
     def quoted(self, row: int, feature: int) -> str:
-        file = bisect.bisect_right(self._ends, row)
-        return self._files[file].quoted(row - self._start(file), feature)
+        file, row = self._place(row)
+        return file.quoted(row, feature)
 
     def close(self) -> None:
         if self._blocks is not None:
@@ -139,6 +139,11 @@ class SequentialSource:
 
     def reopened(self) -> "SequentialSource":
         return SequentialSource(self._files)
+
+    def _place(self, row: int) -> tuple[BlockFile, int]:
+        """Returns the file of a row, and its number in it."""
+        i = bisect.bisect_right(self._ends, row)
+        return self._files[i], row - self._start(i)
 
     def _start(self, file: int) -> int:
         return self._ends[file - 1] if file else 0

@@ -36,7 +36,7 @@ def test_skipped_rows_are_told_everywhere(tmp_path: Path) -> None:
     assert "malformed rows left out  train 800, validation 100, test 100" in printed
     lines = metrics(tmp_path / "t")
     assert {line["skipped_rows"] for line in lines if line["split"] != "train"} == {100}
-    # Of the rows that were trained, not of those that were read ahead.
+    # The rows that were trained count, not those that were read ahead.
     assert [line["skipped_rows"] for line in lines if line["split"] == "train"] == [64 * 5, 64 * 10]
     assert "rows skipped" in printed
 

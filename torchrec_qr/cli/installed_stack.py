@@ -1,4 +1,4 @@
-"""Which torch, FBGEMM and TorchRec are installed, by their metadata: nothing is imported."""
+"""Finds the installed torch, FBGEMM and TorchRec by their metadata: nothing is imported."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ FBGEMM = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 
 @dataclass(frozen=True)
 class Stack:
-    """What is installed, by metadata; None: not installed. ``fbgemm`` maps each FBGEMM distribution to its version.
+    """Installed versions, by metadata; None: not installed. ``fbgemm`` maps each FBGEMM distribution to its version.
 
     Example:
         >>> Stack(torch="2.13.0", torch_build="CPU", fbgemm={}, torchrec=None).fbgemm_name

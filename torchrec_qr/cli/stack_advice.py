@@ -1,4 +1,4 @@
-"""Which versions of torch, FBGEMM and TorchRec fit together, and the pip commands that lead to such a stack."""
+"""Versions of torch, FBGEMM and TorchRec that fit together, and the pip commands that lead to them."""
 
 import re
 import shlex
@@ -62,7 +62,7 @@ def version_problem(stack: Stack) -> str | None:
 
 
 def is_tested(stack: Stack) -> bool:
-    """Whether the three minor versions are those of a trio in ``TESTED``.
+    """Returns whether the three minor versions are those of a trio in ``TESTED``.
 
     Example:
         >>> is_tested(Stack("2.14.0", "CUDA 13.0", {"fbgemm-gpu": "1.9.0"}, "1.9.2"))

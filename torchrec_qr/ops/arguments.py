@@ -42,7 +42,7 @@ class DenseGradient(NamedTuple):
     touched: Tensor | None = None
 
 
-# What becomes of the gradient of a weight: it steps the rows in place, or it is returned; None: it is not needed.
+# A weight's gradient steps the rows in place, or is returned; None: nobody needs it.
 Outcome = Update | DenseGradient | None
 
 
