@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import own_device, run_ranks
 from sharded_model import (
     DIM,
@@ -83,7 +84,8 @@ def mixed_model(
     weighted: bool, configs: list[EmbeddingBagConfig] | None = None
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     configs = tables() if configs is None else configs
-    plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, 2) for i, c in enumerate(configs)}
+    world_size = dist.get_world_size()
+    plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, world_size) for i, c in enumerate(configs)}
     model = shard(configs, plan, values=unsharded(configs, is_weighted=weighted), is_weighted=weighted, wrap=WithLoss)
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())), lambda ps: torch.optim.SGD(ps, lr=0.1)

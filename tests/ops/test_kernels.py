@@ -51,7 +51,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
 
 def train(case: StepCase, rtol: float) -> int:
     """Steps and compares; returns the number of rows that never moved."""
-    initial = [w.detach().clone() for w in case.stored]
+    initial = [w.detach().cpu().clone() for w in case.stored]
     for step in range(STEPS):
         out, expected, gradient, exact = case.run(step)
         close(out, expected, rtol, f"step {step}: output")
@@ -64,7 +64,7 @@ def train(case: StepCase, rtol: float) -> int:
             close(state, case.exact_states[i][name], rtol, f"state {name} of weight {i}")
     untouched = [(exact == before.double()).all(dim=1) for exact, before in zip(exact_weights, initial, strict=True)]
     for w, before, stay in zip(case.stored, initial, untouched, strict=True):
-        assert torch.equal(w.detach()[stay], before[stay])
+        assert torch.equal(w.detach().cpu()[stay], before[stay])
     return sum(int(stay.sum()) for stay in untouched)
 
 
