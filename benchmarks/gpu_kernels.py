@@ -1,8 +1,8 @@
 """Speed of the Triton kernels on a GPU: ``python benchmarks/gpu_kernels.py --json FILE``.
 
-Needs PyTorch and Triton only, and of this repository the folder ``torchrec_qr/ops``. No GPU has run it
-yet. Values are compared with float64 before and after the timed calls; a wrong case gets no times, and the exit code
-is 1. Per case, for the forward and for the backward with an SGD step, over eight batches in turn:
+Needs PyTorch and Triton only, and of this repository the folder ``torchrec_qr/ops``. Values are compared with float64
+before and after the timed calls; a wrong case gets no times, and the exit code is 1. Per case, for the forward and for
+the backward with an SGD step, over eight batches in turn:
 
 - ``kernels_ms``: what the kernels take on the device, by the profiler; ``p20_ms``, ``p50_ms``, ``p80_ms``: between two
   events of the stream, which has the gaps between launches as well; ``wall_ms``: a call of many, queued;
@@ -45,7 +45,12 @@ def load_kernels() -> Any:
     package = importlib.util.module_from_spec(spec)
     sys.modules["ops"] = package
     spec.loader.exec_module(package)
-    for name in ("triton_kernels.launches", "triton_kernels.device_tables", "description"):
+    for name in (
+        "triton_kernels.launches",
+        "triton_kernels.backward_launches",
+        "triton_kernels.device_tables",
+        "description",
+    ):
         setattr(package, name.split(".")[-1], importlib.import_module(f"ops.{name}"))
     return package
 
@@ -86,7 +91,7 @@ class Lookup:
     """Tables of two partitions, multiplied."""
 
     def __init__(self, kernels: Any, case: Case, device: torch.device) -> None:
-        self.run, self.case = kernels.launches, case
+        self.kernels, self.case = kernels, case
         self.batches = [batch_of(case, i, device) for i in range(BATCHES)]
         self.weights = [
             torch.empty(r, dim, device=device).uniform_(0.5, 1.5)
@@ -104,22 +109,22 @@ class Lookup:
         description = kernels.description.Description(of_tables, [f"t{f}" for f in range(len(of_tables))])
         stored = list(map(kernels.device_tables.Stored.of, self.weights))
         self.described = kernels.device_tables.describe(description, stored, [], device)
+        launches, count = kernels.backward_launches, len(self.weights)
+        numbers = [LEARNING_RATE, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0] * count
+        self.stepping = launches.stepping_of(self.weights, [SGD] * count, [[]] * count, self.described)
+        self.numbers = launches.Step([None] * count, [None] * count, numbers)
 
     def _batch(self, batch: Batch) -> Any:
-        return self.run.batch_of(self.described, batch.ids, batch.offsets, None, True)
+        return self.kernels.launches.batch_of(self.described, batch.ids, batch.offsets, None, True)
 
     def forward(self, i: int) -> Tensor:
-        out: Tensor = self.run.look_up(self.described, self._batch(self.batches[i % BATCHES]))
+        out: Tensor = self.kernels.launches.look_up(self.described, self._batch(self.batches[i % BATCHES]))
         return out
 
     def backward(self, i: int, gradient: Tensor | None = None) -> None:
-        batch, count = self._batch(self.batches[i % BATCHES]), len(self.weights)
-        gradient = self.quiet if gradient is None else gradient
-        sums = [self.run.sum_rows(self.described, batch, gradient, j, [True] * count) for j in (0, 1)]
-        nothing = torch.empty(0)
-        numbers = [LEARNING_RATE, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0] * count
-        steps = self.run.Steps([SGD] * count, [[]] * count, [nothing] * count, [], numbers)
-        self.run.step_weights(self.weights, sums, steps)
+        batch, gradient = self._batch(self.batches[i % BATCHES]), self.quiet if gradient is None else gradient
+        step = self.kernels.backward_launches.step_looked_up_rows
+        step(self.described, batch, gradient, self.stepping, self.numbers)
 
     def class_rows(self, f: int, i: int) -> tuple[Tensor, Tensor]:
         """The row of each id of a feature in both partitions, (B, hot)."""
@@ -295,8 +300,9 @@ def _short(value: Any) -> Any:
 
 
 def grid(bags: int) -> list[Case]:
-    """One table of many sizes; 26 tables; 26 of which widths and ids a bag differ."""
-    cases = [
+    """The tables and batch of NVIDIA's dynamicemb benchmark; one table of many sizes; 26 tables; 26 unlike tables."""
+    cases = [Case((1_677_721,) * 10, (128,) * 10, (1,) * 10, collisions, bags * 8 // 5) for collisions in (1295, 4)]
+    cases += [
         Case((num_ids,), (dim,), (hot,), collisions, bags)
         for num_ids in (10**6, 10**7, 4 * 10**7)
         for collisions in (4, math.isqrt(num_ids))

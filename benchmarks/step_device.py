@@ -1,7 +1,7 @@
 """Measures times, memory and copies of a rank's device, for the step benchmark.
 
 On a CPU a moment is read from the processor's clock, and ranks meet at the end of every step. On a GPU it is an event
-of the stream, and a burst of steps is queued without waiting between them. No GPU has run this yet.
+of the stream, and a burst of steps is queued without waiting between them.
 """
 
 import statistics

@@ -18,62 +18,72 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, compile
 
-from torchrec_qr.ops.triton_kernels import forward, occurrences, steps, sums
-from torchrec_qr.ops.triton_kernels import launches as run
+from torchrec_qr.ops.triton_kernels import (
+    backward_launches,
+    forward,
+    launcher,
+    launches,
+    long_rows,
+    occurrences,
+    steps,
+    sums,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
 ARCHITECTURES = (80, 90, 100)
+# More leave a multiprocessor fewer warps than hide the time of a read.
+MOST_REGISTERS = 128
 POINTERS = {
     "int64": ("ids", "offsets", "entries", "flat_starts", "failure", "order", "rows", "weights"),
-    "int32": (
-        "bag_of",
-        "entry_of",
-        "target_of",
-        "chunk_numbers",
-        "starts",
-        "entry_of_chunk",
-        "weight_of_chunk",
-        "keys",
-    ),
-    "float32": ("out", "out_gradient", "of_ids", "id_weights", "sums", "gradients", "numbers"),
+    "int32": ("entry_of", "first_block", "first_id", "first_feature", "weight_of_row", "starts", "keys"),
+    "float32": ("out", "out_gradient", "of_ids", "id_weights", "sums", "heads", "tails", "gradients", "numbers"),
 }
 TYPE_OF = {name: {"int64": "*i64", "int32": "*i32", "float32": "*fp32"}[t] for t, of in POINTERS.items() for name in of}
-TYPE_OF["weight_of_row"] = "*i32"
+TYPE_OF |= {f"keys_{number}": "*i32" for number in range(4)}
 
 
 class Case(NamedTuple):
     kernel: Any
     fixed: dict[str, Any]
+    num_warps: int
     id: str
 
 
 def _of(width: int, **fixed: Any) -> dict[str, Any]:
-    plain = {"K": 2, "WIDTH": width, "TYPES": 0, "ALIGN": 16, "MULT": True, "MAP": 0, "CODED": False}
-    return {**plain, "OUT_ALIGN": 4, "POOLED": True, "WEIGHTED": True, **run._tile(width), **fixed}
+    tables = {"K": 2, "WIDTH": width, "TYPES": 0, "ALIGN": 16, "MULT": True, "MAP": 0, "CODED": False, "NARROW": True}
+    steps_of = {"TYPE": 0, "WEIGHT_ALIGN": 16, "STATE_ALIGN": 16, "GRADIENT_ALIGN": 4, "RULE": steps.SGD.value}
+    tile = launches.tile_of(width)
+    cuts = {"CHUNK": 32, "SUPER": 64, "LANES": tile.lanes, "BLOCK_D": tile.block_d, "BLOCK_T": 32}
+    batch = {"OUT_ALIGN": 4, "POOLED": True, "WEIGHTED": True, "TARGET": 1, "LAST": True, "PART": 0}
+    return {**tables, **steps_of, **cuts, **batch, **fixed}
+
+
+def case(kernel: Any, width: int, id: str, **fixed: Any) -> Case:
+    return Case(kernel, _of(width, **fixed), launches.tile_of(width).warps, id)
 
 
 def cases(width: int) -> list[Case]:
-    """Every kernel at one width, in the form that holds most at once."""
+    """Every kernel at one width: as most tables have it, and in the form that holds most at once."""
     # Four partitions of a product, of fp16, bf16 and fp32, and ids that travel as codes.
-    heavy = {"K": 4, "TYPES": 0b00_00_10_01, "ALIGN": 8, "CODED": True}
+    heavy = {"K": 4, "TYPES": 0b00_00_10_01, "ALIGN": 8, "CODED": True, "NARROW": False}
     sequence = {"POOLED": False, "WEIGHTED": False, "MAP": 2, "MULT": False}
-    cut = {"CHUNK": 32, "SUPER": 64, **run._tile(width)}
     out = [
-        Case(forward.forward, _of(width, **heavy), "forward"),
-        Case(forward.forward, _of(width, **sequence), "forward-sequence"),
-        Case(forward.weights_gradient, _of(width, **heavy, **run._short_tile(width)), "weights_gradient"),
-        Case(occurrences.keys_of_ids, _of(width, TARGET=1, LANES=128, CODED=True), "keys_of_ids"),
-        Case(occurrences.chunks_of_keys, {"BLOCK": 256}, "chunks_of_keys"),
-        Case(sums.sum_chunks, _of(width, TARGET=3, **heavy, **run._short_tile(width)), "sum_chunks"),
-        Case(sums.sum_supers, cut, "sum_supers"),
-        Case(sums.sum_runs, cut, "sum_runs"),
+        case(forward.forward, width, "forward", WEIGHTED=False),
+        case(forward.forward, width, "forward-heavy", **heavy),
+        case(forward.forward, width, "forward-sequence", **sequence),
+        case(forward.weights_gradient, width, "weights_gradient", **heavy),
+        case(occurrences.keys_of_ids, width, "keys_of_ids", LANES=128),
+        case(occurrences.keys_of_ids, width, "keys_of_ids-heavy", LANES=128, **heavy),
+        case(occurrences.blocks_of_tables, width, "blocks_of_tables"),
+        case(sums.sum_ranges, width, "sum_ranges-waiting", LAST=False),
+        case(sums.sum_ranges, width, "sum_ranges-heavy", **{**heavy, "TARGET": 3, "RULE": steps.AMSGRAD.value}),
+        case(long_rows.sum_supers, width, "sum_supers"),
     ]
-    for rule in ("ROWWISE_ADAGRAD", "AMSGRAD"):
-        step = {"RULE": getattr(steps, rule).value, "WIDTH": width, "TYPE": 0, "ALIGN": 16, "STATE_ALIGN": 16}
-        out.append(
-            Case(steps.step_rows, {**step, "GRADIENT_ALIGN": 4, **run._tile(width)}, f"step_rows-{rule.lower()}")
-        )
+    for rule in ("SGD", "ROWWISE_ADAGRAD", "AMSGRAD"):
+        number = getattr(steps, rule).value
+        for kernel in (sums.sum_ranges, long_rows.sum_long_rows, steps.step_rows):
+            out.append(case(kernel, width, f"{kernel.fn.__name__}-{rule.lower()}", RULE=number, WEIGHTED=False))
     return out
 
 
@@ -83,12 +93,11 @@ def compiled(case: Case, architecture: int) -> Any:
     if "id_weights" in names and not case.fixed["WEIGHTED"]:
         fixed["id_weights"] = None
     signature = {n: "constexpr" if n in fixed else TYPE_OF.get(n, "i32") for n in names}
-    # As a launch says of tensors, whose memory PyTorch aligns, and of the distances between rows of these.
-    aligned = [
-        i for i, n in enumerate(names) if signature[n].startswith("*") or n in ("out_stride", "sums_stride", "width")
-    ]
+    options = {"num_warps": case.num_warps}
+    # As a launch compiles it: memory that PyTorch allocates is aligned, and of other arguments their types are known.
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") and n not in launcher._FROM_CALLERS]
     source = ASTSource(case.kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return compile(source, target=GPUTarget("cuda", architecture, 32))
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def spills(ptx: str, architecture: int, directory: Path) -> list[str]:
@@ -116,42 +125,46 @@ def test_compiles_without_spills(case: Case, architecture: int, tmp_path: Path) 
     ptx = compiled(case, architecture).asm["ptx"]
     stack, registers = spills(ptx, architecture, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in stack, registers
+    if "heavy" not in case.id:
+        used = re.search(r"Used (\d+) registers", registers)
+        assert used is not None
+        assert int(used[1]) <= MOST_REGISTERS
 
 
 NARROW = [
-    pytest.param(width, mult, weighted, pooled, id=f"{width}-{'mult' if mult else 'add'}-{'w' * weighted}{pooled}")
+    pytest.param(width, mult, weighted, id=f"{width}-{'mult' if mult else 'add'}-{'w' * weighted}")
     for i, width in enumerate((4, 8, 12, 16, 32))
-    for j, (mult, weighted, pooled) in enumerate(product((True, False), repeat=3))
+    for j, (mult, weighted) in enumerate(product((True, False), repeat=2))
     if (i + j) % 2 == 0
 ]
 
 
-@pytest.mark.parametrize(("width", "mult", "weighted", "pooled"), NARROW)
+@pytest.mark.parametrize(("width", "mult", "weighted"), NARROW)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sums_of_narrow_rows_compile(width: int, mult: bool, weighted: bool, pooled: bool, architecture: int) -> None:
-    """With more lanes than the launch takes, which is what narrow rows would have, they do not."""
-    form = {"MULT": mult, "WEIGHTED": weighted, "POOLED": pooled, "TARGET": 1, **run._short_tile(width)}
-    assert compiled(Case(sums.sum_chunks, _of(width, **form), ""), architecture).asm["ptx"]
+def test_sums_of_narrow_rows_compile(width: int, mult: bool, weighted: bool, architecture: int) -> None:
+    """Triton has failed on loops over rows of few columns: see `tile_of`."""
+    assert compiled(case(sums.sum_ranges, width, "", MULT=mult, WEIGHTED=weighted), architecture).asm["ptx"]
 
 
 @pytest.mark.parametrize("pooled", [True, False], ids=["bags", "sequences"])
 @pytest.mark.parametrize("width", [4, 16, 32])
 def test_other_loops_over_narrow_rows_compile(width: int, pooled: bool) -> None:
-    for kernel, tile in ((forward.forward, run._tile(width)), (forward.weights_gradient, run._short_tile(width))):
-        assert compiled(Case(kernel, _of(width, POOLED=pooled, **tile), ""), 90).asm["cubin"]
+    for kernel in (forward.forward, forward.weights_gradient):
+        assert compiled(case(kernel, width, "", POOLED=pooled), 90).asm["cubin"]
 
 
-@pytest.mark.parametrize("kernel", [forward.forward, sums.sum_chunks], ids=["forward", "sum_chunks"])
+@pytest.mark.parametrize("kernel", [forward.forward, sums.sum_ranges], ids=["forward", "sum_ranges"])
 def test_rows_are_read_16_bytes_at_a_time(kernel: Any, tmp_path: Path) -> None:
     """A thread's read of one number at a time takes four times the instructions: addresses must be known as aligned."""
-    ptx = compiled(Case(kernel, _of(64, TARGET=1), ""), 90).asm["ptx"]
+    ptx = compiled(case(kernel, 64, ""), 90).asm["ptx"]
     # Two partitions, or a partition and the gradient, of a tile of two reads per thread each.
     assert len(re.findall(r"ld\.global\S*\.v4\.(?:b32|f32)\b", ptx)) >= 4
     assert "0 bytes spill stores, 0 bytes spill loads" in spills(ptx, 90, tmp_path)[0]
 
 
 def test_cases_cover_every_kernel() -> None:
-    of_modules = (forward, occurrences, sums, steps)
-    launched = set(re.findall(r"(\w+)\[", Path(run.__file__).read_text()))
-    kernels = {name for module in of_modules for name in vars(module) if name in launched}
-    assert kernels == {case.kernel.fn.__name__ for case in cases(64)}
+    of_modules = (forward, occurrences, sums, long_rows, steps)
+    text = "".join(Path(str(module.__file__)).read_text() for module in (launches, backward_launches))
+    launched = set(re.findall(r"launch\(\s*(\w+),", text))
+    assert launched == {case.kernel.fn.__name__ for case in cases(64)}
+    assert all(any(name in vars(module) for module in of_modules) for name in launched)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.timeout(300)
 CASE = Path(__file__).parent / "warm_up_case.py"
 TESTS = CASE.parents[1]
-KERNELS = ["chunks_of_keys", "forward", "keys_of_ids", "step_rows", "sum_chunks", "sum_runs", "sum_supers"]
+KERNELS = ["blocks_of_tables", "forward", "keys_of_ids", "step_rows", "sum_long_rows", "sum_ranges", "sum_supers"]
 
 
 @pytest.mark.parametrize(

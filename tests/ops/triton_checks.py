@@ -11,7 +11,7 @@ from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.backends import cpu, triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
-from torchrec_qr.ops.triton_kernels import launches
+from torchrec_qr.ops.triton_kernels import backward_launches, launches
 from torchrec_qr.ops.triton_kernels.device_tables import Stored, describe
 from torchrec_qr.ops.update_rules import Sgd, Update
 
@@ -80,18 +80,25 @@ def hot_rows_of_every_shape() -> None:
     """Small cuts, and rows that end on them, one before and one after; whole supers, of one row and of several."""
     lengths = [1, 3, 4, 5, 8, 9, 7, 16, 40, 1, 1, 2, 33, 24, 8, 64]
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    weight = torch.randn(len(lengths), 4)
-    table = TableLayout("add", (PartitionLayout(4, 1, len(lengths)),), num_ids=len(lengths))
-    d = describe(Description([table], ["t"]), [Stored.of(weight)], [], weight.device)
+    ids = rows
+    weights = [torch.randn(len(lengths), 4), torch.randn(1, 4)]
+    partitions = PartitionLayout(4, 1, len(lengths)), PartitionLayout(4, len(lengths), 1)
     gradient = torch.randn(len(rows), 4)
-    expected = torch.zeros(len(lengths), 4, dtype=torch.float64).index_add_(0, rows, gradient.double())
-    for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
-        for cuts in (launches.Cuts(4, 2), launches.Cuts(8, 4)):
-            batch = launches.batch_of(d, rows[order], ints(0, len(rows)), None, False)
-            sums = launches.sum_rows(d, batch, gradient[order].flatten(), 0, [True], cuts)
-            filled = sums.rows >= 0
-            assert torch.equal(sums.rows[filled], torch.arange(len(lengths)))
-            close(sums.sums[filled, :4], expected, 1e-5, f"{cuts}")
+    for operation, factors in (("add", [torch.ones(1, 4)] * 2), ("mult", [weights[1], weights[0][rows]])):
+        table = TableLayout(operation, partitions, num_ids=len(lengths))
+        d = describe(Description([table], ["t"]), [Stored.of(w) for w in weights], [], weights[0].device)
+        of_rows = torch.zeros(len(lengths), 4, dtype=torch.float64)
+        of_rows.index_add_(0, rows, (gradient * factors[0]).double())
+        expected = of_rows, (gradient * factors[1]).double().sum(0, keepdim=True)
+        for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
+            for cuts in (backward_launches.Cuts(4, 2), backward_launches.Cuts(8, 4), backward_launches.Cuts(4, 32)):
+                batch = launches.batch_of(d, ids[order], ints(0, len(rows)), None, False)
+                dense = [torch.zeros_like(w) for w in weights]
+                stepping = backward_launches.stepping_of(weights, [backward_launches.GRADIENT] * 2, [[], []], d)
+                step = backward_launches.Step(list(dense), [None, None], [0.0] * 14)
+                backward_launches.step_looked_up_rows(d, batch, gradient[order].flatten(), stepping, step, cuts)
+                for actual, exact in zip(dense, expected, strict=True):
+                    close(actual, exact, 1e-5, f"{operation}, {cuts}")
 
 
 QR = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))

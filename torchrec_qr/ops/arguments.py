@@ -10,6 +10,7 @@ from torchrec_qr.ops.description import MAX_WIDTH, Description
 from torchrec_qr.ops.update_rules import Update
 
 _INTEGERS = (torch.int32, torch.int64)
+_HOST = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -22,7 +23,7 @@ class Batch(NamedTuple):
         weights: (N,) w_x, or None for 1.
         pooled: whether ids are pooled.
         starts: (F + 1,) where the ids of each feature begin, and N, if the host has these numbers.
-        kept: what a forward in PyTorch keeps for the backward of its batch; None: no backward will follow.
+        kept: what a forward keeps for the backward of its batch; None: no backward will follow.
     """
 
     ids: Tensor
@@ -74,18 +75,8 @@ def check_call(tables: Description, weights: list[Tensor], batch: Batch) -> Tens
             )
         if strides[0] < shape[1]:
             _check_rows_apart("weight", w)
-    offsets = batch.offsets
-    if offsets is None or batch.ids.dim() != 1 or offsets.dim() != 1 or not offsets.numel():
-        given = None if offsets is None else tuple(offsets.shape)
-        raise ValueError(f"ids and offsets of shapes {tuple(batch.ids.shape)}, {given}; allowed: (N,) and (bags + 1,)")
+    offsets = _offsets_of(batch)
     _check_devices(tables, weights, batch, offsets)
-    if batch.ids.dtype not in _INTEGERS or offsets.dtype not in _INTEGERS:
-        raise TypeError(f"ids and offsets of {batch.ids.dtype}, {offsets.dtype}; allowed: torch.int32, torch.int64")
-    num_offsets, num_features = offsets.numel() - 1, tables.num_features
-    if num_offsets % max(num_features, 1) if batch.pooled else num_offsets != num_features:
-        raise ValueError(f"{num_offsets + 1} offsets for {num_features} features; allowed: one per bag, and one")
-    if batch.weights is not None and batch.weights.shape != batch.ids.shape:
-        raise ValueError(f"{batch.weights.numel()} weights for {batch.ids.numel()} ids; allowed: one per id")
     if len(tables.mapped) != len(tables.class_maps):
         raise ValueError(
             f"{len(tables.class_maps)} class maps; allowed: one per table with explicit partitions, "
@@ -98,6 +89,30 @@ def check_call(tables: Description, weights: list[Tensor], batch: Batch) -> Tens
         if class_map.dtype not in _INTEGERS or class_map.stride(1) != 1:
             raise ValueError(f"a class map of {class_map.dtype}, strides {class_map.stride()}; allowed: contiguous ids")
         _check_rows_apart("class map", class_map)
+    return check_batch(tables, batch, weights[0].device)
+
+
+def check_batch(tables: Description, batch: Batch, device: torch.device) -> Tensor:
+    """As `check_call`, of weights that have been checked: those of ``tables`` on ``device``."""
+    offsets = _offsets_of(batch)
+    on_device = batch.ids.device == device and offsets.device in (device, _HOST)
+    if not on_device or (batch.weights is not None and batch.weights.device != device):
+        _check_devices(tables, [torch.empty(0, device=device)], batch, offsets)
+    if batch.ids.dtype not in _INTEGERS or offsets.dtype not in _INTEGERS:
+        raise TypeError(f"ids and offsets of {batch.ids.dtype}, {offsets.dtype}; allowed: torch.int32, torch.int64")
+    num_offsets, num_features = offsets.numel() - 1, tables.num_features
+    if num_offsets % max(num_features, 1) if batch.pooled else num_offsets != num_features:
+        raise ValueError(f"{num_offsets + 1} offsets for {num_features} features; allowed: one per bag, and one")
+    if batch.weights is not None and batch.weights.shape != batch.ids.shape:
+        raise ValueError(f"{batch.weights.numel()} weights for {batch.ids.numel()} ids; allowed: one per id")
+    return offsets
+
+
+def _offsets_of(batch: Batch) -> Tensor:
+    offsets = batch.offsets
+    if offsets is None or batch.ids.dim() != 1 or offsets.dim() != 1 or not offsets.numel():
+        given = None if offsets is None else tuple(offsets.shape)
+        raise ValueError(f"ids and offsets of shapes {tuple(batch.ids.shape)}, {given}; allowed: (N,) and (bags + 1,)")
     return offsets
 
 
@@ -125,7 +140,7 @@ def _check_devices(tables: Description, weights: list[Tensor], batch: Batch, off
     """Kernels get addresses, and one of another device is memory that is not theirs. Offsets may lie on the host."""
     device = weights[0].device
     wrong = [f"ids on {batch.ids.device}"] * (batch.ids.device != device)
-    wrong += [f"offsets on {offsets.device}"] * (offsets.device not in (device, torch.device("cpu")))
+    wrong += [f"offsets on {offsets.device}"] * (offsets.device not in (device, _HOST))
     if batch.weights is not None and batch.weights.device != device:
         wrong.append(f"weights of ids on {batch.weights.device}")
     if any(w.device != device for w in weights) or any(m.device != device for m in tables.class_maps):

@@ -17,6 +17,7 @@ from torchrec_qr.ops.arguments import (
     DenseGradient,
     Gradients,
     Outcome,
+    check_batch,
     check_call,
     check_out_gradient,
     check_outcome,
@@ -24,20 +25,21 @@ from torchrec_qr.ops.arguments import (
     check_step,
 )
 from torchrec_qr.ops.description import Description, TableLayout
-from torchrec_qr.ops.triton_kernels import launches
+from torchrec_qr.ops.triton_kernels import backward_launches, launches
 from torchrec_qr.ops.triton_kernels.device_tables import Descriptors, Stored, describe
 from torchrec_qr.ops.update_rules import NUMBERS, Update
 
 _NO_NUMBERS = [0.0] * len(NUMBERS)
-_EMPTY = torch.empty(0)
 
 
 def forward(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
     with _current(weights[0].device):
         call = _Call(tables, weights, batch)
-        out = launches.look_up(call.descriptors, call.batch)
+        out = launches.look_up(call.found.descriptors, call.batch)
         call.done()
+    if batch.kept is not None:
+        batch.kept.append(call)
     return out
 
 
@@ -51,36 +53,41 @@ def backward(
 ) -> Gradients:
     """Steps rows in place, and returns the gradients that are needed.
 
-    Other than on the CPU nothing but what is returned is of size (R, D): all sums are made of the values before the
-    step, in a buffer of one row per unique row and 1/32 of a row per id.
+    All sums are made of the values before the step. Rows of the partition with most of a table are stepped as soon as
+    they are summed; the sums of the others wait, in a buffer of a row for each of theirs.
     """
     with _current(weights[0].device):
-        call = _Call(tables, weights, batch)
+        known = batch.kept is not None and bool(batch.kept) and batch.kept[0].key == _key(tables, weights)
+        call: _Call = batch.kept[0] if batch.kept and known else _Call(tables, weights, batch)
         out_gradient = call.checked(out_gradient)
-        steps, dense = _steps(weights, outcomes)
+        dense = [_zeros(w) if isinstance(o, DenseGradient) else None for w, o in zip(weights, outcomes, strict=True)]
         of_ids = None
         if id_weights_need_gradient:
-            of_ids = launches.gradient_of_weights(call.descriptors, call.batch, out_gradient)
-        wanted = [outcome is not None for outcome in outcomes]
-        launches.step_weights(weights, call.row_sums(out_gradient, wanted), steps)
-        call.done()
+            of_ids = launches.gradient_of_weights(call.found.descriptors, call.batch, out_gradient)
+        call.step(weights, out_gradient, outcomes, dense)
+        if not known:  # else the forward has told, or will tell, what is wrong with the batch
+            call.done()
     return Gradients(dense, of_ids)
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch, outcomes: list[Outcome]) -> None:
     """Launches every kernel of `forward` and `backward`, so that they are compiled.
 
-    Nothing changes, and no error is raised of ids that the tables lack: the rows to step are none, and the verdict on
-    the batch is dropped.
+    Nothing changes, and no error is raised of ids that the tables lack: the batch is taken for a wrong one, and the
+    verdict on it is dropped.
     """
     with _current(weights[0].device):
         call = _Call(tables, weights, batch)
-        out_gradient = torch.zeros_like(launches.look_up(call.descriptors, call.batch))
+        out_gradient = torch.zeros_like(launches.look_up(call.found.descriptors, call.batch))
         if batch.weights is not None:
-            launches.gradient_of_weights(call.descriptors, call.batch, out_gradient)
-        sums = call.row_sums(out_gradient, [outcome is not None for outcome in outcomes])
-        none = [own._replace(rows=torch.full_like(own.rows, -1)) for own in sums]
-        launches.step_weights(weights, none, _steps(weights, outcomes)[0])
+            launches.gradient_of_weights(call.found.descriptors, call.batch, out_gradient)
+        call.batch.failure.fill_(launches.OFFSET_FAILURE)  # kernels then step nothing
+        dense = [_zeros(w) if isinstance(o, DenseGradient) else None for w, o in zip(weights, outcomes, strict=True)]
+        call.step(weights, out_gradient, outcomes, dense)
 
 
 def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
@@ -90,13 +97,19 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
     """
     check_step(weight, rows, gradients)
     check_state(update, weight)
-    gradients = gradients.to(torch.float32).contiguous()
+    gradients = _aligned(gradients)
     with _current(weight.device):
         _refuse_capture(weight.device)
-        sums = launches.RowSums(gradients, rows.contiguous(), torch.zeros_like(rows, dtype=torch.int32))
-        states = [list(update.state.values())]
-        steps = launches.Steps([update.rule.number], states, [_EMPTY], [_EMPTY], update.numbers())
-        launches.step_weights([weight], [sums], steps)
+        of_first = torch.zeros_like(rows, dtype=torch.int32)
+        sums = backward_launches.RowSums(gradients, rows.contiguous(), of_first)
+        stepping = backward_launches.stepping_of([weight], [update.rule.number], [list(update.state.values())])
+        backward_launches.step_summed_rows(sums, stepping, backward_launches.Step([None], [None], update.numbers()))
+
+
+def _aligned(gradient: Tensor) -> Tensor:
+    """The gradient in fp32 and, as kernels read several numbers at once, where PyTorch's memory begins or like that."""
+    gradient = gradient.to(torch.float32).contiguous()
+    return gradient if gradient.data_ptr() % launches.WIDEST_READ == 0 else gradient.clone()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -167,25 +180,27 @@ class _Call:
     """One call of the kernels: its arguments, checked as far as the host sees them."""
 
     def __init__(self, tables: Description, weights: list[Tensor], batch: Batch) -> None:
-        _refuse_capture(weights[0].device)
+        device = weights[0].device
+        _refuse_capture(device)
         raise_pending(wait=False)
-        offsets = check_call(tables, weights, batch)
-        self._tables, self._device = tables, weights[0].device
+        self.key = _key(tables, weights)
+        of_tables = _described.setdefault(tables, {})
+        found = of_tables.get(self.key)
+        if found is None:
+            offsets = check_call(tables, weights, batch)
+            if len(of_tables) == _KEPT:
+                del of_tables[next(iter(of_tables))]
+            stored, maps = list(map(Stored.of, weights)), list(map(Stored.of, tables.class_maps))
+            found = of_tables[self.key] = _Found(describe(tables, stored, maps, device), {})
+        else:
+            offsets = check_batch(tables, batch, device)
+        self.found, self._device = found, device
         self._check = _Check(tables, batch.ids, offsets, batch.pooled, [w.shape[0] for w in weights])
-        self.descriptors = _descriptors(tables, weights)
-        self.batch = launches.batch_of(self.descriptors, batch.ids, offsets, batch.weights, batch.pooled)
+        self.batch = launches.batch_of(found.descriptors, batch.ids, offsets, batch.weights, batch.pooled)
 
     def checked(self, out_gradient: Tensor) -> Tensor:
         check_out_gradient(out_gradient, self.batch.out_shape, self._device)
-        return out_gradient.to(torch.float32).contiguous()
-
-    def row_sums(self, out_gradient: Tensor, wanted: list[bool]) -> list[launches.RowSums]:
-        """Per number of partitions, the sums of all tables; those of none left out."""
-        numbers = [j for table in self._tables.tables for j in range(len(table.partitions))]
-        return [
-            launches.sum_rows(self.descriptors, self.batch, out_gradient, number, wanted)
-            for number in sorted({j for j, w in zip(numbers, wanted, strict=True) if w})
-        ]
+        return _aligned(out_gradient)
 
     def done(self) -> None:
         """Has what failed raised: at once, if kernels are interpreted, or when the verdict of a GPU has arrived."""
@@ -194,40 +209,72 @@ class _Call:
         else:
             check_later(self.batch.failure, self._check.raise_failure)
 
+    def step(
+        self, weights: list[Tensor], out_gradient: Tensor, outcomes: list[Outcome], dense: list[Tensor | None]
+    ) -> None:
+        """Steps rows, and writes dense gradients."""
+        key = tuple(map(_outcome_key, outcomes))
+        stepping = self.found.stepping.get(key)
+        if stepping is None:
+            for weight, outcome in zip(weights, outcomes, strict=True):
+                check_outcome(outcome, weight)
+            rules = [of if isinstance(of, int) else of[0] for of in key]
+            states = [list(o.state.values()) if isinstance(o, Update) else [] for o in outcomes]
+            stepping = backward_launches.stepping_of(weights, rules, states, self.found.descriptors)
+            if len(self.found.stepping) == _KEPT:
+                del self.found.stepping[next(iter(self.found.stepping))]
+            self.found.stepping[key] = stepping
+        touched = [o.touched if isinstance(o, DenseGradient) else None for o in outcomes]
+        step = backward_launches.Step(dense, touched, _numbers(outcomes))
+        backward_launches.step_looked_up_rows(self.found.descriptors, self.batch, out_gradient, stepping, step)
 
-_Places = tuple[tuple[Stored, ...], tuple[Stored, ...], torch.device, int]
-# The stream is part of the key: a copy on one stream is not ordered before its use on another, and the memory of an
-# entry that is dropped goes back to the stream that it was allocated on.
-_described: WeakKeyDictionary[Description, dict[_Places, Descriptors]] = WeakKeyDictionary()
+
+class _Found(NamedTuple):
+    """What was derived from tables whose weights lie at some place, and how they are stepped, by `_outcome_key`."""
+
+    descriptors: Descriptors
+    stepping: dict[Any, backward_launches.Stepping]
+
+
+_described: WeakKeyDictionary[Description, dict[Any, _Found]] = WeakKeyDictionary()
 _KEPT = 16  # of a description: weights that move leave entries behind
 
 
-def _descriptors(tables: Description, weights: list[Tensor]) -> Descriptors:
-    device = weights[0].device
-    of_tables = _described.setdefault(tables, {})
-    key = tuple(map(Stored.of, weights)), tuple(map(Stored.of, tables.class_maps)), device, launches.stream_of(device)
-    found = of_tables.get(key)
-    if found is None:
-        if len(of_tables) == _KEPT:
-            del of_tables[next(iter(of_tables))]
-        found = of_tables[key] = describe(tables, key[0], key[1], device)
-    return found
+def _key(tables: Description, weights: list[Tensor]) -> Any:
+    """Where and how weights and class maps lie, and the stream.
+
+    The stream is part of the key, because a copy on one stream is not ordered before its use on another, and the memory
+    of an entry that is dropped goes back to the stream that it was allocated on.
+    """
+    return launches.stream_of(weights[0].device), tuple([_place(t) for t in (*weights, *tables.class_maps)])
 
 
-def _steps(weights: list[Tensor], outcomes: list[Outcome]) -> tuple[launches.Steps, list[Tensor | None]]:
-    """Returns the steps as the kernels read them, and the dense gradients that they will write."""
-    rules, states, numbers, touched = [], [], [], []
-    dense: list[Tensor | None] = []
-    for weight, outcome in zip(weights, outcomes, strict=True):
-        check_outcome(outcome, weight)
-        update = outcome if isinstance(outcome, Update) else None
-        rules.append(
-            launches.NOTHING if outcome is None else launches.GRADIENT if update is None else update.rule.number
-        )
-        states.append([] if update is None else list(update.state.values()))
-        numbers += _NO_NUMBERS if update is None else update.numbers()
-        is_dense = isinstance(outcome, DenseGradient)
-        dense.append(torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if is_dense else None)
-        mask = outcome.touched if isinstance(outcome, DenseGradient) else None
-        touched.append(_EMPTY if mask is None else mask)
-    return launches.Steps(rules, states, [_EMPTY if d is None else d for d in dense], touched, numbers), dense
+def _place(tensor: Tensor) -> Any:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _outcome_key(outcome: Outcome) -> Any:
+    """The number of a rule, and where its states lie; what lies elsewhere at every step is left out, but checked."""
+    if outcome is None:
+        return backward_launches.NOTHING
+    if isinstance(outcome, Update):
+        return outcome.rule.number, *[_place(state) for state in outcome.state.values()]
+    touched = outcome.touched
+    # A mask that does not fit gets a key of its own, which is then checked.
+    return backward_launches.GRADIENT if touched is None else (backward_launches.GRADIENT, *_place(touched)[1:])
+
+
+def _numbers(outcomes: list[Outcome]) -> list[float]:
+    """The numbers of all updates, one after the other."""
+    of_rules: dict[Any, list[float]] = {}
+    numbers: list[float] = []
+    for outcome in outcomes:
+        if not isinstance(outcome, Update):
+            numbers += _NO_NUMBERS
+            continue
+        key = id(outcome.rule), outcome.learning_rate, outcome.t
+        own = of_rules.get(key)
+        if own is None:
+            own = of_rules[key] = outcome.numbers()
+        numbers += own
+    return numbers

@@ -8,7 +8,23 @@ is the output alone. Where a bag is shorter than the longest of its tile, its la
 import triton
 import triton.language as tl
 
-from .id_rows import COLUMN, DIM, ENTRY_FIELDS, has_row, id_of, is_id_of, load_rows, report, row_of, spans
+from .id_rows import (
+    COLUMN,
+    DIM,
+    ENTRY_FIELDS,
+    NO_ID,
+    check_ends_of_offsets,
+    has_row,
+    id_of,
+    is_id_of,
+    load_rows,
+    narrowed,
+    report,
+    report_offsets,
+    row_of,
+    spans,
+)
+from .launcher import kernel
 
 
 @triton.jit
@@ -23,12 +39,14 @@ def composed_rows(
     ALIGN: tl.constexpr,
     MULT: tl.constexpr,
     MAP: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(lanes, columns) fp32: the composed embedding of each id; and which ids have one, the others giving zeros."""
     found = is_id
+    x = narrowed(x, is_id, NARROW)
     value = tl.zeros([x.shape[0], columns.shape[0]], tl.float32)
     for j in tl.static_range(K):
-        row = row_of(x, entry, j, is_id, MAP)
+        row = row_of(x, entry, j, is_id, MAP, NARROW)
         here = is_id & has_row(row, entry, j)
         found &= here
         part = load_rows(row, entry, here[:, None] & (columns < WIDTH)[None, :], columns, j, TYPES, ALIGN)
@@ -47,10 +65,10 @@ def output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN: tl.c
     if POOLED:
         return tl.multiple_of(lane.to(tl.int64) * out_stride + tl.load(entry + COLUMN), OUT_ALIGN)
     else:
-        return tl.multiple_of(start * tl.load(entry + DIM) + tl.load(flat_starts + e), OUT_ALIGN)
+        return tl.multiple_of(start.to(tl.int64) * tl.load(entry + DIM) + tl.load(flat_starts + e), OUT_ALIGN)
 
 
-@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
+@kernel("first_entry num_bags num_features num_ids out_stride tiles")
 def forward(
     out,
     ids,
@@ -64,6 +82,7 @@ def forward(
     num_features,
     num_ids,
     out_stride,
+    tiles,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
     TYPES: tl.constexpr,
@@ -71,6 +90,7 @@ def forward(
     MULT: tl.constexpr,
     MAP: tl.constexpr,
     CODED: tl.constexpr,
+    NARROW: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -79,32 +99,51 @@ def forward(
 ):
     """out[bag] = Σ_{ids x of the bag} w_x · compose_j(W_j[row_j(x)]).
 
-    Grid: (blocks of LANES bags, entries of one group).
+    Grid: (groups of ``tiles`` blocks of LANES bags, entries of one group).
     """
     e = first_entry + tl.program_id(1)
     entry = entries + e * ENTRY_FIELDS
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    if (tl.program_id(0) == 0) & (e == 0):
+        check_ends_of_offsets(offsets, failure, num_features * num_bags, num_ids)
     columns = tl.arange(0, BLOCK_D)
-    start, end = spans(offsets, failure, entry, lane, num_bags, num_features, num_ids, POOLED)
-    total = tl.zeros([LANES, BLOCK_D], tl.float32)
-    for i in range(tl.max(end - start, axis=0)):
-        n = start + i
-        live = n < end
-        x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
-        value, found = composed_rows(x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP)
-        report(failure, n, live & (found == 0))
-        if WEIGHTED:
-            value *= tl.load(id_weights + n, mask=live, other=0.0)[:, None]
-        total += value
-    if POOLED:
-        written = lane < num_bags
-    else:
-        written = start < end
-    to = output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN, POOLED)
-    tl.store(out + (to[:, None] + columns[None, :]), total, mask=written[:, None] & (columns < WIDTH)[None, :])
+    lane = tl.program_id(0) * tiles * LANES + tl.arange(0, LANES)
+    # Reported once, after the loops: an atomic operation in one would make every step read the descriptors again.
+    first_failed = tl.full([LANES], NO_ID, tl.int32)
+    start, end, wrong_offset = spans(offsets, entry, lane, num_bags, num_ids, POOLED)
+    code = tl.load(ids + start, mask=start < end, other=0).to(tl.int64)
+    for _ in range(tiles):
+        # The next id, and the bags of the next tile, are read while rows are on their way.
+        lane_after = lane + LANES
+        start_after, end_after, wrong_after = spans(offsets, entry, lane_after, num_bags, num_ids, POOLED)
+        wrong_offset = tl.minimum(wrong_offset, wrong_after)
+        total = tl.zeros([LANES, BLOCK_D], tl.float32)
+        for i in range(tl.max(end - start, axis=0)):
+            n = start + i
+            live = n < end
+            x = id_of(code, entry, CODED)
+            value, found = composed_rows(
+                x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP, NARROW
+            )
+            code = tl.load(ids + n + 1, mask=n + 1 < end, other=0).to(tl.int64)
+            first_failed = tl.minimum(first_failed, tl.where(live & (found == 0), n, NO_ID))
+            if WEIGHTED:
+                value *= tl.load(id_weights + n, mask=live, other=0.0)[:, None]
+            total += value
+        code = tl.load(ids + start_after, mask=start_after < end_after, other=0).to(tl.int64)
+        if POOLED:
+            written = lane < num_bags
+        else:
+            written = start < end
+        to = output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN, POOLED)
+        tl.store(out + (to[:, None] + columns[None, :]), total, mask=written[:, None] & (columns < WIDTH)[None, :])
+        lane = lane_after
+        start = start_after
+        end = end_after
+    report_offsets(failure, wrong_offset, wrong_offset != NO_ID)
+    report(failure, first_failed.to(tl.int64), first_failed != NO_ID)
 
 
-@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
+@kernel("first_entry num_bags num_features num_ids out_stride")
 def weights_gradient(
     of_ids,
     out_gradient,
@@ -125,6 +164,7 @@ def weights_gradient(
     MULT: tl.constexpr,
     MAP: tl.constexpr,
     CODED: tl.constexpr,
+    NARROW: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
     LANES: tl.constexpr,
@@ -138,7 +178,7 @@ def weights_gradient(
     entry = entries + e * ENTRY_FIELDS
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     columns = tl.arange(0, BLOCK_D)
-    start, end = spans(offsets, failure, entry, lane, num_bags, num_features, num_ids, POOLED)
+    start, end, _wrong_offset = spans(offsets, entry, lane, num_bags, num_ids, POOLED)
     at = output_start(entry, flat_starts, e, lane, start, out_stride, OUT_ALIGN, POOLED)
     has_gradient = (start < end)[:, None] & (columns < WIDTH)[None, :]
     gradient = tl.load(out_gradient + (at[:, None] + columns[None, :]), mask=has_gradient, other=0.0)
@@ -146,6 +186,8 @@ def weights_gradient(
         n = start + i
         live = n < end
         x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
-        value, _ = composed_rows(x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP)
+        value, _ = composed_rows(
+            x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP, NARROW
+        )
         product = tl.sum(value * gradient, axis=1)
         tl.store(of_ids + n, tl.load(of_ids + n, mask=live, other=0.0) + product, mask=live)

@@ -1,121 +1,161 @@
-"""Which ids selected a row: kernels that give every id its key, and cut the sorted keys into chunks.
+"""Which ids selected a row: kernels that give every id its keys, and cut the sorted keys into ranges.
 
-The *key* of an id is its row among the rows, laid end to end, of one partition of every table; ids without one (out
-of range, or of a table that has no such partition) have the number of keys, ``no_key``, which sorts last. A *chunk*
-is a run of equal keys that crosses no multiple of CHUNK positions in the sorted order: see `sums`.
+The *key* of an id is its row among the rows, laid end to end, of one partition of every table. Behind the rows of each
+table, and for tables that lack the partition, lies one key more, for its ids that have no row. So the keys of a table's
+ids, sorted, fill the same positions as its ids: those between its offsets.
+
+A *range* is CHUNK such positions of one table, and a *block* is BLOCK_RANGES of them. Each table begins with a block of
+its own.
 """
 
 import triton
 import triton.language as tl
 
 from .id_rows import (
+    COLUMN,
+    DIM,
     ENTRY_FIELDS,
-    FEATURE,
     KEY_BASE,
+    NO_ID,
+    OFFSET,
     PARTITION_FIELDS,
     PARTITIONS,
-    WEIGHT_INDEX,
+    ROWS,
+    check_ends_of_offsets,
     has_row,
     id_of,
     is_id_of,
+    narrowed,
     report,
+    report_offsets,
     row_of,
     spans,
 )
+from .launcher import kernel
+
+BLOCK_RANGES = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["first_entry", "num_bags", "num_features", "num_ids"])
+@triton.jit
+def keys_of(keys_0, keys_1, keys_2, keys_3, NUMBER: tl.constexpr):
+    """The keys of partition NUMBER."""
+    if NUMBER == 0:
+        return keys_0
+    elif NUMBER == 1:
+        return keys_1
+    elif NUMBER == 2:
+        return keys_2
+    else:
+        return keys_3
+
+
+@kernel("first_entry num_bags num_features num_ids out_stride")
 def keys_of_ids(
-    keys,
-    bag_of,
+    keys_0,
+    keys_1,
+    keys_2,
+    keys_3,
+    starts,
     ids,
     offsets,
     entries,
-    entry_of,
+    flat_starts,
     failure,
     first_entry,
     num_bags,
     num_features,
     num_ids,
+    out_stride,
     K: tl.constexpr,
-    TARGET: tl.constexpr,
+    PART: tl.constexpr,
     MAP: tl.constexpr,
     CODED: tl.constexpr,
+    NARROW: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Writes keys[n], of partition TARGET, and bag_of[n] = feature · B + bag (not pooled: feature), per id.
+    """Writes the keys of each id in the K partitions of its entry, the first of which has number PART.
 
-    Grid: (blocks of LANES bags, entries of one group); of those, the ones that ``entry_of`` (F,) names.
+    Also starts[n]: where the gradient of the output of id n begins, in units of OUT_ALIGN floats.
+
+    Grid: (blocks of LANES bags, entries of one group).
     """
     e = first_entry + tl.program_id(1)
     entry = entries + e * ENTRY_FIELDS
-    feature = tl.load(entry + FEATURE)
-    if tl.load(entry_of + feature) != e:
-        return
+    if (tl.program_id(0) == 0) & (e == 0):
+        check_ends_of_offsets(offsets, failure, num_features * num_bags, num_ids)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    start, end = spans(offsets, failure, entry, lane, num_bags, num_features, num_ids, POOLED)
-    target = entry + PARTITIONS + TARGET * PARTITION_FIELDS
-    base = tl.load(target + KEY_BASE)
-    bag = feature + lane * 0
+    start, end, wrong_offset = spans(offsets, entry, lane, num_bags, num_ids, POOLED)
+    offset = tl.load(entry + OFFSET)
     if POOLED:
-        bag = feature * num_bags + lane
+        first_start = lane.to(tl.int64) * out_stride + (tl.load(entry + COLUMN) - offset)
+        per_id = offset * 0
+    else:
+        first_start = lane.to(tl.int64) * 0 + (tl.load(flat_starts + e) - offset)
+        per_id = tl.load(entry + DIM)
+    first_failed = tl.full([LANES], NO_ID, tl.int32)
     for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
         x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
         is_id = live & is_id_of(x, entry)
-        key = x * 0
+        narrow = narrowed(x, is_id, NARROW)
         found = is_id
         for j in tl.static_range(K):
-            row = row_of(x, entry, j, is_id, MAP)
+            row = row_of(narrow, entry, j, is_id, MAP, NARROW)
             found &= has_row(row, entry, j)
-            if j == TARGET:
-                key = base + row
-        report(failure, n, live & (found == 0))
-        tl.store(keys + n, key, mask=found)
-        tl.store(bag_of + n, bag, mask=live)
+            base = tl.load(entry + PARTITIONS + j * PARTITION_FIELDS + KEY_BASE)
+            to = keys_of(keys_0, keys_1, keys_2, keys_3, PART + j) + n
+            tl.store(to, (base + row).to(to.dtype.element_ty), mask=is_id)
+        for j in tl.static_range(K):
+            partition = entry + PARTITIONS + j * PARTITION_FIELDS
+            to = keys_of(keys_0, keys_1, keys_2, keys_3, PART + j) + n
+            no_row = tl.load(partition + KEY_BASE) + tl.load(partition + ROWS)
+            tl.store(to, (no_row + n * 0).to(to.dtype.element_ty), mask=live & (found == 0))
+        at = starts + n
+        tl.store(at, ((first_start + n.to(tl.int64) * per_id) // OUT_ALIGN).to(at.dtype.element_ty), mask=live)
+        first_failed = tl.minimum(first_failed, tl.where(live & (found == 0), n, NO_ID))
+    report_offsets(failure, wrong_offset, wrong_offset != NO_ID)
+    report(failure, first_failed.to(tl.int64), first_failed != NO_ID)
 
 
-@triton.jit(do_not_specialize=["num_bags", "num_ids", "no_key"])
-def chunks_of_keys(
-    starts,
-    rows,
-    entry_of_chunk,
-    weight_of_chunk,
-    keys,
-    chunk_numbers,
-    order,
-    bag_of,
-    entry_of,
-    target_of,
-    entries,
+@kernel("num_bags num_ids num_tables")
+def blocks_of_tables(
+    first_block,
+    first_id,
+    offsets,
+    first_feature,
     num_bags,
     num_ids,
-    no_key,
-    BLOCK: tl.constexpr,
+    num_tables,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Per chunk: where it starts in the sorted order, its entry and weight, and its row if it is the first of a key.
+    """Writes the block and the position that each of T tables begins with, and how many there are, (T + 1,) each.
 
-    ``chunk_numbers`` (N,): of the chunk that each position lies in, from 1. What is not written stays as the caller
-    made it: starts N, rows and entries -1.
+    Grid: (1,). ``first_feature`` (T + 1,).
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = i < num_ids
-    number = tl.load(chunk_numbers + i, mask=exists, other=0)
-    before = tl.load(chunk_numbers + i - 1, mask=exists & (i > 0), other=0)
-    is_start = exists & (number != before)
-    chunk = number - 1
-    tl.store(starts + chunk, i, mask=is_start)
-    key = tl.load(keys + i, mask=is_start, other=0)
-    key_before = tl.load(keys + i - 1, mask=is_start & (i > 0), other=-1)
-    has_key = is_start & (key < no_key)
-    bag = tl.load(bag_of + tl.load(order + i, mask=has_key, other=0), mask=has_key, other=0)
-    feature = bag // num_bags
-    e = tl.load(entry_of + feature, mask=has_key, other=0)
-    target = entries + e.to(tl.int64) * ENTRY_FIELDS + PARTITIONS
-    target += tl.load(target_of + feature, mask=has_key, other=0) * PARTITION_FIELDS
-    row = key.to(tl.int64) - tl.load(target + KEY_BASE, mask=has_key, other=0)
-    tl.store(rows + chunk, row, mask=has_key & (key != key_before))
-    tl.store(entry_of_chunk + chunk, e, mask=has_key)
-    tl.store(weight_of_chunk + chunk, tl.load(target + WEIGHT_INDEX, mask=has_key, other=0), mask=has_key)
+    t = tl.arange(0, BLOCK_T)
+    # Offsets that are none have been reported: here they may not lead out of the ids.
+    begin = tl.load(offsets + tl.load(first_feature + t, mask=t <= num_tables, other=0) * num_bags).to(tl.int64)
+    end = tl.load(offsets + tl.load(first_feature + t + 1, mask=t < num_tables, other=0) * num_bags).to(tl.int64)
+    begin = tl.minimum(tl.maximum(begin, 0), num_ids).to(tl.int32)
+    end = tl.minimum(tl.maximum(end.to(tl.int32), begin), num_ids)
+    blocks = tl.where(t < num_tables, tl.cdiv(end - begin, CHUNK * BLOCK_RANGES), 0)
+    through = tl.cumsum(blocks, 0)
+    tl.store(first_block + t, through - blocks, mask=t <= num_tables)
+    tl.store(first_id + t, begin, mask=t <= num_tables)
+
+
+@triton.jit
+def table_of_block(first_block, block, num_tables):
+    """The table that a block is of: the last of those that begin with it or before."""
+    table = block * 0
+    beyond = table + num_tables
+    while beyond - table > 1:
+        middle = (table + beyond) // 2
+        begun = tl.load(first_block + middle) <= block
+        table = tl.where(begun, middle, table)
+        beyond = tl.where(begun, beyond, middle)
+    return table

@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 
 from .id_rows import pointer_to
+from .launcher import kernel
 
 # Positions in a weight's descriptor, int64.
 WEIGHT = tl.constexpr(0)
 ROW_STRIDE = tl.constexpr(1)
-GROUP = tl.constexpr(2)
+STEP_GROUP = tl.constexpr(2)
 DENSE = tl.constexpr(3)  # gradient (R_j, D_j) to write, of the weight's type
 TOUCHED = tl.constexpr(4)  # (R_j,) uint8, or 0
 STATE = tl.constexpr(5)  # three, fp32
@@ -37,19 +38,100 @@ AMSGRAD = tl.constexpr(5)
 
 
 @triton.jit
-def state_of(weight, S: tl.constexpr, has_row, ALIGN: tl.constexpr):
-    address = tl.load(weight + (STATE + S), mask=has_row, other=0)
-    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
+def of_lanes(x):
+    """A number for each lane as (lanes, 1); one of all lanes as it is."""
+    if x.type.is_block():
+        return x[:, None]
+    else:
+        return x
 
 
-@triton.jit(do_not_specialize=["group", "num_rows"])
+@triton.jit
+def state_of(weight, S: tl.constexpr, ALIGN: tl.constexpr):
+    return of_lanes(tl.multiple_of(tl.load(weight + (STATE + S)).to(tl.pointer_type(tl.float32)), ALIGN))
+
+
+@triton.jit
+def step_described(
+    gradient,
+    row,
+    has_row,
+    columns,
+    weight,
+    numbers,
+    number,
+    RULE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STATE_ALIGN: tl.constexpr,
+):
+    """Steps, per lane that ``has_row``, row ``row`` by ``gradient``; marks it, and writes its gradient, if wanted.
+
+    ``weight``, ``number``: the descriptor and the number of the weight, one of all lanes or one for each.
+    """
+    mask = has_row[:, None] & (columns < WIDTH)[None, :]
+    touched = tl.load(weight + TOUCHED)
+    one = (row * 0 + 1).to(tl.uint8)
+    tl.store(touched.to(tl.pointer_type(tl.uint8)) + row, one, mask=has_row & (touched != 0))
+    if RULE != NOTHING:
+        in_state = tl.multiple_of(row * WIDTH, WIDTH & -WIDTH)[:, None] + columns[None, :]
+        if RULE == GRADIENT:
+            dense = pointer_to(tl.load(weight + DENSE), TYPE, STATE_ALIGN)
+            tl.store(of_lanes(dense) + in_state, gradient.to(dense.dtype.element_ty), mask=mask)
+        else:
+            n = numbers + number * NUMBERS
+            rate = of_lanes(tl.load(n + LEARNING_RATE))
+            eps = of_lanes(tl.load(n + EPS))
+            limit = of_lanes(tl.load(n + MAX_GRADIENT))
+            clipped = tl.minimum(tl.maximum(gradient, -limit), limit)
+            gradient = tl.where(limit >= 0, clipped, gradient)
+            from_row = tl.multiple_of(
+                row * tl.load(weight + ROW_STRIDE), (ALIGN + 3) // 4 if TYPE == 0 else (ALIGN + 1) // 2
+            )
+            of_weight = of_lanes(pointer_to(tl.load(weight + WEIGHT), TYPE, ALIGN))
+            stored = of_weight + (from_row[:, None] + columns[None, :])
+            value = tl.load(stored, mask=mask, other=0.0).to(tl.float32)
+            if RULE == SGD:
+                value -= rate * gradient
+            elif RULE == ADAGRAD:
+                state = state_of(weight, 0, STATE_ALIGN) + in_state
+                squares = tl.load(state, mask=mask, other=0.0) + gradient * gradient
+                tl.store(state, squares, mask=mask)
+                value -= rate * (gradient / (tl.sqrt_rn(squares) + eps))
+            elif RULE == ROWWISE_ADAGRAD:
+                of_row = state_of(weight, 0, 4) + row[:, None]
+                squares = tl.sum(tl.where(mask, gradient * gradient, 0.0), axis=1)[:, None] / WIDTH
+                squares += tl.load(of_row, mask=has_row[:, None], other=0.0)
+                tl.store(of_row, squares, mask=has_row[:, None])
+                value -= rate * (gradient / (tl.sqrt_rn(squares) + eps))
+            else:
+                beta1 = of_lanes(tl.load(n + BETA1))
+                beta2 = of_lanes(tl.load(n + BETA2))
+                of_mean = state_of(weight, 0, STATE_ALIGN) + in_state
+                of_square = state_of(weight, 1, STATE_ALIGN) + in_state
+                mean = beta1 * tl.load(of_mean, mask=mask, other=0.0) + (1 - beta1) * gradient
+                square = beta2 * tl.load(of_square, mask=mask, other=0.0) + (1 - beta2) * (gradient * gradient)
+                tl.store(of_mean, mean, mask=mask)
+                tl.store(of_square, square, mask=mask)
+                bound = square
+                if RULE == AMSGRAD:
+                    of_largest = state_of(weight, 2, STATE_ALIGN) + in_state
+                    bound = tl.maximum(tl.load(of_largest, mask=mask, other=0.0), square)
+                    tl.store(of_largest, bound, mask=mask)
+                root = tl.sqrt_rn(bound / of_lanes(tl.load(n + CORRECTION2)))
+                value -= rate * ((mean / of_lanes(tl.load(n + CORRECTION1))) / (root + eps))
+            tl.store(stored, value.to(stored.dtype.element_ty), mask=mask)
+
+
+@kernel("step_group num_rows gradients_stride")
 def step_rows(
     rows,
     weight_of_row,
     gradients,
     weights,
     numbers,
-    group,
+    step_group,
     num_rows,
     gradients_stride,
     RULE: tl.constexpr,
@@ -68,59 +150,11 @@ def step_rows(
     c = tl.program_id(0) * LANES + tl.arange(0, LANES)
     row = tl.load(rows + c, mask=c < num_rows, other=-1).to(tl.int64)
     has_row = row >= 0
-    number = tl.load(weight_of_row + c, mask=has_row, other=0)
-    weight = weights + number.to(tl.int64) * WEIGHT_FIELDS
-    has_row &= tl.load(weight + GROUP) == group
+    number = tl.load(weight_of_row + c, mask=has_row, other=0).to(tl.int64)
+    weight = weights + number * WEIGHT_FIELDS
+    has_row &= tl.load(weight + STEP_GROUP) == step_group
     columns = tl.arange(0, BLOCK_D)
+    at = tl.multiple_of(c.to(tl.int64) * gradients_stride, GRADIENT_ALIGN)
     mask = has_row[:, None] & (columns < WIDTH)[None, :]
-    touched = tl.load(weight + TOUCHED)
-    one = (c * 0 + 1).to(tl.uint8)
-    tl.store(touched.to(tl.pointer_type(tl.uint8)) + row, one, mask=has_row & (touched != 0))
-    if RULE != NOTHING:
-        at = tl.multiple_of(c.to(tl.int64) * gradients_stride, GRADIENT_ALIGN)
-        gradient = tl.load(gradients + (at[:, None] + columns[None, :]), mask=mask, other=0.0)
-        in_state = tl.multiple_of(row * WIDTH, WIDTH & -WIDTH)[:, None] + columns[None, :]
-        if RULE == GRADIENT:
-            dense = pointer_to(tl.load(weight + DENSE), TYPE, STATE_ALIGN)
-            tl.store(dense[:, None] + in_state, gradient.to(dense.dtype.element_ty), mask=mask)
-        else:
-            n = numbers + number * NUMBERS
-            rate = tl.load(n + LEARNING_RATE)[:, None]
-            eps = tl.load(n + EPS)[:, None]
-            limit = tl.load(n + MAX_GRADIENT)[:, None]
-            clipped = tl.minimum(tl.maximum(gradient, -limit), limit)
-            gradient = tl.where(limit >= 0, clipped, gradient)
-            from_row = tl.multiple_of(
-                row * tl.load(weight + ROW_STRIDE), (ALIGN + 3) // 4 if TYPE == 0 else (ALIGN + 1) // 2
-            )
-            stored = pointer_to(tl.load(weight + WEIGHT), TYPE, ALIGN)[:, None] + (from_row[:, None] + columns[None, :])
-            value = tl.load(stored, mask=mask, other=0.0).to(tl.float32)
-            if RULE == SGD:
-                value -= rate * gradient
-            elif RULE == ADAGRAD:
-                state = state_of(weight, 0, has_row, STATE_ALIGN)[:, None] + in_state
-                squares = tl.load(state, mask=mask, other=0.0) + gradient * gradient
-                tl.store(state, squares, mask=mask)
-                value -= rate * (gradient / (tl.sqrt_rn(squares) + eps))
-            elif RULE == ROWWISE_ADAGRAD:
-                of_row = state_of(weight, 0, has_row, 4) + row
-                squares = tl.load(of_row, mask=has_row, other=0.0) + tl.sum(gradient * gradient, axis=1) / WIDTH
-                tl.store(of_row, squares, mask=has_row)
-                value -= rate * (gradient / (tl.sqrt_rn(squares)[:, None] + eps))
-            else:
-                beta1 = tl.load(n + BETA1)[:, None]
-                beta2 = tl.load(n + BETA2)[:, None]
-                of_mean = state_of(weight, 0, has_row, STATE_ALIGN)[:, None] + in_state
-                of_square = state_of(weight, 1, has_row, STATE_ALIGN)[:, None] + in_state
-                mean = beta1 * tl.load(of_mean, mask=mask, other=0.0) + (1 - beta1) * gradient
-                square = beta2 * tl.load(of_square, mask=mask, other=0.0) + (1 - beta2) * (gradient * gradient)
-                tl.store(of_mean, mean, mask=mask)
-                tl.store(of_square, square, mask=mask)
-                bound = square
-                if RULE == AMSGRAD:
-                    of_largest = state_of(weight, 2, has_row, STATE_ALIGN)[:, None] + in_state
-                    bound = tl.maximum(tl.load(of_largest, mask=mask, other=0.0), square)
-                    tl.store(of_largest, bound, mask=mask)
-                root = tl.sqrt_rn(bound / tl.load(n + CORRECTION2)[:, None])
-                value -= rate * ((mean / tl.load(n + CORRECTION1)[:, None]) / (root + eps))
-            tl.store(stored, value.to(stored.dtype.element_ty), mask=mask)
+    gradient = tl.load(gradients + (at[:, None] + columns[None, :]), mask=mask, other=0.0)
+    step_described(gradient, row, has_row, columns, weight, numbers, number, RULE, WIDTH, TYPE, ALIGN, STATE_ALIGN)
