@@ -35,6 +35,7 @@ _NO_NUMBERS = [0.0] * len(NUMBERS)
 def forward(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
     """Returns (B, ΣD) fp32 if pooled, else the (N, D) of each table end to end, flat."""
     with _current(weights[0].device):
+        _begin(weights[0].device)
         call = _Call(tables, weights, batch)
         out = launches.look_up(call.found.descriptors, call.batch)
         call.done()
@@ -57,6 +58,7 @@ def backward(
     they are summed; the sums of the others wait, in a buffer of a row for each of theirs.
     """
     with _current(weights[0].device):
+        _begin(weights[0].device)
         known = batch.kept is not None and bool(batch.kept) and batch.kept[0].key == _key(tables, weights)
         call: _Call = batch.kept[0] if batch.kept and known else _Call(tables, weights, batch)
         out_gradient = call.checked(out_gradient)
@@ -81,6 +83,7 @@ def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch
     verdict on it is dropped.
     """
     with _current(weights[0].device):
+        _begin(weights[0].device)
         call = _Call(tables, weights, batch)
         out_gradient = torch.zeros_like(launches.look_up(call.found.descriptors, call.batch))
         if batch.weights is not None:
@@ -115,6 +118,12 @@ def _aligned(gradient: Tensor) -> Tensor:
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches there, and events are recorded there, wherever the tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _begin(device: torch.device) -> None:
+    """Refuses a call that cannot be, and raises what an earlier one has left."""
+    _refuse_capture(device)
+    raise_pending(wait=False)
 
 
 def _refuse_capture(device: torch.device) -> None:
@@ -181,8 +190,6 @@ class _Call:
 
     def __init__(self, tables: Description, weights: list[Tensor], batch: Batch) -> None:
         device = weights[0].device
-        _refuse_capture(device)
-        raise_pending(wait=False)
         self.key = _key(tables, weights)
         of_tables = _described.setdefault(tables, {})
         found = of_tables.get(self.key)

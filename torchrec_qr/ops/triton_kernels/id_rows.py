@@ -194,5 +194,5 @@ def spans(offsets, entry, lane, num_bags, num_ids, POOLED: tl.constexpr):
         return start, end, tl.where(wrong, index, NO_ID)
     else:
         first, last, wrong = span_of_bag(offsets, feature + lane * 0, lane >= 0, num_ids)
-        start = first + lane
+        start = first + tl.minimum(lane, last - first)  # no further, because a sum of large numbers would overflow
         return start, tl.minimum(start + 1, last), tl.where(wrong, feature, NO_ID)

@@ -14,7 +14,7 @@ from .occurrences import BLOCK_RANGES
 
 NO_FAILURE, OFFSET_FAILURE = id_rows.NO_FAILURE.value, id_rows.OFFSET_FAILURE.value
 WIDEST_READ = id_rows.WIDEST_READ.value
-_MAX_INT32 = 2**31 - 1
+_MOST_IDS = 2**31 - 2**16  # positions of 32 bits, beyond which a program may have a few thousand more
 
 
 class Batch(NamedTuple):
@@ -44,8 +44,8 @@ def batch_of(d: Descriptors, ids: Tensor, offsets: Tensor, weights: Tensor | Non
     ``offsets`` on the CPU.
     """
     device, n = d.entries.device, ids.numel()
-    if n > _MAX_INT32 or offsets.numel() > _MAX_INT32:
-        raise ValueError(f"{n} ids in {offsets.numel() - 1} bags; allowed: at most {_MAX_INT32} of either")
+    if n > _MOST_IDS or offsets.numel() > _MOST_IDS:
+        raise ValueError(f"{n} ids in {offsets.numel() - 1} bags; allowed: at most {_MOST_IDS} of either")
     flat_starts, most_ids = d.parts, n
     shape: tuple[int, ...] = ((offsets.numel() - 1) // d.num_features, d.columns)
     if not pooled:
