@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_qr.partitions.bound import closed_form_rows, mapped_rows
+
 # What the kernels have, as csrc/lookup.h; PyTorch looks up the rest.
 KERNEL_OPERATIONS = ("mult", "add", "concat")
 MAX_PARTITIONS, MAX_WIDTH = 4, 1024
@@ -28,10 +30,9 @@ class PartitionLayout(NamedTuple):
     def rows_of(self, ids: Tensor, class_map: Tensor | None) -> Tensor:
         """Returns (N,) int64: the rows that ids (N,) int64 select, in PyTorch."""
         if class_map is not None:
-            rows = class_map[self.map_row].index_select(0, ids).to(torch.int64)
+            rows = mapped_rows(ids, class_map[self.map_row])
         else:
-            quotients = ids if self.divisor == 1 else ids // self.divisor
-            rows = quotients % self.modulus if self.modulus else quotients
+            rows = closed_form_rows(ids, self.divisor, self.modulus) if self.modulus else ids
         return rows - self.first_row if self.first_row else rows
 
 

@@ -1,4 +1,4 @@
-"""Partitions of a category set: an id selects one row in each of K small tables (arXiv:1909.02107, section 3)."""
+"""Partitions of a set of ids: an id selects one row in each of K small tables (arXiv:1909.02107, section 3)."""
 
 from torchrec_qr.partitions.bound import BoundPartitions, ClosedForm
 from torchrec_qr.partitions.checks import MAX_NUM_EMBEDDINGS

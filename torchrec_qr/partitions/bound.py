@@ -1,4 +1,4 @@
-"""Partitions of S ids: what `PartitionSpec.bind` returns, and what computes the rows of an id."""
+"""Partitions of S ids, which `PartitionSpec.bind` returns. They compute the rows of an id."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,19 +9,18 @@ from torch import Tensor
 
 
 class BoundPartitions(ABC):
-    """K partitions P_1, ..., P_K of the ids {0, ..., S-1}; p_j(x) is the class, hence the row, of id x in partition j.
+    """K partitions P_1, ..., P_K of the ids {0, ..., S-1}. p_j(x) is the class of id x in partition j, and its row.
 
-    Partitions are *complementary* if no two ids share all K classes, so that composing the K rows of an id can give
-    every id an embedding of its own (arXiv:1909.02107, definition 1). Immutable; compared and hashed by the rows of
-    their ids.
+    Partitions are *complementary* if no two ids share all K classes. Every id can then have an embedding of its own
+    (arXiv:1909.02107, definition 1). Objects are immutable. Two are equal if all ids have the same rows.
 
     Legend of shapes: N ids in a batch, S logical rows, K partitions, R = Σ_j |P_j| physical rows.
 
-    Ids are taken to lie in [0, S): the collections enforce that, the partitions do not look.
+    Ids must lie in [0, S). The collections check that, and the partitions do not.
 
     Attributes:
         num_embeddings (int): S, at most 2^40.
-        sizes (tuple[int, ...]): |P_j|, in the order of the partitions, never reordered.
+        sizes (tuple[int, ...]): |P_j|, in the order of the partitions.
 
     Example:
         >>> from torchrec_qr import QuotientRemainder
@@ -45,25 +44,25 @@ class BoundPartitions(ABC):
 
     @property
     def main(self) -> int:
-        """The index of the partition with most rows, the first of equals."""
+        """The number of the partition with most rows, the first one among equals."""
         return self.sizes.index(max(self.sizes))
 
     @property
     def class_map(self) -> Tensor | None:
-        """The (K, S) class of every id on the CPU, int32 or int64, for explicit partitions; None for closed forms."""
+        """The class of every id, (K, S) int32 or int64 on the CPU; None for closed forms."""
         return None
 
     @abstractmethod
     def class_rows(self, ids: Tensor, class_map: Tensor | None = None) -> list[Tensor]:
-        """Returns [p_1(ids), ..., p_K(ids)], each int64, of the shape and on the device of ``ids``.
+        """Returns [p_1(ids), ..., p_K(ids)], each int64 with the shape and the device of ``ids``.
 
-        Made of tensor operations alone, so `torch.fx` and `torch.compile` see through it. The ids are cast to int64
-        before any arithmetic; neither dtype nor range is checked here (`rows` checks the dtype).
+        The method consists of tensor operations alone, so that `torch.fx` and `torch.compile` can trace it. It casts
+        ids to int64 before any arithmetic, and checks neither dtype nor range.
 
         Args:
             ids (Tensor): int32 or int64 ids in [0, S), of any shape.
-            class_map (Tensor | None): for explicit partitions, a copy of `class_map` on the device of ``ids``, which
-                saves moving the map on every call; closed forms ignore it.
+            class_map (Tensor | None): a copy of `class_map` on the device of ``ids``, so that no call copies the map.
+                Closed forms ignore it.
         """
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -76,8 +75,8 @@ class BoundPartitions(ABC):
             Tensor: (N, K) int64, on the device of ``ids``.
 
         Raises:
-            TypeError: ``ids`` are neither int32 nor int64.
-            ValueError: ``ids`` are not one-dimensional.
+            TypeError: ids are neither int32 nor int64.
+            ValueError: ids are not one-dimensional.
 
         Example:
             >>> from torchrec_qr import MixedRadix
@@ -95,16 +94,41 @@ class BoundPartitions(ABC):
         """Returns whether no two ids share all K classes."""
 
 
+def closed_form_rows(ids: Tensor, stride: int, size: int) -> Tensor:
+    """Returns (ids // stride) % size of int64 ids, the row of each id in a partition of closed form.
+
+    Example:
+        >>> closed_form_rows(torch.tensor([0, 5, 11]), stride=2, size=3).tolist()
+        [0, 2, 2]
+    """
+    return (ids if stride == 1 else ids // stride) % size
+
+
+def mapped_rows(ids: Tensor, classes: Tensor) -> Tensor:
+    """Returns classes[ids] as int64, the row of each id in an explicit partition.
+
+    Args:
+        ids (Tensor): int64 ids of any shape.
+        classes (Tensor): (S,) int32 or int64, the class of every id.
+
+    Example:
+        >>> mapped_rows(torch.tensor([2, 0]), torch.tensor([7, 8, 9])).tolist()
+        [9, 7]
+    """
+    # `index_select` takes a torch.fx.Proxy, which a tensor's __getitem__ does not, and refuses ids outside [0, S).
+    return torch.index_select(classes, 0, ids.reshape(-1)).to(torch.int64).reshape_as(ids)
+
+
 @dataclass(frozen=True)
 class ClosedForm(BoundPartitions):
     """Partitions of the form p_j(x) = (x // strides[j]) % sizes[j], in exact int64 arithmetic.
 
-    The rows lie inside their tables for any integer at all, ids outside [0, S) included.
+    Every integer has rows inside the tables, also an id outside [0, S).
 
     Args:
         num_embeddings (int): S.
         sizes (tuple[int, ...]): |P_j|.
-        strides (tuple[int, ...]): how many consecutive ids share a class before the next class begins; at most S.
+        strides (tuple[int, ...]): the number of consecutive ids that share a class, at most S.
     """
 
     num_embeddings: int
@@ -113,11 +137,8 @@ class ClosedForm(BoundPartitions):
 
     def class_rows(self, ids: Tensor, class_map: Tensor | None = None) -> list[Tensor]:
         ids = ids.to(torch.int64)
-        return [
-            (ids if stride == 1 else ids // stride) % size
-            for stride, size in zip(self.strides, self.sizes, strict=True)
-        ]
+        return [closed_form_rows(ids, *form) for form in zip(self.strides, self.sizes, strict=True)]
 
     def is_complementary(self) -> bool:
-        # Enough rows are enough, because specs bind only such sizes and strides as use every combination of rows.
+        # Compare numbers alone, because specs bind only sizes and strides that use every combination of rows.
         return math.prod(self.sizes) >= self.num_embeddings

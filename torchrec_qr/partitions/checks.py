@@ -1,16 +1,16 @@
-"""Checks of specs' values; every message names the class, the field, the value given and what is allowed."""
+"""Checks of the values of specs. Each message has the class, the field, the value and what is allowed."""
 
 import math
 import operator
 from collections.abc import Iterable
 from typing import SupportsIndex, cast
 
-# Leaves ids, strides and the row codes made of them far from the end of int64.
+# Ids, strides and row codes then fit int64.
 MAX_NUM_EMBEDDINGS = 2**40
 
 
 def checked_int(owner: str, field: str, value: object) -> int:
-    """Returns ``value`` as an int; TypeError for a bool, a float, a string and all else that is not an integer."""
+    """Returns ``value`` as an int. A bool, a float, a string and all else that is no integer is a TypeError."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -20,7 +20,7 @@ def checked_int(owner: str, field: str, value: object) -> int:
 
 
 def checked_between(owner: str, field: str, value: object, low: int, high: int | None, high_name: str = "") -> int:
-    """Returns ``value`` as an int in [low, high]; ``high_name`` is the name of the upper bound, None for no bound."""
+    """Returns ``value`` as an int in [low, high], whose message ends with ``high_name``. A high of None is no bound."""
     number = checked_int(owner, field, value)
     if number < low or (high is not None and number > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}{high_name}"
@@ -29,7 +29,7 @@ def checked_between(owner: str, field: str, value: object, low: int, high: int |
 
 
 def checked_num_embeddings(owner: str, value: object) -> int:
-    """Returns ``value`` as the number of ids S, 1 <= S <= 2^40."""
+    """Returns ``value`` as S, 1 <= S <= 2^40."""
     return checked_between(owner, "num_embeddings", value, 1, MAX_NUM_EMBEDDINGS, " (2^40)")
 
 
@@ -46,7 +46,7 @@ def checked_sizes(owner: str, value: object) -> tuple[int, ...]:
 
 
 def checked_budget(owner: str, num_embeddings: int, rows: object, compression: object) -> int:
-    """Returns the rows that partitions may have in total: ``rows`` if given, else ⌊S / compression⌋."""
+    """Returns the most rows that partitions may have in total: ``rows`` if given, else ⌊S / compression⌋."""
     if rows is not None:
         return checked_int(owner, "rows", rows)
     if isinstance(compression, bool) or not isinstance(compression, int | float):

@@ -1,4 +1,4 @@
-"""Chinese remainder partitions: the remainders of the id by pairwise coprime sizes."""
+"""Chinese remainder partitions: the remainders of an id by pairwise coprime sizes."""
 
 import math
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ class ChineseRemainder(SizedSpec):
 
     Args:
         sizes (Sequence[int] | None): m_1, ..., m_K, each at least 1, pairwise coprime, with ∏ m_j >= S.
-        compression (float | None): as ``rows``, of ⌊S / compression⌋ rows.
-        rows (int | None): at most so many rows in total, and the first partition as large as they allow, so that the
-            fewest ids share its rows. It has at most S rows; the others have the least total beside it.
+        compression (float | None): means ``rows`` of ⌊S / compression⌋.
+        rows (int | None): the most rows in total. The first partition is as large as they allow, up to S, so that the
+            fewest ids share its rows. The others have the least total beside it.
         balanced (bool): the least rows in total, near S^(1/K) for each partition, the largest first.
-        num_partitions (int | None): K, at most 8, if the sizes are not given; default 2.
+        num_partitions (int | None): K, at most 8, if ``sizes`` is not given. Default: 2.
 
     Raises:
-        ValueError: no size or more than one is given, or ``num_partitions`` beside ``sizes``.
+        ValueError: not exactly one size is given, or ``num_partitions`` beside ``sizes``.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ class ChineseRemainder(SizedSpec):
     """
 
     kind = "chinese_remainder"
-    # Each further coprime size multiplies the search; up to here it takes milliseconds.
+    # Up to here the search takes milliseconds, and each further coprime size multiplies it.
     max_searched = 8
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Explicit partitions as they compute: a map with the class of every id, and its copies on devices."""
+"""The class map of explicit partitions, and its copies on devices."""
 
 import hashlib
 from functools import cached_property
@@ -9,21 +9,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchrec_qr.partitions.bound import BoundPartitions
+from torchrec_qr.partitions.bound import BoundPartitions, mapped_rows
 from torchrec_qr.partitions.checks import MAX_NUM_EMBEDDINGS
 
-_CHUNK = 1 << 20  # ids per step where an array as long as the map would otherwise be doubled
+# Work on so many ids at a time, because a second array of the map's length may not fit.
+_CHUNK = 1 << 20
 
 
 class ClassMap(BoundPartitions):
-    """The partitions p_j(x) = classes[j, x], complementary; |P_j| is the largest class of partition j plus one.
+    """Complementary partitions p_j(x) = classes[j, x]. |P_j| is the largest class of partition j plus one.
 
     Args:
-        owner (str): heads the messages of errors.
-        classes (Tensor): (K, S) int32 or int64 on the CPU, contiguous. Not to be written to.
+        owner (str): the first word of error messages.
+        classes (Tensor): (K, S) int32 or int64 on the CPU, contiguous. Nobody may write to it.
 
     Raises:
-        ValueError: a class outside [0, 2^40), or two ids that share all classes.
+        ValueError: a class lies outside [0, 2^40), or two ids share all classes.
     """
 
     def __init__(self, owner: str, classes: Tensor) -> None:
@@ -40,24 +41,20 @@ class ClassMap(BoundPartitions):
 
     @property
     def class_map(self) -> Tensor:
-        """The (K, S) classes on the CPU. Not to be written to."""
+        """The classes, (K, S) on the CPU. Nobody may write to them."""
         return self._class_map
 
     def class_rows(self, ids: Tensor, class_map: Tensor | None = None) -> list[Tensor]:
         ids = ids.to(torch.int64)
         classes = self._class_map.to(ids.device) if class_map is None else class_map
-        # `index_select` knows a torch.fx.Proxy, which a tensor's __getitem__ does not, and refuses ids outside [0, S).
-        flat = ids.reshape(-1)
-        return [
-            torch.index_select(classes[j], 0, flat).to(torch.int64).reshape_as(ids) for j in range(self.num_partitions)
-        ]
+        return [mapped_rows(ids, classes[j]) for j in range(self.num_partitions)]
 
     def is_complementary(self) -> bool:
         return True  # the constructor refuses other maps
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of K, S and the classes as little-endian int64, the same whatever dtype was given."""
+        """The hash of K, S and the classes as little-endian int64, which does not depend on the dtype."""
         digest = hashlib.sha256(f"{self.num_partitions},{self.num_embeddings};".encode())
         for row in self._class_map.numpy():
             for start in range(0, self.num_embeddings, _CHUNK):
@@ -78,16 +75,16 @@ class ClassMap(BoundPartitions):
         return f"ClassMap(num_embeddings={self.num_embeddings}, sizes={self.sizes}, sha256='{self.sha256[:12]}…')"
 
 
-# A copy lives as long as somebody holds it.
+# The copies by device. Weak references keep none of them alive.
 _copies: WeakKeyDictionary[BoundPartitions, WeakValueDictionary[torch.device, Tensor]] = WeakKeyDictionary()
 
 
 def class_map_on(partitions: BoundPartitions, device: torch.device | None) -> Tensor | None:
-    """Returns the class map of ``partitions`` on a device: one copy per map and device, whoever reads it.
+    """Returns the class map of ``partitions`` on a device, one copy per map and device in a process.
 
     Args:
-        partitions (BoundPartitions): equal ones share the copy, which is not to be written to.
-        device (torch.device | None): default: the CPU.
+        partitions (BoundPartitions): the partitions. Equal ones share the copy, and nobody may write to it.
+        device (torch.device | None): the device. Default: the CPU.
 
     Returns:
         Tensor | None: (K, S) int32 or int64; None for closed forms.
@@ -129,12 +126,12 @@ def _sizes(owner: str, classes: Tensor) -> tuple[int, ...]:
 
 
 def _ids_sharing_all_classes(classes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns the first id, in order, that has all classes of an earlier one, after that one; None if none has."""
+    """Returns the least id that has all classes of an earlier id, behind that one; None if there is none."""
     codes = _codes(classes, sizes)
     codes.sort()
     if not np.any(codes[1:] == codes[:-1]):
         return None
-    # Find the ids behind the codes only now, because they cost another array or two.
+    # Find the ids of the codes only now, because they take one or two more arrays.
     codes = _codes(classes, sizes)
     order = np.argsort(codes, kind="stable")
     repeated = np.flatnonzero(codes[order[1:]] == codes[order[:-1]])
@@ -143,7 +140,7 @@ def _ids_sharing_all_classes(classes: npt.NDArray[np.integer], sizes: tuple[int,
 
 
 def _codes(classes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Returns an int64 per id, equal for two ids if and only if all their classes are: digits of a mixed radix."""
+    """Returns an int64 code per id, a number in a mixed radix. Two ids have one code if they share all classes."""
     codes: npt.NDArray[np.int64] = classes[0].astype(np.int64)
     bound = sizes[0]  # codes lie in [0, bound)
     for row, size in zip(classes[1:], sizes[1:], strict=True):
@@ -160,7 +157,7 @@ def _codes(classes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> npt.NDAr
 
 
 def _rank_densely(values: npt.NDArray[np.int64]) -> int:
-    """Replaces each value, in place, by its rank among the distinct ones, and returns how many these are."""
+    """Replaces each value in place by its rank among the distinct values, and returns the number of these."""
     distinct = np.sort(values)
     keep = np.empty(len(distinct), dtype=bool)
     keep[0] = True

@@ -1,4 +1,4 @@
-"""Partitions that the user supplies, class by class."""
+"""Partitions that a user supplies, class by class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torchrec_qr.partitions.checks import checked_num_embeddings
 from torchrec_qr.partitions.class_map import ClassMap
 from torchrec_qr.partitions.spec import PartitionSpec
 
-# Two dense ranks of S ids make a code below S², which int64 must hold.
+# Codes of two dense ranks of S ids then fit int64, because they are below S².
 MAX_EXPLICIT_IDS = 2**31
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -21,18 +21,20 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True, eq=False)
 class ExplicitPartitions(PartitionSpec):
-    """Partitions given by the class of every id, p_j(x) = classes[j, x]: a car's make, year and type, say.
+    """Partitions given by the class of every id, p_j(x) = classes[j, x], such as a car's make, year and type.
 
-    |P_j| is the largest class of partition j plus one; a class that no id has is allowed and wastes a row.
-    (arXiv:1909.02107, section 3.1: naturally defined partitions.)
+    |P_j| is the largest class of partition j plus one. A class without ids wastes a row
+    (arXiv:1909.02107, section 3.1: naturally defined partitions).
 
     Args:
-        classes (Tensor | ndarray | Sequence[Sequence[int]] | None): (K, S) integers. Copied to the CPU.
-        file (str | None): a .npy file with the classes, read once, when the spec is first bound.
+        classes (Tensor | ndarray | Sequence[Sequence[int]] | None): (K, S) integers, of which the spec keeps a copy on
+            the CPU.
+        file (str | None): a .npy file with the classes. The first `bind` reads it.
 
     Raises:
         TypeError: the classes are not integers.
-        ValueError: neither or both are given; classes that are not two-dimensional or empty, or more than 2^31 ids.
+        ValueError: not exactly one of the two is given, the classes are empty or not two-dimensional, or there are more
+            than 2^31 ids.
 
     Example:
         The paper's {0, ..., 4} = {0} {1, 3, 4} {2} = {0, 1, 3} {2, 4} = {0, 3} {1, 2, 4}:
@@ -44,7 +46,7 @@ class ExplicitPartitions(PartitionSpec):
 
     kind = "explicit"
 
-    # No file format of text holds classes, which a program has as an array.
+    # YAML has no classes, because programs have them as arrays.
     classes: Tensor | npt.NDArray[np.integer] | Sequence[Sequence[int]] | None = field(
         default=None, metadata={"in_yaml": False}
     )
@@ -53,7 +55,7 @@ class ExplicitPartitions(PartitionSpec):
     def __post_init__(self) -> None:
         self._check_sized_once(("classes", "file"))
         if self.classes is not None:
-            # A copy, because the caller may go on to change the array.
+            # Keep a copy, because the caller may change the array later.
             object.__setattr__(self, "classes", _copied(type(self).__name__, self.classes))
 
     def bind(self, num_embeddings: int) -> ClassMap:
@@ -65,7 +67,7 @@ class ExplicitPartitions(PartitionSpec):
 
     @cached_property
     def _bound(self) -> ClassMap:
-        # Bound once, because many tables may share the spec and the check of a large map takes seconds.
+        # Bind once, because many tables may share the spec, and the check of a large map takes seconds.
         owner = type(self).__name__
         classes = self.classes if self.file is None else _read(owner, self.file)
         assert isinstance(classes, Tensor)
@@ -103,7 +105,7 @@ def _read(owner: str, file: str) -> Tensor:
 
 
 def _copied(owner: str, classes: object) -> Tensor:
-    """Returns a contiguous copy on the CPU, as int32 if that is wide enough, else as int64."""
+    """Returns a contiguous copy on the CPU, as int32 if all classes fit, else as int64."""
     try:
         # Name the device, because a collection may be built under `torch.device("meta")`.
         given = classes.to("cpu") if isinstance(classes, Tensor) else torch.as_tensor(classes, device="cpu")

@@ -1,4 +1,4 @@
-"""The hashing trick."""
+"""The partition of the hashing trick."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from torchrec_qr.partitions.spec import PartitionSpec
 class HashPartition(PartitionSpec):
     """The hashing trick: one partition, p(x) = x % R, of R rows (arXiv:1909.02107, algorithm 1).
 
-    Not complementary if R < S: about S / R ids share an embedding. A baseline.
+    It is a baseline, and not complementary if R < S: about S / R ids share an embedding.
 
     Args:
-        rows (int | None): R, or S if that is less.
-        compression (float | None): R = ⌊S / compression⌋; at least 1 and at most S.
+        rows (int | None): R, of which at most S are used.
+        compression (float | None): R = ⌊S / compression⌋, for a compression between 1 and S.
 
     Raises:
-        ValueError: no size or both are given.
+        ValueError: not exactly one size is given.
 
     Example:
         >>> import torch

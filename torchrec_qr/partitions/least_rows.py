@@ -1,36 +1,37 @@
-"""Searches for the partition sizes of fewest rows whose product covers S ids."""
+"""Searches for the partition sizes of fewest rows whose product is at least S."""
 
 import math
 from bisect import bisect_left
 
 
 def even_split(total: int, count: int) -> tuple[int, ...]:
-    """`count` sizes that add up to `total`, as equal as can be, the larger first: no split has a larger product."""
+    """Returns the split of `total` into `count` sizes of the largest product: nearly equal ones, the larger first."""
     small, larger = divmod(total, count)
     return (small + 1,) * larger + (small,) * (count - larger)
 
 
 def largest_product(total: int, count: int) -> int:
-    """The largest product of `count` sizes that add up to `total`: the product of the even split."""
+    """Returns the largest product of `count` sizes that add up to `total`, which the even split has."""
     small, larger = divmod(total, count)
     return int((small + 1) ** larger * small ** (count - larger))
 
 
 def least_total(product: int, count: int) -> int:
-    """The least Σ m_j of `count` sizes m_j >= 1 with ∏ m_j >= `product`."""
+    """Returns the least Σ m_j of `count` sizes m_j >= 1 with ∏ m_j >= `product`."""
     totals = range(count, product + count)  # the last is (product, 1, ..., 1)
     return totals[bisect_left(totals, product, key=lambda total: largest_product(total, count))]
 
 
 def largest_main_split(product: int, rows: int, count: int) -> tuple[int, ...]:
-    """Of `count` sizes with Σ m_j <= `rows` and ∏ m_j >= `product`, those with the largest first one, the rest least.
+    """Returns `count` sizes with Σ m_j <= `rows` and ∏ m_j >= `product`: the largest first one, and the least others.
 
-    `rows` is at least `least_total(product, count)`. The first size is at most `product`: more rows would lie idle.
+    `rows` must be at least `least_total(product, count)`. The first size is at most `product`, because no id would use
+    more rows.
     """
     if count == 1:
         return (product,)
-    # The others' total, o, leaves rows - o for the first. largest_product(o) · (rows - o) is log-concave in o, so the o
-    # that suffice are an interval; the even split of least total marks one of them, and bisection finds its lower end.
+    # The others' total, o, leaves rows - o for the first size. largest_product(o) · (rows - o) is log-concave in o, so
+    # the o that suffice are an interval. The even split of least total has one of them, and bisection finds the least.
     sufficient = sum(even_split(least_total(product, count), count)[1:])
     others = range(count - 1, sufficient + 1)
     rest = others[bisect_left(others, product, key=lambda o: largest_product(o, count - 1) * (rows - o))]
@@ -40,10 +41,10 @@ def largest_main_split(product: int, rows: int, count: int) -> tuple[int, ...]:
 def coprime_split(
     total: int, count: int, product: int, coprime_to: int = 1, cap: int | None = None
 ) -> list[int] | None:
-    """`count` pairwise coprime sizes, also coprime to `coprime_to`, that add up to `total`, with ∏ >= `product`.
+    """Returns `count` pairwise coprime sizes that add up to `total`, with ∏ m_j >= `product`; None if there are none.
 
-    Depth first, the largest size first and from the even split outwards, cut where even the even split of what is left
-    would fall short. None if there are none. Sizes are non-increasing and at most `cap`.
+    The sizes are non-increasing, at most `cap` and coprime to `coprime_to`. The search is depth first, from the even
+    split to larger first sizes. It stops if the even split of the others has too small a product.
     """
     high = total - (count - 1) if cap is None else min(cap, total - (count - 1))
     if count == 1:
@@ -60,7 +61,7 @@ def coprime_split(
 
 
 def least_coprime_split(product: int, count: int) -> tuple[int, ...]:
-    """The `count` pairwise coprime sizes of least total with ∏ m_j >= `product`, the largest first."""
+    """Returns the `count` pairwise coprime sizes of least total with ∏ m_j >= `product`, the largest first."""
     total = least_total(product, count)
     while (sizes := coprime_split(total, count, product)) is None:
         total += 1
@@ -68,8 +69,8 @@ def least_coprime_split(product: int, count: int) -> tuple[int, ...]:
 
 
 def largest_main_coprime_split(product: int, rows: int, count: int) -> tuple[int, ...]:
-    """As `largest_main_split`, for pairwise coprime sizes; `rows` is at least the total of `least_coprime_split`."""
-    main = largest_main_split(product, rows, count)[0]  # an upper bound: it need not mind common factors
+    """Returns what `largest_main_split` does, for pairwise coprime sizes. `rows` must allow `least_coprime_split`."""
+    main = largest_main_split(product, rows, count)[0]  # an upper bound, because it may have common factors
     while count > 1:
         needed = -(-product // main)
         for rest in range(least_total(needed, count - 1), rows - main + 1):

@@ -1,4 +1,4 @@
-"""Generalized quotient-remainder partitions: the digits of the id in a mixed radix."""
+"""Generalized quotient-remainder partitions: the digits of an id in a mixed radix."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,14 +14,14 @@ class MixedRadix(SizedSpec):
 
     Args:
         sizes (Sequence[int] | None): m_1, ..., m_K, each at least 1, with ∏ m_j >= S.
-        compression (float | None): as ``rows``, of ⌊S / compression⌋ rows.
-        rows (int | None): at most so many rows in total, and the first partition as large as they allow, so that the
-            fewest ids share its rows. It has at most S rows; the others have the least total beside it.
+        compression (float | None): means ``rows`` of ⌊S / compression⌋.
+        rows (int | None): the most rows in total. The first partition is as large as they allow, up to S, so that the
+            fewest ids share its rows. The others have the least total beside it.
         balanced (bool): the least rows in total, near S^(1/K) for each partition, the largest first.
-        num_partitions (int | None): K, if the sizes are not given; default 2.
+        num_partitions (int | None): K, if ``sizes`` is not given. Default: 2.
 
     Raises:
-        ValueError: no size or more than one is given, or ``num_partitions`` beside ``sizes``.
+        ValueError: not exactly one size is given, or ``num_partitions`` beside ``sizes``.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class MixedRadix(SizedSpec):
 
     @classmethod
     def _strides(cls, s: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        # A digit above S is 0 for every id, and so it is with stride S; the true stride may not fit int64.
+        # Use at most stride S, because it gives digit 0 too, and the true stride may not fit int64.
         return tuple(min(stride, s) for stride in accumulate(sizes[:-1], mul, initial=1))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The quotient-remainder trick."""
+"""Partitions of the quotient-remainder trick."""
 
 import math
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ Grouping = Literal["strided", "adjacent"]
 class QuotientRemainder(PartitionSpec):
     """The quotient-remainder trick: at most m = ``num_collisions`` ids share a row of partition 0, of R_0 = ⌈S/m⌉ rows.
 
-    - ``"strided"``: p_0(x) = x % R_0, p_1(x) = x // R_0, of ⌈S/R_0⌉ <= m rows; ids R_0 apart share a row of partition 0
-      (arXiv:1909.02107, algorithm 2). Keeps frequent ids apart where ids follow frequency.
-    - ``"adjacent"``: p_0(x) = x // m, p_1(x) = x % m, of m rows; m consecutive ids share a row of partition 0
+    - ``"strided"``: p_0(x) = x % R_0, p_1(x) = x // R_0, of ⌈S/R_0⌉ <= m rows. Ids R_0 apart share a row of partition 0
+      (arXiv:1909.02107, algorithm 2). If ids are in order of frequency, frequent ids share no row.
+    - ``"adjacent"``: p_0(x) = x // m, p_1(x) = x % m, of m rows. m consecutive ids share a row of partition 0
       (the authors' code).
 
     If m divides S, the two differ by the bijection of ids x -> (x % R_0) · m + x // R_0.
 
     Args:
         num_collisions (int | None): m, between 1 and S.
-        compression (float | None): the fewest collisions whose partitions have at most ⌊S / compression⌋ rows.
-        rows (int | None): the fewest collisions whose partitions have at most so many rows, at least ⌈2√S⌉.
+        compression (float | None): means ``rows`` of ⌊S / compression⌋.
+        rows (int | None): the most rows in total, at least ⌈2√S⌉. The spec takes the fewest collisions they allow.
         balanced (bool): the least rows in total, ⌈2√S⌉, with partition 0 the main one.
-        grouping (str): which ids share a row of partition 0.
+        grouping (str): which ids share a row of partition 0, ``"strided"`` or ``"adjacent"``.
 
     Raises:
-        ValueError: no size or more than one is given.
+        ValueError: not exactly one size is given.
 
     Example:
         >>> import torch
@@ -82,6 +82,6 @@ class QuotientRemainder(PartitionSpec):
         rows = checked_budget(owner, s, self.rows, self.compression)
         if rows < least:
             raise budget_too_small(owner, s, rows, least, 2, self.compression)
-        # m + ⌈S/m⌉ <= rows  <=>  m (rows - m) >= S  <=>  rows - 2m <= √(rows² - 4S), for the smaller m. Strided has the
-        # same answer: its ⌈S/R_0⌉ is the least m of those with the same R_0.
+        # m + ⌈S/m⌉ <= rows  <=>  m (rows - m) >= S  <=>  rows - 2m <= √(rows² - 4S), for the smaller m. The strided
+        # grouping has the same answer, because its ⌈S/R_0⌉ is the least m with the same R_0.
         return (rows - math.isqrt(rows * rows - 4 * s) + 1) // 2

@@ -1,4 +1,4 @@
-"""The fields of specs whose sizes m_1, ..., m_K are given or searched for."""
+"""The base class of specs with sizes m_1, ..., m_K, which are given or searched for."""
 
 import math
 from abc import abstractmethod
@@ -23,9 +23,9 @@ _DEFAULT_PARTITIONS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SizedSpec(PartitionSpec):
-    """Closed forms for which any sizes with ∏ m_j >= S, if `_strides` allows them, keep all ids apart."""
+    """Specs of closed forms that are complementary for all sizes with ∏ m_j >= S that `_strides` allows."""
 
-    # Up to how many sizes are searched for; None: any number.
+    # The most sizes that `bind` searches for. None is no limit.
     max_searched: ClassVar[int | None] = None
 
     sizes: Sequence[int] | None = None
@@ -40,7 +40,7 @@ class SizedSpec(PartitionSpec):
             raise ValueError(
                 f"{type(self).__name__}: num_partitions must not be given beside sizes, got {self.num_partitions}"
             )
-        # Specs are hashed and compared, hence a tuple; `bind` refuses what is no sequence.
+        # Store a tuple, because specs are hashed and compared. `bind` refuses what is no sequence.
         if isinstance(self.sizes, Iterable) and not isinstance(self.sizes, str | bytes):
             sizes = self.sizes.tolist() if isinstance(self.sizes, Tensor) else self.sizes
             object.__setattr__(self, "sizes", tuple(sizes))
@@ -72,7 +72,7 @@ class SizedSpec(PartitionSpec):
     @classmethod
     @abstractmethod
     def _strides(cls, s: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the stride of each partition; ValueError for sizes that are not allowed."""
+        """Returns the stride of each partition. Sizes that are not allowed are a ValueError."""
 
     @staticmethod
     @abstractmethod
@@ -82,4 +82,4 @@ class SizedSpec(PartitionSpec):
     @staticmethod
     @abstractmethod
     def _largest_main_split(product: int, rows: int, count: int) -> tuple[int, ...]:
-        """Returns ``count`` allowed sizes of at most ``rows`` in total: the first the largest, the rest the least."""
+        """Returns ``count`` allowed sizes of at most ``rows`` in total, with the largest first one."""

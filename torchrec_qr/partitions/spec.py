@@ -1,4 +1,4 @@
-"""The specs' base class: which rows an id selects, for a number of ids that only the table's config has."""
+"""The base class of specs, which describe partitions without the number of ids."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from torchrec_qr.partitions.bound import BoundPartitions
 
 
 class PartitionSpec(ABC):
-    """How a table's ids select rows, without the number S of ids, which the table's config has.
+    """The partitions of a table, without the number S of its ids, which the table's config has.
 
-    The specs are frozen dataclasses, compared by their fields. A spec is sized in exactly one way. `bind` checks all
-    values, because most limits depend on S. A config binds its spec when it is built, and names the table in errors.
+    Specs are frozen dataclasses, compared by their fields. Each has exactly one size. `bind` checks all values, because
+    most limits depend on S. A config binds its spec when it is built, and its errors have the table's name.
 
     Attributes:
-        kind (str): the name of the method, ``kind`` in YAML.
+        kind (str): the name of the method, which is ``kind`` in YAML.
 
     Example:
         >>> from torchrec_qr import MixedRadix, QuotientRemainder
@@ -34,8 +34,8 @@ class PartitionSpec(ABC):
             num_embeddings (int): S, at most 2^40.
 
         Raises:
-            TypeError: a value is not of its field's type.
-            ValueError: a value is out of range, or the partitions cannot tell S ids apart.
+            TypeError: a value has another type than its field.
+            ValueError: a value is out of range, or two of S ids would share all rows.
         """
 
     def _check_sized_once(self, sizings: Sequence[str]) -> None:
