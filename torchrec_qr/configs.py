@@ -1,9 +1,8 @@
-"""Configs of compositional tables: TorchRec's configs, whose ``num_embeddings`` is logical, plus how ids compose."""
+"""Configs of compositional tables: TorchRec's configs with partitions and the operation that composes their rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -23,13 +22,13 @@ PathActivation = Literal["relu", "tanh"]
 Init = Literal["unit", "identity", "balanced"]
 InitFn = Callable[[Tensor], Tensor | None]
 
-# FBGEMM's vector width, and the widest row that its kernels are known to return right (wider: zeros, torchrec#3673).
+# FBGEMM's vector width, and its widest row with right results. It returns zeros for wider ones (torchrec#3673).
 DIM_MULTIPLE = 4
 MAX_DIM = 1024
 
 DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
 
-# TorchRec fields with a meaning of their own for the rows of one table, which K partitions do not have.
+# TorchRec's fields that have no meaning for K partitions.
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
     "need_pos",
@@ -44,9 +43,9 @@ _UNSUPPORTED_FIELDS = (
 
 @dataclass
 class _Compositional(BaseEmbeddingConfig):
-    """The fields that both configs add; their documentation is in the configs' own docstrings."""
+    """The fields that both configs add. `CompositionalEmbeddingBagConfig` documents them."""
 
-    # Has a default as the fields of TorchRec before it have; `_check_partitions` refuses that.
+    # Give a default, because TorchRec's fields before it have one. `_check_partitions` refuses None.
     partitions: PartitionSpec = None  # type: ignore[assignment]
     operation: Operation = "mult"
     partition_dims: Sequence[int] | None = None
@@ -54,20 +53,32 @@ class _Compositional(BaseEmbeddingConfig):
     path_activation: PathActivation = "relu"
     init: Init = "unit"
     out_of_range: OutOfRange = "error"
-    # Narrower in TorchRec: one function. A sequence holds one per partition.
+    # Widen TorchRec's type, one function, because partitions may have one each.
     init_fn: InitFn | Sequence[InitFn] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        # TorchRec's own __post_init__ is not called: it would put its default in init_fn, and None means `init` here.
+        # Do not call TorchRec's __post_init__, because it sets init_fn, and None means `init` here.
         self._check_choices()
         self._check_partitions()
         self._check_dims()
         self._check_init()
 
-    @cached_property
+    @property
     def bound_partitions(self) -> BoundPartitions:
-        """The ``partitions`` of this table's S ids: row counts, and the rows of ids."""
-        return self.partitions.bind(self.num_embeddings)
+        """The ``partitions`` of this table's S ids, which compute the rows of ids.
+
+        Raises:
+            TypeError, ValueError: see `PartitionSpec.bind`. The message has the table's name.
+        """
+        spec, bound = self.__dict__.get("_bound", (None, None))
+        # Bind again if a field has changed, because a config is not frozen.
+        if bound is None or spec is not self.partitions or bound.num_embeddings != self.num_embeddings:
+            try:
+                bound = self.partitions.bind(self.num_embeddings)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"table {self.name!r}: {error}") from None
+            self.__dict__["_bound"] = self.partitions, bound
+        return bound
 
     @property
     def num_partitions(self) -> int:
@@ -76,12 +87,12 @@ class _Compositional(BaseEmbeddingConfig):
 
     @property
     def base_partition(self) -> int:
-        """The partition that holds most of the table: the main one, under ``path`` partition 0 (its W_1)."""
+        """The number of the base partition: the main one, or 0 under ``path``."""
         return 0 if self.operation == "path" else self.bound_partitions.main
 
     @property
     def partition_columns(self) -> tuple[int, ...]:
-        """Columns stored per partition: D_j; a row of a path's later partitions is its class's MLP, flattened."""
+        """The stored columns D_j of each partition. A row of a path's later partitions is a flattened MLP."""
         if self.operation == "concat":
             return tuple(self.partition_dims or _even_dims(self.embedding_dim, self.num_partitions))
         if self.operation == "path":
@@ -90,9 +101,10 @@ class _Compositional(BaseEmbeddingConfig):
 
     @property
     def partition_data_types(self) -> tuple[DataType, ...]:
-        """Storage type per partition: ``data_type``, but fp32 where an update in low precision would round to nothing.
+        """The storage type of each partition.
 
-        That is every partition but the base under ``mult`` (rows near 1) and ``path`` (MLPs).
+        It is ``data_type``, but fp32 for all partitions except the base under ``mult`` (rows near 1) and ``path``
+        (MLPs), because an update in low precision may round to nothing there.
         """
         return tuple(
             DataType.FP32 if self.operation in ("mult", "path") and j != self.base_partition else self.data_type
@@ -106,7 +118,7 @@ class _Compositional(BaseEmbeddingConfig):
 
     @property
     def num_parameters(self) -> int:
-        """Scalars stored: Σ_j |P_j| · columns of partition j."""
+        """The number of stored scalars, Σ_j |P_j| · D_j."""
         return sum(n * d for n, d in zip(self.bound_partitions.sizes, self.partition_columns, strict=True))
 
     @property
@@ -143,14 +155,11 @@ class _Compositional(BaseEmbeddingConfig):
                 f"table {self.name!r}: partitions={self.partitions!r}; allowed: a spec, such as "
                 "QuotientRemainder(num_collisions=4)"
             )
-        try:
-            _ = self.bound_partitions
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"table {self.name!r}: {error}") from None
+        _ = self.bound_partitions
 
     def _check_dims(self) -> None:
         k, d, dims = self.num_partitions, self.embedding_dim, self.partition_dims
-        # Rows of concat are split over the partitions, and the limit is one of what is stored.
+        # Allow K times the columns under concat, because the limit holds for a stored row.
         largest = MAX_DIM * k if dims is None and self.operation == "concat" else MAX_DIM
         allowed = f"positive multiples of {DIM_MULTIPLE} up to {largest} (FBGEMM's limits)"
         if dims is None:
@@ -188,35 +197,36 @@ class _Compositional(BaseEmbeddingConfig):
 
 @dataclass
 class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
-    """A pooled table of S logical rows, stored as K partitions; extends TorchRec's ``EmbeddingBagConfig``.
+    """A pooled table of S logical rows, stored as K partitions. It extends TorchRec's ``EmbeddingBagConfig``.
 
-    The row of id x is compose_j(W_j[p_j(x)]), composed per id, then weighted, then pooled (see
-    `CompositionalEmbeddingBagCollection`). ``num_embeddings`` is S and ``embedding_dim`` is D, both logical: what
-    the model sees. Methods: arXiv:1909.02107, sections 3 and 4.
+    The embedding of id x is compose_j(W_j[p_j(x)]): see `CompositionalEmbeddingBagCollection`. ``num_embeddings`` is S
+    and ``embedding_dim`` is D, both logical (arXiv:1909.02107, sections 3 and 4).
 
     Args:
-        partitions: which row of each partition an id selects: a spec such as ``QuotientRemainder``, which is bound to
-            ``num_embeddings`` ids here.
-        operation: ``"mult"`` and ``"add"`` act elementwise on rows of D columns; ``"concat"`` joins rows of D_j
-            columns, ΣD_j = D; ``"path"`` (section 4.1) passes the row of partition 0 through one MLP per further
-            partition, each class having an MLP of its own.
-        partition_dims: D_j under ``"concat"``, each a multiple of 4; default: as equal as multiples of 4 allow.
-        path_hidden: width of the MLPs' hidden layer; None: the MLP is one affine map.
-        path_activation: of the hidden layer, ``"relu"`` or ``"tanh"``.
-        init: ``"unit"``: the main partition starts as the full table would, U(-1/√S, 1/√S), the others of ``"mult"``
-            with variance 1, so that ids that share a row start apart; ``"identity"``: the others at the operation's
-            identity plus a little noise; ``"balanced"``: all partitions alike. In all of them the composed
-            embedding has the full table's variance, 1/(3S). `torchrec_qr.init` has the formulas.
-        init_fn: fills a partition in place, overriding ``init``: one function, or one for each partition.
-        out_of_range: ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or ``"unchecked"``.
+        partitions (PartitionSpec): the row of each partition that an id selects, such as ``QuotientRemainder``. The
+            config binds the spec to ``num_embeddings`` ids.
+        operation (str): ``"mult"`` and ``"add"`` act elementwise on rows of D columns. ``"concat"`` joins rows of D_j
+            columns, ΣD_j = D. ``"path"`` (section 4.1) passes the row of partition 0 through one MLP per further
+            partition, where each class has its own MLP.
+        partition_dims (Sequence[int] | None): D_j under ``"concat"``, each a multiple of 4. Default: nearly equal ones.
+        path_hidden (int | None): the width of the MLPs' hidden layer. None makes each MLP one affine map.
+        path_activation (str): the activation of the hidden layer, ``"relu"`` or ``"tanh"``.
+        init (str): ``"unit"``: the main partition starts as the full table, U(-1/√S, 1/√S), and the others of
+            ``"mult"`` with variance 1, so that ids that share a row start apart. ``"identity"``: the others start at
+            the operation's identity plus little noise. ``"balanced"``: all partitions have one distribution. In all
+            modes the composed embedding has the full table's variance, 1/(3S). `torchrec_qr.init` has the formulas.
+        init_fn (InitFn | Sequence[InitFn] | None): fills a partition in place, instead of ``init``: one function, or
+            one for each partition.
+        out_of_range (str): the policy for ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or
+            ``"unchecked"``.
 
-    All other fields are TorchRec's. ``data_type`` is FP32, FP16 or BF16; under ``mult`` and ``path`` only the main
-    partition is stored in low precision. ``weight_init_min`` and ``weight_init_max`` replace ∓1/√S.
+    All other fields are TorchRec's. ``data_type`` is FP32, FP16 or BF16. Under ``mult`` and ``path`` it is the type of
+    the base partition, and the others are FP32. ``weight_init_min`` and ``weight_init_max`` replace ∓1/√S.
 
     Raises:
-        ValueError: names the table, the field, the value given and what is allowed; so do the others.
-        TypeError: ``partitions`` is no spec, or a value of the spec is not of its field's type.
-        NotImplementedError: a TorchRec field that has no meaning for a compositional table.
+        ValueError: a field has a wrong value. The message has the table, the field, the value and what is allowed.
+        TypeError: ``partitions`` is no spec, or a value of the spec has another type than its field.
+        NotImplementedError: a field of TorchRec's has no meaning for a compositional table.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
@@ -230,10 +240,10 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
 
 @dataclass
 class CompositionalEmbeddingConfig(_Compositional, EmbeddingConfig):
-    """A table of S logical rows, stored as K partitions, that is looked up without pooling.
+    """A table of S logical rows, stored as K partitions, without pooling. It extends TorchRec's ``EmbeddingConfig``.
 
-    Extends TorchRec's ``EmbeddingConfig``; the row of id x is compose_j(W_j[p_j(x)]). Fields and errors are those
-    of `CompositionalEmbeddingBagConfig`, which has ``pooling`` besides.
+    The embedding of id x is compose_j(W_j[p_j(x)]). Fields and errors are those of `CompositionalEmbeddingBagConfig`,
+    without ``pooling``.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingConfig, MixedRadix
@@ -248,12 +258,17 @@ class CompositionalEmbeddingConfig(_Compositional, EmbeddingConfig):
 CompositionalConfig = CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig
 
 
+def is_compositional(config: BaseEmbeddingConfig | None) -> TypeGuard[CompositionalConfig]:
+    """Returns whether a config is that of a compositional table, pooled or not."""
+    return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
+
+
 def _is_dim(dim: object, largest: int = MAX_DIM) -> bool:
     return isinstance(dim, int) and 0 < dim <= largest and dim % DIM_MULTIPLE == 0
 
 
 def _even_dims(dim: int, num_partitions: int) -> list[int]:
-    """D_j as equal as multiples of 4 allow, wider ones first; what is no multiple of 4 stays with the first."""
+    """Returns D_j as equal as multiples of 4 allow, wider ones first. The first has the rest of a D that is none."""
     units, rest = divmod(dim, DIM_MULTIPLE)
     each, extra = divmod(units, num_partitions)
     dims = [DIM_MULTIPLE * (each + (j < extra)) for j in range(num_partitions)]

@@ -1,7 +1,7 @@
-"""What a compositional table's stored rows mean, as a small tensor that travels in its ``state_dict``.
+"""The fingerprint of a compositional table: a small tensor in its ``state_dict`` with the meaning of its rows.
 
-Shapes cannot tell a Chinese remainder from a mixed radix of equal sizes, or strided from adjacent grouping: loading
-one as the other would train on wrong rows in silence.
+A Chinese remainder and a mixed radix may have tensors of equal shapes, and so have the two groupings. Without a
+fingerprint, a model could load one as the other and train on wrong rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.partitions import ClassMap, QuotientRemainder
 
 _FORMAT = 1
-# Codes are part of the checkpoint format: append, never reorder.
+# Append to these and never reorder them, because checkpoints hold their indices.
 _KINDS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "explicit", "hash")
 _GROUPINGS = ("", "strided", "adjacent")
 _OPERATIONS = ("mult", "add", "concat", "path")
@@ -22,7 +22,10 @@ _HEADER = ("format", "kind", "grouping", "operation", "path_hidden", "path_activ
 
 
 def fingerprint(config: CompositionalConfig) -> Tensor:
-    """Returns (8 + 2K,) int64: kind, grouping, operation, path's MLP, hash of an explicit map, S, |P_j|, columns.
+    """Returns (8 + 2K,) int64: format, kind, grouping, operation, MLP, hash of a class map, S, |P_j| and D_j.
+
+    Args:
+        config (CompositionalConfig): the table.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
@@ -40,7 +43,7 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
         _OPERATIONS.index(config.operation),
         (config.path_hidden or 0) if path else 0,
         _ACTIVATIONS.index(config.path_activation) if path and config.path_hidden else 0,
-        # 63 bits tell explicit maps apart; sizes and kind tell closed forms apart.
+        # Take 63 bits of the hash, because the tensor is int64.
         int(bound.sha256[:16], 16) >> 1 if isinstance(bound, ClassMap) else 0,
         bound.num_embeddings,
     )
@@ -48,14 +51,14 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
 
 
 def differences(saved: Tensor, own: Tensor) -> list[str]:
-    """Returns a phrase per field in which two fingerprints differ, ``saved`` as against ``own``."""
+    """Returns a phrase per field in which two fingerprints differ."""
     mine = _decode(own)
     theirs = _decode(saved)
     return [f"{field}: saved {theirs[field]}, here {mine[field]}" for field in mine if theirs[field] != mine[field]]
 
 
 def check_fingerprint(table: str, saved: Tensor, own: Tensor) -> None:
-    """Raises ValueError, naming table and differences, unless what was saved has the meaning of the table here."""
+    """Raises ValueError with the table and the differences if two fingerprints differ."""
     if differing := differences(saved, own):
         raise ValueError(f"table {table!r}: the checkpoint is of another table: {'; '.join(differing)}")
 
@@ -63,13 +66,17 @@ def check_fingerprint(table: str, saved: Tensor, own: Tensor) -> None:
 def check_saved_tables(
     state_dict: Mapping[str, Tensor], prefix: str, tables: Iterable[tuple[CompositionalConfig, Tensor]]
 ) -> None:
-    """Checks what was saved under ``<prefix><table>.fingerprint`` of all tables, each with its own buffer.
+    """Compares ``<prefix><table>.fingerprint`` in a state dict with the fingerprint of each table.
 
-    The buffers are written anew before: DCP loads in place, so that what was saved may be in them, and a later
-    checkpoint must tell the truth.
+    The function writes the buffers anew first, because DCP loads in place and may have put saved values there.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): the state dict to load.
+        prefix (str): the prefix of its keys.
+        tables (Iterable[tuple[CompositionalConfig, Tensor]]): the config and the fingerprint buffer of each table.
 
     Raises:
-        ValueError: see `check_fingerprint`, for the first table that differs.
+        ValueError: the first table that differs, see `check_fingerprint`.
     """
     found = []
     for config, buffer in tables:

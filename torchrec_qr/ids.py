@@ -1,7 +1,7 @@
-"""Category ids: what a collection accepts, and what happens to an id outside [0, S).
+"""The ids that a collection accepts, and the policies for an id outside [0, S).
 
-This is the first step of the data flow and the only one that looks at the values of ids. It runs where the batch is
-read (under sharding: on the source rank, before any bucketing), so every later step may rely on 0 <= id < S.
+This is the first step of a forward, on the rank that has the batch, before the input dist. Later steps require
+0 <= id < S, except that kernels on a GPU check ids themselves.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -17,7 +17,7 @@ OUT_OF_RANGE_POLICIES: tuple[str, ...] = get_args(OutOfRange)
 
 
 class IdSpace(NamedTuple):
-    """The ids that ``feature`` may carry into ``table``: [0, num_ids), and the policy for all others."""
+    """The ids [0, num_ids) that a feature may have for a table, and the policy for all others."""
 
     table: str
     feature: str
@@ -35,18 +35,23 @@ class Bags(NamedTuple):
 
 
 def bags_of(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool) -> list[Bags]:
-    """Reads one `Bags` per id space from a batch, its ids brought into [0, S) by the space's policy.
+    """Returns one `Bags` per id space of a batch, with its ids in [0, S) by the policy of the space.
 
-    Policies: ``"error"`` raises; ``"clamp"`` takes min(max(id, 0), S - 1); ``"wrap"`` takes id mod S (never
-    negative); ``"unchecked"`` passes ids through and leaves their range to the caller. On a CPU ``"error"`` looks at
-    the batch at once. On CUDA it must not stall the step: ids are clamped, the extremes travel to the host
-    asynchronously, and the IndexError is raised by a later batch, or by `torchrec_qr.raise_pending`.
+    ``"error"`` raises, ``"clamp"`` returns min(max(id, 0), S - 1), ``"wrap"`` returns id mod S (never negative), and
+    ``"unchecked"`` returns the id itself. On a CPU ``"error"`` checks the batch at once. On CUDA the host must not
+    wait: ids are clamped, their extremes are copied to the host, and a later batch raises, at the latest
+    `torchrec_qr.raise_pending`.
+
+    Args:
+        features (KeyedJaggedTensor): the batch.
+        spaces (list[IdSpace]): the features to read.
+        weighted (bool): whether to read the weights of ids.
 
     Raises:
         KeyError: the batch lacks a feature.
         TypeError: ids are not integers.
-        IndexError: an id outside [0, S) under ``"error"``; names table, feature, id and S.
-        ValueError: ``weighted`` and the batch has no weights, or not one weight per id.
+        IndexError: an id is outside [0, S) under ``"error"``. The message has the table, the feature, the id and S.
+        ValueError: the batch has no weights, or not one per id, though ``weighted``.
     """
     raise_pending(wait=False)
     if weighted:
@@ -67,7 +72,7 @@ def bags_of(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool) 
 def _jagged_by_feature(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
     if features.lengths().numel():
         return features.to_dict()
-    # A batch of no samples, of which TorchRec's `to_dict` raises IndexError.
+    # Handle a batch without samples, because TorchRec's `to_dict` raises IndexError.
     empty = JaggedTensor(features.values(), weights=features.weights_or_none(), lengths=features.lengths())
     return dict.fromkeys(features.keys(), empty)
 
@@ -78,7 +83,7 @@ def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
         raise TypeError(
             f"table {space.table!r}, feature {space.feature!r}: ids have dtype {ids.dtype}; allowed: int32, int64"
         )
-    # int64 before any arithmetic: an S above 2^31 would overflow int32.
+    # Cast before any arithmetic, because an S above 2^31 overflows int32.
     ids = ids.to(torch.int64)
     match space.out_of_range:
         case "clamp":

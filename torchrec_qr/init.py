@@ -1,24 +1,23 @@
-"""Initial values of partitions, so that the composed embedding has the variance of the full table it replaces.
+"""Initial values of partitions. The composed embedding has the variance of the full table that it replaces.
 
-The full table is U(low, high), TorchRec's U(-1/√S, 1/√S) unless the config says otherwise; σ² = (high - low)² / 12 is
-its variance, 1/(3S). Three modes (`CompositionalEmbeddingBagConfig.init`), of which ``unit`` is the default, per
-operation and partition j:
+The full table is U(low, high), by default TorchRec's U(-1/√S, 1/√S), and σ² = (high - low)² / 12 is its variance, by
+default 1/(3S). `CompositionalEmbeddingBagConfig.init` is one of three modes, by default ``unit``:
 
 ==========  ==============================  ==============================  ================================
 operation   ``"unit"``                      ``"identity"``                  ``"balanced"``
 ==========  ==============================  ==============================  ================================
 mult        main: the full table;           main: the full table;           all: U(-b, b),
-            others: U(-√3, √3)              others: 1 + N(0, .01²)          b = √3 · (σ²)^(1/2K)
+            others: U(-√3, √3)              others: 1 + N(0, 0.01²)         b = √3 · (σ²)^(1/2K)
 add         as ``"identity"``               main: the full table;           all: U(-b, b), b = √(3σ²/K)
-                                            others: N(0, (.01 σ)²)
+                                            others: N(0, (0.01 σ)²)
 concat      all: the full table, in all modes
 path        partition 0: the full table; MLPs: nn.Linear's, the last layer scaled so that outputs have variance σ²
 ==========  ==============================  ==============================  ================================
 
-Under ``identity`` a table starts as the hashing trick over its main partition and learns to tell its ids apart. Under
-``unit`` and ``balanced`` ids that share a row start uncorrelated: a gradient of one moves the other's embedding by a
-factor of random size and sign per column. Under ``balanced`` factors are small, and so are an embedding's steps at a
-given learning rate: about b times those under ``unit``. docs/quality.md has what that does to the quality of models.
+Under ``identity`` a table starts as the hashing trick over its main partition, and training separates its ids. Under
+``unit`` and ``balanced`` ids that share a row start uncorrelated: the gradient of one moves the embedding of the other
+by a factor of random size and sign per column. Under ``balanced`` these factors are small. At one learning rate the
+steps of an embedding are then about b times those under ``unit``. docs/quality.md has the quality of models by mode.
 """
 
 import math
@@ -34,15 +33,18 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig
 
 _NOISE = 0.01
-# Rows are drawn in fp32 and rounded, this many scalars at a time: drawing in bf16 itself gives a biased uniform. Small,
-# as what is drawn comes on top of a shard that may fill the memory.
+# Draw in fp32 and round, because drawing in bf16 is biased. Draw so few scalars at a time, because a shard may fill the
+# memory.
 _CHUNK = 1 << 18
 
 
 def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] | list[EmbeddingConfig]:
-    """Returns one plain TorchRec config per stored tensor: ``<table>.partition_<j>``, with its rows, columns and init.
+    """Returns one plain TorchRec config per partition, ``<table>.partition_<j>``, with its rows, columns and init.
 
-    The ``init_fn`` of each is independent per row, so it also fills a shard of the partition's rows.
+    The ``init_fn`` of each draws rows independently, so that it may fill a shard of them.
+
+    Args:
+        config (CompositionalConfig): the table.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
@@ -75,10 +77,10 @@ def _init_fn(config: CompositionalConfig, j: int) -> Callable[[Tensor], Tensor |
 
 @torch.no_grad()
 def init_partition(config: CompositionalConfig, j: int, weight: Tensor) -> Tensor:
-    """Fills ``weight`` (any number of rows of partition j, its columns) in place by ``config.init``; returns it."""
+    """Fills ``weight``, any number of rows of partition j, in place by ``config.init``, and returns it."""
     if weight.numel() == 0:
-        return weight  # of a rank that holds no shard of the partition
-    # Flat where one rank's column shards differ in width: then every scalar counts as a row.
+        return weight  # the rank has no shard of the partition
+    # A rank's column shards of different widths are flat. Every scalar then counts as a row.
     for chunk in weight.split(max(1, _CHUNK * weight.shape[0] // weight.numel())):
         if config.operation == "path" and j > 0:
             chunk.copy_(_mlps(config, chunk.shape[0], weight.device))
@@ -103,7 +105,7 @@ def _fill(config: CompositionalConfig, j: int, out: Tensor) -> Tensor:
 
 
 def _mlps(config: CompositionalConfig, classes: int, device: torch.device) -> Tensor:
-    """Returns (classes, P): one flattened MLP a row, as ``torchrec_qr.ops.path`` reads it."""
+    """Returns (classes, columns): one flattened MLP a row, as `torchrec_qr.ops.path` reads it."""
     dim, hidden = config.embedding_dim, config.path_hidden
     sigma2 = (config.get_weight_init_max() - config.get_weight_init_min()) ** 2 / 12
 
@@ -112,8 +114,8 @@ def _mlps(config: CompositionalConfig, classes: int, device: torch.device) -> Te
         shapes = (fan_out * fan_in, fan_out)
         return [torch.empty(classes, n, device=device).uniform_(-bound, bound) for n in shapes]
 
-    # nn.Linear draws weights and biases alike from U(-1/√fan_in, 1/√fan_in), whose variance is 1 / (3 fan_in). A last
-    # layer of variance v over inputs of second moment q gives outputs of variance fan_in·v·q + v.
+    # nn.Linear draws weights and biases from U(-1/√fan_in, 1/√fan_in), whose variance is 1 / (3 fan_in). A last layer
+    # of variance v over inputs of second moment q has outputs of variance fan_in·v·q + v.
     if hidden is None:
         return torch.cat(linear(dim, dim, sigma2 / (dim * sigma2 + 1)), dim=1)
     moment = _activation_moment(config.path_activation, sigma2 / 3, 1 / (3 * dim))
@@ -121,7 +123,7 @@ def _mlps(config: CompositionalConfig, classes: int, device: torch.device) -> Te
 
 
 def _activation_moment(activation: str, weighted_variance: float, bias_variance: float) -> float:
-    """E φ(z)², z = g + b, g ~ N(0, weighted_variance), b uniform of variance bias_variance: by quadrature."""
+    """Returns E φ(z)² by quadrature: z = g + b, g ~ N(0, weighted_variance), b uniform of variance bias_variance."""
     bias, bias_mass = np.polynomial.legendre.leggauss(64)
     noise, noise_mass = np.polynomial.hermite_e.hermegauss(64)
     z = bias[:, None] * math.sqrt(3 * bias_variance) + noise[None, :] * math.sqrt(weighted_variance)

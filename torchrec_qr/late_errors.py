@@ -1,7 +1,7 @@
-"""Errors of work on a GPU: kernels and copies leave their verdict on the device, and the host reads it later.
+"""Errors that a later call raises, because a step on a GPU must not wait for the device.
 
-A step must not wait for the device. So a check copies its few numbers to the host without waiting, and is looked at
-by a later call, once they have arrived. There is one queue for all checks of a process.
+A check copies its few numbers to the host without waiting. A later call reads them when they have arrived. All checks
+of a process are in one queue.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Arrival(Protocol):
-    """When a copy to the host is complete: the part of ``torch.cuda.Event`` that is used here."""
+    """The methods of ``torch.cuda.Event`` that the queue calls to find whether a copy is complete."""
 
     def query(self) -> bool: ...
 
@@ -21,7 +21,7 @@ class Arrival(Protocol):
 
 
 class LateErrors:
-    """Checks whose numbers are on their way to the host, oldest first; safe to use from several threads."""
+    """A queue of checks, the oldest first. Several threads may use it."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -31,13 +31,15 @@ class LateErrors:
         return len(self._checks)
 
     def add(self, check: Callable[[], None], arrived: Arrival) -> None:
-        """Adds a check, which raises if something failed; its numbers are on the host once ``arrived``."""
+        """Adds a check that may raise. Its numbers are on the host after ``arrived``."""
         with self._lock:
             self._checks.append((check, arrived))
 
     def raise_failed(self, wait: bool) -> None:
-        """Runs the checks that have arrived, oldest first (``wait``: all, waiting for each); raises at the first
-        that failed, and keeps those behind it."""
+        """Calls the checks that have arrived, the oldest first, or all of them if ``wait``.
+
+        The first check that fails raises, and the queue keeps those behind it.
+        """
         while (taken := self._take(wait)) is not None:
             check, arrived = taken
             arrived.synchronize()
@@ -45,7 +47,7 @@ class LateErrors:
 
     def _take(self, wait: bool) -> tuple[Callable[[], None], Arrival] | None:
         with self._lock:
-            # Streams and devices end in any order: a check that is still under way holds up no other.
+            # Look past a check that has not arrived, because streams and devices end in any order.
             for i, (_, arrived) in enumerate(self._checks):
                 if wait or arrived.query():
                     return self._checks.pop(i)
@@ -56,28 +58,29 @@ _late = LateErrors()
 
 
 def raise_pending(wait: bool = True) -> None:
-    """Raises the oldest error of earlier calls on CUDA that has not been raised yet.
+    """Raises the oldest error of earlier calls on CUDA that no call has raised yet.
 
-    On CUDA nothing waits for the device, so the IndexError of an id outside of its table, or the ValueError of offsets
-    that are none, comes with a later call. Call this before results of a step are used for good: before a checkpoint,
-    after an evaluation, and at the end of training. On a CPU errors are raised at once, and nothing is ever pending.
+    On CUDA the host does not wait for the device, so a later call raises the IndexError of an id outside its table, or
+    the ValueError of wrong offsets. Call this function before a checkpoint, after an evaluation, and at the end of
+    training. On a CPU each call raises its own errors, and this function returns None.
 
     Args:
-        wait: wait for checks that are still under way; otherwise look only at those that have arrived.
+        wait (bool): whether to wait for checks that have not arrived.
 
     Raises:
-        IndexError: an id was outside of its table.
+        IndexError: an id was outside its table.
         ValueError: offsets decreased, or did not end at the number of ids.
 
     Example:
         >>> import torchrec_qr
-        >>> torchrec_qr.raise_pending()
+        >>> print(torchrec_qr.raise_pending())
+        None
     """
     _late.raise_failed(wait)
 
 
 def check_later(numbers: Tensor, check: Callable[[Tensor], None]) -> None:
-    """Has ``check`` called with ``numbers``, which lie on a GPU, once they have reached the host."""
+    """Copies ``numbers`` from a GPU to the host, and adds a check that calls ``check`` with the copy."""
     with torch.cuda.device(numbers.device):
         on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         on_host.copy_(numbers, non_blocking=True)

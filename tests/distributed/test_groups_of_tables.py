@@ -14,7 +14,7 @@ NUM_TABLES = 26
 OPERATIONS = ("mult", "add", "concat", "path")
 
 
-def tables(sharding: str) -> tuple[TableCase, ...]:
+def tables(sharding: str, pooled: bool) -> tuple[TableCase, ...]:
     """Tables of all operations, two data types and two poolings, and a plain one that must stay apart."""
     split = sharding in ("column_wise", "table_column_wise", "grid_shard")
     operations = OPERATIONS[:3] if split else OPERATIONS
@@ -32,7 +32,8 @@ def tables(sharding: str) -> tuple[TableCase, ...]:
             )
             for i in range(NUM_TABLES)
         ),
-        TableCase("plain", "plain", sharding, plan="hand"),
+        # FBGEMM cannot look up a plain table without pooling that is data-parallel on a CPU.
+        *((TableCase("plain", "plain", sharding, plan="hand"),) if pooled or sharding != "data_parallel" else ()),
     )
 
 
@@ -43,7 +44,7 @@ def groups(rank: int, world_size: int, pooled: bool) -> dict[str, Groups]:
     """Per sharding type and rank, in the eyes of this one: kernel, data type and tables of each group."""
     out: dict[str, Groups] = {}
     for sharding in POOLED_SHARDINGS if pooled else SEQUENCE_SHARDINGS:
-        dmp = shard(Run(tables(sharding), pooled=pooled))
+        dmp = shard(Run(tables(sharding, pooled), pooled=pooled))
         collection: Any = dmp.module.collection
         (of_all,) = collection._embedding_shardings if pooled else collection._sharding_type_to_sharding.values()
         per_rank = of_all._grouped_embedding_configs_per_rank

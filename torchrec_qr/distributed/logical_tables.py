@@ -1,8 +1,8 @@
-"""The logical tables of a collection as TorchRec sees them, and what is refused of a plan for them."""
+"""The logical tables of a collection in the form that TorchRec takes, and checks of a plan for them."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,21 +16,16 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
-from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
+from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, is_compositional
 from torchrec_qr.distributed.layout import ShardLayout, ShardLayouts, shards_of
 from torchrec_qr.modules.table import CompositionalTable
 
 
-def is_compositional(config: BaseEmbeddingConfig) -> TypeGuard[CompositionalConfig]:
-    """Returns whether a config is of a compositional table, pooled or not."""
-    return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
-
-
 def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) -> dict[str, nn.Parameter]:
-    """Returns one parameter per logical table for TorchRec to plan: a plain table's own, or (R, D) on the meta device.
+    """Returns one parameter per logical table, which a plan shards: a plain table's own, or (R, D) on the meta device.
 
     Raises:
-        ValueError: partitions of one table with different optimizers attached, or frozen in part.
+        ValueError: the partitions of a table differ in their attached optimizers, or in ``requires_grad``.
     """
     out: dict[str, nn.Parameter] = {}
     for config in configs:
@@ -49,7 +44,7 @@ def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) 
         logical = torch.empty(rows, config.embedding_dim, dtype=weights[0].dtype, device="meta")
         p = nn.Parameter(logical, requires_grad=weights[0].requires_grad)
         if hasattr(weights[0], "_in_backward_optimizers"):
-            # TorchRec's helpers for plans by hand read the compute kernel from this mark.
+            # TorchRec's helpers for plans by hand read the compute kernel from this attribute.
             p._in_backward_optimizers = weights[0]._in_backward_optimizers  # type: ignore[attr-defined]
         for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
             values = [getattr(w, attribute, None) for w in weights]
@@ -59,25 +54,26 @@ def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) 
                     f"{values}; allowed: one optimizer for all partitions of a table"
                 )
             if values[0] is not None:
-                # A copy: TorchRec changes these in place.
+                # Set a copy, because TorchRec changes these in place.
                 setattr(p, attribute, copy.deepcopy(values[0]))
         out[config.name] = p
     return out
 
 
 class LogicalView:
-    """A collection as TorchRec's sharded classes see it: one plain table per logical table.
+    """A collection in the form that TorchRec's sharded classes take: one plain table per logical table.
 
-    ``pooling`` of compositional tables is SUM here: `ShardedCompositionalEmbeddingBagCollection` divides for MEAN.
+    The pooling of compositional tables is SUM. `ShardedCompositionalEmbeddingBagCollection` divides for MEAN.
 
     Args:
-        module: the collection.
-        layouts: of its compositional tables.
-        parameters: one per logical table, from `placeholders`.
-        prefix: TorchRec's, of the names of parameters.
+        module (Any): the collection.
+        layouts (ShardLayouts): the layouts of its compositional tables.
+        parameters (Mapping[str, nn.Parameter]): one per logical table, from `placeholders`.
+        prefix (str): TorchRec's prefix of the names of parameters.
     """
 
-    device = torch.device("meta")  # parameters are taken over by our own state, not by TorchRec's constructor
+    # TorchRec's constructor then copies no values.
+    device = torch.device("meta")
 
     def __init__(self, module: Any, layouts: ShardLayouts, parameters: Mapping[str, nn.Parameter], prefix: str) -> None:
         self._module = module
@@ -105,7 +101,7 @@ class LogicalView:
         return False
 
     def __getattr__(self, name: str) -> Any:
-        # is_weighted, need_indices, embedding_dim, embedding_names_by_table, …: as the module has them.
+        # TorchRec also calls is_weighted, need_indices, embedding_dim and embedding_names_by_table of the module.
         return getattr(self._module, name)
 
 
@@ -150,11 +146,11 @@ def shard_layouts(
 
 
 def check_plan(configs: Mapping[str, CompositionalConfig], plan: Mapping[str, ParameterSharding]) -> None:
-    """Refuses what a plan may not have for compositional tables.
+    """Refuses a plan that compositional tables do not support.
 
     Raises:
-        NotImplementedError: a compute kernel that is neither fused nor dense.
-        ValueError: ``path`` where the plan splits columns.
+        NotImplementedError: a compute kernel is neither fused nor dense.
+        ValueError: the plan splits columns of a ``path`` table.
     """
     for name, config in configs.items():
         sharding = plan[name]
@@ -178,10 +174,11 @@ def check_plain_tables(
     parameters: Mapping[str, nn.Parameter],
     device: torch.device | None,
 ) -> None:
-    """Refuses plain tables that TorchRec would refuse later, in words that name no table, or step all the same.
+    """Refuses plain tables for which TorchRec's kernels fail without a table's name, crash, or return wrong results.
 
     Raises:
-        NotImplementedError: bf16 on a CPU; ``requires_grad_(False)``; a compute kernel with a store of its own.
+        NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store of its own, or the
+            dense kernel without pooling on a CPU.
     """
     allowed = [EmbeddingComputeKernel(kernel).value for kernel in ("fused", "fused_uvm", "fused_uvm_caching", "dense")]
     for config in (c for c in configs if not is_compositional(c)):
@@ -199,13 +196,20 @@ def check_plain_tables(
                 "would step it; allowed: a compositional table of one partition, which can be frozen: "
                 "MixedRadix(sizes=[num_embeddings])"
             )
-        if plan[name].compute_kernel not in allowed:
+        kernel = plan[name].compute_kernel
+        if kernel not in allowed:
             raise NotImplementedError(
-                f"table {name!r}: compute kernel {plan[name].compute_kernel!r} of a plain table is not supported in a "
+                f"table {name!r}: compute kernel {kernel!r} of a plain table is not supported in a "
                 f"compositional collection; allowed: {', '.join(allowed)}, or TorchRec's own collection"
+            )
+        if on_cpu and kernel == EmbeddingComputeKernel.DENSE.value and isinstance(config, EmbeddingConfig):
+            raise NotImplementedError(
+                f"table {name!r}: compute kernel {kernel!r} ({plan[name].sharding_type}) of a plain table without "
+                "pooling is not supported on a CPU, where FBGEMM pools its ids; allowed: a plan with 'fused', which "
+                f"data_parallel lacks, or a compositional table of one partition, MixedRadix(sizes=[{rows}])"
             )
 
 
 def num_column_blocks(sharding: ParameterSharding) -> int:
-    """Returns into how many blocks of columns a plan cuts a table."""
+    """Returns the number of blocks of columns into which a plan splits a table."""
     return max(1, len({shard.shard_offsets[1] for shard in shards_of(sharding)}))

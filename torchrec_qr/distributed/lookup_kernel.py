@@ -1,7 +1,7 @@
 """The lookup of compositional tables on the ranks that own them.
 
-TorchRec's lookup of a sharding type splits the features among groups of tables. `PooledLookup` and `SequenceLookup`
-have a `CompositionalKernel` for a group of compositional tables, and hold the partitions that every rank has whole.
+TorchRec's lookup of a sharding type divides the features among groups of tables. `PooledLookup` and `SequenceLookup`
+have a `CompositionalKernel` for each group of compositional tables, and store the replicas.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,21 +24,21 @@ from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.layout import RowCode, stored_columns
 from torchrec_qr.distributed.replication import Replicas
 from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.modules.table import table_layout
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
-from torchrec_qr.ops.description import Description, TableLayout
+from torchrec_qr.ops.description import Description
 from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.lookup_warm_up import warm_up
-from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.ops.update_rules import Update
 from torchrec_qr.partitions.class_map import class_map_on
 
 
 class ReplicatedPartitions(NamedTuple):
-    """The partitions that every rank holds whole, by table and number.
+    """The replicas in a step, by table and number of the partition.
 
     Args:
-        weights: as tensors of the step's graph.
-        touched: see `torchrec_qr.distributed.fused_optimizer.RowOptimizer.touched_of`.
+        weights (dict[tuple[str, int], Tensor]): their weights in the graph of the step.
+        touched (dict[tuple[str, int], Tensor]): see `fused_optimizer.RowOptimizer.touched_of`.
     """
 
     weights: dict[tuple[str, int], Tensor]
@@ -46,13 +46,13 @@ class ReplicatedPartitions(NamedTuple):
 
 
 class LocalShard(nn.Module):
-    """One shard of one logical table: the layout of its lookup, its weights, and what steps them.
+    """One shard of one logical table: the layout of its lookup, its weights, and their optimizer.
 
     Args:
-        table: as TorchRec describes the shard.
-        stored: the partitions of the table that are not replicated, as this rank stores them.
-        optimizer: of these, if they are stepped in backward.
-        device: of the shard.
+        table (ShardedEmbeddingTable): TorchRec's description of the shard.
+        stored (Sequence[StoredPartition]): the table's partitions on this rank, without replicas.
+        optimizer (RowOptimizer | None): their fused optimizer.
+        device (torch.device | None): the device of the shard.
     """
 
     class_map: Tensor | None
@@ -71,10 +71,18 @@ class LocalShard(nn.Module):
         start = table.local_metadata.shard_offsets[1] if table.local_metadata is not None else 0
         columns = {j: stored_columns(config, j, start, start + table.local_cols) for j in range(config.num_partitions)}
         self._columns = {j: (a, b) for j, (a, b) in columns.items() if a < b}
-        # Keep no buffer, because DDP sends the buffers of a module to all ranks at every forward.
+        # Register no buffer, because DDP sends buffers to all ranks at every forward.
         self.class_map = class_map_on(config.bound_partitions, device)
         self.name = config.name
-        self.layout = _layout(table, {j: b - a for j, (a, b) in self._columns.items()})
+        splits_rows = layout_of(table).splits_rows
+        first_row = layout_of(table).first_row(self._position) if splits_rows else 0
+        self.layout = table_layout(
+            config,
+            {j: b - a for j, (a, b) in self._columns.items()},
+            {config.base_partition: first_row},
+            len(table.feature_names),
+            RowCode(config).layout(first_row) if splits_rows else None,
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LocalShard":
         super()._apply(fn, recurse)
@@ -83,11 +91,11 @@ class LocalShard(nn.Module):
         return self
 
     def uses(self) -> set[tuple[str, int]]:
-        """Returns the partitions that this shard's output depends on."""
+        """Returns the partitions, by table and number, that the output depends on."""
         return {(self._config.name, j) for j in self._columns}
 
     def weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
-        """Returns the partitions that the output depends on, those columns of them that this shard has."""
+        """Returns the shard's columns of the partitions that the output depends on."""
         out = []
         for j, (a, b) in self._columns.items():
             key = self._config.name, j
@@ -95,14 +103,14 @@ class LocalShard(nn.Module):
                 out.append(self._stored[key].piece(self._position))
             else:
                 whole = replicas.weights[key]
-                # Take no slice of all columns, because its gradient would be copied.
+                # Slice only if columns are fewer, because autograd copies the gradient of a slice.
                 out.append(whole if b - a == whole.shape[1] else whole[:, a:b])
         return out
 
     def outcomes(
         self, replicas: ReplicatedPartitions, step: Callable[[RowOptimizer, Tensor], Update | None]
     ) -> list[Outcome]:
-        """Returns, per weight, what ``step`` makes of a stored one that is stepped in backward, else its gradient."""
+        """Returns per weight the update that ``step`` returns for it, or `DenseGradient` without a fused optimizer."""
         out: list[Outcome] = []
         for key in ((self._config.name, j) for j in self._columns):
             if self._optimizer is not None and key in self._stored:
@@ -112,26 +120,8 @@ class LocalShard(nn.Module):
         return out
 
 
-def _layout(table: ShardedEmbeddingTable, widths: dict[int, int]) -> TableLayout:
-    config = layout_of(table).config
-    code, first_row = None, 0
-    if layout_of(table).splits_rows:
-        first_row = layout_of(table).first_row(position_of(table))
-        code = RowCode(config).layout(first_row)
-    any_id = config.out_of_range == "unchecked" and config.bound_partitions.class_map is None
-    return TableLayout(
-        config.operation,
-        partition_layouts(config.bound_partitions, widths, {config.base_partition: first_row}),
-        len(table.feature_names),
-        num_ids=-1 if any_id else config.num_embeddings,
-        code=code,
-        path_hidden=config.path_hidden,
-        path_activation=config.path_activation,
-    )
-
-
 class ShardLookup:
-    """Consecutive shards of a group: features [first, first + num_features) of its batches."""
+    """The lookup of consecutive shards of a group, with features [first, first + num_features) of its batches."""
 
     def __init__(self, shards: list[LocalShard], first: int, sequence: bool) -> None:
         self._shards, self._first, self._sequence = shards, first, sequence
@@ -140,7 +130,7 @@ class ShardLookup:
         self._tables = Description([shard.layout for shard in shards], [shard.name for shard in shards], maps)
 
     def look_up(self, features: KeyedJaggedTensor, weighted: bool, replicas: ReplicatedPartitions) -> Tensor:
-        """Returns (B, ΣD), or for sequences the (N, D) of all features end to end, flat."""
+        """Returns (B, ΣD), or without pooling the flattened (N, D) of all features, end to end."""
 
         def outcomes() -> list[Outcome]:
             return [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.begin_step)]
@@ -148,7 +138,7 @@ class ShardLookup:
         return stepped_lookup(self._tables, self._weights(replicas), self._batch(features, weighted), outcomes)
 
     def warm_up(self, weighted: bool, replicas: ReplicatedPartitions) -> None:
-        """Has the kernels of a lookup and of its step compiled, if they run on a GPU."""
+        """Compiles the kernels of a lookup and of its step on a GPU."""
         outcomes = [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.same_step)]
         warm_up(self._tables, self._weights(replicas), outcomes, not self._sequence, weighted)
 
@@ -171,7 +161,7 @@ class ShardLookup:
 
 
 def shard_lookups(shards: list[LocalShard], sequence: bool) -> list[ShardLookup]:
-    """Returns lookups of the shards, in order, as few as can be if no table keeps another one from the kernels."""
+    """Returns the fewest lookups of the shards, in order, that divide tables with kernels from others."""
     out: list[ShardLookup] = []
     first = 0
     for _, group in groupby(shards, key=lambda shard: shard.layout.has_kernels):
@@ -181,7 +171,7 @@ def shard_lookups(shards: list[LocalShard], sequence: bool) -> list[ShardLookup]
 
 
 def _stored_partitions(tables: list[ShardedEmbeddingTable], device: torch.device | None) -> list[StoredPartition]:
-    """Allocates the partitions of a table, of which ``tables`` are the shards on this rank, unless replicated."""
+    """Allocates the partitions of a table, without replicas. ``tables`` are its shards on this rank."""
     layout, fused, positions = layout_of(tables[0]), is_fused(tables[0]), [position_of(t) for t in tables]
     numbers = (j for j in range(layout.config.num_partitions) if not layout.is_replicated(j))
     stored = (StoredPartition(layout, j, fused, device, positions) for j in numbers)
@@ -189,10 +179,16 @@ def _stored_partitions(tables: list[ShardedEmbeddingTable], device: torch.device
 
 
 class CompositionalKernel(BaseEmbedding):
-    """Looks up a group of compositional shards: maps ids to rows, looks up, composes, and pools unless ``sequence``.
+    """Looks up a group of compositional shards: maps ids to rows, composes them, and pools unless ``sequence``.
 
-    Stores the partitions that are not replicated. The lookup's backward steps the rows of fused ones, which are leaves;
-    others are plain parameters.
+    The kernel stores the partitions, without replicas. The backward steps the rows of fused ones. The others are
+    parameters for a dense optimizer.
+
+    Args:
+        config (GroupedEmbeddingConfig): TorchRec's description of the group.
+        pg (dist.ProcessGroup | None): the ranks.
+        device (torch.device | None): the device of the partitions.
+        sequence (bool): whether to return an embedding per id.
     """
 
     def __init__(
@@ -201,11 +197,11 @@ class CompositionalKernel(BaseEmbedding):
         super().__init__()
         self._config = config
         self._sequence = sequence
-        # The lookup sets these for every forward.
+        # The lookup sets them before every forward.
         self.replicas = ReplicatedPartitions({}, {})
         self.partitions: list[StoredPartition] = []
         optimizers: dict[str, RowOptimizer] = {}
-        # Shards of one table may lie anywhere in the group; those of a partition have one storage.
+        # Sort by name, because the shards of a table, whose partitions have one storage each, may be apart.
         of_name = attrgetter("name")
         for name, group in groupby(sorted(config.embedding_tables, key=of_name), key=of_name):
             tables = list(group)
@@ -226,19 +222,19 @@ class CompositionalKernel(BaseEmbedding):
         return self._config
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Returns (B, ΣD) of the group's features in order; for sequences their (N, D) end to end, flat."""
+        """Returns (B, ΣD) of the group's features, or without pooling their flattened (N, D), end to end."""
         weighted = self._config.is_weighted
         outputs = [lookup.look_up(features, weighted, self.replicas) for lookup in self._lookups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
 
     def warm_up(self, replicas: ReplicatedPartitions) -> None:
-        """Has the kernels of a step compiled, if they run on a GPU."""
+        """Compiles the kernels of a step on a GPU."""
         for lookup in self._lookups:
             lookup.warm_up(self._config.is_weighted, replicas)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalKernel":
         super()._apply(fn, recurse)
-        # Class maps follow to another device.
+        # Make the lookups anew, because class maps may be on another device.
         self._lookups = shard_lookups(list(self._local_shards()), self._sequence)
         return self
 
@@ -250,28 +246,28 @@ class CompositionalKernel(BaseEmbedding):
         return (shard for shard in self._shards if isinstance(shard, LocalShard))
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Shows nothing: TorchRec would look for a table of each name. The collection shows ``partitions``."""
+        """Returns nothing, because TorchRec requires a table of each name. The collection has the parameters."""
         return iter(())
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
-        """Shows nothing, for the reason that `named_parameters_by_table` gives."""
+        """Returns nothing: see `named_parameters_by_table`."""
         return {} if destination is None else destination
 
     def flush(self) -> None:
-        """TorchRec calls this before a checkpoint; there is no cache to write back."""
+        """Does nothing. TorchRec calls this before a checkpoint, and there is no cache."""
 
     def purge(self) -> None:
-        """TorchRec calls this before loading; there is no cache to drop."""
+        """Does nothing. TorchRec calls this before loading, and there is no cache."""
 
 
 class _CompositionalLookup:
-    """A lookup of TorchRec's with a `CompositionalKernel` per group of compositional tables.
+    """A mixin of TorchRec's lookups, with a `CompositionalKernel` for each group of compositional tables.
 
     Args:
-        tables: the compositional tables of this sharding type on all ranks, each once.
-        is_data_parallel: whether ranks hold these tables whole and look up their own samples.
-        device: of the parameters.
-        kwargs: of TorchRec's lookup.
+        tables (list[ShardedEmbeddingTable]): the compositional tables of a sharding type on all ranks, each once.
+        is_data_parallel (bool): whether the sharding type is data-parallel.
+        device (torch.device | None): the device of the parameters.
+        kwargs (Any): arguments of TorchRec's lookup.
     """
 
     _sequence: bool
@@ -288,16 +284,17 @@ class _CompositionalLookup:
         self._unused = [i for i, key in enumerate(self._replicas().parameters_of) if key not in used]
 
     def kernels(self) -> Iterator[CompositionalKernel]:
+        """Yields the kernel of each group of compositional tables."""
         return (m for m in self._emb_modules if isinstance(m, CompositionalKernel))
 
     def partitions(self) -> Iterator[StoredPartition]:
-        """The partitions that this rank stores, in whole or in part."""
+        """Yields the partitions of which this rank stores rows."""
         for kernel in self.kernels():
             yield from kernel.partitions
         yield from self._replicas().partitions
 
     def replicate(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Has DDP reduce the replicas of this lookup alone, if the lookup is not wrapped as a whole."""
+        """Wraps the replicas of this lookup in DDP, if there are any."""
         if self._replicas().parameters_of and not isinstance(self._replicated, DistributedDataParallel):
             self._replicated = wrap(self._replicated)
 
@@ -308,13 +305,13 @@ class _CompositionalLookup:
             kernel.replicas = ReplicatedPartitions(by_partition, self._replicas().touched_of)
         out: Tensor = super().forward(sparse_features)  # type: ignore[misc]
         for i in self._unused:
-            # Ranks that own none of a table reduce its replicas with the others: DDP waits for every gradient.
+            # Use the replicas of tables of which this rank owns no rows, because DDP waits for every gradient.
             out = out + weights[i][:0].sum()
         return out
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Has the kernels of a step compiled, if they run on a GPU; see `torchrec_qr.distributed.warm_up`."""
+        """Compiles the kernels of a step on a GPU: see `torchrec_qr.distributed.warm_up`."""
         replicas = self._replicas()
         weights = {key: p.detach() for key, p in replicas.parameters_of.items()}
         for kernel in self.kernels():
@@ -332,7 +329,7 @@ class _CompositionalLookup:
         if config.compute_kernel != EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
             kernel: BaseEmbedding = super()._create_embedding_kernel(config, *args, **kwargs)  # type: ignore[misc]
             return kernel
-        # The two lookups of TorchRec pass these in different orders.
+        # Find these by type, because TorchRec's two lookups pass them in different orders.
         pg = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
         device = next((a for a in args if isinstance(a, torch.device)), None)
         return CompositionalKernel(config, pg, device, self._sequence)
@@ -345,15 +342,19 @@ class _CompositionalLookup:
 
 
 class PooledLookup(_CompositionalLookup, GroupedPooledEmbeddingsLookup):
+    """The lookup of a sharding type with pooling."""
+
     _sequence = False
 
 
 class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):
+    """The lookup of a sharding type without pooling."""
+
     _sequence = True
 
 
 def own_lookup(lookup: nn.Module) -> PooledLookup | SequenceLookup:
-    """Returns a lookup of a sharded collection without the ``DistributedDataParallel`` around it."""
+    """Returns a lookup of a sharded collection without its ``DistributedDataParallel`` wrapper."""
     inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
     assert isinstance(inner, PooledLookup | SequenceLookup)
     return inner

@@ -1,4 +1,4 @@
-"""The common part of the two sharded collections: how they are built, and the state that they show."""
+"""The base of the two sharded collections: their construction and their state dict."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,12 +17,12 @@ from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.customized_kernel import with_customized_kernel
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ShardLayouts
 from torchrec_qr.distributed.logical_tables import (
     LogicalView,
     check_plain_tables,
-    is_compositional,
     placeholders,
     shard_layouts,
 )
@@ -36,16 +36,16 @@ from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingColle
 
 
 class ShardedCompositionalCollection:
-    """A mixin of TorchRec's two sharded collections: compositional tables get the customized kernel.
+    """A mixin of TorchRec's two sharded collections, in which compositional tables have the customized kernel.
 
-    TorchRec leaves the state of such tables to us. It registers the parameters of plain tables, and for each
-    compositional table an empty module, which `_register_partitions` fills.
+    TorchRec leaves the state of such tables to its subclass. It registers the parameters of plain tables, and an empty
+    module for each compositional table, which `_register_partitions` fills.
     """
 
-    # The subclass sets TorchRec's name for its tables.
+    # TorchRec's name for the tables of the subclass.
     _tables_attribute: str
 
-    # The configs of all tables, and the layouts of compositional ones, are set before the constructor of nn.Module.
+    # The configs of all tables, and the layouts of compositional ones.
     _configs: Sequence[BaseEmbeddingConfig]
     _layouts: ShardLayouts
 
@@ -54,7 +54,7 @@ class ShardedCompositionalCollection:
     _device: torch.device | None
     _env: ShardingEnv
     _output_dtensor: bool
-    # All partitions by name, None until they are registered, and the global tensors of those that are split.
+    # All partitions by name, None until they are registered, and the tensors of a state dict for split ones.
     _partitions: dict[str, StoredPartition] | None
     _split: dict[str, Tensor | ShardedTensor]
 
@@ -78,13 +78,13 @@ class ShardedCompositionalCollection:
         self._replicate_lookups()
 
     def _replicate_lookups(self) -> None:
-        """Has DDP reduce what ranks hold whole; TorchRec has wrapped the data-parallel lookups in DDP.
+        """Wraps replicas in DDP. TorchRec has wrapped the lookups of data-parallel tables.
 
-        It has not if ``mark_data_parallel_skip_grad_sync`` of TorchRec 1.9 is set on the module. Each rank then steps
-        its replicas of data-parallel tables alone.
+        TorchRec 1.9 does not wrap them if ``mark_data_parallel_skip_grad_sync`` is set on the module. Each rank then
+        steps its data-parallel replicas alone.
 
         Raises:
-            RuntimeError: TorchRec has left a data-parallel lookup unwrapped, and nobody asked for that.
+            RuntimeError: TorchRec has not wrapped a data-parallel lookup, though the mark is not set.
         """
         pg = self._env.process_group
         assert pg is not None
@@ -108,7 +108,7 @@ class ShardedCompositionalCollection:
 
     def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
         if self._output_dtensor:
-            # `DMPCollection` sets it too: FBGEMM's kernel synchronises its replicas, and not ours.
+            # Refuse `DMPCollection` too, which sets it, because FBGEMM's kernel synchronises no partitions.
             raise NotImplementedError(
                 f"tables {list(self._layouts)}: output_dtensor=True of the sharding environment, as of DMPCollection, "
                 "is not supported by sharded compositional collections; allowed: False, with DistributedModelParallel"
@@ -124,7 +124,7 @@ class ShardedCompositionalCollection:
         self.reset_parameters()
 
     def _register_partitions(self) -> dict[str, StoredPartition]:
-        """Returns all partitions by name, those too of which this rank stores nothing."""
+        """Returns all partitions by name, also those of which this rank stores nothing."""
         here = {p.key: p for lookup in self._lookups for p in own_lookup(lookup).partitions()}
         partitions: dict[str, StoredPartition] = {}
         for name, layout in self._layouts.items():
@@ -144,8 +144,8 @@ class ShardedCompositionalCollection:
         return partitions
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew, table by table, as TorchRec does."""
-        # TorchRec calls this when it has registered plain tables, and we have not registered partitions.
+        """Draws every parameter anew, table by table."""
+        # Return at first, because TorchRec calls this before partitions are registered.
         if self._partitions is None or (self._device is not None and self._device.type == "meta"):
             return
         for config in self._configs:
@@ -170,13 +170,13 @@ class ShardedCompositionalCollection:
 
 
 def _show_shards(collection: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Puts partitions that are split into a state dict, in place of what this rank stores of them."""
+    """Puts sharded tensors of split partitions into a state dict, in place of this rank's rows."""
     for name, shown in collection._split.items():
         state_dict[f"{prefix}{collection._tables_attribute}.{name}.weight"] = shown
 
 
 def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Brings values of partitions into the shape that this rank stores, and refuses tables of another meaning."""
+    """Refuses tables with another fingerprint, and cuts the values of partitions to this rank's rows."""
     prefix = f"{prefix}{collection._tables_attribute}."
     tables = [(of.config, collection._module_of(name).fingerprint) for name, of in collection._layouts.items()]
     check_saved_tables(state_dict, prefix, tables)
@@ -187,10 +187,10 @@ def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def checked_features(features: Any) -> KeyedJaggedTensor:
-    """Returns the batch of a sharded collection, a ``KeyedJaggedTensor`` or a ``TensorDict``, as the former.
+    """Returns a batch, which may be a ``TensorDict``, as a ``KeyedJaggedTensor``.
 
     Raises:
-        NotImplementedError: features that differ in their number of bags.
+        NotImplementedError: the features differ in their number of bags.
     """
     features = maybe_td_to_kjt(features, None)
     if features.variable_stride_per_key():

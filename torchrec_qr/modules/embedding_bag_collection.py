@@ -1,4 +1,4 @@
-"""The pooled collection: TorchRec's ``EmbeddingBagCollection``, whose tables may be compositional."""
+"""The pooled collection: TorchRec's ``EmbeddingBagCollection`` with plain and compositional tables."""
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -18,49 +18,56 @@ from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of
 class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     """Pooled embeddings of plain and compositional tables: a drop-in for TorchRec's ``EmbeddingBagCollection``.
 
-    For feature f of table t and bag b of the batch, the output ``KeyedTensor`` holds
+    For feature f of table t and bag b of the batch, the output ``KeyedTensor`` has
 
         out[b, f] = pool over ids x of bag (b, f) of  w_x · compose_j( W_j[p_j(x)] )
 
-    composed per id, then weighted, then pooled (arXiv:1909.02107, sections 3 and 4; TorchRec's
-    ``EmbeddingBagCollection`` where t is plain, which is K = 1). SUM pooling adds up; MEAN divides that sum by the
-    number of ids of the bag, weighted or not; an empty bag gives zeros.
+    which composes per id, then weights, then pools (arXiv:1909.02107, sections 3 and 4). A plain table is TorchRec's,
+    with K = 1. SUM pooling returns the sum. MEAN divides the sum by the number of ids of the bag, weighted or not. An
+    empty bag has zeros.
 
-    Shapes: input ``KeyedJaggedTensor`` of F features × B bags, N ids in all; output (B, ΣD) fp32, one block of D
-    columns per feature, in the order of ``tables``. A feature that several tables share is called
+    Shapes: the input is a ``KeyedJaggedTensor`` of F features × B bags with N ids in all. The output is (B, ΣD) fp32,
+    with D columns per feature, in the order of ``tables``. A feature of several tables has the names
     ``<feature>@<table>``, as in TorchRec.
 
-    ``state_dict`` keys: ``embedding_bags.<table>.partition_<j>.weight`` (|P_j|, D_j) and
-    ``embedding_bags.<table>.fingerprint`` of a compositional table; TorchRec's ``embedding_bags.<table>.weight`` of
-    a plain one.
+    The ``state_dict`` has ``embedding_bags.<table>.partition_<j>.weight`` (|P_j|, D_j) and
+    ``embedding_bags.<table>.fingerprint`` for a compositional table, and TorchRec's ``embedding_bags.<table>.weight``
+    for a plain one.
 
     Args:
-        tables: ``EmbeddingBagConfig`` and `CompositionalEmbeddingBagConfig`, in any mix.
-        is_weighted: whether the batch's weights w_x are used; otherwise w_x = 1 and weights are ignored.
-        device: of the parameters; ``torch.device("meta")`` for later materialisation.
+        tables (list[EmbeddingBagConfig]): ``EmbeddingBagConfig`` and `CompositionalEmbeddingBagConfig`, in any mix.
+        is_weighted (bool): whether to use the batch's weights w_x. Otherwise w_x = 1.
+        device (torch.device | None): the device of the parameters, which may be ``torch.device("meta")``.
 
     Raises:
-        ValueError: a table name that occurs twice; a weighted batch without one weight per id.
+        ValueError: a table name occurs twice, or a weighted batch has not one weight per id.
         KeyError: the batch lacks a feature.
-        IndexError: an id outside [0, S), unless the table's ``out_of_range`` says otherwise. On CUDA nothing waits for
-            the device: the id adds nothing, and a later call raises, at the latest `torchrec_qr.raise_pending`.
-        TypeError: ids that are not integers.
+        IndexError: an id is outside [0, S), and the table's ``out_of_range`` is ``"error"``. On CUDA the id adds
+            nothing, and a later call raises, at the latest `torchrec_qr.raise_pending`.
+        TypeError: ids are not integers.
 
     Example:
         >>> import torch
         >>> from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
         >>> from torchrec_qr import (
         ...     CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder)
+        >>> def rows_of(*values):
+        ...     return lambda weight: weight.data.copy_(torch.tensor(values).unsqueeze(1))
         >>> ebc = CompositionalEmbeddingBagCollection(tables=[
-        ...     CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=1_000_000,
-        ...         embedding_dim=8, partitions=QuotientRemainder(num_collisions=1000)),
-        ...     EmbeddingBagConfig(name="t_country", feature_names=["country"], num_embeddings=250, embedding_dim=4)])
-        >>> out = ebc(KeyedJaggedTensor(keys=["user", "country"], values=torch.tensor([999_999, 5, 7, 249]),
-        ...                             lengths=torch.tensor([2, 0, 1, 1])))
-        >>> out.keys(), tuple(out.values().shape)
-        (['user', 'country'], (2, 12))
-        >>> out["user"][1].tolist()
-        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        ...     CompositionalEmbeddingBagConfig(name="t_user", feature_names=["user"], num_embeddings=6,
+        ...         embedding_dim=4, partitions=QuotientRemainder(num_collisions=2),
+        ...         init_fn=[rows_of(1., 2., 3.), rows_of(1., 10.)]),
+        ...     EmbeddingBagConfig(name="t_country", feature_names=["country"], num_embeddings=250, embedding_dim=8)])
+        >>> #         bag 0   bag 1
+        >>> # user    [0, 5]  [4]
+        >>> # country [249]   []
+        >>> out = ebc(KeyedJaggedTensor(keys=["user", "country"], values=torch.tensor([0, 5, 4, 249]),
+        ...                             lengths=torch.tensor([2, 1, 1, 0])))
+        >>> out["user"]  # 1 · 1 + 3 · 10 for ids 0 and 5, and 2 · 10 for id 4
+        tensor([[31., 31., 31., 31.],
+                [20., 20., 20., 20.]], grad_fn=<...>)
+        >>> out.keys(), out["country"][1].tolist()
+        (['user', 'country'], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Looks up, composes and pools a batch; see the class."""
+        """Returns the pooled embeddings of a batch (B, ΣD): see the class."""
         features = maybe_td_to_kjt(features, None)
         inverse_indices = reorder_inverse_indices(
             features.inverse_indices_or_none(), [space.feature for space in self._id_spaces]
@@ -100,19 +107,19 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         )
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew by its config; parameters on the meta device stay as they are."""
+        """Draws every parameter anew by its config, except on the meta device."""
         init_tables(self.embedding_bags)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """Returns the logical configs: S rows and D columns per table, as the model sees it."""
+        """Returns the configs, with S rows and D columns per table."""
         return self._tables
 
     def embedding_configs(self) -> list[EmbeddingBagConfig]:
-        """As `embedding_bag_configs`: by this name TorchRec's managed collision asks collections not of its own."""
+        """Returns `embedding_bag_configs`. TorchRec's managed collision calls this method."""
         return self.embedding_bag_configs()
 
     def is_weighted(self) -> bool:
-        """Returns whether the batch's weights are used."""
+        """Returns whether the collection uses the batch's weights."""
         return self._is_weighted
 
     @property
@@ -121,7 +128,7 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return device_of(self)
 
 
-# Recorded as calls by `torch.fx`: the first looks at ids, the others are TorchRec's and wrapped in its own module.
+# `torch.fx` records calls, because the first reads ids, and TorchRec wraps the others in its own module.
 torch.fx.wrap("bags_of")
 torch.fx.wrap("process_pooled_embeddings")
 torch.fx.wrap("reorder_inverse_indices")

@@ -1,4 +1,4 @@
-"""The unpooled collection: TorchRec's ``EmbeddingCollection``, whose tables may be compositional."""
+"""The collection without pooling: TorchRec's ``EmbeddingCollection`` with plain and compositional tables."""
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -17,38 +17,42 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
 
         values[n] = compose_j( W_j[p_j(x_n)] )
 
-    (arXiv:1909.02107, sections 3 and 4; TorchRec's ``EmbeddingCollection`` where t is plain).
+    (arXiv:1909.02107, sections 3 and 4). A plain table is TorchRec's, with K = 1.
 
-    Shapes: input ``KeyedJaggedTensor`` of F features × B bags; output per feature (N, D) fp32 with the feature's own
-    lengths (B,). A feature that several tables share is called ``<feature>@<table>``. Tables may differ in D.
+    Shapes: the input is a ``KeyedJaggedTensor`` of F features × B bags. The output per feature is (N, D) fp32 with the
+    feature's lengths (B,). A feature of several tables has the names ``<feature>@<table>``. Tables may differ in D.
 
-    ``state_dict`` keys: ``embeddings.<table>.partition_<j>.weight`` (|P_j|, D_j) and
-    ``embeddings.<table>.fingerprint`` of a compositional table; ``embeddings.<table>.weight`` of a plain one.
+    The ``state_dict`` has ``embeddings.<table>.partition_<j>.weight`` (|P_j|, D_j) and
+    ``embeddings.<table>.fingerprint`` for a compositional table, and ``embeddings.<table>.weight`` for a plain one.
 
     Args:
-        tables: ``EmbeddingConfig`` and `CompositionalEmbeddingConfig`, in any mix.
-        device: of the parameters; ``torch.device("meta")`` for later materialisation.
-        need_indices: whether each output also carries its ids, as TorchRec does, in ``weights()``.
+        tables (list[EmbeddingConfig]): ``EmbeddingConfig`` and `CompositionalEmbeddingConfig`, in any mix.
+        device (torch.device | None): the device of the parameters, which may be ``torch.device("meta")``.
+        need_indices (bool): whether ``weights()`` of each output has its ids, as in TorchRec.
 
     Raises:
-        ValueError: a table name that occurs twice.
+        ValueError: a table name occurs twice.
         KeyError: the batch lacks a feature.
-        IndexError: an id outside [0, S), unless the table's ``out_of_range`` says otherwise. On CUDA nothing waits for
-            the device: the id adds nothing, and a later call raises, at the latest `torchrec_qr.raise_pending`.
-        TypeError: ids that are not integers.
+        IndexError: an id is outside [0, S), and the table's ``out_of_range`` is ``"error"``. On CUDA the id adds
+            nothing, and a later call raises, at the latest `torchrec_qr.raise_pending`.
+        TypeError: ids are not integers.
 
     Example:
         >>> import torch
         >>> from torchrec import KeyedJaggedTensor
         >>> from torchrec_qr import CompositionalEmbeddingCollection, CompositionalEmbeddingConfig, QuotientRemainder
+        >>> def rows_of(*values):
+        ...     return lambda weight: weight.data.copy_(torch.tensor(values).unsqueeze(1))
         >>> ec = CompositionalEmbeddingCollection(tables=[
-        ...     CompositionalEmbeddingConfig(name="t_item", feature_names=["item"], num_embeddings=1000,
-        ...         embedding_dim=8, partitions=QuotientRemainder(num_collisions=10))])
-        >>> out = ec(KeyedJaggedTensor(keys=["item"], values=torch.tensor([7, 7, 999]), lengths=torch.tensor([2, 1])))
-        >>> tuple(out["item"].values().shape), out["item"].lengths().tolist()
-        ((3, 8), [2, 1])
-        >>> bool((out["item"].values()[0] == out["item"].values()[1]).all())
-        True
+        ...     CompositionalEmbeddingConfig(name="t_item", feature_names=["item"], num_embeddings=6, embedding_dim=4,
+        ...         partitions=QuotientRemainder(num_collisions=2), init_fn=[rows_of(1., 2., 3.), rows_of(1., 10.)])])
+        >>> out = ec(KeyedJaggedTensor(keys=["item"], values=torch.tensor([0, 5, 4]), lengths=torch.tensor([2, 1])))
+        >>> out["item"].values()  # 1 · 1, 3 · 10 and 2 · 10
+        tensor([[ 1.,  1.,  1.,  1.],
+                [30., 30., 30., 30.],
+                [20., 20., 20., 20.]], grad_fn=<...>)
+        >>> out["item"].lengths()
+        tensor([2, 1])
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Looks up and composes a batch; see the class."""
+        """Returns the embeddings of a batch by feature: see the class."""
         bags = bags_of(maybe_td_to_kjt(features, None), self._id_spaces, False)
         names = [name for names in self._embedding_names_by_table for name in names]
         return {
@@ -76,11 +80,11 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         }
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew by its config; parameters on the meta device stay as they are."""
+        """Draws every parameter anew by its config, except on the meta device."""
         init_tables(self.embeddings)
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
-        """Returns the logical configs: S rows and D columns per table, as the model sees it."""
+        """Returns the configs, with S rows and D columns per table."""
         return self._embedding_configs
 
     def embedding_names_by_table(self) -> list[list[str]]:
@@ -99,7 +103,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         return next(iter(dims.values()))
 
     def need_indices(self) -> bool:
-        """Returns whether each output also carries its ids."""
+        """Returns whether each output has its ids."""
         return self._need_indices
 
     @property
@@ -108,5 +112,5 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         return device_of(self)
 
 
-# Recorded as a call by `torch.fx`: it looks at the values of ids.
+# `torch.fx` records a call, because the function reads the values of ids.
 torch.fx.wrap("bags_of")

@@ -1,4 +1,4 @@
-"""The tables of a collection: parameters of compositional ones, and the lookup of one feature in either kind."""
+"""The tables of a collection, plain and compositional, and the lookup of one feature in a table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -9,34 +9,29 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
 
-from torchrec_qr.configs import (
-    DTYPES,
-    CompositionalConfig,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingConfig,
-    InitFn,
-)
+from torchrec_qr.configs import DTYPES, CompositionalConfig, InitFn, is_compositional
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.arguments import Batch
-from torchrec_qr.ops.description import Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup import look_up
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions.class_map import class_map_on
 
 
 class _Table:
-    """What ``DistributedModelParallel`` asks a module for that holds parameters, has left the meta device and is not
-    sharded: `reset_parameters`, here by the config. Without it they are whatever lay in memory; torch's own draws
-    N(0, 1) for a plain table.
+    """A module with a parameter that `reset_parameters` draws by the table's config.
+
+    ``DistributedModelParallel`` calls that method after it moves a module from the meta device, unless the module is
+    sharded. torch's own method of a plain table draws N(0, 1).
     """
 
     init_fn: InitFn | None = None
     description: Description
 
     def reset_parameters(self) -> None:
-        if self.init_fn is not None:  # which torch's constructors do not know of
+        if self.init_fn is not None:  # torch's constructors call this before it is set
             self.init_fn(_weight(cast(nn.Module, self)))
 
 
@@ -45,7 +40,7 @@ class PlainEmbeddingBag(_Table, nn.EmbeddingBag):
 
 
 class PlainEmbedding(_Table, nn.Embedding):
-    """A plain table of a collection of sequences."""
+    """A plain table of a collection without pooling."""
 
 
 class _Partition(_Table, nn.Module):
@@ -57,10 +52,10 @@ class _Partition(_Table, nn.Module):
 
 
 class CompositionalTable(nn.Module):
-    """The K partitions of one table, each a real parameter ``partition_<j>.weight`` (|P_j|, columns of partition j).
+    """The K partitions of one table, each a parameter ``partition_<j>.weight`` (|P_j|, D_j).
 
-    Its ``state_dict`` also holds ``fingerprint`` (see `torchrec_qr.fingerprint`); `build_tables` refuses to load that
-    of another meaning. An explicit map follows the parameters to their device, and is no part of the ``state_dict``.
+    Its ``state_dict`` also has the ``fingerprint``: see `torchrec_qr.fingerprint`. `build_tables` refuses to load
+    another one. A class map moves with the parameters to their device, and the ``state_dict`` does not have it.
     """
 
     fingerprint: Tensor
@@ -74,7 +69,7 @@ class CompositionalTable(nn.Module):
             self.add_module(f"partition_{j}", _Partition(partition, device))
         self.register_buffer("fingerprint", None)
         self.set_constants(device)
-        # After `load_state_dict(assign=True)`, which takes parameters off the meta device one by one.
+        # Restore constants, because `load_state_dict(assign=True)` moves parameters from the meta device one by one.
         self.register_load_state_dict_post_hook(_restore_constants)
 
     def weights(self) -> list[nn.Parameter]:
@@ -82,27 +77,45 @@ class CompositionalTable(nn.Module):
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
     def set_constants(self, device: torch.device) -> None:
-        """Makes anew what follows from the config alone: fingerprint and description, with its explicit map."""
+        """Makes the fingerprint and the description anew, which depend on the config and the device alone."""
         self.fingerprint = fingerprint(self.config).to(device)
-        # No buffer: `DistributedDataParallel` sends the buffers of a module to all ranks at every forward.
+        # Register no buffer, because `DistributedDataParallel` sends buffers to all ranks at every forward.
         class_map = class_map_on(self._partitions, device)
+        columns = dict(enumerate(self.config.partition_columns))
         self.description = Description(
-            [_layout(self.config)], [self.config.name], [] if class_map is None else [class_map]
+            [table_layout(self.config, columns)], [self.config.name], [] if class_map is None else [class_map]
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalTable":
         super()._apply(fn, recurse)
-        # Constants follow from the config: `to_empty`, with which meta modules are materialised, would lose them.
+        # Make constants anew, because `to_empty` of a module on the meta device loses their values.
         self.set_constants(device_of(self))
         return self
 
 
-def _layout(config: CompositionalConfig) -> TableLayout:
+def table_layout(
+    config: CompositionalConfig,
+    columns: Mapping[int, int],
+    first_rows: Mapping[int, int] | None = None,
+    num_features: int = 1,
+    code: CodeLayout | None = None,
+) -> TableLayout:
+    """Returns the layout of a compositional table in a lookup.
+
+    Args:
+        config (CompositionalConfig): the table.
+        columns (Mapping[int, int]): the columns of the partitions that are looked up.
+        first_rows (Mapping[int, int] | None): the first stored row of partitions, if it is not 0.
+        num_features (int): the features of the lookup that use the table.
+        code (CodeLayout | None): the row codes that travel, or None if ids do.
+    """
     any_id = config.out_of_range == "unchecked" and config.bound_partitions.class_map is None
     return TableLayout(
         config.operation,
-        partition_layouts(config.bound_partitions, dict(enumerate(config.partition_columns))),
+        partition_layouts(config.bound_partitions, columns, first_rows),
+        num_features,
         num_ids=-1 if any_id else config.num_embeddings,
+        code=code,
         path_hidden=config.path_hidden,
         path_activation=config.path_activation,
     )
@@ -115,12 +128,17 @@ def build_tables(
 ) -> nn.ModuleDict:
     """Returns a module per table, in order: a `CompositionalTable`, or ``plain`` for TorchRec's own configs.
 
-    As TorchRec, names a table's only feature after the table where ``feature_names`` is empty. Loading a state dict
-    with a table of another meaning raises before any table is loaded.
+    A table without ``feature_names`` has one feature of its own name, as in TorchRec. The result refuses a state dict
+    with another fingerprint before it loads any table.
+
+    Args:
+        tables (Sequence[BaseEmbeddingConfig]): the tables.
+        plain (type[PlainEmbedding] | type[PlainEmbeddingBag]): the module of a plain table.
+        device (torch.device | None): the device of the parameters.
 
     Raises:
-        ValueError: a table name that occurs twice; a data type that is none of FP32, FP16 and BF16; a pooling that is
-            none of SUM and MEAN.
+        ValueError: a table name occurs twice, a data type is none of FP32, FP16 and BF16, or a pooling is none of SUM
+            and MEAN.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
@@ -130,14 +148,14 @@ def build_tables(
             raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
         _check_allowed(config, "data_type", tuple(DTYPES))
         config.feature_names = config.feature_names or [config.name]
-        if isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig):
+        if is_compositional(config):
             modules[config.name] = CompositionalTable(config, device)
             continue
         as_torchrec: dict[str, Any] = {}
         if isinstance(config, EmbeddingBagConfig):
             _check_allowed(config, "pooling", (PoolingType.SUM, PoolingType.MEAN))
             as_torchrec = {"mode": config.pooling.value.lower(), "include_last_offset": True}
-        # torch's own initial values are not drawn, so that a seed gives the same ones on the meta device and off it.
+        # Draw no values of torch's own, so that a seed has the same values with and without the meta device.
         table = skip_init(
             plain,
             config.num_embeddings,
@@ -161,7 +179,7 @@ def _check_allowed(config: BaseEmbeddingConfig, field: str, allowed: tuple[Enum,
 
 
 def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
-    """Returns the id space of every feature of every table, in order; plain tables take ``"error"``."""
+    """Returns the id space of every feature of every table, in order. The policy of plain tables is ``"error"``."""
     return [
         IdSpace(t.name, feature, t.num_embeddings, getattr(t, "out_of_range", "error"))
         for t in tables
@@ -170,21 +188,21 @@ def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
 
 
 def init_tables(tables: nn.Module) -> None:
-    """Draws initial values, table after table and partition after partition; none on the meta device."""
+    """Draws initial values, table by table and partition by partition, except on the meta device."""
     for table in tables.modules():
         if isinstance(table, _Table) and device_of(table).type != "meta":
             table.reset_parameters()
 
 
 def embed(table: nn.Module, ids: Tensor) -> Tensor:
-    """Returns (N, D) fp32: the embedding of each id (N,) in a table of either kind."""
+    """Returns the embedding of each id (N,) in a plain or compositional table, (N, D) fp32."""
     tables, weights = _described(table)
-    # All fields, here and below, because the compiler of torch 2.11 loses the defaults of named tuples.
+    # Pass all fields, because the compiler of torch 2.11 loses the defaults of named tuples.
     return look_up(tables, weights, Batch(ids, None, None, False, None, None)).view(-1, tables.columns)
 
 
 def sum_bags_of(table: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns (B, D) fp32: per bag, the weighted sum of its ids' embeddings in a table of either kind."""
+    """Returns the weighted sum of the embeddings of each bag in a plain or compositional table, (B, D) fp32."""
     return look_up(*_described(table), Batch(ids, offsets, weights, True, None, None))
 
 
@@ -195,12 +213,12 @@ def _described(table: nn.Module) -> tuple[Description, list[Tensor]]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Returns the device of a module's first parameter; the CPU where it has none."""
+    """Returns the device of a module's first parameter, or the CPU if there is none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _weight(module: nn.Module) -> nn.Parameter:
-    # Not `get_parameter`, which looks at the type: `torch.fx` traces attributes, and its proxies are no parameters.
+    # Do not call `get_parameter`, because it checks the type, and the proxies of `torch.fx` are no parameters.
     return cast(nn.Parameter, module.weight)
 
 
@@ -214,5 +232,5 @@ def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:
     table.set_constants(device_of(table))
 
 
-# Recorded as a call by `torch.fx`: which backend runs follows from the device, at run time.
+# `torch.fx` records a call, because the backend depends on the device at run time.
 torch.fx.wrap("look_up")

@@ -1,4 +1,4 @@
-"""The tables of a model that a plan must place, as the sharders show them."""
+"""The tables of a model that its sharders offer to a planner."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,13 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_qr.configs import (
-    DTYPES,
-    CompositionalConfig,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingConfig,
-)
+from torchrec_qr.configs import DTYPES, CompositionalConfig, is_compositional
 from torchrec_qr.planner.error_kinds import WRONG_INPUT
 
 
 @dataclass(frozen=True)
-class StoredPartition:
-    """Shape and type of one partition; ``is_base``: it is the one that is split where rows are."""
+class PartitionShape:
+    """The shape and type of one partition. ``is_base`` marks the one whose rows a plan may split."""
 
     rows: int
     columns: int
@@ -39,19 +34,20 @@ class PlannedTable:
     """One logical table.
 
     Args:
-        path: of its module in the model.
-        name: of the table.
-        parameter: what the sharder shows: (S, D), or the (R, D) placeholder of a compositional table.
-        module: the collection.
-        sharder: of that module.
-        config: of a compositional table; None for a plain one.
-        num_embeddings: S.
-        num_features: that look up in it.
-        is_pooled: bags or sequences.
-        is_weighted: per-sample weights come along.
-        constraints: TorchRec's, of the user.
-        ranks: on which it may lie; None: on any.
-        fused_params: of its optimizer in backward, by FBGEMM's names.
+        path (str): the path of its module in the model.
+        name (str): its name.
+        parameter (nn.Parameter): the parameter that the sharder shows: (S, D), or the (R, D) placeholder of a
+            compositional table.
+        module (nn.Module): the collection.
+        sharder (ModuleSharder[Any]): the sharder of that module.
+        config (CompositionalConfig | None): None for a plain table.
+        num_embeddings (int): S.
+        num_features (int): the features that use the table.
+        is_pooled (bool): whether lookups return bags, not sequences.
+        is_weighted (bool): whether ids have weights.
+        constraints (ParameterConstraints | None): the user's constraints.
+        ranks (tuple[int, ...] | None): the ranks that may own its shards. None means all.
+        fused_params (Mapping[str, Any]): the fused optimizer's options by FBGEMM's names.
     """
 
     path: str
@@ -70,7 +66,7 @@ class PlannedTable:
 
     @property
     def rows(self) -> int:
-        """R, physical."""
+        """The rows of the parameter: R, or S for a plain table."""
         return int(self.parameter.shape[0])
 
     @property
@@ -80,21 +76,21 @@ class PlannedTable:
 
     @property
     def fqn(self) -> str:
-        """Tells tables of two modules with one name apart."""
+        """The path and name, because tables of two modules may have one name."""
         return f"{self.path}.{self.name}"
 
     @property
     def bytes_full(self) -> int:
-        """Of the values of the table that this one stands for: S · D, in its data type."""
+        """The bytes of S · D values in the table's data type."""
         return self.num_embeddings * self.columns * self.parameter.element_size()
 
     @cached_property
-    def partitions(self) -> list["StoredPartition"]:
-        """What a compositional table consists of."""
+    def partitions(self) -> list[PartitionShape]:
+        """The partitions of a compositional table."""
         assert self.config is not None
         base = self.config.base_partition
         return [
-            StoredPartition(rows, columns, DTYPES[data_type], j == base)
+            PartitionShape(rows, columns, DTYPES[data_type], j == base)
             for j, (rows, columns, data_type) in enumerate(
                 zip(
                     self.config.bound_partitions.sizes,
@@ -107,7 +103,7 @@ class PlannedTable:
 
     @cached_property
     def inputs_per_sample(self) -> list[float]:
-        """Ids per sample, of each feature; a single pooling factor is of all features together."""
+        """The ids per sample of each feature. A single pooling factor counts all features together."""
         if self.constraints is None:
             return [1.0] * self.num_features
         given = [float(x) for x in self.constraints.pooling_factors]
@@ -115,7 +111,7 @@ class PlannedTable:
         total = [x * n for x, n in zip(given, polls, strict=False)]
         if len(total) == self.num_features:
             return total
-        # TorchRec's own default is a list of one, whatever the number of features: one id of each.
+        # Count one id for each feature, because TorchRec's default is a list of one, whatever their number.
         if given == [1.0] and self.constraints.num_poolings is None:
             return [1.0] * self.num_features
         return [sum(total) / self.num_features] * self.num_features
@@ -129,8 +125,14 @@ def find_tables(
 ) -> list[PlannedTable]:
     """Returns every table of every module that has a sharder, in the order of the model.
 
+    Args:
+        model (nn.Module): the model.
+        sharders (Sequence[ModuleSharder[Any]]): the sharders.
+        constraints (Mapping[str, ParameterConstraints] | None): constraints by table.
+        ranks (Mapping[str, Sequence[int]] | None): the ranks that may own a table's shards, by table.
+
     Raises:
-        PlannerError: there is none; or constraints name tables that are not there.
+        PlannerError: there is no table, or constraints name a table that the model does not have.
     """
     constraints, ranks = constraints or {}, ranks or {}
     by_type = {sharder_name(sharder.module_type): sharder for sharder in sharders}
@@ -148,7 +150,6 @@ def find_tables(
         for name, parameter in parameters.items():
             config = configs.get(name)
             of_table = constraints.get(name)
-            is_compositional = isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
             tables.append(
                 PlannedTable(
                     path=path,
@@ -156,7 +157,7 @@ def find_tables(
                     parameter=parameter,
                     module=module,
                     sharder=sharder,
-                    config=config if is_compositional else None,  # type: ignore[arg-type]
+                    config=config if is_compositional(config) else None,
                     num_embeddings=parameter.shape[0] if config is None else config.num_embeddings,
                     num_features=1 if config is None else max(len(config.feature_names), 1),
                     is_pooled=is_pooled,
@@ -186,7 +187,7 @@ def find_tables(
 
 
 def _configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
-    """By name; also those of a collection inside of TorchRec's feature processors."""
+    """Returns configs by name, also those of a collection inside TorchRec's feature processors."""
     for m in (module, *module.children()):
         for attribute in ("embedding_bag_configs", "embedding_configs"):
             configs = getattr(m, attribute, None)
@@ -197,11 +198,11 @@ def _configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
 
 def _is_weighted(module: nn.Module) -> bool:
     is_weighted = getattr(module, "is_weighted", None)
-    return bool(is_weighted()) if callable(is_weighted) else False
+    return callable(is_weighted) and bool(is_weighted())
 
 
 def _fused_params(sharder: ModuleSharder[Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """As TorchRec's sharding infos merge them: those of the parameter over those of its sharder."""
+    """Returns the options that TorchRec merges: those of the parameter replace those of its sharder."""
     attached: dict[str, Any] = copy.copy(getattr(parameter, "_optimizer_kwargs", [{}])[0])
     optimizer = getattr(parameter, "_optimizer_classes", [None])[0]
     if optimizer is not None:
@@ -211,7 +212,7 @@ def _fused_params(sharder: ModuleSharder[Any], parameter: nn.Parameter) -> dict[
 
 
 def optimizer_of(table: PlannedTable) -> EmbOptimType:
-    """The optimizer in backward of a table; what FBGEMM takes where none is given."""
+    """Returns the fused optimizer of a table, FBGEMM's default if none is given."""
     optimizer: EmbOptimType = table.fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
     return optimizer
 
