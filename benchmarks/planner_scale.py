@@ -65,13 +65,13 @@ def planned(tables: int, ranks: int) -> dict[str, float]:
     )
     start = time.process_time()
     fused = {"optimizer": EmbOptimType.EXACT_ADAGRAD}
-    placed = planner.propose(module, [CompositionalEmbeddingBagCollectionSharder(fused)])
-    plan: Any = placed.sharding_plan().plan[""]
+    estimated = planner.propose(module, [CompositionalEmbeddingBagCollectionSharder(fused)])
+    plan: Any = estimated.sharding_plan().plan[""]
     seconds = time.process_time() - start
     if len(plan) != tables:
         raise RuntimeError(f"{len(plan)} of {tables} tables planned")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"cpu_seconds": seconds, "gib": memory, "balance": placed.ranks.balance}
+    return {"cpu_seconds": seconds, "gib": memory, "balance": estimated.ranks.balance}
 
 
 def in_a_process(tables: int, ranks: int) -> dict[str, float]:

@@ -46,14 +46,14 @@ def test_the_search_gives_up_a_sharding_type_that_no_table_alone_would_leave() -
         # Replicating each saves little of its work, and all together cost one reduction.
         hardware = replace(hardware_named("h100"), replication_ms=replication_ms)
         made = CompositionalEmbeddingShardingPlanner(hardware.topology(4), 8192, hardware=hardware)
-        placed = made.propose(collection([qr(f"t{i}", 100_000, 300) for i in range(8)]), sharders())
-        return {p.option.sharding_type for p in placed.tables}
+        estimated = made.propose(collection([qr(f"t{i}", 100_000, 300) for i in range(8)]), sharders())
+        return {p.option.sharding_type for p in estimated.tables}
 
     assert types(0.0) == {"data_parallel"}
     assert "data_parallel" not in types(50.0)
 
 
 def test_one_rank_a_host_makes_hosted_types_pointless() -> None:
-    placed = planner(4, 1).propose(collection([qr("t", 10_000_000)]), sharders())
-    offered = {o.sharding_type for o in placed.tables[0].choices}
+    estimated = planner(4, 1).propose(collection([qr("t", 10_000_000)]), sharders())
+    offered = {o.sharding_type for o in estimated.tables[0].choices}
     assert offered == {"table_wise", "column_wise", "row_wise", "data_parallel"}

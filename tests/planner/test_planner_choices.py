@@ -19,45 +19,45 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.distributed import get_default_sharders
-from torchrec_qr.planner.placement import PlacedModel
+from torchrec_qr.planner.estimated_plan import EstimatedPlan
 
 CLUSTERS = {8: (8, 8), 16: (16, 8), 64: (64, 8)}
 
 
-def types_of(placed: PlacedModel) -> dict[str, str]:
-    return {p.table.name: p.option.sharding_type for p in placed.tables}
+def types_of(estimated: EstimatedPlan) -> dict[str, str]:
+    return {p.table.name: p.option.sharding_type for p in estimated.tables}
 
 
 @pytest.mark.parametrize("ranks", CLUSTERS)
 def test_work_is_balanced(ranks: int) -> None:
     for tables, constraints in (mlperf(), zipf(1000)):
-        placed = planner(*CLUSTERS[ranks], constraints=constraints).propose(collection(tables), sharders())
-        assert len(placed.tables) == len(tables)
-        assert placed.ranks.balance <= 1.05
-        assert max(placed.ranks.memory) <= min(placed.reserved)
+        estimated = planner(*CLUSTERS[ranks], constraints=constraints).propose(collection(tables), sharders())
+        assert len(estimated.tables) == len(tables)
+        assert estimated.ranks.balance <= 1.05
+        assert max(estimated.ranks.memory) <= min(estimated.reserved)
 
 
 @pytest.mark.parametrize("ranks", CLUSTERS)
 def test_work_is_balanced_without_data_parallel(ranks: int) -> None:
     for tables, constraints in (mlperf(), zipf(1000)):
         forbidden = only(constraints, tables, SHARDED)
-        placed = planner(*CLUSTERS[ranks], constraints=forbidden).propose(collection(tables), sharders())
-        assert "data_parallel" not in types_of(placed).values()
-        assert placed.ranks.balance <= 1.05
+        estimated = planner(*CLUSTERS[ranks], constraints=forbidden).propose(collection(tables), sharders())
+        assert "data_parallel" not in types_of(estimated).values()
+        assert estimated.ranks.balance <= 1.05
 
 
 def replicated(num_collisions: int, num_embeddings: int, ranks: int = 16) -> tuple[set[str], float, float]:
     """What tables of a size all become, and what one costs a rank replicated and sharded at best."""
     tables = [qr(f"t{i}", num_embeddings, num_collisions) for i in range(ranks)]
-    placed = planner(ranks, 8, without_fixed_costs=True).propose(collection(tables), sharders())
-    choices = placed.tables[0].choices
+    estimated = planner(ranks, 8, without_fixed_costs=True).propose(collection(tables), sharders())
+    choices = estimated.tables[0].choices
     replicate = next(o.mean_work for o in choices if o.sharding_type == "data_parallel")
     shard = min(o.mean_work for o in choices if o.sharding_type != "data_parallel")
-    return set(types_of(placed).values()), replicate, shard
+    return set(types_of(estimated).values()), replicate, shard
 
 
 def test_data_parallel_is_chosen_exactly_where_it_is_cheaper() -> None:
-    # More collisions, fewer rows to reduce; what is exchanged stays.
+    # More collisions, fewer rows to reduce; the embeddings that travel stay.
     low, high = 2, 3000
     while high - low > 1:
         middle = (low + high) // 2
@@ -75,10 +75,10 @@ def test_data_parallel_is_chosen_exactly_where_it_is_cheaper() -> None:
 def test_tables_of_least_rows_are_all_replicated_and_say_what_that_saves() -> None:
     tables, constraints = mlperf()
     least = [qr(t.name, t.num_embeddings, max(2, round(t.num_embeddings**0.5))) for t in tables]
-    placed = planner(64, 8, constraints=constraints).propose(collection(least), sharders())
-    assert set(types_of(placed).values()) == {"data_parallel"}
-    for p in placed.tables:
-        reduce_ms = p.option.blocks[0].runs[0].cost.reduce_ms
+    estimated = planner(64, 8, constraints=constraints).propose(collection(least), sharders())
+    assert set(types_of(estimated).values()) == {"data_parallel"}
+    for p in estimated.tables:
+        reduce_ms = p.option.blocks[0].shards[0].cost.reduce_ms
         assert reduce_ms > 0
         assert f"all-reduce {reduce_ms:.3g} ms" in p.why
         assert "all-to-all" in p.why
@@ -106,8 +106,8 @@ def test_what_a_sharder_would_refuse_is_not_planned() -> None:
     ids = torch.arange(10_000)
     classes = torch.stack([ids % 100, ids // 100])
     path = table("path", ExplicitPartitions(classes), 10_000, dim=16, operation="path", path_hidden=4)
-    placed = planner(16, 8).propose(collection([path, qr("t", 10_000_000)]), sharders())
-    offered = {o.sharding_type for o in placed.tables[0].choices}
+    estimated = planner(16, 8).propose(collection([path, qr("t", 10_000_000)]), sharders())
+    offered = {o.sharding_type for o in estimated.tables[0].choices}
     assert offered == {"table_wise", "row_wise", "table_row_wise", "data_parallel"}
 
 
@@ -130,7 +130,7 @@ def test_sequences_are_planned_with_one_width_of_columns() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize(("seed", "without_fixed_costs"), [(0, False), (1, True)])
-def test_plain_tables_are_placed_no_worse_than_by_torchrec(ranks: int, seed: int, without_fixed_costs: bool) -> None:
+def test_plans_of_plain_tables_are_no_worse_than_torchrecs(ranks: int, seed: int, without_fixed_costs: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(1000, 5_000_000, (12,), generator=generator).tolist()
     poolings = torch.randint(1, 60, (12,), generator=generator).tolist()

@@ -62,8 +62,8 @@ def test_the_number_of_ranks_said_to_fit_does_and_one_node_less_does_not() -> No
 @pytest.mark.parametrize(
     ("sharding_types", "said"),
     [
-        (["grid"], "table 't': no way of placing it is left; its sharder offers table_wise"),
-        (["data_parallel"], "table 't': no way of placing it is left; .* on ranks 0"),
+        (["grid"], "table 't': no sharding type is left; its sharder offers table_wise"),
+        (["data_parallel"], "table 't': no sharding type is left; .* on ranks 0"),
     ],
 )
 def test_constraints_that_leave_nothing_are_named(sharding_types: list[str], said: str) -> None:
@@ -102,8 +102,8 @@ def test_clusters_that_are_none_are_named() -> None:
     ("argument", "said"),
     [
         ("enumerator", "constraints narrow"),
-        ("proposer", "constraints tell it where"),
-        ("partitioner", "`ranks` tells it where"),
+        ("proposer", "`constraints` and `ranks` narrow"),
+        ("partitioner", "`ranks` narrows"),
         ("performance_model", "`topology` and `hardware`"),
         ("stats", "`propose` returns all estimates"),
         ("callbacks", "change the plan"),

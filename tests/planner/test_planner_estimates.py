@@ -40,7 +40,7 @@ def work_of_stock(option: ShardingOption) -> list[float]:
 
 
 def work_of(option: Option) -> list[float]:
-    return [run.cost.work_ms for block in option.blocks for run in block.runs for _ in range(run.count)]
+    return [s.cost.work_ms for block in option.blocks for s in block.shards for _ in range(s.count)]
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
@@ -57,9 +57,9 @@ def test_plain_tables_take_the_bytes_that_torchrec_estimates() -> None:
     config = plain("t", 1_000_003)
     ours, stock = options_of(config), stock_options(config)
     for sharding_type in TYPES:
-        runs = [run for block in ours[sharding_type].blocks for run in block.runs for _ in range(run.count)]
+        shards = [s for block in ours[sharding_type].blocks for s in block.shards for _ in range(s.count)]
         bytes_of_stock = [shard.storage.hbm for shard in stock[sharding_type].shards if shard.storage is not None]
-        without_state = [run.cost.memory - run.cost.optimizer for run in runs]
+        without_state = [s.cost.memory - s.cost.optimizer for s in shards]
         assert without_state == pytest.approx(bytes_of_stock, rel=1e-6), sharding_type
 
 
@@ -87,8 +87,8 @@ def test_k_rows_are_read_and_one_per_bag_travels() -> None:
         "data_parallel": (1, 128, 1.0),
     }
     for sharding_type, (ranks, columns, penalty) in read.items():
-        (a, *_), (b, *_) = one[sharding_type].blocks[0].runs, two[sharding_type].blocks[0].runs
-        assert b.cost.exchange_ms == pytest.approx(a.cost.exchange_ms), sharding_type
+        (a, *_), (b, *_) = one[sharding_type].blocks[0].shards, two[sharding_type].blocks[0].shards
+        assert b.cost.comms_ms == pytest.approx(a.cost.comms_ms), sharding_type
         forward = 8192 * 7 * ranks * columns * 4 * penalty / (3350e9 / 1e3)
         assert b.cost.lookup_ms - a.cost.lookup_ms == pytest.approx(3 * forward), sharding_type
 
@@ -107,10 +107,10 @@ def test_explicit_maps_are_counted_where_they_are_needed() -> None:
     config = table("t", ExplicitPartitions(torch.stack([ids % 100, ids // 100])), 10_000)
     size = config.bound_partitions.class_map.nbytes  # type: ignore[union-attr]
     options = options_of(config)
-    assert options["table_wise"].blocks[0].runs[0].cost.maps == size
+    assert options["table_wise"].blocks[0].shards[0].cost.maps == size
     assert options["table_wise"].everywhere.maps == 0
     assert options["row_wise"].everywhere.maps == size  # the source rank encodes ids, and a shard reads the same copy
-    assert options["row_wise"].blocks[0].runs[0].cost.maps == 0
+    assert options["row_wise"].blocks[0].shards[0].cost.maps == 0
     on_cpu = options_of(config, device="cpu")
     assert on_cpu["table_wise"].everywhere.maps == size  # one tensor in each process, whatever the plan
-    assert on_cpu["table_wise"].blocks[0].runs[0].cost.maps == 0
+    assert on_cpu["table_wise"].blocks[0].shards[0].cost.maps == 0

@@ -24,8 +24,8 @@ require(HOOKS)
 def get_default_sharders() -> list[ModuleSharder[Any]]:
     """Returns TorchRec's default sharders and ours, for ``DistributedModelParallel(model, sharders=…)``.
 
-    Of ``FeatureProcessedEmbeddingBagCollection`` too with a compositional collection inside; managed collisions in
-    front of one are refused by name.
+    They also shard a ``FeatureProcessedEmbeddingBagCollection`` of a compositional collection. They refuse managed
+    collisions in front of one.
 
     Example:
         >>> from torchrec_qr.distributed import get_default_sharders

@@ -1,12 +1,11 @@
-"""Checkpoints of `torch.distributed.checkpoint` (DCP) that are written while training goes on.
+"""Checkpoints of `torch.distributed.checkpoint` (DCP) that a thread writes while training goes on.
 
-``torch.distributed.checkpoint.async_save`` as it is cannot be used with what TorchRec's state dicts hold:
+``torch.distributed.checkpoint.async_save`` does not work with TorchRec's state dicts:
 
-- Its stager refuses a ``ShardedTensor`` (``torch function 'data_ptr' … not supported``), of TorchRec's own tables too.
-- Its thread talks to the other ranks over the default process group, where training talks at the same time. The ranks'
-  messages then mix.
+- Its stager refuses a ``ShardedTensor`` (``torch function 'data_ptr' … not supported``), also of TorchRec's own tables.
+- Its thread sends messages over the default process group, where they mix with those of training.
 
-`async_save` stages by itself, and requires a group of its own.
+`async_save` copies the values itself, and requires a process group of its own.
 """
 
 import copy
@@ -33,23 +32,26 @@ def async_save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
 ) -> "Future[Any]":
-    """Saves as ``torch.distributed.checkpoint.async_save`` does: the values of this moment, written in a thread.
+    """Copies all values into the host's memory, and returns while a thread writes them.
 
-    All values are copied into the host's memory before this returns; training may then step them in place. Wait for
-    the result before the next call, and before a checkpoint counts as written. The
-    checkpoint loads by `torchrec_qr.distributed.checkpoint.load`, under any plan and world size.
+    Training may step the values in place afterwards. Wait for the result before the next call, and before the
+    checkpoint counts as written. `torchrec_qr.distributed.checkpoint.load` loads it under any plan and world size.
 
     Args:
-        state_dict: of modules and optimizers, or what their ``state_dict()`` returned.
-        checkpoint_id, storage_writer, no_dist: as DCP's. A URL such as ``s3://bucket/step_8`` is written by fsspec.
-        process_group: a gloo group of all ranks that nothing else uses: ``dist.new_group(backend="gloo")``, made once.
+        state_dict (dict[str, Any]): modules and optimizers, or their state dicts.
+        checkpoint_id (str | os.PathLike[str] | None): a folder, or a URL such as ``s3://bucket/step_8``, which fsspec
+            writes.
+        storage_writer (StorageWriter | None): DCP's.
+        process_group (dist.ProcessGroup | None): a gloo group of all ranks that nothing else uses. Make it once, by
+            ``dist.new_group(backend="gloo")``.
+        no_dist (bool): whether this process saves alone.
 
     Returns:
-        A future of DCP's metadata, which raises what went wrong, on every rank.
+        Future[Any]: the future of DCP's metadata, which raises any failure on every rank.
 
     Raises:
-        ValueError: no group, the default group, or one without gloo.
-        TypeError: a ``DTensor``, which is not copied.
+        ValueError: the group is missing, the default one, or one without gloo.
+        TypeError: a value is a ``DTensor``.
 
     Example:
         >>> import tempfile, torch
@@ -86,7 +88,7 @@ def _check_group(group: dist.ProcessGroup | None) -> None:
 
 
 class _HostCopies(AsyncStager):
-    """Copies all tensors into new host memory, those that lie there already too: rows are stepped in place."""
+    """Copies all tensors into new host memory, also those of the host, because training steps rows in place."""
 
     _synchronize_after_execute = False
 
@@ -95,10 +97,10 @@ class _HostCopies(AsyncStager):
         return copied
 
     def synchronize_staging(self) -> None:
-        """DCP calls this; the copies are made when `stage` returns."""
+        """Does nothing. DCP calls this, and `stage` has made the copies."""
 
     def close(self) -> None:
-        """DCP calls this; there is nothing to release."""
+        """Does nothing. DCP calls this, and there is nothing to release."""
 
 
 def _copied(value: Any, path: str) -> Any:

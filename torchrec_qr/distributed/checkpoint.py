@@ -1,13 +1,11 @@
-"""Loading a checkpoint of `torch.distributed.checkpoint` (DCP) into collections that are sharded in another way.
+"""Loading a checkpoint of `torch.distributed.checkpoint` (DCP) under another plan.
 
-``torch.distributed.checkpoint.save`` and ``load`` work as they are, across plans and world sizes, but for two things
-that they leave out, and that `load` adds:
+``torch.distributed.checkpoint.save`` and ``load`` work across plans and world sizes. `load` adds two things:
 
-- Tables of equal sizes may differ in meaning. DCP writes into the tensors of the state dict it is given, which are the
-  model's own; ``load_state_dict`` then raises for a fingerprint that differs, when the model's values are overwritten.
-  `load` compares fingerprints first, and writes nothing if one differs.
-- Rowwise optimizer state is kept per row and column shard, so that its size depends on the plan. DCP refuses another
-  size by name; `ColumnSplitLoadPlanner` converts.
+- Tables of equal sizes may have other fingerprints. DCP overwrites the model's values, and ``load_state_dict`` raises
+  afterwards. `load` compares fingerprints first, and writes nothing if one differs.
+- Rowwise optimizer state has one value per row and column shard, so that its size depends on the plan. DCP refuses
+  another size. `ColumnSplitLoadPlanner` converts the state.
 """
 
 import os
@@ -39,17 +37,20 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
 ) -> None:
-    """Loads as ``torch.distributed.checkpoint.load`` does, under any plan and world size; see the module.
+    """Loads what ``torch.distributed.checkpoint.load`` does, under any plan and world size: see the module.
 
     Args:
-        state_dict: of modules and optimizers, or what their ``state_dict()`` returned: then ``load_state_dict`` is
-            left to the caller.
-        checkpoint_id, storage_reader, process_group, no_dist: as DCP's.
+        state_dict (dict[str, Any]): modules and optimizers, or their state dicts. The caller then calls
+            ``load_state_dict``.
+        checkpoint_id (str | os.PathLike[str] | None): the folder or URL.
+        storage_reader (StorageReader | None): DCP's.
+        process_group (dist.ProcessGroup | None): DCP's.
+        no_dist (bool): whether this process loads alone.
 
     Raises:
-        ValueError: a table of the checkpoint has the name of one here but another meaning, D or sizes: names the
-            table and what differs. Nothing has been loaded then.
-        CheckpointException: of DCP, for whatever else does not fit.
+        ValueError: a table here and in the checkpoint has another fingerprint. The message has the table and what
+            differs, and nothing has been loaded.
+        CheckpointException: DCP finds another difference.
 
     Example:
         >>> import tempfile, torch
@@ -68,7 +69,7 @@ def load(
         ...
         ValueError: table 't': the checkpoint is of another table: grouping: saved strided, here adjacent
     """
-    # Take each state dict once: DCP would take new ones, and return the one that holds the fingerprints to be checked.
+    # Take each state dict once, because DCP would load into others than those with the fingerprints.
     states = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
     where: dict[str, Any] = {
         "checkpoint_id": checkpoint_id,
@@ -88,16 +89,16 @@ def load(
 
 
 class ColumnSplitLoadPlanner(DefaultLoadPlanner):
-    """DCP's ``DefaultLoadPlanner`` that also takes rowwise optimizer state across column splits.
+    """DCP's ``DefaultLoadPlanner`` that also converts rowwise optimizer state between column splits.
 
-    TorchRec keeps one h a row and column shard, with columns C of D, and saves the shards of all rows end to end. For
-    rowwise Adagrad, where h_C accumulates mean_{c ∈ C} g_c², state of shards A becomes that of shards B as
+    TorchRec has one value h_C for each row and each shard of columns C, and saves the shards end to end. Under rowwise
+    Adagrad h_C is the sum of mean_{c ∈ C} g_c² over steps. The state of shards A becomes that of shards B by
 
         h_B = Σ_A |A ∩ B| / |B| · h_A
 
-    which is exact where B is made of whole shards A, and copies h_A to the parts of a shard A that is split.
-    Each rank reads the whole saved state of the tables that need it, a D-th of their parameters or less, into host
-    memory, whatever the device of the state.
+    This is exact if B consists of whole shards A. If a plan splits a shard A, its parts get copies of h_A. Each rank
+    reads the whole saved state of a table that needs conversion into host memory. It is a D-th of the parameters or
+    less.
 
     Example:
         >>> from torchrec_qr.distributed.checkpoint import ColumnSplitLoadPlanner
@@ -128,8 +129,8 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
                 self.state_dict[key] = buffer
 
     def create_local_plan(self) -> LoadPlan:
-        # DCP's own guesses at checkpoints of before torch 2.4, by keys that this rank lacks: it may well own no shard
-        # of a table, and would lose the buffers above.
+        # Do not call DCP's method, because on a rank without shards of a table it assumes a checkpoint of before torch
+        # 2.4, and drops the buffers above.
         assert self.metadata is not None
         return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
 
@@ -142,19 +143,19 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
         key = read_item.dest_index.fqn
         self._unread[key] -= 1
         if key in self._conversions and not self._unread[key]:
-            self._conversions.pop(key).run()
+            self._conversions.pop(key).convert()
 
 
 @dataclass
 class _Conversion:
-    """Turns rowwise state ``read``, of column shards ``source`` end to end, into ``target`` of ``destination``."""
+    """Converts state ``read`` of column shards ``source`` into shards ``target`` of ``destination``."""
 
     destination: Tensor | ShardedTensor
     read: Tensor
     source: list[Columns]
     target: list[Columns]
 
-    def run(self) -> None:
+    def convert(self) -> None:
         by_shard = self.read.view(len(self.source), -1)
         rows = by_shard.shape[1]
         pieces: list[tuple[int, Tensor]] = [(0, self.destination)]
@@ -170,7 +171,7 @@ class _Conversion:
 
 
 class _FingerprintPlanner(DefaultLoadPlanner):
-    """Reads the fingerprints of a checkpoint alone, as they are, into tensors of its own."""
+    """Reads only the fingerprints of a checkpoint, into tensors of its own."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -191,7 +192,7 @@ class _FingerprintPlanner(DefaultLoadPlanner):
         return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def check(self) -> None:
-        """Raises ValueError for the first table of another meaning."""
+        """Raises ValueError for the first table with another fingerprint."""
         for key, own in self._own.items():
             check_fingerprint(key.split(".")[-2], self.state_dict[key], own)
 

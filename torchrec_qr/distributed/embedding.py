@@ -1,4 +1,4 @@
-"""The sharded unpooled collection and its sharder."""
+"""The sharded collection without pooling, and its sharder."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingColle
 
 
 class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, ShardedEmbeddingCollection):
-    """`CompositionalEmbeddingCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
+    """`CompositionalEmbeddingCollection`, sharded by a plan with one ``ParameterSharding`` per logical table.
 
-    TorchRec's ``ShardedEmbeddingCollection``; rows are looked up and composed on the ranks that own them, and D
-    floats per id come back, whatever K. Its ``state_dict`` has the keys of the unsharded module under every plan.
+    It is a ``ShardedEmbeddingCollection`` of TorchRec. Ranks look up and compose the rows that they own, and send D
+    floats per id, whatever K. The ``state_dict`` has the keys of the unsharded module under every plan.
     """
 
     _tables_attribute = "embeddings"
@@ -33,7 +33,7 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
     ) -> None:
         _check_column_widths(table_name_to_parameter_sharding)
         super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
-        # Keep the values of a module on a CPU, because TorchRec's collection of sequences does, unlike the pooled one.
+        # Keep the values of a module on a CPU, because TorchRec's collection does, unlike its pooled one.
         if module.device.type != "meta":
             self.load_state_dict(module.state_dict())
 
@@ -62,9 +62,9 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
         return super().input_dist(ctx, features)
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:
-        """Each id of a feature once, in the feature's first bag; TorchRec's own way exists on CUDA only.
+        """Puts each id of a feature once into the feature's first bag, because TorchRec can on CUDA alone.
 
-        Ids come into range first: past the end of one table they would count as ids of the next.
+        Ids come into range first, because an id past the end of a table would count as one of the next.
         """
         shardings: list[Any] = list(self._sharding_type_to_sharding.values())
         unique_of_all = []
@@ -87,11 +87,12 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
 
 
 class CompositionalEmbeddingCollectionSharder(CompositionalSharder[CompositionalEmbeddingCollection]):
-    """Shards `CompositionalEmbeddingCollection`, as TorchRec's ``EmbeddingCollectionSharder`` shards its own.
+    """Shards `CompositionalEmbeddingCollection`, like TorchRec's ``EmbeddingCollectionSharder``.
 
     Args:
-        fused_params, qcomm_codecs_registry: as `CompositionalEmbeddingBagCollectionSharder`.
-        use_index_dedup: look up each id of a batch once, as TorchRec's.
+        fused_params (dict[str, Any] | None): see `CompositionalEmbeddingBagCollectionSharder`.
+        qcomm_codecs_registry (dict[str, Any] | None): TorchRec's codecs of embeddings that ranks send.
+        use_index_dedup (bool): whether to look up each id of a batch once.
 
     Example:
         >>> from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
@@ -117,10 +118,10 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
 
 
 def _check_column_widths(plan: dict[str, ParameterSharding]) -> None:
-    """TorchRec lays column shards of sequences side by side by one width, and reads past their end if they differ.
+    """Refuses column shards of different widths, because TorchRec reads past the end of the narrower ones.
 
     Raises:
-        ValueError: column shards of different widths.
+        ValueError: column shards have different widths.
     """
     widths = {
         name: [shard.shard_sizes[1] for shard in sharding.sharding_spec.shards]  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingB
 
 @dataclass
 class CompositionalContext(EmbeddingBagCollectionContext):
-    """Adds the number of ids of every bag (F, B), as the source rank read it, for MEAN pooling."""
+    """Adds the number of ids of every bag (F, B), which MEAN pooling divides by."""
 
     bag_sizes: Tensor | None = None
 
@@ -32,11 +32,11 @@ class CompositionalContext(EmbeddingBagCollectionContext):
 
 
 class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection, ShardedEmbeddingBagCollection):
-    """`CompositionalEmbeddingBagCollection` sharded by a plan with one ``ParameterSharding`` per logical table.
+    """`CompositionalEmbeddingBagCollection`, sharded by a plan with one ``ParameterSharding`` per logical table.
 
-    TorchRec's ``ShardedEmbeddingBagCollection``, whose ids travel once and whose D floats per bag come back, whatever
-    K: rows are looked up, composed and summed on the ranks that own them. Its ``state_dict`` has the keys of the
-    unsharded module under every plan.
+    It is a ``ShardedEmbeddingBagCollection`` of TorchRec. Ids are sent once. Ranks look up, compose and sum the rows
+    that they own, and send D floats per bag, whatever K. The ``state_dict`` has the keys of the unsharded module under
+    every plan.
     """
 
     _tables_attribute = "embedding_bags"
@@ -51,7 +51,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         **kwargs: Any,
     ) -> None:
         configs = module.embedding_bag_configs()
-        # Set plain attributes only, because the constructor of nn.Module has not been called.
+        # Set only plain attributes, because the constructor of nn.Module comes later.
         self._mean_names = {
             name
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
@@ -112,13 +112,13 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
 
 
 class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[CompositionalEmbeddingBagCollection]):
-    """Shards `CompositionalEmbeddingBagCollection`, as TorchRec's ``EmbeddingBagCollectionSharder`` shards its own.
+    """Shards `CompositionalEmbeddingBagCollection`, like TorchRec's ``EmbeddingBagCollectionSharder``.
 
     Args:
-        fused_params: of the optimizer that steps all tables in backward, as TorchRec's: ``optimizer``,
-            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``, and of Adam ``beta1``, ``beta2``,
-            ``amsgrad``; other keys raise NotImplementedError when a table is sharded.
-        qcomm_codecs_registry: as TorchRec's.
+        fused_params (dict[str, Any] | None): the fused optimizer of all tables, as in TorchRec: ``optimizer``,
+            ``learning_rate``, ``eps``, ``gradient_clipping``, ``max_gradient``, and for Adam ``beta1``, ``beta2``,
+            ``amsgrad``. With another key, sharding a table raises NotImplementedError.
+        qcomm_codecs_registry (dict[str, Any] | None): TorchRec's codecs of embeddings that ranks send.
 
     Example:
         >>> from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
@@ -132,7 +132,7 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
 
 
 def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:
-    """Divides the features pooled by MEAN, (B, ΣD) in all, by their numbers of ids (features, B), 1 if empty."""
+    """Divides the features of MEAN pooling in (B, ΣD) by the ids of their bags (features, B), or by 1 if empty."""
     mean = torch.tensor(is_mean, device=bag_sizes.device).unsqueeze(1)
     divisors = torch.where(mean, bag_sizes.clamp(min=1), 1).T
     dims = torch.tensor(pooled.length_per_key(), device=bag_sizes.device)

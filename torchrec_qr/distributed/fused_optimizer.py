@@ -1,4 +1,4 @@
-"""The fused optimizer of compositional tables: it steps rows in backward, wherever a partition lies."""
+"""The fused optimizer of compositional tables, which steps rows in the backward under every plan."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from torchrec_qr.ops.update_rules import Update, UpdateRule
 
 
 class _StepCount:
-    """Steps of a partition so far, a part of its state. Its pieces on this rank are stepped one after the other."""
+    """The number of steps of a partition, a part of its state. The backward steps its shards here one by one."""
 
     def __init__(self, pieces: int) -> None:
         self.steps = torch.zeros((), dtype=torch.float32)
         self._ahead = [0] * pieces
 
     def advance(self, piece: int) -> int:
-        """Returns the number of the step that a piece now takes, from 1."""
+        """Counts a step of a shard, and returns its number, from 1."""
         self._ahead[piece] += 1
         t = int(self.steps) + self._ahead[piece]
         if done := min(self._ahead):
@@ -33,7 +33,7 @@ class _StepCount:
 
 
 class _Leaf(NamedTuple):
-    """The parameter that a model shows of a tensor that is stepped, its state, and its number among the pieces."""
+    """The model's parameter for a stepped tensor, its state, its count of steps, and its number among the shards."""
 
     shown: nn.Parameter
     state: dict[str, Tensor]
@@ -42,18 +42,18 @@ class _Leaf(NamedTuple):
 
 
 class RowOptimizer(FusedOptimizer):
-    """Steps the partitions of one table by one rule. ``step()`` does nothing: rows move in backward.
+    """Steps the partitions of one table by one rule. ``step()`` does nothing, because the backward steps rows.
 
-    Its state has TorchRec's keys, ``<table>.partition_<j>.weight`` → ``<table>.partition_<j>.<state>``, and its one
-    parameter group holds ``lr``, which schedules may change. While ``lr`` is 0, or the parameter that a model shows
-    requires no gradient, neither rows nor state move. (FBGEMM advances the state at a rate of 0.)
+    Its state has TorchRec's keys, ``<table>.partition_<j>.weight`` → ``<table>.partition_<j>.<state>``. Its parameter
+    group has ``lr``, which schedules may change. If ``lr`` is 0, or the model's parameter requires no gradient, neither
+    rows nor state change. (FBGEMM changes the state at a rate of 0.)
     """
 
     def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
         self.rule = rule
         self._leaves: dict[Tensor, _Leaf] = {}
-        # Replicated partitions whose rows may move without a gradient have (rows,) uint8 here: 1 for those that this
-        # rank looked up in a step.
+        # A mask (rows,) uint8 of the rows that this rank looked up in a step, for each replica whose rows may move
+        # without a gradient.
         self.touched_of: dict[Tensor, Tensor] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
@@ -61,7 +61,7 @@ class RowOptimizer(FusedOptimizer):
             shown = p.as_global(pg)
             params[f"{p.name}.weight"] = shown
             state[shown] = self._init_state(p, pg)
-            # TorchRec's mark of what is stepped in backward.
+            # TorchRec reads this attribute of parameters that the backward steps.
             p.weight._in_backward_optimizers = [self]  # type: ignore[attr-defined]
             if p.is_replicated and rule.counts_steps:
                 leaf = p.reduced
@@ -86,9 +86,9 @@ class RowOptimizer(FusedOptimizer):
 
     @torch.no_grad()
     def update_replica(self, leaf: Tensor, grad: Tensor) -> None:
-        """Steps the rows of a replicated partition (R, columns) by their gradients in ``grad``, unless it is frozen."""
+        """Steps the rows of a replica by their gradients ``grad`` (rows, columns), unless it is frozen."""
         touched = self.touched_of.get(leaf)
-        # The other rows are untouched, or as good as that under the rules that do not count steps.
+        # Step rows with a gradient alone, because without one they move only under rules that count steps.
         stepped = grad.ne(0).any(dim=1) if touched is None else touched.bool()
         if touched is not None:
             touched.zero_()
@@ -96,27 +96,27 @@ class RowOptimizer(FusedOptimizer):
         if update is None:
             return
         if leaf.is_cuda and kernels_step(leaf):
-            # Pass all rows, -1 for those that stay, because the host would wait for the number of rows.
+            # Pass all rows, and -1 for those that stay, because the host would wait for the number of rows.
             rows = torch.arange(len(stepped), device=leaf.device).where(stepped, -1)
         else:
             rows = stepped.nonzero().squeeze(1)
             grad = grad.index_select(0, rows)
-        # `.data`: a later backward over an earlier forward's graph may hold this tensor, as TBE allows it to.
+        # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
         update_rows(leaf.data, rows, grad, update)
 
     def begin_step(self, tensor: Tensor) -> Update | None:
-        """Returns the next step of a leaf, and counts it; None: ``requires_grad_(False)``, or a rate of 0."""
+        """Returns the next step of a leaf, and counts it; None if the leaf is frozen or the rate is 0."""
         leaf = self._leaves[tensor]
         if self._lr == 0 or not leaf.shown.requires_grad:
             return None
         return Update(self.rule, leaf.state, self._lr, 1 if leaf.counter is None else leaf.counter.advance(leaf.piece))
 
     def same_step(self, tensor: Tensor) -> Update:
-        """Returns a step of a leaf that is not counted, to compile what takes it."""
+        """Returns a step of a leaf without counting it, to compile its kernels."""
         return Update(self.rule, self._leaves[tensor].state, self._lr)
 
     def warm_up(self, tensor: Tensor) -> None:
-        """Has the step of a replicated partition compiled, if a GPU takes it."""
+        """Compiles the step of a replica on a GPU."""
         if tensor.is_cuda and kernels_step(tensor):
             no_row, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
             update_rows(tensor.data, no_row, gradients, self.same_step(tensor))
@@ -138,7 +138,7 @@ class RowOptimizer(FusedOptimizer):
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):
-    """Holds the optimizer of one table for TorchRec, which looks for optimizers among the modules of a lookup."""
+    """A module with the optimizer of one table, because TorchRec finds optimizers among the modules of a lookup."""
 
     def __init__(self, optimizer: RowOptimizer) -> None:
         super().__init__()

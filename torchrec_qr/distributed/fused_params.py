@@ -1,4 +1,4 @@
-"""The optimizers of tables, and that of a table as TorchRec attaches it: by keys of FBGEMM's batched embeddings."""
+"""The fused optimizers of tables, by the keys of FBGEMM's batched embeddings."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -11,10 +11,10 @@ OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"]
 
 
 class TableOptimizer(NamedTuple):
-    """An optimizer of tables.
+    """A fused optimizer.
 
     Args:
-        fused_params (dict[str, Any]): its name in the ``fused_params`` of a sharder.
+        fused_params (dict[str, Any]): its keys in the ``fused_params`` of a sharder.
         rule (type[UpdateRule]): its formula and its state.
     """
 
@@ -34,7 +34,7 @@ RULES: dict[EmbOptimType, type[UpdateRule]] = {
     **{params["optimizer"]: rule for params, rule in OPTIMIZERS.values() if "amsgrad" not in params},
 }
 
-# Keys that TorchRec and optimizer classes pass in any case, by the values that change nothing.
+# Keys that TorchRec and optimizer classes always pass, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "output_dtype": (SparseType.FP32,),
     "lr_decay": (0,),
@@ -45,28 +45,32 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def says_something(key: str, value: object) -> bool:
-    """Returns whether a key of ``fused_params`` changes anything: no note of TorchRec's, and not at a neutral value."""
+def has_effect(key: str, value: object) -> bool:
+    """Returns whether a key of ``fused_params`` has an effect: keys of TorchRec's own and neutral values have none."""
     return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
 
 
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
-    """Returns the rule of the optimizer that TorchRec attached to a table, by the keys of FBGEMM's embeddings.
+    """Returns the update rule for the ``fused_params`` of a table.
 
-    Honoured: ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``, ``eps``, of
-    Adam ``beta1`` and ``beta2`` (or torch's ``betas``) and ``amsgrad``, and ``gradient_clipping`` with
-    ``max_gradient``, which clips the gradient of a row, as summed over the batch: so the plan does not change the
-    result. (FBGEMM clips that of the pooled output, on CUDA, and ignores it on a CPU.) Weights in fp16 and bf16 are
-    stepped in fp32 and rounded to the nearest.
+    Supported keys are ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``,
+    ``eps``, ``beta1`` and ``beta2`` of Adam (or torch's ``betas``), ``amsgrad``, and ``gradient_clipping`` with
+    ``max_gradient``. Clipping applies to the gradient of a row, summed over the batch, so that the plan does not change
+    the result. (FBGEMM clips the gradient of the pooled output on CUDA, and does not clip on a CPU.) Weights in fp16
+    and bf16 are stepped in fp32 and rounded to the nearest.
+
+    Args:
+        table (str): the table's name, for errors.
+        fused_params (Mapping[str, Any]): the keys of FBGEMM's embeddings.
 
     Raises:
-        NotImplementedError: another optimizer or key, by name; nothing is dropped in silence.
+        NotImplementedError: the optimizer or a key is not supported.
 
     Example:
         >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
         Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
     """
-    given = {k: v for k, v in fused_params.items() if says_something(k, v)}
+    given = {k: v for k, v in fused_params.items() if has_effect(k, v)}
     optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
     if optimizer not in RULES:
         raise NotImplementedError(

@@ -1,7 +1,7 @@
-"""The names of TorchRec and torch that this package overrides, calls or reads, though their authors may rename them.
+"""The private names of TorchRec and torch that this package overrides, calls or reads.
 
-A renamed one need not raise: an override is then never called, or an attribute that we set never read, and tables do
-not train. `require` therefore looks up all of them when `torchrec_qr.distributed` is imported.
+If one were renamed, no call would fail: TorchRec would ignore an override or an attribute, and tables would not train.
+So `require` looks up all names when `torchrec_qr.distributed` is imported.
 """
 
 import inspect
@@ -37,10 +37,12 @@ from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDING
 
 
 class Hook(NamedTuple):
-    """Names that ``owner``, a class, function or module of others, must have.
+    """Names that a class, function or module of TorchRec or torch must have.
 
-    ``defined`` are attributes of the owner itself, as methods are. ``used`` occur in the code of a class or function:
-    attributes of instances, which a class does not show, and keys of dictionaries.
+    Args:
+        owner (Any): the class, function or module.
+        defined (tuple[str, ...]): attributes of the owner itself, such as methods.
+        used (tuple[str, ...]): names in the owner's code: attributes of instances, and keys of dictionaries.
     """
 
     owner: Any
@@ -54,7 +56,7 @@ _COLLECTION = (
 )
 
 HOOKS = (
-    # The seam for kernels that are not TorchRec's.
+    # TorchRec's customized kernel.
     Hook(add_params_from_parameter_sharding, used=("get_additional_fused_params", "CUSTOMIZED_KERNEL")),
     Hook(group_tables, used=("fused_params", "compute_kernel")),
     Hook(ShardedEmbeddingTable, used=("local_metadata", "fused_params", "compute_kernel")),
@@ -87,7 +89,7 @@ HOOKS = (
     Hook(BaseEmbedding, defined=("forward", "config")),
     *(
         Hook(
-            # The sharding of TorchRec's that ours is derived from.
+            # TorchRec's sharding, from which ours is derived.
             ours.__bases__[-1],
             defined=("create_input_dist", "create_output_dist", "create_lookup", "feature_names"),
             used=(
@@ -111,7 +113,7 @@ HOOKS = (
     Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
     Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",), used=("_process_group",)),
     Hook(dist.ProcessGroup, defined=("_device_types",)),
-    # The application in launch/ changes the time-outs of groups that exist.
+    # launch/ changes the time-outs of process groups.
     Hook(distributed_c10d, defined=("_world", "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout")),
     Hook(nn.Module, defined=("_apply",), used=("_apply",)),
 )
@@ -120,8 +122,11 @@ HOOKS = (
 def require(hooks: Iterable[Hook]) -> None:
     """Looks up every name of ``hooks``.
 
+    Args:
+        hooks (Iterable[Hook]): the names.
+
     Raises:
-        ImportError: names that the installed version lacks.
+        ImportError: the installed version lacks names.
 
     Example:
         >>> import torch
@@ -150,7 +155,7 @@ def _lacking(hook: Hook) -> list[str]:
 
 
 def _functions(owner: Any) -> Iterator[FunctionType]:
-    """A function itself, or the methods of a class and of its bases in that package, without what decorates them."""
+    """Yields a function itself, or the methods of a class and of its bases in the package, without decorators."""
     package = owner.__module__.split(".")[0]
     classes = [cls for cls in getattr(owner, "__mro__", ()) if cls.__module__.split(".")[0] == package]
     for member in [value for cls in classes for value in vars(cls).values()] or [owner]:
@@ -160,7 +165,7 @@ def _functions(owner: Any) -> Iterator[FunctionType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names, arguments and strings of a function's code, and of the functions within."""
+    """Returns the names, arguments and strings of a function's code, and of the functions within."""
     names = {*code.co_names, *code.co_varnames}
     constants = list(code.co_consts)
     while constants:

@@ -1,4 +1,4 @@
-"""Sharders of TorchRec's modules that have a collection inside, which may be a compositional one."""
+"""Sharders of TorchRec's modules that have a collection inside, plain or compositional."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingColle
 
 
 class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
-    """TorchRec's sharder of feature processors in front of a collection, which may be compositional.
+    """TorchRec's sharder of feature processors in front of a collection, plain or compositional.
 
-    With an optimizer in ``fused_params``, give TorchRec's own sharder ours instead:
+    For an optimizer in ``fused_params``, pass our sharder to TorchRec's own one:
     ``FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=CompositionalEmbeddingBagCollectionSharder(…))``.
     """
 
@@ -45,16 +45,16 @@ class FeatureProcessedSharder(FeatureProcessedEmbeddingBagCollectionSharder):
         return super().shardable_parameters(module)
 
 
-# TorchRec's annotation is its own class; it calls no more than a sharder of pooled collections has.
+# Ignore the type, because TorchRec annotates its own class, and calls only methods that ours has.
 _OF_COMPOSITIONAL = FeatureProcessedEmbeddingBagCollectionSharder(
     ebc_sharder=CompositionalEmbeddingBagCollectionSharder()  # type: ignore[arg-type]
 )
 
 
 class _RefusingCompositional(BaseManagedCollisionEmbeddingCollectionSharder[Any]):
-    """Says by name that a compositional collection cannot be sharded behind managed collisions: a mixin.
+    """A mixin that refuses a compositional collection behind managed collisions.
 
-    TorchRec resets the row of an id that it evicts, in its own kernel. Rows of partitions belong to other ids too.
+    TorchRec resets the row of an id that it evicts. Rows of partitions belong to other ids too.
     """
 
     def shard(self, module: BaseManagedCollisionEmbeddingCollection, *args: Any, **kwargs: Any) -> Any:
@@ -67,15 +67,15 @@ class _RefusingCompositional(BaseManagedCollisionEmbeddingCollectionSharder[Any]
 
 
 class ManagedCollisionBagSharder(_RefusingCompositional, ManagedCollisionEmbeddingBagCollectionSharder):
-    """TorchRec's ``ManagedCollisionEmbeddingBagCollectionSharder``; refuses compositional collections by name."""
+    """TorchRec's ``ManagedCollisionEmbeddingBagCollectionSharder``, which refuses compositional collections."""
 
 
 class ManagedCollisionSequenceSharder(_RefusingCompositional, ManagedCollisionEmbeddingCollectionSharder):
-    """TorchRec's ``ManagedCollisionEmbeddingCollectionSharder``; refuses compositional collections by name."""
+    """TorchRec's ``ManagedCollisionEmbeddingCollectionSharder``, which refuses compositional collections."""
 
 
 def with_compositional_inside(sharders: list[ModuleSharder[Any]]) -> list[ModuleSharder[Any]]:
-    """Returns ``sharders`` with those replaced whose modules have a collection inside."""
+    """Returns ``sharders`` with ours for modules that have a collection inside."""
     ours: list[ModuleSharder[Any]] = [
         FeatureProcessedSharder(),
         ManagedCollisionBagSharder(),

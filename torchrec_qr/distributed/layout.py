@@ -1,15 +1,15 @@
-"""The layout of a table under a plan: which rows and columns of which partition lie where.
+"""The layout of a table under a plan: the rows and columns of its partitions on each rank.
 
-The plan has one (R, D) placeholder per logical table. A shard of it is a claim on *columns* of the composed
-embedding, and, if rows are split, on a block of ids. This module derives from it what is stored of each partition.
+The plan has one (R, D) placeholder per logical table. A shard of the placeholder has columns of the composed embedding,
+and, if rows are split, a block of ids. The stored rows and columns of each partition follow from it.
 
-If the rows of a table's base partition are split, the source rank sends row codes in place of ids. TorchRec cuts ids at
-multiples of a block size. A code cuts at boundaries of base rows, and the owner recovers the id:
+If a plan splits the rows of the base partition, ranks send row codes in place of ids. TorchRec splits ids at multiples
+of a block size. A row code makes these the boundaries of base rows, and its owner recovers the id:
 
     code = base_row(id) · C + rest(id)
 
-For a closed form, base_row = (id // M) % r; rest = id % M + M · (id // (M·r)) and C = M · ⌈S / (M·r)⌉. For explicit
-maps rest = id and C = S. All in int64.
+For a closed form of stride M and size r, base_row = (id // M) % r, rest = id % M + M · (id // (M·r)) and
+C = M · ⌈S / (M·r)⌉. For a class map rest = id and C = S. All numbers are int64.
 """
 
 import math
@@ -32,10 +32,24 @@ ROW_SPLIT = frozenset(t.value for t in (ShardingType.ROW_WISE, ShardingType.TABL
 
 
 def stored_columns(config: CompositionalConfig, j: int, start: int, stop: int) -> tuple[int, int]:
-    """Returns columns [a, b) of partition j, from which columns [start, stop) of the composed embedding follow.
+    """Returns the columns [a, b) of partition j that columns [start, stop) of the composed embedding depend on.
 
-    There are none if a = b. Elementwise operations are column-separable; under ``concat`` partition j covers D_j
-    columns of its own.
+    There are none if a = b. They are the same columns under elementwise operations. Under ``concat`` partition j has
+    D_j columns of its own.
+
+    Args:
+        config (CompositionalConfig): the table.
+        j (int): the number of the partition.
+        start (int): the first column of the embedding.
+        stop (int): the end of the columns.
+
+    Example:
+        >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
+        >>> config = CompositionalEmbeddingBagConfig(
+        ...     name="t", feature_names=["f"], num_embeddings=100, embedding_dim=16, operation="concat",
+        ...     partitions=QuotientRemainder(num_collisions=4))
+        >>> stored_columns(config, 0, 4, 16), stored_columns(config, 1, 4, 16)
+        ((4, 8), (0, 8))
     """
     if config.operation == "path":
         assert (start, stop) == (0, config.embedding_dim), "refused by the sharder"
@@ -48,18 +62,18 @@ def stored_columns(config: CompositionalConfig, j: int, start: int, stop: int) -
 
 
 def block_rows(config: CompositionalConfig, num_blocks: int) -> int:
-    """Returns the base rows in a block, ⌈rows / blocks⌉, whatever the planner dealt of the placeholder's rows."""
+    """Returns the base rows of a block, ⌈rows / blocks⌉, whatever rows of the placeholder a plan has."""
     return math.ceil(config.bound_partitions.sizes[config.base_partition] / num_blocks)
 
 
 def num_row_blocks(logical: Sequence[ShardMetadata]) -> int:
-    """Returns the row blocks per block of columns: W under row-wise, else the local world size."""
+    """Returns the number of row blocks: W under row-wise, else the local world size."""
     return len(logical) // len({shard.shard_offsets[1] for shard in logical})
 
 
 @dataclass(frozen=True)
 class RowCode:
-    """The code of one table, and its inverse on the rank that owns base rows from ``first_row`` on."""
+    """The row codes of one table."""
 
     config: CompositionalConfig
 
@@ -81,7 +95,7 @@ class RowCode:
         return stride * -(-p.num_embeddings // (stride * size))
 
     def encode(self, ids: Tensor, class_map: Tensor | None) -> Tensor:
-        """(N,) ids in [0, S) → (N,) int64 codes."""
+        """Returns the codes (N,) int64 of ids (N,) in [0, S)."""
         p = self.config.bound_partitions
         ids = ids.to(torch.int64)
         row = p.class_rows(ids, class_map)[self.config.base_partition]
@@ -91,28 +105,28 @@ class RowCode:
         return row * self.codes_per_row + ids % stride + stride * (ids // (stride * size))
 
     def layout(self, first_row: int) -> CodeLayout:
-        """The inverse, of codes counted from ``first_row`` · C, as TorchRec's bucketizing leaves them."""
+        """Returns the inverse of codes minus ``first_row`` · C, which TorchRec's input dist subtracts."""
         p = self.config.bound_partitions
         stride, size = self._base(p) if isinstance(p, ClosedForm) else (0, 0)
         return CodeLayout(self.codes_per_row, stride, size, first_row)
 
     def _base(self, p: ClosedForm) -> tuple[int, int]:
-        """M and r: stride and size of the base partition."""
+        """Returns M and r, the stride and the size of the base partition."""
         base = self.config.base_partition
         return p.strides[base], p.sizes[base]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardLayout:
-    """The place of the rows and columns of a compositional table under a plan.
+    """The layout of a compositional table under a plan.
 
     Args:
-        config: the table's.
-        sharding_type: of the plan.
-        shards: the plan's shards of the logical table, of all ranks: per block of columns, its row blocks in order
-            (TorchRec's own order for grid). There are none under data-parallel.
-        compute_kernel: of the plan.
-        frozen: whether the table required no gradient before it was sharded.
+        config (CompositionalConfig): the table.
+        sharding_type (str): the plan's sharding type.
+        shards (Sequence[ShardMetadata]): the plan's shards on all ranks: for each block of columns its row blocks in
+            order. There are none under data-parallel.
+        compute_kernel (str): the plan's compute kernel.
+        frozen (bool): whether the table required no gradient before it was sharded.
     """
 
     config: CompositionalConfig
@@ -123,32 +137,32 @@ class ShardLayout:
 
     @property
     def splits_rows(self) -> bool:
-        """True if ranks hold blocks of rows, so that codes travel in place of ids."""
+        """Whether the plan splits rows, so that ranks send codes in place of ids."""
         return self.sharding_type in ROW_SPLIT
 
     @property
     def num_ids(self) -> int:
-        """S, or, if rows are split, the number of row codes rounded up to whole blocks.
+        """S, or the number of row codes of whole blocks if rows are split.
 
-        TorchRec cuts at multiples of ⌈num_ids / blocks⌉: here, of a block of base rows in codes.
+        TorchRec splits at multiples of ⌈num_ids / blocks⌉, which is then the number of codes of a block of base rows.
         """
         if not self.splits_rows:
             return self.config.num_embeddings
         return self._num_blocks * self._block_rows * RowCode(self.config).codes_per_row
 
     def is_replicated(self, j: int) -> bool:
-        """Returns whether all ranks hold all of partition j: under data-parallel, or beside a base split by rows."""
+        """Returns whether partition j is a replica: under data-parallel, or beside a base partition of split rows."""
         return self.sharding_type == DATA_PARALLEL or (self.splits_rows and j != self.config.base_partition)
 
     def stored_shards(self, j: int) -> list[ShardMetadata] | None:
-        """Returns the shards of partition j on all ranks, or None if it is replicated."""
+        """Returns the shards of partition j on all ranks, or None if it is a replica."""
         if self.is_replicated(j):
             return None
         shards = (self.stored_shard(j, i) for i in range(len(self.shards)))
         return [shard for shard in shards if shard is not None]
 
     def stored_shard(self, j: int, i: int) -> ShardMetadata | None:
-        """Returns the shard of partition j for the i-th of ``shards``; None if that needs none of its columns."""
+        """Returns the shard of partition j for the i-th of ``shards``; None if that one uses none of its columns."""
         logical = self.shards[i]
         start = logical.shard_offsets[1]
         a, b = stored_columns(self.config, j, start, start + logical.shard_sizes[1])
@@ -161,7 +175,7 @@ class ShardLayout:
         return ShardMetadata(shard_offsets=[first, a], shard_sizes=[rows, b - a], placement=logical.placement)
 
     def first_row(self, i: int) -> int:
-        """Returns the first base row of the i-th of ``shards``, if rows are split; past the last one if it has none."""
+        """Returns the first base row of the i-th of ``shards`` if rows are split; past the last row if it has none."""
         return i % self._num_blocks * self._block_rows
 
     @cached_property
@@ -176,7 +190,7 @@ class ShardLayout:
 class ShardLayouts(Mapping[str, ShardLayout]):
     """The layouts of the compositional tables of one collection, by name.
 
-    Two are equal if they are one object, because TorchRec compares and hashes what it groups tables by.
+    Two objects are never equal, because TorchRec groups tables whose parameters are equal.
     """
 
     def __init__(self, layouts: Mapping[str, ShardLayout]) -> None:
@@ -199,6 +213,6 @@ class ShardLayouts(Mapping[str, ShardLayout]):
 
 
 def shards_of(sharding: ParameterSharding) -> list[ShardMetadata]:
-    """Returns the shards that a plan gives a table; none under data-parallel."""
+    """Returns a table's shards in a plan; none under data-parallel."""
     spec = sharding.sharding_spec
     return spec.shards if isinstance(spec, EnumerableShardingSpec) else []

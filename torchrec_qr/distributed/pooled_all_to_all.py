@@ -1,9 +1,8 @@
-"""Sends pooled embeddings between processes on CPUs, and their gradients back.
+"""An all-to-all of pooled embeddings between processes on CPUs, and of their gradients.
 
-TorchRec's ``PooledEmbeddingsAllToAll`` copies more than need be, into memory that is new each time, which on a CPU is
-a good part of a step once rows are few. Here a rank's own part is not sent. Others receive theirs from where the lookup
-wrote it, gradients arrive where the backward reads them, and steps hand their memory on. The values are TorchRec's, to
-the bit.
+TorchRec's ``PooledEmbeddingsAllToAll`` copies embeddings into new memory at each step. If rows are few, that is a large
+part of a step on a CPU. Here a rank does not send its own part, sends the others from the lookup's output, receives
+gradients in the memory that the backward reads, and uses memory again. The values are TorchRec's, bit for bit.
 """
 
 from itertools import accumulate, pairwise
@@ -25,9 +24,10 @@ from torchrec_qr.ops.memory import recycled
 def without_copies(
     output_dist: BaseEmbeddingDist[Any, Any, Any], device: torch.device | None
 ) -> BaseEmbeddingDist[Any, Any, Any]:
-    """Returns a `PooledAllToAll` in place of an output dist of TorchRec's, or the latter if they would differ.
+    """Returns a `PooledAllToAll` in place of an output dist of TorchRec's if their results are the same.
 
-    They are the same by gloo, between several processes, of embeddings on a CPU (``device``), without codecs.
+    They are the same for several processes, gloo, embeddings on a CPU (``device``), and no codecs. Otherwise the
+    function returns ``output_dist``.
     """
     if (
         isinstance(output_dist, TwPooledEmbeddingDist)
@@ -47,12 +47,13 @@ class PooledAllToAll(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]
 
         out[b, columns of rank r] = local_r[b], for this rank's samples b
 
-    Gradients go the other way, divided by W where TorchRec's are. TorchRec: ``TwPooledEmbeddingDist``.
+    The backward sends gradients the other way, and divides them by W if TorchRec does. It replaces
+    ``TwPooledEmbeddingDist``.
 
     Args:
-        pg: the processes, by gloo.
-        dim_sum_per_rank: D_r of each.
-        callbacks: applied to the output in turn.
+        pg (dist.ProcessGroup): the processes, with gloo.
+        dim_sum_per_rank (list[int]): D_r of each.
+        callbacks (list[Any]): functions that are applied to the output in turn.
     """
 
     def __init__(self, pg: dist.ProcessGroup, dim_sum_per_rank: list[int], callbacks: list[Any]) -> None:
@@ -69,7 +70,7 @@ class PooledAllToAll(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]
 
 
 class _Transfer:
-    """The transfer of a batch, and later of its gradient."""
+    """The transfer of a batch, and afterwards of its gradient."""
 
     def __init__(self, pg: dist.ProcessGroup, dims: list[int], batch_sizes: list[int]) -> None:
         self.own = dist.get_rank(pg)
@@ -81,7 +82,7 @@ class _Transfer:
         self._sent: list[Tensor] = []
 
     def start(self, sent: list[Tensor], received: list[Tensor], result: list[Tensor]) -> None:
-        """Sends to, and receives from, each other rank a contiguous tensor; ``result`` is what `wait` returns."""
+        """Starts to send and receive a contiguous tensor per other rank. `wait` returns ``result``."""
         others = [i for i in range(len(sent)) if i != self.own]
         self._works = [
             *(dist.irecv(received[i], group=self._pg, group_src=i) for i in others if received[i].numel()),
@@ -91,6 +92,7 @@ class _Transfer:
         self._sent, self.result = sent, result
 
     def wait(self) -> list[Tensor]:
+        """Returns the result of `start` when all tensors have arrived."""
         for work in self._works:
             if work is not None:
                 work.wait()
@@ -109,13 +111,13 @@ class _Received(Awaitable[Tensor]):
 
 
 class _Send(torch.autograd.Function):
-    """Starts to send; the result has no elements, and only leads the gradient of `_Receive` here."""
+    """Starts to send. The result has no elements, and only connects the graph to `_Receive`."""
 
     @staticmethod
     def forward(ctx: Any, transfer: _Transfer, local: Tensor) -> Tensor:
         ctx.transfer, ctx.shape = transfer, local.shape
         own = transfer.columns[transfer.own]
-        # A lookup without tables returns a tensor of one dimension.
+        # Make two dimensions, because a lookup without tables returns one.
         local = local.contiguous().view(transfer.samples[-1].stop, own.stop - own.start)
         sent = [local[s] for s in transfer.samples]
         kept = sent[transfer.own]
@@ -134,7 +136,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """Waits for the batch; its backward starts to send the gradient, which the backward of `_Send` waits for."""
+    """Waits for the batch. The backward starts to send its gradient, and that of `_Send` waits for it."""
 
     @staticmethod
     def forward(ctx: Any, transfer: _Transfer, sent: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Partitions that every rank holds whole: `DistributedDataParallel` reduces their gradients, then they are stepped."""
+"""Replicas: `DistributedDataParallel` reduces their gradients, and then each rank steps them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from torchrec_qr.distributed.stored_partition import StoredPartition
 
 
 class Replicas(nn.Module):
-    """Partitions that every rank holds whole, as parameters for `DistributedDataParallel` to reduce.
+    """The replicas of a sharding type, as parameters whose gradients `DistributedDataParallel` reduces.
 
     Args:
-        tables: the tables of one sharding type, of all ranks, so that all ranks hold and reduce the same parameters.
+        tables (Sequence[ShardedEmbeddingTable]): the tables of a sharding type on all ranks, so that all ranks reduce
+            the same parameters.
+        device (torch.device | None): the device of the parameters.
     """
 
     def __init__(self, tables: Sequence[ShardedEmbeddingTable], device: torch.device | None) -> None:
@@ -29,7 +31,7 @@ class Replicas(nn.Module):
         self.partitions: list[StoredPartition] = []
         self.parameters_of: dict[tuple[str, int], nn.Parameter] = {}
         self.optimizer_of: dict[Tensor, RowOptimizer] = {}
-        # Gradients of parameters that nothing steps in backward are multiplied by this; `replicate` sets it.
+        # The factor of gradients of parameters without a fused optimizer, which `replicate` sets.
         self.gradient_scale = 1.0
         holders = []
         for table in tables:
@@ -48,16 +50,16 @@ class Replicas(nn.Module):
                 "without a fused optimizer, so that nothing is left for DistributedDataParallel to reduce; allowed: a "
                 "fused optimizer, under which a table may be frozen and released at any time"
             )
-        # A lookup marks in these the rows that it reads, by table and number; see `RowOptimizer.touched_of`.
+        # The masks in which a lookup marks the rows that it reads: see `RowOptimizer.touched_of`.
         masks = {leaf: mask for optimizer in self.optimizer_of.values() for leaf, mask in optimizer.touched_of.items()}
         self.touched_of = {p.key: masks[p.reduced] for p in self.partitions if p.reduced in masks}
         self.weights = nn.ParameterList(self.parameters_of.values())
         self.optimizers = nn.ModuleList(holders)
 
     def forward(self) -> list[Tensor]:
-        """Returns the parameters as tensors of this step's graph: DDP reduces what is used of a module's outputs."""
+        """Returns views of the parameters, because DDP reduces the gradients of a module's outputs."""
         for p in self.optimizer_of:
-            p.grad = None  # stepped in backward, so that nobody else clears it
+            p.grad = None  # no other optimizer clears it
         views = [p.view_as(p) for p in self.weights]
         if self.gradient_scale != 1.0:
             for p, view in zip(self.weights, views, strict=True):
@@ -66,11 +68,11 @@ class Replicas(nn.Module):
         return views
 
     def _scaled(self, grad: Tensor) -> Tensor:
-        # Do not multiply in place, because under ``add`` the sibling partitions share the tensor of their gradient.
+        # Do not multiply in place, because partitions share one tensor of gradients under ``add``.
         return grad * self.gradient_scale
 
     def warm_up(self) -> None:
-        """Has the kernels that step the parameters compiled, if they run on a GPU."""
+        """Compiles the kernels that step the parameters on a GPU."""
         for p, optimizer in self.optimizer_of.items():
             optimizer.warm_up(p)
 
@@ -83,11 +85,13 @@ class _Reduction:
 
 
 def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> DistributedDataParallel:
-    """Wraps ``module`` in DDP, or takes a wrapped one, so that the replicas in it are stepped once reduced.
+    """Wraps ``module`` in DDP, unless it is wrapped, and steps the replicas in it after their reduction.
 
     Args:
-        average: whether gradients are averaged over ranks, as in data-parallel; otherwise summed, which is right
-            behind TorchRec's collectives, whose backward has divided by the world size already.
+        module (nn.Module): a module with replicas, which may be wrapped in DDP.
+        pg (dist.ProcessGroup): the ranks.
+        average (bool): whether to average gradients over ranks, as in data-parallel. Otherwise they are summed, because
+            the backward of TorchRec's collectives has divided them by W.
     """
     if not isinstance(module, DistributedDataParallel):
         module = DistributedDataParallel(module, process_group=pg, gradient_as_bucket_view=True)
@@ -95,15 +99,15 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
     for child in module.modules():
         if isinstance(child, Replicas):
             optimizer_of.update(child.optimizer_of)
-            # Average a gradient that is left to a dense optimizer in any case, because it may hold that of an earlier
-            # backward, which is the same on all ranks. A sum is the average of larger gradients.
+            # Always average the gradient for a dense optimizer, because it may have that of an earlier backward, which
+            # is the same on all ranks. Multiplied by W, the average is a sum.
             child.gradient_scale = 1.0 if average else float(pg.size())
     module.register_comm_hook(_Reduction(pg, average, optimizer_of), _reduce_and_step)
     return module
 
 
 def step_alone(module: nn.Module) -> None:
-    """Has the replicas in ``module`` stepped by this rank's gradients, which nobody reduces."""
+    """Steps the replicas in ``module`` by this rank's gradients, without a reduction."""
     for child in module.modules():
         if isinstance(child, Replicas):
             for leaf, optimizer in child.optimizer_of.items():
@@ -119,7 +123,7 @@ def _step_alone(optimizer: RowOptimizer, leaf: Tensor) -> None:
 def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[Tensor]:
     optimizers, buffer = reduction.optimizer_of, bucket.buffer()
     parameters = bucket.parameters()
-    # A sum over many ranks in the storage type stops growing, and in fp16 it may overflow.
+    # Sum in fp32, because a sum in the storage type stops to grow, and may overflow in fp16.
     summed = buffer.float()
     first = buffer.storage_offset()
     gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in bucket.gradients()]
@@ -146,6 +150,6 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
                 optimizers[p].update_replica(p, grad)
         return buffer if summed is buffer else buffer.copy_(summed)
 
-    # NCCL's futures are complete at once. A callback of this very future runs on a stream that waits for the sum, and
-    # DDP waits for what the callback does. A future made of several futures would wait for none of them.
+    # Chain to this future, because NCCL's futures are complete at once. Its callback runs on a stream that waits for
+    # the sum, and DDP waits for the callback. A future of several futures waits for none of them.
     return dist.all_reduce(summed, group=reduction.pg, async_op=True).get_future().then(step)

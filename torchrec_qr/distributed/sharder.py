@@ -1,4 +1,4 @@
-"""The sharder of both collections: what a planner may choose for their tables."""
+"""The base of both sharders, which offers sharding types and compute kernels to planners."""
 
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
-    """A sharder by the classes that it turns into one another, and the sharding types that the latter has."""
+    """A sharder that turns a collection into its sharded twin."""
 
     _unsharded: ClassVar[type[nn.Module]]
     _sharded: ClassVar[Any]
@@ -30,7 +30,14 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> Any:
-        """Returns the sharded module for the plan ``params`` of its tables.
+        """Returns the sharded module.
+
+        Args:
+            module (M): the collection.
+            params (dict[str, ParameterSharding]): the plan of its tables.
+            env (ShardingEnv): the ranks.
+            device (torch.device | None): the device of this rank.
+            module_fqn (str | None): the path of the module in the model.
 
         Raises:
             NotImplementedError, ValueError: see `torchrec_qr.distributed.logical_tables.check_plan`.
@@ -51,16 +58,16 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         raise NotImplementedError("dynamic resharding is not supported by sharded compositional collections")
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Returns the sharding types: each works on every device, row-wise too for every kind of partitions."""
+        """Returns the sharding types, each for every device."""
         return list(self._shardings)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel; TorchRec's cached kernels are not supported."""
+        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel. Cached kernels are not supported."""
         dense = sharding_type == DATA_PARALLEL
         return [EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value]
 
     def shardable_parameters(self, module: M) -> dict[str, nn.Parameter]:
-        """Returns one parameter per logical table: (R, D) on the meta device for a compositional one."""
+        """Returns one parameter per logical table, (R, D) on the meta device for a compositional one."""
         collection: Any = module
         return placeholders(collection.embedding_configs(), getattr(collection, self._sharded._tables_attribute))
 
@@ -73,23 +80,22 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         return self._sharded
 
     def _options(self) -> dict[str, Any]:
-        """Further arguments of the sharded module."""
+        """Returns further arguments of the sharded module."""
         return {}
 
 
 def on_own_device(
     plan: dict[str, ParameterSharding], rank: int, device: torch.device | None
 ) -> dict[str, ParameterSharding]:
-    """Returns a plan whose shards on ``rank`` lie on ``device``; all else is as in ``plan``, which stays as it is.
+    """Returns a copy of a plan whose shards on ``rank`` are on ``device``.
 
-    Planners and TorchRec's helpers place rank r on ``cuda:(r % ranks of a node)``. A rank that sees one GPU alone, as
-    under Slurm's ``--gpus-per-task=1``, has it as ``cuda:0``, and ``ShardedTensor`` refuses tensors on another device
-    than the plan's.
+    Planners put the shards of rank r on ``cuda:(r % ranks of a node)``. A rank with one visible GPU, as under Slurm's
+    ``--gpus-per-task=1``, has it as ``cuda:0``, and ``ShardedTensor`` refuses another device than the plan's.
 
     Args:
-        plan: per table, as a sharder gets it.
-        rank: this one, in the group of the plan.
-        device: of this rank; None: the plan is returned.
+        plan (dict[str, ParameterSharding]): the plan of a collection.
+        rank (int): this rank in the plan's group.
+        device (torch.device | None): the device of this rank. The function returns ``plan`` for None.
     """
     if device is None or device.type == "meta":
         return plan

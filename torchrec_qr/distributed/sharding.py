@@ -1,8 +1,7 @@
-"""TorchRec's shardings, with compositional tables among the tables of one.
+"""TorchRec's sharding types for plain and compositional tables.
 
-Each sharding type of TorchRec is subclassed by `_Compositional`, which overrides three of its hooks:
-``create_input_dist``, before which ids are checked and, where rows are split, encoded; ``create_lookup``; and
-``create_output_dist``, which may send embeddings another way.
+`_Compositional` overrides three methods of each: ``create_input_dist`` checks ids, and encodes those of split rows;
+``create_lookup`` returns our lookup; and ``create_output_dist`` may return `PooledAllToAll`.
 """
 
 from functools import partial
@@ -45,7 +44,7 @@ from torchrec_qr.partitions.class_map import class_map_on
 
 
 class _Compositional:
-    """A sharding type of TorchRec whose tables may be compositional; see the module."""
+    """A mixin of TorchRec's sharding types: see the module."""
 
     def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
         input_dist: BaseSparseFeaturesDist[KeyedJaggedTensor] = super().create_input_dist(device)  # type: ignore[misc]
@@ -61,7 +60,7 @@ class _Compositional:
         return without_copies(output_dist, device or self._device)  # type: ignore[attr-defined]
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """Returns the features that the input dist takes, with the ids of compositional tables brought into range."""
+        """Returns the features of the input dist, with the ids of compositional tables in range."""
         return _PrepareIds(self._feature_tables(), features.device(), encode=False)(features)
 
     def create_lookup(
@@ -94,7 +93,7 @@ class _Compositional:
         return sorted({t.name: t for t in tables if layout_or_none(t) is not None}.values(), key=lambda t: t.name)
 
     def _feature_tables(self) -> list[ShardedEmbeddingTable]:
-        """Returns the table of each feature that the input dist takes, in its order (that of ``feature_names``)."""
+        """Returns the table of each feature of the input dist, in the order of ``feature_names``."""
         per_rank: list[list[GroupedEmbeddingConfig]] = self._grouped_embedding_configs_per_rank  # type: ignore[attr-defined]
         if hasattr(self, "_grouped_embedding_configs_per_node"):
             per_rank = self._grouped_embedding_configs_per_node
@@ -105,7 +104,7 @@ class _Compositional:
 
 
 class _PrepareIds:
-    """Brings the ids of compositional features into range, and, if ``encode``, encodes those whose rows are split."""
+    """Brings the ids of compositional tables into range, and, if ``encode``, encodes those of split rows."""
 
     def __init__(self, tables: list[ShardedEmbeddingTable], device: torch.device | None, encode: bool = True) -> None:
         self._tables = [layout_or_none(t) for t in tables]
@@ -128,11 +127,11 @@ class _PrepareIds:
             return features
         starts = features.offset_per_key()
         ids = []
-        # A feature comes once per column shard of its table, with the same ids.
+        # Prepare a feature once, because it comes once for each column shard of its table.
         prepared: dict[tuple[str, str], Tensor] = {}
         for (start, end), feature, at in zip(pairwise(starts), features.keys(), self._tables, strict=True):
             if at is None:
-                # Use one type for all, because codes of one feature may need int64 if the ids of all came as int32.
+                # Use one type for all features, because row codes may need int64.
                 ids.append(values[start:end].to(torch.int64))
                 continue
             key = (at.config.name, feature)
@@ -150,18 +149,18 @@ class _PrepareIds:
         )
 
     def _is_only_checked(self, at: ShardLayout | None, device: torch.device) -> bool:
-        """Returns whether the ids of a feature pass as they are, unless they raise."""
+        """Returns whether the ids of a feature need a check at most."""
         if at is None:
             return True
         if (self._encode and at.splits_rows) or at.config.out_of_range not in ("error", "unchecked"):
             return False
         if device.type == "cpu":
             return cpu.available()
-        # There the kernels check each id where they read its rows, so that nothing need be launched for it here.
+        # Check nothing on a GPU, because the kernels check each id.
         return available(device) and kernels_have(at.config.operation, at.config.partition_columns)
 
     def _check(self, features: KeyedJaggedTensor) -> None:
-        """Looks at all ids of a batch on a CPU in one pass."""
+        """Checks all ids of a batch on a CPU in one pass."""
         bounds = cpu.id_bounds(features.values(), features.offset_per_key())
         for at, feature, (low, high) in zip(self._tables, features.keys(), bounds, strict=True):
             if at is not None and at.config.out_of_range == "error" and low <= high:
@@ -176,7 +175,7 @@ class _PrepareIds:
 
 
 def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any, ...]) -> None:
-    """Raises if gloo could not gather the gradients. Every rank has all sizes, so all of them raise."""
+    """Raises on all ranks if gloo cannot gather the gradients. Every rank has all sizes."""
     context = args[1] if len(args) > 1 else None
     sizes = context.batch_size_per_rank if isinstance(context, EmbeddingShardingContext) else []
     if torch.is_grad_enabled() and len(set(sizes)) > 1:
@@ -211,9 +210,9 @@ SEQUENCE_SHARDINGS = {
     ShardingType.DATA_PARALLEL.value: _with_compositional(DpSequenceEmbeddingSharding),
 }
 _SEQUENCE = tuple(SEQUENCE_SHARDINGS.values())
-# Pooled, with rows split: their outputs are summed by a reduce-scatter.
+# The pooled ones with split rows, whose output dist is a reduce-scatter.
 _SCATTERING = (RwPooledEmbeddingSharding, TwRwPooledEmbeddingSharding, GridPooledEmbeddingSharding)
-# TorchRec's own create_lookup passes these for plain tables.
+# TorchRec's own ``create_lookup`` passes these for plain tables.
 _LOOKUP_TYPES = (
     (RwPooledEmbeddingSharding, ShardingType.ROW_WISE),
     (TwRwPooledEmbeddingSharding, ShardingType.TABLE_ROW_WISE),

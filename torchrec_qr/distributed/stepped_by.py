@@ -1,4 +1,4 @@
-"""The optimizer of each parameter: in a sharded model, a parameter may belong to none, or to two."""
+"""The optimizer of each parameter of a sharded model, which may have none or two by mistake."""
 
 from collections.abc import Sequence
 
@@ -16,24 +16,24 @@ from torchrec_qr.distributed.fused_params import RULES
 def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Optimizer]) -> dict[str, str]:
     """Returns, per name in ``model.named_parameters()``, the optimizer that steps the parameter.
 
-    Of a parameter p that requires a gradient, with F(p) the optimizers attached to it, which step it in backward
-    (``p._in_backward_optimizers``), and G(p) those of ``dense_optimizers`` with p in a parameter group,
+    Let F(p) be the fused optimizers of a parameter p (``p._in_backward_optimizers``), and G(p) the
+    ``dense_optimizers`` with p in a parameter group. Each parameter p that requires a gradient must have
 
         |F(p)| + |G(p)| = 1
 
-    must hold. The value is ``"fused <name>"`` or ``"<name>"``, the name being the optimizer's class, or its rule for
-    embedding tables where that is known: ``"fused Adagrad"``, ``"Adam"``. Parameters that require no gradient, or of
-    which this rank stores nothing, are left out, except a plain table,
-    which TorchRec's kernels step whatever its flag. TorchRec's own data-parallel tables are not stepped by a fused
-    optimizer, though one may be configured: this finds them. A shared parameter counts once, under its first name.
+    The value is ``"fused <name>"`` or ``"<name>"``, with the name of the optimizer's class or of its rule for embedding
+    tables, such as ``"fused Adagrad"`` or ``"Adam"``. The result has no parameters that require no gradient or have no
+    rows on this rank. Plain tables are an exception, because TorchRec's kernels ignore ``requires_grad``. The function
+    finds TorchRec's own data-parallel tables, which no fused optimizer steps. A shared parameter counts once, under its
+    first name.
 
     Args:
-        model: any module, usually a ``DistributedModelParallel``.
-        dense_optimizers: of torch or of TorchRec, whose ``CombinedOptimizer`` and wrappers are looked into. Fused ones
-            among them (``dmp.fused_optimizer``) are passed over, since their parameters are marked.
+        model (nn.Module): any module, usually a ``DistributedModelParallel``.
+        dense_optimizers (Sequence[Optimizer]): optimizers of torch or of TorchRec. The function looks into TorchRec's
+            ``CombinedOptimizer`` and wrappers, and ignores fused ones (``dmp.fused_optimizer``).
 
     Raises:
-        ValueError: parameters that no optimizer steps, or more than one, by name.
+        ValueError: no optimizer steps a parameter, or more than one do. The message has its name.
 
     Example:
         >>> import torch
@@ -73,13 +73,13 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
 
 
 def _is_stepped(p: nn.Parameter) -> bool:
-    """Returns whether a parameter may move; the flag of one that TorchRec's kernels step changes nothing."""
+    """Returns whether an optimizer may step a parameter. TorchRec's kernels ignore ``requires_grad``."""
     attached = getattr(p, "_in_backward_optimizers", ())
     return p.requires_grad or any(not isinstance(o, RowOptimizer) for o in attached)
 
 
 def _leaves(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that a combination or wrapper of TorchRec's holds."""
+    """Returns the optimizers in a combination or wrapper of TorchRec's."""
     if isinstance(optimizer, CombinedOptimizer):
         return [leaf for _, child in optimizer.optimizers for leaf in _leaves(child)]
     if isinstance(optimizer, KeyedOptimizerWrapper | OptimizerWrapper):
@@ -88,7 +88,7 @@ def _leaves(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def _rules_by_storage(model: nn.Module) -> dict[int, str]:
-    """Returns the rules of the model's tables by the storage of their shards here: TorchRec's marks have none."""
+    """Returns the rules of the model's tables by the storage of their shards, because TorchRec's attribute has none."""
     rules = {}
     for module in model.modules():
         if not isinstance(module, FusedOptimizerModule):
@@ -113,5 +113,5 @@ def _rule(optimizer: Optimizer) -> str:
     return type(optimizer).__name__
 
 
-# Plain tables have the names of our rules, so that a compositional and a plain table with one rule read the same.
+# Use the names of our rules for plain tables too, so that one rule has one name.
 _TABLE_RULES = {kind: rule.__name__ for kind, rule in RULES.items()}

@@ -1,4 +1,4 @@
-"""One partition in the memory of a rank, wherever its rows lie."""
+"""One partition in the memory of a rank, split or replicated."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -15,20 +15,22 @@ from torchrec_qr.ops.out_of_memory import named_zeros
 
 
 class StoredPartition:
-    """One partition as this rank stores it: all of it, or those of its shards that lie here, in one storage.
+    """One partition on this rank: a replica, or the rank's shards of the partition in one storage.
 
     Args:
-        layout: of the partition's table.
-        j: its number.
-        fused: whether rows are stepped in backward.
-        device: of the storage.
-        positions: of those of the plan's shards that lie here, if the partition is split; there may be none.
+        layout (ShardLayout): the layout of the table.
+        j (int): the number of the partition.
+        fused (bool): whether the backward steps rows.
+        device (torch.device | None): the device of the storage.
+        positions (Sequence[int]): the numbers of the plan's shards on this rank. There may be none.
 
     Attributes:
-        weight: the parameter that the model shows. Its shape is (rows, columns) of all shards here, one below the
-            other, or flat where they differ in width.
-        leaves: if ``fused``, a tensor of the graph for each shard here, over the storage of ``weight``. It is a leaf
-            of its own, because the gradient of a view of ``weight`` would be dense.
+        key (tuple[str, int]): the table's name and j.
+        name (str): ``<table>.partition_<j>``.
+        weight (nn.Parameter): the model's parameter: (rows, columns) of all shards here, one below the other, or flat
+            if their widths differ.
+        leaves (list[nn.Parameter]): if ``fused``, a leaf of the graph for each shard here, in the storage of
+            ``weight``. A view of ``weight`` would have a dense gradient instead.
     """
 
     def __init__(
@@ -60,31 +62,31 @@ class StoredPartition:
         self.leaves = [nn.Parameter(piece) for piece in self._pieces(storage)] if fused else []
 
     def holds(self, position: int) -> bool:
-        """Returns whether a part of the partition is stored for the plan's shard at ``position``."""
+        """Returns whether the rank stores rows for the plan's shard ``position``."""
         return position in self._local
 
     def piece(self, position: int) -> Tensor:
-        """Returns what is stored for the plan's shard at ``position``, (rows, columns), as a tensor of the graph."""
+        """Returns the rows (rows, columns) for the plan's shard ``position``, as a tensor of the graph."""
         i = list(self._local).index(position)
-        # Make a view anew in every forward, because optimizers and checkpoints change parameters in place.
+        # Make a view for each forward, because optimizers and checkpoints change parameters in place.
         return self.leaves[i] if self.leaves else self._pieces(self.weight)[i]
 
     @property
     def reduced(self) -> nn.Parameter:
-        """The parameter of a replicated partition whose gradient the ranks reduce."""
+        """The parameter of a replica, whose gradient ranks reduce."""
         return self.leaves[0] if self.leaves else self.weight
 
     @property
     def is_replicated(self) -> bool:
-        """True if every rank holds all of the partition."""
+        """Whether every rank stores the whole partition."""
         return self._shards is None
 
     def as_global(self, pg: dist.ProcessGroup | None, pieces: Sequence[Tensor] | None = None) -> Tensor | ShardedTensor:
-        """Returns what a ``state_dict`` shows: a plain tensor of a replicated partition, otherwise a sharded one.
+        """Returns the tensor of a ``state_dict``: a plain one of a replica, and a sharded one of a split partition.
 
         Args:
-            pg: of the ranks that hold the shards.
-            pieces: tensors shaped as the shards here; default: the values of the partition.
+            pg (dist.ProcessGroup | None): the ranks of the shards.
+            pieces (Sequence[Tensor] | None): tensors of the shapes of the shards here. Default: the partition's values.
         """
         if pieces is None:
             pieces = self._pieces(self.weight.detach())
@@ -94,9 +96,9 @@ class StoredPartition:
         return _sharded(pieces, list(self._local.values()), self._shards, self._size, dtype, pg)
 
     def rows_as_global(self, pg: dist.ProcessGroup | None, pieces: Sequence[Tensor]) -> Tensor | ShardedTensor:
-        """Returns what `as_global` does for one scalar a row and column shard: the column shards end to end.
+        """Returns the tensor of a ``state_dict`` for one scalar per row and column shard.
 
-        That is TorchRec's layout.
+        It has the column shards end to end, as TorchRec's does.
         """
         if self._shards is None:
             return pieces[0]
@@ -110,10 +112,10 @@ class StoredPartition:
         return _sharded(pieces, mine, rows_of, (ends[-1],), torch.float32, pg)
 
     def part_of(self, value: Tensor | ShardedTensor) -> Tensor:
-        """Returns the part of a partition that is stored here, shaped as ``weight``.
+        """Returns this rank's rows of a partition, in the shape of ``weight``.
 
         Args:
-            value: the whole partition, or the same shards of it.
+            value (Tensor | ShardedTensor): the whole partition, or the same shards of it.
         """
         if self._shards is None:
             assert isinstance(value, Tensor)
@@ -146,7 +148,7 @@ def _sharded(
     dtype: torch.dtype,
     pg: dist.ProcessGroup | None,
 ) -> ShardedTensor:
-    # Built from known metadata: the usual constructor gathers it, and ranks without a shard here do not take part.
+    # Pass the metadata, because the usual constructor gathers it, and ranks without a shard do not call it.
     metadata = ShardedTensorMetadata(
         shards_metadata=shards, size=torch.Size(size), tensor_properties=TensorProperties(dtype=dtype)
     )

@@ -1,4 +1,4 @@
-"""Compiling what a sharded model needs on a GPU before its first collective."""
+"""The compilation of a sharded model's kernels on a GPU, before its first collective."""
 
 from torch import nn
 
@@ -8,21 +8,21 @@ from torchrec_qr.distributed.lookup_kernel import own_lookup
 
 
 def warm_up(model: nn.Module) -> None:
-    """Has Triton compile the lookups of a sharded model and their steps; nothing else changes.
+    """Compiles the Triton kernels of the lookups of a sharded model and of their steps.
 
-    Otherwise the first step compiles, on each rank as long as its own tables take, while the ranks that have finished
-    spin in a collective. On a CPU there is nothing to compile. Kernels of PyTorch and FBGEMM come compiled.
+    Otherwise the first step compiles them, and ranks with fewer kernels wait for the others in a collective. On a CPU
+    there is nothing to compile. Nothing else changes.
 
     Args:
-        model: as ``DistributedModelParallel`` has made it.
+        model (nn.Module): a ``DistributedModelParallel``.
 
     Example:
         >>> import torch
         >>> from torchrec_qr.distributed.warm_up import warm_up
-        >>> warm_up(torch.nn.Linear(2, 2))  # without sharded tables there is nothing to do either
+        >>> warm_up(torch.nn.Linear(2, 2))  # there are no sharded tables
     """
     for module in model.modules():
         if isinstance(module, ShardedCompositionalEmbeddingBagCollection | ShardedCompositionalEmbeddingCollection):
-            # A list, not modules of it.
+            # `modules` does not yield these, because TorchRec keeps them in a list.
             for lookup in module._lookups:
                 own_lookup(lookup).warm_up()

@@ -1,24 +1,30 @@
-"""Bytes that the backward of a lookup takes on a GPU, beside its output and the output's gradient."""
+"""The GPU memory that the backward of a lookup takes besides the output and its gradient."""
 
 import math
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.layout import stored_columns
 
-# As `torchrec_qr.ops.triton_kernels.backward_launches` allocates them.
+# `torchrec_qr.ops.triton_kernels.backward_launches` allocates these.
 _IDS_PER_RANGE, _WAITING_BYTES, _SORTED_BYTES = 32, 12, 50
 
 
 def backward_bytes(config: CompositionalConfig, ids: float, start: int, stop: int) -> int:
-    """Returns the bytes on a GPU that the backward of columns [start, stop) of a table takes for itself.
+    """Returns the bytes on a GPU that the backward of columns [start, stop) of a table allocates.
 
-    Of N ids, with D_j columns of partition j, they are
+    For N ids, with D_j columns of partition j, there are
 
         50 · N  +  2 · N / 32 · 4 · max_j D_j  +  Σ_{j waits} min(N, |P_j|) · (4 · D_j + 12)
 
-    bytes. The first are keys, order and places of ids, while they are sorted. The second are sums of rows whose ids lie
-    in several ranges of 32. The last are sums of rows that wait for their step: under ``mult``, of all partitions but
-    the main one, because the gradient of that reads their rows.
+    bytes. The first term counts the keys, order and places of ids, which the kernels sort. The second term counts the
+    sums of rows whose ids are in several ranges of 32. The third term counts the sums of rows that wait for their step.
+    Under ``mult`` all partitions except the main one wait, because the gradient of the main one reads their rows.
+
+    Args:
+        config (CompositionalConfig): the table.
+        ids (float): N, the ids that the rank looks up in a step.
+        start (int): the first column.
+        stop (int): the end of the columns.
 
     Example:
         >>> from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder

@@ -1,25 +1,25 @@
-"""What a plan costs: bytes and milliseconds, of a shard, of a rank, of everything."""
+"""The cost of a shard or of a rank, in bytes and milliseconds."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one step on one rank.
+    """The estimated cost of one step on one rank.
 
     Args:
-        parameters: bytes of table values.
-        optimizer: bytes of optimizer state.
-        maps: bytes of explicit maps.
-        buffers: bytes of ids, outputs, and gradients of replicated partitions.
-        host: bytes outside of the device's memory (TorchRec's UVM kernels).
-        lookup_ms: of reading, composing, pooling and stepping rows, forward and backward.
-        exchange_ms: of ids and embeddings between ranks.
-        reduce_ms: of gradients of what is replicated.
+        parameters (float): bytes of table values.
+        optimizer (float): bytes of optimizer state.
+        maps (float): bytes of class maps.
+        buffers (float): bytes of ids, outputs, and gradients of replicas.
+        host (float): bytes in the host's memory, for TorchRec's UVM kernels.
+        lookup_ms (float): ms to read, compose, pool and step rows, forward and backward.
+        comms_ms (float): ms to send ids and embeddings between ranks.
+        reduce_ms (float): ms to all-reduce and apply the gradients of replicas.
 
     Example:
         >>> from torchrec_qr.planner import Cost
-        >>> both = Cost(parameters=4096, lookup_ms=0.5) + Cost(buffers=1024, exchange_ms=0.25)
+        >>> both = Cost(parameters=4096, lookup_ms=0.5) + Cost(buffers=1024, comms_ms=0.25)
         >>> both.memory, both.work_ms
         (5120.0, 0.75)
     """
@@ -30,23 +30,24 @@ class Cost:
     buffers: float = 0.0
     host: float = 0.0
     lookup_ms: float = 0.0
-    exchange_ms: float = 0.0
+    comms_ms: float = 0.0
     reduce_ms: float = 0.0
 
     @property
     def memory(self) -> float:
-        """Bytes of the device's memory."""
+        """The bytes of the device's memory."""
         return self.parameters + self.optimizer + self.maps + self.buffers
 
     @property
     def work_ms(self) -> float:
-        """All of a rank's time: what plans balance."""
-        return self.lookup_ms + self.exchange_ms + self.reduce_ms
+        """The ms of all three parts, which plans balance over ranks."""
+        return self.lookup_ms + self.comms_ms + self.reduce_ms
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
     def times(self, factor: float) -> "Cost":
+        """Returns the cost with every part multiplied by ``factor``."""
         return Cost(*(factor * getattr(self, name) for name in self.__slots__))
 
 

@@ -1,7 +1,7 @@
-"""The ways in which a table may be placed, each with its costs.
+"""The options of a table, by sharding type, compute kernel and width of shards, each with its costs.
 
-TorchRec lists every shard of every way: W of them for a table that is split by rows or replicated. Here shards that
-cost the same are one entry with a count, so that a table has as many entries on a thousand ranks as on eight.
+TorchRec lists every shard of an option: W of them for a table whose rows are split, or that is replicated. Here one
+entry with a count holds the shards of equal cost, so that a table has as many entries on a thousand ranks as on eight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +32,13 @@ GRID_SHARD = ShardingType.GRID_SHARD.value
 COLUMN_SPLIT = frozenset({COLUMN_WISE, TABLE_COLUMN_WISE, GRID_SHARD})
 HOSTED = frozenset({TABLE_COLUMN_WISE, TABLE_ROW_WISE, GRID_SHARD})
 
-# Shards of a table that are made unasked: a plan names each of them, on every rank.
+# The most shards of a table, unless constraints require more, because every rank reads all shards of a plan.
 MAX_SHARDS = 64
 MIN_COLUMNS = 32
 
 
 class Scope(Enum):
-    """Where the shards of a block go: one to a rank, or one to each rank of a host or of all."""
+    """The ranks of a block: one rank, the ranks of one host, or all ranks."""
 
     RANK = "rank"
     HOST = "host"
@@ -46,44 +46,53 @@ class Scope(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """``count`` shards, one after another, that cost the same."""
+class EqualShards:
+    """``count`` consecutive shards of one cost."""
 
     cost: Cost
     count: int
 
 
 class Block:
-    """Shards that are placed together, with the figures of the rank that gets most of them."""
+    """Shards that go together to a rank, to a host or to all ranks, with the greatest figures of one shard."""
 
-    __slots__ = ("host_memory", "memory", "runs", "scope", "work_ms")
+    __slots__ = ("host_memory", "memory", "scope", "shards", "work_ms")
 
-    def __init__(self, scope: Scope, runs: tuple[Run, ...]) -> None:
-        self.scope, self.runs = scope, runs
-        self.work_ms = max(run.cost.work_ms for run in runs)
-        self.memory = max(run.cost.memory for run in runs)
-        self.host_memory = max(run.cost.host for run in runs)
+    def __init__(self, scope: Scope, shards: tuple[EqualShards, ...]) -> None:
+        self.scope, self.shards = scope, shards
+        self.work_ms = max(equal.cost.work_ms for equal in shards)
+        self.memory = max(equal.cost.memory for equal in shards)
+        self.host_memory = max(equal.cost.host for equal in shards)
 
     def total(self, of: Callable[[Cost], float]) -> float:
-        """Over all shards."""
-        return sum(run.count * of(run.cost) for run in self.runs)
+        """Returns the sum of a figure over all shards."""
+        return sum(equal.count * of(equal.cost) for equal in self.shards)
 
 
 class Option:
-    """One way of placing a table.
+    """One way to shard a table.
 
     Args:
-        width: columns of a shard.
-        everywhere: what every rank bears of it, whoever owns the shards.
-        blocks: in TorchRec's order of shards.
-        world_size: over which means are taken.
+        sharding_type (str): the sharding type.
+        kernel (str): the compute kernel.
+        width (int): the columns of a shard.
+        everywhere (Cost): the cost on every rank, whichever ranks own the shards.
+        blocks (tuple[Block, ...]): the shards, in TorchRec's order.
+        world_size (int): W.
+
+    Attributes:
+        mean_work (float): ms of a rank, on average.
+        mean_memory (float): bytes of a rank, on average.
+        mean_comms (float): ms of a rank's communication, on average.
+        peak_work (float): ms of the largest block that does not go to all ranks.
+        peak_memory (float): bytes of the largest block, and of what every rank bears.
     """
 
     __slots__ = (
         "blocks",
         "everywhere",
         "kernel",
-        "mean_exchange",
+        "mean_comms",
         "mean_memory",
         "mean_work",
         "peak_memory",
@@ -99,19 +108,15 @@ class Option:
         self.everywhere, self.blocks = everywhere, blocks
         self.mean_work = everywhere.work_ms + sum(b.total(_work_ms) for b in blocks) / world_size
         self.mean_memory = everywhere.memory + sum(b.total(_memory) for b in blocks) / world_size
-        self.mean_exchange = sum(b.total(_exchange_ms) for b in blocks) / world_size
-        # Of the largest piece that is not spread evenly by itself.
+        self.mean_comms = sum(b.total(_comms_ms) for b in blocks) / world_size
         uneven = [block for block in blocks if block.scope is not Scope.WORLD]
         self.peak_work = max((block.work_ms for block in uneven), default=0.0)
         self.peak_memory = max((block.memory for block in blocks), default=0.0) + everywhere.memory
 
     @property
     def on_all_ranks(self) -> bool:
+        """Whether every rank has shards of the table."""
         return any(block.scope is Scope.WORLD for block in self.blocks)
-
-    @property
-    def is_split_by_rows(self) -> bool:
-        return self.sharding_type in ROW_SPLIT
 
     def __repr__(self) -> str:
         return f"Option({self.sharding_type}, {self.kernel}, {len(self.blocks)} blocks, {self.mean_work:.4g} ms)"
@@ -121,24 +126,24 @@ class Enumerator:
     """Lists the options of a table.
 
     Args:
-        topology: hosts and ranks.
-        estimator: of costs.
-        rank_memory: bytes of a rank that tables may take: what does not fit is split over more ranks than others.
+        topology (Topology): the hosts and ranks.
+        estimator (Estimator): estimates the costs.
+        rank_memory (float): a rank's bytes for tables. Tables too large for a host may be split over more ranks.
     """
 
     def __init__(self, topology: Topology, estimator: Estimator, rank_memory: float) -> None:
         self._topology = topology
         self._estimator = estimator
         self._rank_memory = rank_memory
-        # One host is all ranks, or one rank is a host.
+        # All ranks are one host, or each rank is a host.
         self._hosts_are_alike = topology.intra_group_size in (1, topology.world_size)
 
     def options(self, table: PlannedTable) -> list[Option]:
-        """Returns at least one option.
+        """Returns the options of a table, at least one.
 
         Raises:
-            PlannerError: constraints that leave none.
-            NotImplementedError: an optimizer that compositional tables do not have.
+            PlannerError: the constraints allow no option.
+            NotImplementedError: compositional tables do not support the optimizer.
         """
         options = [
             self._option(table, sharding_type, kernel, width)
@@ -152,36 +157,37 @@ class Enumerator:
         return options
 
     def _sharding_types(self, table: PlannedTable) -> list[str]:
-        """TorchRec's filters, and of compositional tables what their sharder would refuse."""
+        """Returns what TorchRec's filters allow, without the types that the sharded collection refuses."""
         offered = table.sharder.sharding_types(self._topology.compute_device)
-        asked = table.constraints.sharding_types if table.constraints else None
-        left = [t for t in offered if (t in asked if asked else self._is_offered_unasked(table, t))]
-        if table.config is not None:
-            left = [t for t in left if self._is_possible(table, t)]
-        return left
+        required = table.constraints.sharding_types if table.constraints else None
+        left = [t for t in offered if (t in required if required else self._is_default(table, t))]
+        return [t for t in left if self._is_possible(table, t)]
 
-    def _is_offered_unasked(self, table: PlannedTable, sharding_type: str) -> bool:
+    def _is_default(self, table: PlannedTable, sharding_type: str) -> bool:
+        """Returns whether a table without constraints may have a sharding type."""
         has_processors = isinstance(table.module, FeatureProcessedEmbeddingBagCollection)
         if has_processors and sharding_type in GUARDED_SHARDING_TYPES_FOR_FP_MODULES:
             return False
         if sharding_type == GRID_SHARD and table.config is None:
             return False
         if sharding_type == TABLE_COLUMN_WISE or (sharding_type in HOSTED and self._hosts_are_alike):
-            return False  # as column-wise, row-wise and table-wise, and less free
+            return False  # column-wise, row-wise and table-wise cost the same and allow more ranks
         if sharding_type == COLUMN_WISE and not table.is_pooled:
-            return False  # TorchRec lays shards of one width side by side, of all tables of a collection
+            return False  # TorchRec needs one width for the shards of all tables of a collection
         if sharding_type == ROW_WISE and self._topology.world_size > MAX_SHARDS:
             return self._needs_all_ranks(table)
         return True
 
     def _needs_all_ranks(self, table: PlannedTable) -> bool:
-        """Whether a host has no room for it."""
+        """Returns whether a host has too little memory for the table."""
         size = table.rows * table.columns * table.parameter.element_size()
         return size > 0.5 * self._rank_memory * self._topology.intra_group_size
 
     def _is_possible(self, table: PlannedTable, sharding_type: str) -> bool:
         config = table.config
-        assert config is not None
+        if config is None:
+            # FBGEMM's dense kernel, which data-parallel tables have, always pools on a CPU.
+            return table.is_pooled or sharding_type != DATA_PARALLEL or self._topology.compute_device != "cpu"
         if config.operation == "path" and sharding_type in COLUMN_SPLIT:
             return False
         if sharding_type in ROW_SPLIT:
@@ -193,9 +199,9 @@ class Enumerator:
 
     def _kernels(self, table: PlannedTable, sharding_type: str) -> list[str]:
         offered = table.sharder.compute_kernels(sharding_type, self._topology.compute_device)
-        asked = table.constraints.compute_kernels if table.constraints else None
-        if asked:
-            left = [k for k in offered if k in asked]
+        required = table.constraints.compute_kernels if table.constraints else None
+        if required:
+            left = [k for k in offered if k in required]
         else:
             left = [k for k in offered if EmbeddingComputeKernel(k) not in GUARDED_COMPUTE_KERNELS]
         if not any(device.storage.ssd > 0 for device in self._topology.devices):
@@ -205,7 +211,7 @@ class Enumerator:
         return left
 
     def _widths(self, table: PlannedTable, sharding_type: str) -> list[int]:
-        """Columns of a shard: D, or its halvings down to the least that is asked for."""
+        """Returns the columns that a shard may have: D, or its halvings down to the least that constraints allow."""
         columns = table.columns
         if sharding_type not in COLUMN_SPLIT:
             return [columns]
@@ -219,14 +225,14 @@ class Enumerator:
             if columns % width == 0:
                 widths.add(width)
             width //= 2
-        asked = table.constraints is not None and table.constraints.sharding_types is not None
-        return sorted(widths, reverse=True) or ([columns] if asked else [])
+        required = table.constraints is not None and table.constraints.sharding_types is not None
+        return sorted(widths, reverse=True) or ([columns] if required else [])
 
     def _option(self, table: PlannedTable, sharding_type: str, kernel: str, width: int) -> Option:
         estimate, world, group = self._estimator.shard, self._topology.world_size, self._topology.intra_group_size
         columns, rows = table.columns, table.rows
         starts = range(0, columns, width)
-        # Under concat, shards of other columns hold other partitions.
+        # Estimate each block of columns under concat, because other columns come from other partitions.
         same = table.config is None or table.config.operation != "concat"
 
         def of_columns(start: int, **where: Any) -> Cost:
@@ -234,30 +240,30 @@ class Enumerator:
 
         blocks: list[Block] = []
         if sharding_type == DATA_PARALLEL:
-            blocks = [Block(Scope.WORLD, (Run(of_columns(0, rows=rows), world),))]
+            blocks = [Block(Scope.WORLD, (EqualShards(of_columns(0, rows=rows), world),))]
         elif sharding_type in ROW_SPLIT:
             count = world if sharding_type == ROW_WISE else group
             scope = Scope.WORLD if sharding_type == ROW_WISE else Scope.HOST
             for start in starts[:1] if same else starts:
-                runs = tuple(
-                    Run(of_columns(start, rows=size, block=first, num_blocks=count), n)
-                    for size, first, n in row_runs(table, count)
+                shards = tuple(
+                    EqualShards(of_columns(start, rows=size, block=first, num_blocks=count), n)
+                    for size, first, n in equal_row_blocks(table, count)
                 )
-                blocks.append(Block(scope, runs))
+                blocks.append(Block(scope, shards))
         elif sharding_type == TABLE_COLUMN_WISE:
             costs = [of_columns(start, rows=rows) for start in (starts[:1] if same else starts)]
-            runs = (Run(costs[0], len(starts)),) if same else tuple(Run(cost, 1) for cost in costs)
-            blocks, same = [Block(Scope.HOST, runs)], False
+            shards = (EqualShards(costs[0], len(starts)),) if same else tuple(EqualShards(cost, 1) for cost in costs)
+            blocks, same = [Block(Scope.HOST, shards)], False
         else:
             for start in starts[:1] if same else starts:
-                blocks.append(Block(Scope.RANK, (Run(of_columns(start, rows=rows), 1),)))
+                blocks.append(Block(Scope.RANK, (EqualShards(of_columns(start, rows=rows), 1),)))
         if same:
             blocks = blocks * len(starts)
         everywhere = self._estimator.everywhere(table, sharding_type, kernel)
         return Option(sharding_type, kernel, width, everywhere, tuple(blocks), world)
 
     def _is_allowed_on(self, table: PlannedTable, option: Option) -> bool:
-        """Whether the ranks to which the table is bound have a place for it."""
+        """Returns whether an option is possible on the ranks that may own the table."""
         if table.ranks is None:
             return True
         if option.on_all_ranks:
@@ -269,9 +275,7 @@ class Enumerator:
     def _nothing_left(self, table: PlannedTable) -> str:
         device = self._topology.compute_device
         offered = table.sharder.sharding_types(device)
-        text = (
-            f"table {table.name!r}: no way of placing it is left; its sharder offers {', '.join(offered)} on {device}"
-        )
+        text = f"table {table.name!r}: no sharding type is left; its sharder offers {', '.join(offered)} on {device}"
         c = table.constraints
         if c is not None and c.sharding_types:
             text += f"; its constraints allow {', '.join(c.sharding_types)}"
@@ -283,11 +287,13 @@ class Enumerator:
             text += f"; on ranks {', '.join(map(str, table.ranks))}"
         if table.config is not None and table.config.operation == "path":
             text += "; operation='path' needs all columns of a row on one rank"
+        if table.config is None and not table.is_pooled and device == "cpu":
+            text += "; a plain table without pooling cannot be data_parallel on a CPU"
         return text
 
 
-def row_runs(table: PlannedTable, num_blocks: int) -> Iterator[tuple[int, int, int]]:
-    """Rows, first block and number of equal blocks of rows: full ones, one that is cut short, and empty ones."""
+def equal_row_blocks(table: PlannedTable, num_blocks: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (rows, first block, number) of the full row blocks, of the one that is cut short, and of empty ones."""
     if table.config is None:
         total = table.rows
         size = -(-total // num_blocks)
@@ -305,7 +311,7 @@ def row_runs(table: PlannedTable, num_blocks: int) -> Iterator[tuple[int, int, i
 
 
 def hosts_within(ranks: Sequence[int], topology: Topology) -> list[int]:
-    """The hosts of which all ranks are among ``ranks``."""
+    """Returns the hosts all of whose ranks are in ``ranks``."""
     group, allowed = topology.intra_group_size, set(ranks)
     return [
         h
@@ -315,7 +321,7 @@ def hosts_within(ranks: Sequence[int], topology: Topology) -> list[int]:
 
 
 def shard_layout(table: PlannedTable, option: Option, topology: Topology) -> tuple[list[list[int]], list[list[int]]]:
-    """Sizes and offsets of the plan's shards, as TorchRec cuts them."""
+    """Returns the sizes and offsets of an option's shards by TorchRec's own rule."""
     sizes, offsets = calculate_shard_sizes_and_offsets(
         tensor=table.parameter,
         world_size=topology.world_size,
@@ -327,10 +333,10 @@ def shard_layout(table: PlannedTable, option: Option, topology: Topology) -> tup
 
 
 _work_ms: Callable[[Cost], float] = attrgetter("work_ms")
-_exchange_ms: Callable[[Cost], float] = attrgetter("exchange_ms")
+_comms_ms: Callable[[Cost], float] = attrgetter("comms_ms")
 _memory: Callable[[Cost], float] = attrgetter("memory")
 
 
 def _divisor(columns: int, least: int) -> int:
-    """TorchRec's: the least divisor of D that is a multiple of 4 and at least so large."""
+    """Returns the least divisor of D that is a multiple of 4 and at least ``least``, as TorchRec does; D if none is."""
     return next((w for w in range(least, columns) if columns % w == 0 and w % 4 == 0), columns)

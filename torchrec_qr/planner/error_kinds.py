@@ -1,4 +1,4 @@
-"""Kinds of TorchRec's ``PlannerError`` that it has since 1.8; 1.6 has no names for them but ``OTHER``."""
+"""Kinds of ``PlannerError`` that TorchRec has since 1.8. TorchRec 1.6 calls them ``OTHER``."""
 
 from torchrec.distributed.planner.types import PlannerErrorType
 

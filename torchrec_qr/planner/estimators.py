@@ -1,9 +1,9 @@
-"""Bytes and milliseconds of a table's shards under every sharding type.
+"""The bytes and milliseconds of a table's shards under every sharding type.
 
-Plain tables are estimated by TorchRec itself, but for the optimizer's state, which is what FBGEMM and the dense
-optimizer hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``) with what
-differs: K rows read per id, a composition, replicated partitions that are reduced beside a base partition split by
-rows, and the bytes of what is stored. A compositional table of one partition costs what a plain one of its rows does.
+TorchRec's own estimators estimate plain tables, except optimizer state, which is what FBGEMM and the dense optimizer
+hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``) with these
+differences: an id reads and composes K rows, ranks reduce replicas beside a split base partition, and memory counts
+the stored partitions. A compositional table of one partition costs as much as a plain table of its rows.
 """
 
 import math
@@ -58,7 +58,7 @@ from torchrec_qr.planner.tables import PlannedTable
 _BY_GROUP = frozenset(t.value for t in (ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD))
 _ROW_WISE = ShardingType.ROW_WISE.value
 _SCATTERED = frozenset({_ROW_WISE}) | _BY_GROUP
-# TorchRec's kernels whose values are not all in the device's memory.
+# TorchRec's kernels that keep values outside the device's memory.
 _OFFLOADED = frozenset(
     k.value
     for k in EmbeddingComputeKernel
@@ -68,13 +68,14 @@ _MIN_LOOKUP_COLUMNS = 32
 
 
 class Estimator:
-    """Costs of shards on the ranks of a topology.
+    """Estimates the costs of shards on the ranks of a topology.
 
     Args:
-        topology: bandwidths and numbers of ranks.
-        batch_size: of a rank.
-        hardware: factors of compositional lookups; see `torchrec_qr.planner.hardware`.
-        dense_optimizer: of parameters that nothing steps in backward, such as plain data-parallel tables.
+        topology (Topology): the bandwidths and numbers of ranks.
+        batch_size (int): the samples of a rank.
+        hardware (Hardware): the factors of compositional lookups.
+        dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
+            plain data-parallel tables.
     """
 
     def __init__(
@@ -101,12 +102,16 @@ class Estimator:
         block: int = 0,
         num_blocks: int = 1,
     ) -> Cost:
-        """The cost of one shard on the rank that owns it; of a replicated table, on each rank.
+        """Returns the cost of one shard on the rank that owns it, or of a replicated table on each rank.
 
         Args:
-            rows: of the shard as the plan counts them, which matters for plain tables.
-            columns: [start, stop) of the composed embedding.
-            block: which of the ``num_blocks`` row blocks it is.
+            table (PlannedTable): the table.
+            sharding_type (str): the sharding type.
+            kernel (str): the compute kernel.
+            rows (int): the rows of the shard in the plan, which matter for plain tables.
+            columns (tuple[int, int]): [start, stop) of the composed embedding.
+            block (int): the number of its row block.
+            num_blocks (int): the row blocks of its columns.
         """
         start, stop = columns
         if table.config is None:
@@ -114,19 +119,19 @@ class Estimator:
         if sharding_type == DATA_PARALLEL:
             return self._replicated(table, table.config, kernel)
         stored = shard_storage(table, sharding_type, start, stop, block, num_blocks)
-        buffers, lookup_ms, exchange_ms = self._work(table, table.config, sharding_type, start, stop)
+        buffers, lookup_ms, comms_ms = self._work(table, table.config, sharding_type, start, stop)
         return Cost(
             parameters=value_bytes(stored),
             optimizer=self._state.of_compositional(table, kernel, stored),
-            # One tensor per process, shared by all that use it. Where rows are split, every rank has it to encode ids.
+            # `everywhere` counts the map if every rank has one: in a process on a CPU, or to encode ids of split rows.
             maps=0 if self._on_cpu or sharding_type in ROW_SPLIT else class_map_bytes(table.config),
             buffers=buffers,
             lookup_ms=lookup_ms,
-            exchange_ms=exchange_ms,
+            comms_ms=comms_ms,
         )
 
     def everywhere(self, table: PlannedTable, sharding_type: str, kernel: str) -> Cost:
-        """What the table costs every rank beside its shards: replicas next to rows that are split, and maps."""
+        """Returns the cost of a table on every rank besides its shards: replicas beside split rows, and maps."""
         if table.config is None:
             return NO_COST
         maps = class_map_bytes(table.config)
@@ -145,7 +150,7 @@ class Estimator:
         )
 
     def reduce_ms(self, size: float, replicas: int) -> float:
-        """Milliseconds to reduce the gradients, of so many bytes, of replicated partitions, and to apply them."""
+        """Returns the milliseconds to all-reduce and apply ``size`` bytes of gradients of a number of replicas."""
         world, local = self.topology.world_size, self.topology.local_world_size
         bandwidth = self.topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
         passes = size * all_reduce_passes(world, local) / bandwidth
@@ -168,7 +173,7 @@ class Estimator:
     def _work(
         self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
     ) -> tuple[float, float, float]:
-        """Bytes of ids, outputs and backward, ms of lookups, ms of exchange of a shard of columns [start, stop)."""
+        """Returns bytes of buffers, ms of lookups and ms of communication of a shard of columns [start, stop)."""
         world, share = self.topology.world_size, self._share(sharding_type)
         per_sample = table.inputs_per_sample
         ids = self.batch_size * sum(per_sample)
@@ -188,7 +193,7 @@ class Estimator:
             + rows_out * width * forward_size
         )
         penalty = _narrow_penalty(width) if by_columns else 1.0
-        # Replicated partitions are looked up by the same kernel as others, whatever its name in the plan.
+        # Use one bandwidth, because one kernel looks up replicas and shards, whatever the plan calls it.
         forward = moved * penalty / self._fused_bandwidth
         backward = forward * self.topology.bwd_compute_multiplier
         if table.is_weighted:
@@ -202,26 +207,20 @@ class Estimator:
         lookup_ms = forward + backward + self.hardware.shard_ms
         if sharding_type == DATA_PARALLEL:
             return buffers, lookup_ms, 0.0
-        exchange = self._exchange_ms(sharding_type, out, bags, width, forward_size, backward_size)
-        exchange += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
-        return buffers, lookup_ms, exchange
+        comms_ms = self._comms_ms(sharding_type, out, bags, width, forward_size, backward_size)
+        comms_ms += math.ceil(ids * world * BIGINT_DTYPE) / share / self._bandwidth(CollectiveType.ALL_TO_ALL)
+        return buffers, lookup_ms, comms_ms
 
     def _share(self, sharding_type: str) -> int:
-        """Of how many shards one gets an id, where rows are split."""
+        """Returns the number of row blocks among which ids are divided."""
         if sharding_type in _BY_GROUP:
             return self.topology.intra_group_size
         return self.topology.world_size if sharding_type == _ROW_WISE else 1
 
-    def _exchange_ms(
-        self,
-        sharding_type: str,
-        out: float,
-        bags: float,
-        width: int,
-        forward_size: float,
-        backward_size: float,
+    def _comms_ms(
+        self, sharding_type: str, out: float, bags: float, width: int, forward_size: float, backward_size: float
     ) -> float:
-        """Embeddings out, and their gradients back."""
+        """Returns the milliseconds to send embeddings and their gradients."""
         forward, backward = out * forward_size, out * backward_size
         if sharding_type not in _SCATTERED:
             return (forward + backward) / self._bandwidth(CollectiveType.ALL_TO_ALL)
@@ -242,7 +241,7 @@ class Estimator:
         return ms + copied
 
     def _comm_sizes(self, table: PlannedTable, sharding_type: str) -> tuple[float, float]:
-        """Bytes of a value that travels forward and backward, after the codecs of the sharder."""
+        """Returns the bytes of a value that is sent forward and backward, after the sharder's codecs."""
         if table.fqn not in self._comms:
             option = self._stock.option(table, sharding_type, DENSE, [[table.rows, table.columns]])
             self._comms[table.fqn] = comm_sizes(option, self._stock.sharder(table))
@@ -261,9 +260,9 @@ class Estimator:
         perf, device_bytes, host_bytes = self._stock.estimate(table, sharding_type, kernel, rows, columns)
         is_replicated = sharding_type == DATA_PARALLEL
         reduce_ms = perf.bwd_comms if is_replicated else 0.0
-        # TorchRec leaves ids out of its total, and counts all for every shard: those split by rows get their share.
+        # Add the ids, because TorchRec's total lacks them, and divide them among row blocks, because it does not.
         ids_ms = perf.input_dist_comms / self._share(sharding_type)
-        exchange_ms = 0.0 if is_replicated else perf.fwd_comms + perf.bwd_comms + ids_ms
+        comms_ms = 0.0 if is_replicated else perf.fwd_comms + perf.bwd_comms + ids_ms
         parameters = min(rows * columns * table.parameter.element_size(), device_bytes)
         optimizer = 0 if kernel in _OFFLOADED else self._state.of_plain(table, kernel, rows, columns)
         return Cost(
@@ -272,19 +271,19 @@ class Estimator:
             buffers=device_bytes - parameters,
             host=host_bytes,
             lookup_ms=perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute,
-            exchange_ms=exchange_ms,
+            comms_ms=comms_ms,
             reduce_ms=reduce_ms,
         )
 
 
 class _TorchRecEstimators:
-    """TorchRec's own estimators, asked one shard at a time: those of equal size cost the same."""
+    """TorchRec's own estimators, called once for all shards of one size."""
 
     def __init__(self, topology: Topology, batch_size: int) -> None:
         self._topology = topology
         self._batch_size = batch_size
         self._sharders: dict[int, Any] = {}
-        # Theirs by reference: making an estimator takes TorchRec milliseconds on many ranks.
+        # The estimators read this dictionary, because TorchRec takes milliseconds to make them on many ranks.
         self._constraints: dict[str, ParameterConstraints] = {}
         self._perf: ShardEstimator = EmbeddingPerfEstimatorFactory.create(
             DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=self._constraints
@@ -295,7 +294,7 @@ class _TorchRecEstimators:
     def estimate(
         self, table: PlannedTable, sharding_type: str, kernel: str, rows: int, columns: int
     ) -> tuple[Perf, float, float]:
-        """Time, and bytes of values, ids and outputs on the device and, of offloaded kernels, on the host."""
+        """Returns the time, and the bytes of values, ids and outputs on the device and on the host."""
         constraints = table.constraints or ParameterConstraints()
         key = (
             *(id(table.module), table.parameter.dtype, table.rows, table.columns, table.is_pooled, table.is_weighted),
@@ -319,11 +318,11 @@ class _TorchRecEstimators:
         return self._known[key]
 
     def option(self, table: PlannedTable, sharding_type: str, kernel: str, sizes: list[list[int]]) -> ShardingOption:
-        """TorchRec's description of a choice, as its enumerator makes it."""
+        """Returns the object that TorchRec's enumerator makes for an option."""
         constraints = table.constraints or ParameterConstraints()
         parameter: nn.Parameter = table.parameter
         if kernel not in _OFFLOADED and hasattr(parameter, "_optimizer_classes"):
-            # State is counted apart, as what is really held.
+            # Hide the optimizer, because `OptimizerState` counts what it really holds.
             parameter = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
         return ShardingOption(
             name=table.name,
@@ -346,7 +345,7 @@ class _TorchRecEstimators:
         )
 
     def sharder(self, table: PlannedTable) -> Any:
-        """The table's sharder, as TorchRec's estimators see it."""
+        """Returns the table's sharder in the form that TorchRec's estimators take."""
         key = id(table.sharder)
         if key not in self._sharders:
             self._sharders[key] = sharder_view(table.sharder)
@@ -354,7 +353,7 @@ class _TorchRecEstimators:
 
 
 def memory_bandwidth(topology: Topology, kernel: str = FUSED) -> float:
-    """Bytes per ms at which a kernel reaches a rank's memory, by TorchRec's table of kernels."""
+    """Returns the bytes per ms at which a kernel reads a rank's memory, by TorchRec's table of kernels."""
     bandwidth = kernel_bw_lookup(
         topology.compute_device, kernel, topology.hbm_mem_bw, topology.ddr_mem_bw, topology.hbm_to_ddr_mem_bw
     )
@@ -363,14 +362,14 @@ def memory_bandwidth(topology: Topology, kernel: str = FUSED) -> float:
 
 
 def _narrow_penalty(columns: int) -> float:
-    """TorchRec's, of FBGEMM's kernels on rows that do not fill a block of threads."""
+    """Returns TorchRec's factor for FBGEMM's kernels on rows that do not fill a block of threads."""
     if columns >= FULL_BLOCK_EMB_DIM:
         return 1.0
     return HALF_BLOCK_PENALTY if columns >= FULL_BLOCK_EMB_DIM // 2 else QUARTER_BLOCK_PENALTY
 
 
 def _row_bytes(table: PlannedTable, start: int, stop: int, at_least: bool) -> int:
-    """Bytes read per id: a row of every partition that the columns come from."""
+    """Returns the bytes read per id: a row of every partition that the columns come from."""
     assert table.config is not None
     total = 0
     for j, partition in enumerate(table.partitions):

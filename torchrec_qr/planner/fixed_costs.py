@@ -1,4 +1,4 @@
-"""What a plan takes beside the work of its tables: for every sharding type that a collection is spread over."""
+"""The time that each sharding type of a collection takes, whatever its tables cost."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,22 +11,24 @@ from torchrec_qr.planner.tables import PlannedTable
 
 
 class FixedCosts:
-    """Milliseconds of a step on every rank, whatever lies where:
+    """The milliseconds of a step that depend on the sharding types of a module, and not on the ranks of its tables.
 
-        Σ over modules of  Σ over its sharding types of (sharding_ms, where embeddings are exchanged;
-                                                         replication_ms, where gradients are reduced;
-                                                         2 · message / link, where messages are above overlap_mib)
-                           + concat_factor · bytes of its pooled output / memory bandwidth, where it has several types
+    They are a sum over modules of
 
-    TorchRec distributes, looks up and collects the tables of each sharding type by themselves, and then puts the
-    columns of all side by side, forward, and takes their gradient apart, backward. A rank's message is what it sends
-    to all others, on average, in one all-to-all, forward or backward.
+        Σ over its sharding types of (sharding_ms, if ranks send embeddings;
+                                      replication_ms, if ranks reduce gradients;
+                                      2 · message / link, if a message is larger than overlap_mib)
+        + concat_factor · bytes of its pooled output / memory bandwidth, if it has several types
+
+    TorchRec runs the input dist, lookup and output dist of each sharding type separately. The forward then concatenates
+    the columns of all types, and the backward splits their gradient. A message is what a rank sends to all others in an
+    all-to-all, on average over ranks.
 
     Args:
-        tables: of the model.
-        hardware: constants; see `torchrec_qr.planner.hardware`.
-        batch_size: of a rank.
-        topology: bandwidths.
+        tables (Sequence[PlannedTable]): the tables of the model.
+        hardware (Hardware): the constants in the formula.
+        batch_size (int): the samples of a rank.
+        topology (Topology): the bandwidths.
     """
 
     def __init__(self, tables: Sequence[PlannedTable], hardware: Hardware, batch_size: int, topology: Topology) -> None:
@@ -38,7 +40,7 @@ class FixedCosts:
         ]
         world, local = topology.world_size, topology.local_world_size
         self._others = world - 1
-        # TorchRec's bandwidth is of all that the ranks receive of a shard, of which an owner sends so much.
+        # Multiply by W, because TorchRec's bandwidth counts what all ranks receive of a shard.
         self._message_ms = 2 * world / topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_TO_ALL)
         self._messages = []
         self._concat_ms = dict.fromkeys(self._modules, 0.0)
@@ -51,8 +53,8 @@ class FixedCosts:
                 self._concat_ms[table.path] += size * hardware.concat_factor / bandwidth
 
     def ms(self, sharding_types: Iterable[str]) -> float:
-        """The cost of a sharding type per table, in the order of the tables."""
-        # Of each sharding type of each module, bytes of a rank's message to another, and of these those exchanged.
+        """Returns the milliseconds for one sharding type per table, in the order of the tables."""
+        # The bytes that a rank sends to one other, by module and sharding type.
         messages: dict[tuple[str, str], float] = {}
         reduced = set()
         for module, has_replicas, message, sharding_type in zip(

@@ -1,4 +1,4 @@
-"""What a plan's estimates take for granted of a machine: one table of constants, each with its source."""
+"""The constants of a machine that estimates use: one table, with the source of each entry."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,29 +21,29 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's device and links.
+    """The device of a rank, its links to other ranks, and the cost factors of its kernels and collectives.
 
     Args:
-        name: by which it is chosen.
-        compute_device: TorchRec's: ``"cpu"`` or ``"cuda"``.
-        memory_gib: that tables may live in, of a rank.
-        memory_gb_s: bandwidth of that memory, as far as lookups reach it.
-        intra_gb_s: of a rank to the others of its node, each way.
-        inter_gb_s: of a rank to other nodes, each way.
-        overlap_mib: of a rank's message in an all-to-all, up to which it receives while it sends: beyond, gloo does the
-            one after the other.
-        scatters_whole: whether a reduce-scatter takes what an all-reduce does, of which a part is kept, as gloo's.
-        sharding_ms: of a sharding type of a module that exchanges embeddings, beside bytes: its collectives, four or
-            more, and what prepares them.
-        replication_ms: of the reduction of what a sharding type replicates, beside bytes.
-        lookup_factor: a compositional table's bytes read, by how much dearer than a plain table's.
-        compose_factor: float32 values moved through memory per composed value: none in a fused kernel.
-        concat_factor: bytes moved per byte of the pooled output of a module that several sharding types share, whose
-            columns are put side by side, and their gradients taken apart.
-        replica_factor: bytes moved per byte of a replicated partition's gradient: filled, reduced, scanned, applied.
-        replica_ms: of a replicated partition beside its bytes: its gradient is reduced and applied by itself.
-        shard_ms: of a shard of a compositional table beside its bytes, where a kernel does not take all at once.
-        source: of the figures.
+        name (str): the name by which `hardware_named` finds it.
+        compute_device (str): TorchRec's name of the device, ``"cpu"`` or ``"cuda"``.
+        memory_gib (float): a rank's memory for tables.
+        memory_gb_s (float): the bandwidth at which lookups read that memory.
+        intra_gb_s (float): the bandwidth of a rank to the others of its node, each way.
+        inter_gb_s (float): the bandwidth of a rank to other nodes, each way.
+        overlap_mib (float): the largest message of an all-to-all that a rank sends while it receives. gloo sends larger
+            messages first and receives afterwards.
+        scatters_whole (bool): whether a reduce-scatter is an all-reduce of which each rank keeps a part, as in gloo.
+        sharding_ms (float): ms for a sharding type of a module that sends embeddings, whatever the bytes: four or more
+            collectives, and their preparation.
+        replication_ms (float): ms to reduce the replicas of a sharding type, whatever the bytes.
+        lookup_factor (float): the cost of a byte that a compositional lookup reads, relative to a plain one.
+        compose_factor (float): float32 values moved through memory per composed value: 0 for a fused kernel.
+        concat_factor (float): bytes moved per byte of pooled output, if several sharding types share a module: the
+            forward concatenates their columns, and the backward splits the gradient.
+        replica_factor (float): bytes moved per byte of a replica's gradient, to fill, reduce, scan and apply it.
+        replica_ms (float): ms for each replica, whatever its bytes, because its gradient is reduced and applied alone.
+        shard_ms (float): ms for each shard of a compositional table, whatever its bytes, if no kernel looks up all.
+        source (str): the source of the figures.
 
     Example:
         >>> from dataclasses import replace
@@ -73,10 +73,15 @@ class Hardware:
     def topology(
         self, world_size: int, local_world_size: int | None = None, memory_gib: float | None = None
     ) -> Topology:
-        """Returns W such ranks, ``local_world_size`` to a node, as TorchRec's planners take them.
+        """Returns TorchRec's topology of W such ranks.
+
+        Args:
+            world_size (int): W.
+            local_world_size (int | None): the ranks of a node. Default: W.
+            memory_gib (float | None): a rank's memory for tables. Default: that of the hardware.
 
         Raises:
-            ValueError: no ranks; ranks that do not fill their nodes; memory that is not positive.
+            ValueError: there is no rank, the ranks do not fill their nodes, or the memory is not positive.
 
         Example:
             >>> topology = HARDWARE["h100"].topology(16, local_world_size=8)
@@ -112,14 +117,14 @@ class Hardware:
 
 
 class LinkBandwidths(GeneralizedCommsBandwidth):
-    """Bandwidths with which TorchRec's formulas give the time of collectives over two kinds of links.
+    """Bandwidths with which TorchRec's formulas return the time of collectives over two kinds of links.
 
-    TorchRec divides what all ranks receive of a shard by one bandwidth. Of W ranks, l to a node, only (l-1)/W of it
-    take the link inside of the node and (W-l)/W that between nodes:
+    TorchRec divides the bytes that all ranks receive of a shard by one bandwidth. With W ranks and l ranks a node,
+    (l-1)/W of the bytes take the links within a node, and (W-l)/W of them the links between nodes:
 
         ms = bytes · ((l-1)/W / intra + (W-l)/W / inter)
 
-    An all-reduce is a ring inside of the node and one between nodes, of 1/l of the bytes on each rank's own link:
+    An all-reduce is a ring within the node and one between nodes. The second takes 1/l of the bytes on each link:
 
         ms = bytes · (2(l-1)/l / intra + 2(h-1)/h / (l · inter)),  h = W/l
     """
@@ -142,7 +147,7 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
         if reduces or (self._scatters_whole and collective_type == CollectiveType.REDUCE_SCATTER):
             ms_per_byte = 2 * (local - 1) / local / self._intra + 2 * (hosts - 1) / hosts / (local * self._inter)
             if reduces:
-                ms_per_byte /= all_reduce_passes(world, local)  # by which TorchRec will multiply
+                ms_per_byte /= all_reduce_passes(world, local)  # TorchRec multiplies by these
         else:
             ms_per_byte = (local - 1) / world / self._intra + (world - local) / world / self._inter
         return 1 / ms_per_byte if ms_per_byte else float("inf")
@@ -152,7 +157,7 @@ class LinkBandwidths(GeneralizedCommsBandwidth):
 
 
 def all_reduce_passes(world_size: int, local_world_size: int) -> float:
-    """How often TorchRec takes a replicated table's bytes over the bandwidth of an all-reduce."""
+    """Returns the factor by which TorchRec multiplies a replicated table's bytes in an all-reduce."""
     nodes = min(world_size / local_world_size, 2)
     passes = (2 * nodes - 1) / nodes
     return passes * 2 if world_size > 2 * local_world_size else passes
@@ -161,8 +166,8 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
 _FUSED: dict[str, Any] = {
     "lookup_factor": 1.0,
     "compose_factor": 0.0,
-    "concat_factor": 4.0,  # read and written, forward and backward
-    "replica_factor": 9.22,  # TorchRec's, of its own data-parallel tables
+    "concat_factor": 4.0,  # one read and one write, forward and backward
+    "replica_factor": 9.22,  # TorchRec's factor for its own data-parallel tables
     "replica_ms": 0.0,
     "shard_ms": 0.0,
 }
@@ -206,7 +211,7 @@ HARDWARE = MappingProxyType(
     }
 )
 
-# Where only a topology is given: of its bandwidths, and with nothing that TorchRec does not count.
+# The factors beside a topology that a user passes: its own bandwidths, and no cost that TorchRec does not count.
 _OF_TOPOLOGY = replace(
     HARDWARE["h100"],
     name="topology",
@@ -218,10 +223,13 @@ _OF_TOPOLOGY = replace(
 
 
 def hardware_named(name: str) -> Hardware:
-    """Returns an entry of `HARDWARE`.
+    """Returns the hardware of a device by its name.
+
+    Args:
+        name (str): ``"cpu"``, ``"a100"``, ``"h100"`` or ``"h200"``.
 
     Raises:
-        ValueError: no such device.
+        ValueError: the device is unknown.
 
     Example:
         >>> hardware_named("h200").memory_gib
@@ -236,5 +244,5 @@ def hardware_named(name: str) -> Hardware:
 
 
 def hardware_of(topology: Topology) -> Hardware:
-    """Returns the factors where only a topology is known: on a CPU those of `HARDWARE`, else a fused kernel's."""
+    """Returns the factors for a topology of unknown hardware: those of `HARDWARE` on a CPU, else of fused kernels."""
     return HARDWARE["cpu"] if topology.compute_device == "cpu" else _OF_TOPOLOGY

@@ -1,29 +1,32 @@
-"""Puts the blocks of chosen options on ranks: largest work first, each to the rank with least of it.
+"""Assigns the blocks of options to ranks: in order of work, the largest first, each to the rank with least work.
 
-Where work is equal or none, memory decides. n blocks on W ranks take O(n log(nW)).
+Memory decides between equal work. n blocks on W ranks take O(n log(nW)).
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 from torchrec_qr.planner.costs import NO_COST
 from torchrec_qr.planner.enumerators import Block, Option, Scope
 
-# Blocks up to which they are moved once more, and ranks with which those of the fullest are exchanged.
+# Up to so many blocks are moved once more, between the rank with most work and so many others.
 _EVENED_OUT = 500
 _OTHERS = 16
+
+Load = tuple[float, float]
+"""The work and the bytes of a rank or a host, the balanced one first."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks and what each has room for.
+    """The ranks and their free memory.
 
     Args:
-        memory: bytes of each rank's device.
-        host_memory: bytes of each rank's share of its host, for TorchRec's offloaded kernels.
-        group: ranks of a host.
+        memory (tuple[float, ...]): bytes of each rank's device.
+        host_memory (tuple[float, ...]): bytes of each rank's share of its host, for TorchRec's offloaded kernels.
+        group (int): the ranks of a host.
     """
 
     memory: tuple[float, ...]
@@ -32,12 +35,20 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
+        """W."""
         return len(self.memory)
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """The block that found no place, and what each rank had left for it."""
+    """A block that fits no rank.
+
+    Args:
+        table (int): the number of its table.
+        needs (float): its bytes.
+        left (tuple[float, ...]): the bytes that each rank has left.
+        on_host (bool): whether the bytes are the host's.
+    """
 
     table: int
     needs: float
@@ -47,29 +58,32 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where everything lies.
+    """The ranks of all blocks.
 
     Args:
-        placed: per table and block, the ranks of its shards, in their order; None for all ranks.
-        work: per rank, ms.
+        ranks (list[list[list[int] | None]]): per table and block, the ranks of its shards in order. None means all.
+        work (list[float]): ms of each rank.
     """
 
-    placed: list[list[list[int] | None]]
+    ranks: list[list[list[int] | None]]
     work: list[float]
 
     @property
     def greatest(self) -> float:
+        """The ms of the rank with most work."""
         return max(self.work)
 
 
 def pack(
     options: Sequence[Option], bound: Sequence[Sequence[int] | None], cluster: Cluster, by_memory: bool = False
 ) -> Packing | Misfit:
-    """Returns a packing of one option per table, or what did not fit.
+    """Returns a packing of one option per table, or a block that does not fit.
 
     Args:
-        bound: per table, the ranks on which it may lie; None: any.
-        by_memory: balance bytes rather than work, which fits more.
+        options (Sequence[Option]): one option per table.
+        bound (Sequence[Sequence[int] | None]): per table, the ranks that may own it. None means all.
+        cluster (Cluster): the memory of the ranks.
+        by_memory (bool): whether to balance bytes instead of work, so that more fits.
     """
     return _Packer(options, bound, cluster, by_memory).run()
 
@@ -84,7 +98,7 @@ class _Packer:
         self._memory = [0.0] * world
         self._host = [0.0] * world
         self._base_work = self._base_memory = self._base_host = 0.0
-        self._placed: list[list[list[int] | None]] = [[None] * len(o.blocks) for o in options]
+        self._ranks: list[list[list[int] | None]] = [[None] * len(o.blocks) for o in options]
 
     def run(self) -> Packing | Misfit:
         hosted: list[tuple[float, int, int, Block]] = []
@@ -117,17 +131,17 @@ class _Packer:
                 return misfit
         if not self._by_memory and len(single) <= _EVENED_OUT:
             self._even_out([(t, b, block) for _, t, b, block in single])
-        return Packing(self._placed, [self._base_work + w for w in self._work])
+        return Packing(self._ranks, [self._base_work + w for w in self._work])
 
     def _even_out(self, single: list[tuple[int, int, Block]]) -> None:
-        """Moves a block off the rank with most work, or swaps it for a smaller one, while that lowers the greater of
-        the two.
+        """Moves a block from the rank with most work, or swaps it for a smaller one, while that lowers the greater work
+        of the two ranks.
         """
         on: list[list[tuple[int, int, Block]]] = [[] for _ in self._work]
         for t, b, block in single:
-            placed = self._placed[t][b]
-            assert placed is not None
-            on[placed[0]].append((t, b, block))
+            ranks = self._ranks[t][b]
+            assert ranks is not None
+            on[ranks[0]].append((t, b, block))
         for _ in range(len(single)):
             most = max(range(len(self._work)), key=self._work.__getitem__)
             change = self._best_change(most, on)
@@ -140,7 +154,7 @@ class _Packer:
                 t, b, block = entry
                 self._add(source, -block.work_ms, -block.memory, -block.host_memory)
                 self._add(target, block.work_ms, block.memory, block.host_memory)
-                self._placed[t][b] = [target]
+                self._ranks[t][b] = [target]
                 on[source].remove(entry)
                 on[target].append(entry)
 
@@ -148,7 +162,7 @@ class _Packer:
         self, most: int, on: list[list[tuple[int, int, Block]]]
     ) -> tuple[int, tuple[int, int, Block], tuple[int, int, Block] | None] | None:
         best, found = self._work[most] * (1 - 1e-6), None
-        # The ranks with least work are where there is most to gain.
+        # Look at the ranks with least work alone, because a change with them gains most.
         others = heapq.nsmallest(_OTHERS, (r for r in range(len(on)) if r != most), key=self._work.__getitem__)
         for rank in others:
             for out in on[most]:
@@ -180,7 +194,7 @@ class _Packer:
     def _in_order(blocks: list[tuple[float, int, int, Block]]) -> list[tuple[int, int, Block]]:
         return [(t, b, block) for _, t, b, block in sorted(blocks, key=itemgetter(0, 1, 2))]
 
-    def _load(self, rank: int) -> tuple[float, float]:
+    def _load(self, rank: int) -> Load:
         if self._by_memory:
             return self._memory[rank], self._work[rank]
         return self._work[rank], self._memory[rank]
@@ -199,7 +213,7 @@ class _Packer:
         self._host[rank] += host
 
     def _base_misfit(self) -> Misfit | None:
-        """What lies on all ranks, if it alone is too much for one: of the table that takes most."""
+        """Returns the largest table on all ranks, if the tables on all ranks are too large for one rank."""
         if self._base_memory <= min(self._cluster.memory) and self._base_host <= min(self._cluster.host_memory):
             return None
         sizes = [
@@ -212,8 +226,8 @@ class _Packer:
 
     def _place_on_host(self, t: int, b: int, block: Block) -> Misfit | None:
         group, bound = self._cluster.group, self._bound[t]
-        costs = [(run.cost.work_ms, run.cost.memory, run.cost.host) for run in block.runs for _ in range(run.count)]
-        # Shards go round the ranks of a host where there are more of them than ranks.
+        costs = [(s.cost.work_ms, s.cost.memory, s.cost.host) for s in block.shards for _ in range(s.count)]
+        # Deal shards to the ranks of a host in turn, because there may be more of them than ranks.
         totals = [tuple(map(sum, zip(*costs[i::group], strict=True))) for i in range(min(group, len(costs)))]
 
         def fits(host: int) -> bool:
@@ -221,54 +235,55 @@ class _Packer:
                 return False
             return all(self._fits(host * group + i, memory, extra) for i, (_, memory, extra) in enumerate(totals))
 
-        skipped = []
-        found = None
-        while self._hosts:
-            load, host = heapq.heappop(self._hosts)
-            if fits(host):
-                found = host
-                break
-            skipped.append((load, host))
-        for entry in skipped:
-            heapq.heappush(self._hosts, entry)
+        found = _pop_first(self._hosts, fits, lambda *_: True)
         if found is None:
             return Misfit(t, max(memory for _, memory, _ in totals), tuple(map(self._left, range(len(self._work)))))
-        placed = []
-        for i, cost in enumerate(costs):
-            rank = found * group + i % group
+        ranks = [found * group + i % group for i in range(len(costs))]
+        for rank, cost in zip(ranks, costs, strict=True):
             self._add(rank, *cost)
-            placed.append(rank)
         heapq.heappush(self._hosts, (max(map(self._load, range(found * group, (found + 1) * group))), found))
-        self._placed[t][b] = placed
+        self._ranks[t][b] = ranks
         return None
 
     def _place_on_rank(self, t: int, b: int, block: Block) -> Misfit | None:
         work, memory, host = block.work_ms, block.memory, block.host_memory
         bound = self._bound[t]
-        rank = self._least_loaded(memory, host) if bound is None else self._least_loaded_of(bound, memory, host)
+        if bound is None:
+            rank = _pop_first(
+                self._heap,
+                lambda rank: self._fits(rank, memory, host),
+                # Drop an entry with another load, because a later entry of the same rank replaces it.
+                lambda load, rank: load == self._load(rank),
+            )
+        else:
+            rank = self._least_loaded_of(bound, memory, host)
         if rank is None:
             left = tuple(self._left(r) for r in range(self._cluster.world_size))
             return Misfit(t, max(memory, host), left, on_host=bool(host))
         self._add(rank, work, memory, host)
         heapq.heappush(self._heap, (self._load(rank), rank))
-        self._placed[t][b] = [rank]
+        self._ranks[t][b] = [rank]
         return None
-
-    def _least_loaded(self, memory: float, host: float) -> int | None:
-        skipped = []
-        found = None
-        while self._heap:
-            load, rank = heapq.heappop(self._heap)
-            if load != self._load(rank):
-                continue  # a later entry of the same rank is right
-            if self._fits(rank, memory, host):
-                found = rank
-                break
-            skipped.append((load, rank))
-        for entry in skipped:
-            heapq.heappush(self._heap, entry)
-        return found
 
     def _least_loaded_of(self, ranks: Sequence[int], memory: float, host: float) -> int | None:
         fitting = [rank for rank in ranks if self._fits(rank, memory, host)]
         return min(fitting, key=lambda rank: (self._load(rank), rank)) if fitting else None
+
+
+def _pop_first(
+    heap: list[tuple[Load, int]], fits: Callable[[int], bool], is_current: Callable[[Load, int], bool]
+) -> int | None:
+    """Takes the least loaded number that fits from a heap, and returns it; None if none fits."""
+    skipped: list[tuple[Load, int]] = []
+    found = None
+    while heap and found is None:
+        load, number = heapq.heappop(heap)
+        if not is_current(load, number):
+            continue
+        if fits(number):
+            found = number
+        else:
+            skipped.append((load, number))
+    for entry in skipped:
+        heapq.heappush(heap, entry)
+    return found

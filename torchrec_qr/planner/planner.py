@@ -1,4 +1,4 @@
-"""The planner: every table of a model in its place, by work."""
+"""The planner of plain and compositional tables, which balances work."""
 
 import logging
 import os
@@ -25,61 +25,62 @@ from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.distributed.layout import DATA_PARALLEL, num_row_blocks
 from torchrec_qr.planner.enumerators import Enumerator, Option, Scope
 from torchrec_qr.planner.error_kinds import NOT_IN_PLAN
+from torchrec_qr.planner.estimated_plan import EstimatedPlan, RankCosts, TablePlan
 from torchrec_qr.planner.estimators import Estimator
+from torchrec_qr.planner.fit_advice import Infeasible
 from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
-from torchrec_qr.planner.placement import Placed, PlacedModel, RankCosts
 from torchrec_qr.planner.proposer import Proposal, Search, most_frugal
-from torchrec_qr.planner.remedies import Infeasible
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
 
 _RESERVED = 0.15
-# Greatest over mean work up to which ranks are even, and how much more than that counts.
+# Ranks are even up to this ratio of greatest to mean work. A larger ratio counts to this power.
 _EVEN = 1.05
 _EVENNESS = 3
 
-# Arguments of TorchRec's planner that have no meaning here, and what to use in their place.
+# Arguments of TorchRec's planner that have no meaning here, and what to use instead.
 _INSTEAD = {
     "enumerator": "this planner lists options of its own, which constraints narrow (sharding_types, compute_kernels)",
-    "proposer": "this planner searches by itself; constraints tell it where a table may lie",
-    "partitioner": "this planner places shards by itself; `ranks` tells it where a table may lie",
+    "proposer": "this planner searches by itself; `constraints` and `ranks` narrow the search",
+    "partitioner": "this planner assigns shards to ranks by itself; `ranks` narrows the ranks of a table",
     "performance_model": "estimates follow `topology` and `hardware`",
     "stats": "`propose` returns all estimates, and debug=True logs them",
-    "callbacks": "change the plan that `plan` returns, of which `estimate` tells the cost",
+    "callbacks": "change the plan that `plan` returns; `estimate` returns its cost",
     "timeout_seconds": "the search ends after a number of trials",
-    "plan_loader": "pass a stored plan to DistributedModelParallel in the place of a planner",
+    "plan_loader": "pass a stored plan to DistributedModelParallel instead of a planner",
 }
 _LOG = logging.getLogger(__name__)
 
 
 class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
-    """Places plain and compositional tables by work, in place of TorchRec's ``EmbeddingShardingPlanner``.
+    """Plans plain and compositional tables, in place of TorchRec's ``EmbeddingShardingPlanner``.
 
-    Of all placements that fit, it looks for the least
+    Among the plans that fit, the planner searches for the least
 
-        max over ranks of  Σ over tables of  (lookup + exchange + reduce)
+        max over ranks of  Σ over tables of  (lookup_ms + comms_ms + reduce_ms)
 
-    in estimated milliseconds of a step (see `torchrec_qr.planner.costs.Cost`), each table choosing among every sharding
-    type that its sharder has. A plain table is estimated as TorchRec does. A compositional one is stored as
-    Σ_j |P_j| · D_j values and their optimizer's state, replicated partitions on every rank; an id reads K rows; and one
-    row per bag travels, whatever K.
+    in estimated milliseconds of a step: see `torchrec_qr.planner.costs.Cost`. Each table may have every sharding type
+    of its sharder. TorchRec's formulas estimate a plain table. A compositional table stores Σ_j |P_j| · D_j values and
+    their optimizer's state, and every rank stores its replicas. An id reads K rows, and one row per bag is sent,
+    whatever K.
 
     Args:
-        topology: default: that of the process group, on this device.
-        batch_size: of a rank; default: TorchRec's, 512.
-        storage_reservation: what tables may not take; default: 15 % of each rank.
-        constraints: TorchRec's, by table.
-        debug: whether plans are logged: work per rank, and where each table lies and why.
-        ranks: on which a table may lie, by table.
-        hardware: factors that a topology has no field for; default: by the topology's device.
-        dense_optimizer: makes the optimizer of what nothing steps in backward, such as plain data-parallel tables;
-            default: SGD, which has no state.
-        of_torchrec: parts of TorchRec's planner, which this one does not consist of: only None.
+        topology (Topology | None): the ranks. Default: those of the process group, on this device.
+        batch_size (int | None): the samples of a rank. Default: TorchRec's, 512.
+        storage_reservation (StorageReservation | None): the memory without tables. Default: 15 % of each rank.
+        constraints (Mapping[str, ParameterConstraints] | None): TorchRec's constraints, by table.
+        debug (bool): whether to log the work of each rank, and the sharding type of each table with its reason.
+        ranks (Mapping[str, Sequence[int]] | None): the ranks that may own a table's shards, by table.
+        hardware (Hardware | None): cost factors that a topology lacks. Default: those of the topology's device.
+        dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
+            plain data-parallel tables. Default: SGD, which has no state.
+        of_torchrec (Any): further arguments of TorchRec's planner, which must be None.
 
     Raises:
-        ValueError: a topology without ranks or memory; ranks that it lacks; a part of TorchRec's planner.
+        TypeError: an argument that neither planner has.
+        ValueError: a topology without ranks or memory, ranks outside of it, or an argument of TorchRec's planner.
 
     Example:
         >>> from torchrec_qr import (
@@ -127,14 +128,18 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
     def plan(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> ShardingPlan:
         """Returns a plan with every table of every module that has a sharder.
 
+        Args:
+            module (nn.Module): the model.
+            sharders (Sequence[ModuleSharder[Any]]): the sharders.
+
         Raises:
-            PlannerError: no tables; constraints of unknown tables, or that leave a table no place; nothing fits, with
-                the table, what it needs, what the ranks have left, and what would help.
+            PlannerError: there are no tables, constraints name unknown tables or allow no option, or nothing fits. The
+                message then has the table, its bytes, the bytes that ranks have left, and changes that make a plan fit.
         """
-        placed = self.propose(module, sharders)
+        estimated = self.propose(module, sharders)
         if self._debug:
-            _LOG.info("%s", placed)
-        return placed.sharding_plan()
+            _LOG.info("%s", estimated)
+        return estimated.sharding_plan()
 
     def collective_plan(
         self,
@@ -144,8 +149,14 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
     ) -> ShardingPlan:
         """Returns rank 0's plan on all ranks of ``pg``, which must call this together.
 
+        Args:
+            module (nn.Module): the model.
+            sharders (Sequence[ModuleSharder[Any]] | None): the sharders. Default: `get_default_sharders`.
+            pg (dist.ProcessGroup | None): the ranks. Default: all.
+
         Raises:
-            PlannerError: as `plan`, on every rank.
+            PlannerError: `plan` raises it on rank 0. All ranks raise it.
+            RuntimeError: there is no process group.
         """
         group = pg if pg is not None else dist.GroupMember.WORLD
         if group is None:
@@ -156,7 +167,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         if group.rank() == 0:
             try:
                 outcome = [self.plan(module, sharders)]
-            except Exception as failed:  # the other ranks wait for the outcome, whatever it is
+            except Exception as failed:  # send any error, because the other ranks wait
                 error = failed
                 outcome = [(str(failed), getattr(failed, "error_type", PlannerErrorType.OTHER))]
         dist.broadcast_object_list(outcome, dist.get_global_rank(group, 0), group=group)
@@ -166,25 +177,29 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             raise PlannerError(*outcome[0])
         return outcome[0]
 
-    def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> PlacedModel:
-        """As `plan`, with the estimates behind it."""
+    def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> EstimatedPlan:
+        """Returns the plan of `plan` with its estimated costs.
+
+        Raises:
+            PlannerError: see `plan`.
+        """
         tables, choices, cluster = self._problem(module, sharders)
         found = self._search(tables, choices, cluster)
         if isinstance(found, Misfit):
             raise Infeasible(tables, choices, cluster, found, self._topology, self._estimator).error()
         everywhere = list(range(self._topology.world_size))
-        placed = [
-            Placed(table, option, of_table, _flat(ranks, option, everywhere))
-            for table, option, of_table, ranks in zip(tables, found.options, choices, found.packing.placed, strict=True)
+        plans = [
+            TablePlan(table, option, of_table, _flat(ranks, option, everywhere))
+            for table, option, of_table, ranks in zip(tables, found.options, choices, found.packing.ranks, strict=True)
         ]
         fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in found.options)
-        return PlacedModel(placed, self._topology, fixed_ms, list(cluster.memory))
+        return EstimatedPlan(plans, self._topology, fixed_ms, list(cluster.memory))
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
-        """What a plan, from wherever, costs every rank.
+        """Returns the costs of any plan on every rank.
 
         Raises:
-            PlannerError: a table that it lacks.
+            PlannerError: the plan lacks a table.
         """
         estimator = self._estimator(self._topology)
         costs = RankCosts(self._topology.world_size)
@@ -211,20 +226,20 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         return costs
 
     def step_ms(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> float:
-        """The estimated time that a step spends on embeddings under a plan, from wherever."""
+        """Returns the estimated milliseconds of a step for embeddings under any plan."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         fixed_ms = self._fixed_costs(tables).ms(_sharding_of(plan, table).sharding_type for table in tables)
         return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
-        """Whether there is a plan at all."""
+        """Returns whether a plan fits."""
         tables, choices, cluster = self._problem(module, sharders)
         return not isinstance(most_frugal(choices, [table.ranks for table in tables], cluster), Misfit)
 
     def _problem(
         self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]
     ) -> tuple[list[PlannedTable], list[list[Option]], Cluster]:
-        """The tables, their options, and what the ranks have room for."""
+        """Returns the tables, their options, and the memory of the ranks."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         cluster = self._cluster(module, sharders)
         enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
@@ -236,7 +251,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         fixed = self._fixed_costs(tables)
 
         def rate(options: Sequence[Option], packing: Packing) -> float:
-            # Estimates err: of plans about as fast, one whose ranks are even has less to lose by that.
+            # Prefer even ranks among plans that are about as fast, because estimates err.
             uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
             return packing.greatest * uneven**_EVENNESS + fixed.ms(o.sharding_type for o in options)
 
@@ -269,9 +284,10 @@ def _refuse(of_torchrec: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}; allowed: None; {_INSTEAD[name]}")
 
 
-def _flat(placed: list[list[int] | None], option: Option, everywhere: list[int]) -> list[int]:
+def _flat(of_blocks: list[list[int] | None], option: Option, everywhere: list[int]) -> list[int]:
+    """Returns the ranks of all shards, in order."""
     ranks: list[int] = []
-    for block, of_block in zip(option.blocks, placed, strict=True):
+    for block, of_block in zip(option.blocks, of_blocks, strict=True):
         assert of_block is not None or block.scope is Scope.WORLD
         if of_block is None and len(option.blocks) == 1:
             return everywhere
@@ -303,7 +319,7 @@ def _check(topology: Topology, ranks: Mapping[str, Sequence[int]]) -> None:
 
 
 def _of_process_group(hardware: Hardware | None) -> tuple[Topology, Hardware]:
-    """The topology of this job: its ranks, and the memory of this machine."""
+    """Returns the topology of the process group, with the memory of this machine."""
     world = dist.get_world_size()
     local = get_local_size(world)
     if get_device_type() == "cpu":

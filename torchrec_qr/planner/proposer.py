@@ -1,9 +1,8 @@
-"""Chooses an option per table so that the rank with most work has as little of it as can be found.
+"""Searches for an option per table so that the rank with most work has little of it.
 
-Spread perfectly, every option costs its mean over ranks, so each table takes its cheapest. What stands against that
-are pieces too large to be spread, memory, and what a sharding type takes whatever it is given. So proposals differ in
-the largest piece that they allow, in the price of a byte and in their sharding types; each is packed, and the best is
-improved table by table.
+If work could be spread evenly, each table would take the option of least mean work. Three things prevent that: large
+blocks, memory, and the fixed cost of a sharding type. So proposals differ in the largest block that they allow, in the
+price of a byte and in their sharding types. Each is packed, and the best one is improved table by table.
 """
 
 import math
@@ -14,16 +13,17 @@ from dataclasses import dataclass
 from torchrec_qr.planner.enumerators import Option
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing, pack
 
-# Of the mean work per rank.
+# The largest blocks that proposals allow, in units of the mean work of a rank.
 _LARGEST_PIECES = (math.inf, *(2 * 0.75**i for i in range(20)))
-# Ms for all of a rank's memory, in units of the mean work.
+# The prices of all memory of a rank, in units of the mean work.
 _PRICES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4)
-# Blocks that improvement may place in all.
+# The blocks that all trials of the improvement may pack.
 _IMPROVEMENT_BUDGET = 150_000
 _TRIALS_PER_TABLE = 100
-_SETTLED = 3000  # blocks of a plan
+# A plan of more blocks is not improved.
+_SETTLED = 3000
 _NORM = 16
-# How much worse, relatively, a plan may be at first.
+# The relative loss that the first trials accept.
 _WARMTH = 0.02
 
 Rate = Callable[[Sequence[Option], Packing], float]
@@ -31,7 +31,7 @@ Rate = Callable[[Sequence[Option], Packing], float]
 
 @dataclass(frozen=True)
 class Proposal:
-    """An option per table, where it lies, and what that is rated: less is better."""
+    """An option per table, the ranks of their blocks, and a rating, of which less is better."""
 
     options: list[Option]
     packing: Packing
@@ -39,8 +39,9 @@ class Proposal:
 
     @property
     def guide(self) -> float:
-        """The rating, with the greatest work replaced by a norm in which all ranks near the greatest count: several
-        ranks may share it, so that no one change lowers it.
+        """The rating with a norm in place of the greatest work.
+
+        Several ranks may have the greatest work, so that no single change lowers it. All of them count in the norm.
         """
         greatest = self.packing.greatest
         if not greatest:
@@ -51,13 +52,13 @@ class Proposal:
 
 
 class Search:
-    """Looks for the options of least rating.
+    """Searches for the options of least rating.
 
     Args:
-        choices: per table.
-        bound: per table, the ranks on which it may lie; None: any.
-        cluster: what ranks have room for.
-        rate: of a packing, less is better; not below its greatest work.
+        choices (Sequence[Sequence[Option]]): the options of each table.
+        bound (Sequence[Sequence[int] | None]): per table, the ranks that may own it. None means all.
+        cluster (Cluster): the memory of the ranks.
+        rate (Rate): rates a packing, of which less is better. The rating is at least the greatest work.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Search:
         self._mean = sum(min(o.mean_work for o in options) for options in choices)
 
     def run(self) -> Proposal | Misfit:
-        """Returns the best proposal found, or what did not fit in the most frugal of all."""
+        """Returns the best proposal found, or a block that does not fit in the proposal of least memory."""
         capacity = sum(self._cluster.memory) / self._cluster.world_size
         best = self._cheapest(price=0.0)
         for price in _PRICES:
@@ -84,7 +85,7 @@ class Search:
                 return frugal
             options, packing = frugal
             best = Proposal(options, packing, self._rate(options, packing))
-        # Of thousands of tables each is too small to matter, and they are spread well anyway.
+        # Stop if there are thousands of blocks, because one is too small to matter and they are spread evenly.
         if sum(len(o.blocks) for o in best.options) > _SETTLED:
             return best
         return self._settled(self._of_fewer_types(self._annealed(self._of_fewer_types(best))))
@@ -94,7 +95,7 @@ class Search:
         return None if isinstance(packing, Misfit) else Proposal(options, packing, self._rate(options, packing))
 
     def _cheapest(self, price: float) -> Proposal | None:
-        """The best of what each table's cheapest option gives, at a price of memory, for several largest pieces."""
+        """Returns the best proposal of cheapest options at a price of memory, over several largest blocks."""
         found: list[Proposal] = []
         seen: set[tuple[int, ...]] = set()
         for largest in _LARGEST_PIECES:
@@ -109,12 +110,13 @@ class Search:
         return min(found, key=lambda p: p.rating, default=None)
 
     def _of_fewer_types(self, best: Proposal) -> Proposal:
-        """Gives up sharding types, while that makes a plan better: one table after the other has nothing to gain by
-        leaving a type that others keep.
+        """Removes sharding types while that improves the plan.
+
+        A change of one table cannot, because the other tables keep the type and its fixed cost.
         """
         while True:
             kinds = sorted({o.sharding_type for o in best.options})
-            fewer = (self._within(best, {k for k in kinds if k != given_up}) for given_up in kinds)
+            fewer = (self._within(best, {k for k in kinds if k != removed}) for removed in kinds)
             alone = (self._within(best, {kind}) for kind in kinds)
             found = min(_present([*fewer, *alone]), key=lambda p: p.rating, default=best)
             if found.rating >= best.rating:
@@ -122,7 +124,7 @@ class Search:
             best = found
 
     def _within(self, proposal: Proposal, kinds: set[str]) -> Proposal | None:
-        """As a proposal, but with the cheapest of options of ``kinds`` for tables that have one."""
+        """Returns a proposal in which tables take their cheapest option of the sharding types ``kinds``, if any."""
         options = []
         for option, of_table in zip(proposal.options, self._choices, strict=True):
             allowed = [o for o in of_table if o.sharding_type in kinds]
@@ -131,9 +133,9 @@ class Search:
         return self._packed(options)
 
     def _annealed(self, best: Proposal) -> Proposal:
-        """Changes one table at a time, at random, by simulated annealing; returns the best that it comes by.
+        """Changes one table at a time, at random, by simulated annealing, and returns the best proposal found.
 
-        The same tables give the same plan: the generator's seed is fixed.
+        The seed is fixed, so that the same tables have the same plan.
         """
         changeable = [t for t, options in enumerate(self._choices) if len(options) > 1]
         size = sum(len(o.blocks) for o in best.options)
@@ -162,7 +164,7 @@ class Search:
         return self._packed([*proposal.options[:t], option, *proposal.options[t + 1 :]])
 
     def _settled(self, best: Proposal) -> Proposal:
-        """Gives back what chance changed to no avail: each table its cheapest option where that makes no plan worse."""
+        """Gives each table its cheapest option again, if that makes the plan no worse."""
         for t in sorted(range(len(self._choices)), key=lambda t: -best.options[t].mean_work):
             for option in sorted(self._choices[t], key=lambda o: o.mean_work):
                 if option.mean_work >= best.options[t].mean_work:
@@ -177,7 +179,7 @@ class Search:
 def most_frugal(
     choices: Sequence[Sequence[Option]], bound: Sequence[Sequence[int] | None], cluster: Cluster
 ) -> tuple[list[Option], Packing] | Misfit:
-    """Least memory in all, and if that does not fit, in the smallest pieces."""
+    """Returns the options of least memory in all, or, if they do not fit, in the smallest blocks."""
     least = [min(options, key=lambda o: (o.mean_memory, o.peak_memory)) for options in choices]
     finest = [min(options, key=lambda o: (o.peak_memory, o.mean_memory)) for options in choices]
     capacity = min(cluster.memory)

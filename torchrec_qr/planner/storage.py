@@ -1,4 +1,4 @@
-"""Bytes that a table's values and optimizer state take, wherever a plan puts them."""
+"""The bytes of a table's values and optimizer state under any plan."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from torchrec_qr.configs import CompositionalConfig
-from torchrec_qr.distributed.fused_params import RULES, says_something, update_rule
+from torchrec_qr.distributed.fused_params import RULES, has_effect, update_rule
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, stored_columns
 from torchrec_qr.ops.update_rules import UpdateRule
 from torchrec_qr.planner.tables import PlannedTable, optimizer_of
@@ -20,13 +20,13 @@ DENSE = EmbeddingComputeKernel.DENSE.value
 FUSED = EmbeddingComputeKernel.FUSED.value
 
 MakeOptimizer = Callable[[Any], Optimizer]
-"""Of a list of parameters, such as ``torch.optim.Adam`` or ``partial(torch.optim.Adagrad, lr=0.01)``."""
+"""Makes an optimizer of a list of parameters, such as ``torch.optim.Adam``."""
 
 Stored = list[tuple[int, int, torch.dtype]]
-"""Rows, columns and type of each tensor."""
+"""The rows, columns and type of each tensor."""
 
-# float32 values of state per value and per row, in FBGEMM's kernels, of optimizers that compositional tables do not
-# have. TorchRec assumes (1, 0) for all others.
+# The float32 values of state per value and per row in FBGEMM's kernels, for optimizers that compositional tables lack.
+# TorchRec assumes (1, 0) for all others.
 _STATE_OF = {
     EmbOptimType.LAMB: (2, 0),
     EmbOptimType.LARS_SGD: (1, 0),
@@ -36,10 +36,10 @@ _STATE_OF = {
 
 
 class DenseState:
-    """State of an optimizer over ordinary parameters, found by stepping small ones of the same width.
+    """The state of an optimizer of ordinary parameters, measured by a step of small ones of the same width.
 
     Args:
-        make: the optimizer; None: plain SGD, which has no state.
+        make (MakeOptimizer | None): makes the optimizer. None means plain SGD, which has no state.
 
     Example:
         >>> DenseState(torch.optim.Adagrad).bytes_of(100, 8, torch.float32)  # sums, and a count of steps
@@ -51,6 +51,7 @@ class DenseState:
         self._of_width: dict[tuple[int, torch.dtype], tuple[int, int]] = {}
 
     def bytes_of(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Returns the bytes of state of a parameter (rows, columns)."""
         if self._make is None:
             return 0
         if (columns, dtype) not in self._of_width:
@@ -73,9 +74,9 @@ class DenseState:
 def shard_storage(
     table: PlannedTable, sharding_type: str, start: int, stop: int, block: int, num_blocks: int
 ) -> Stored:
-    """What a rank stores for row block ``block`` of ``num_blocks`` of the columns [start, stop) of a table.
+    """Returns what a rank stores of a table for row block ``block`` of ``num_blocks`` and columns [start, stop).
 
-    Partitions that are replicated are not among it: see `replicated_storage`.
+    Replicas are not included: see `replicated_storage`.
     """
     assert table.config is not None
     split = sharding_type in ROW_SPLIT
@@ -93,7 +94,7 @@ def shard_storage(
 
 
 def replicated_storage(table: PlannedTable, sharding_type: str) -> Stored:
-    """What every rank stores of a table, those included that own none of it."""
+    """Returns the replicas of a table, which every rank stores."""
     return [
         (p.rows, p.columns, p.dtype)
         for p in table.partitions
@@ -102,34 +103,39 @@ def replicated_storage(table: PlannedTable, sharding_type: str) -> Stored:
 
 
 def value_bytes(stored: Stored) -> int:
+    """Returns the bytes of the values of tensors."""
     return sum(rows * columns * dtype.itemsize for rows, columns, dtype in stored)
 
 
 def class_map_bytes(config: CompositionalConfig) -> int:
+    """Returns the bytes of a table's class map, 0 for closed forms."""
     class_map = config.bound_partitions.class_map
     return 0 if class_map is None else class_map.numel() * class_map.element_size()
 
 
 class OptimizerState:
-    """Bytes of state for what a table stores: of its optimizer in backward, or else of the dense one."""
+    """The bytes of optimizer state of tables: of the fused optimizer, or else of the dense one."""
 
     def __init__(self, dense: MakeOptimizer | None = None) -> None:
         self._dense = DenseState(dense)
         self._rules: dict[str, tuple[UpdateRule, bool]] = {}
 
     def of_compositional(self, table: PlannedTable, kernel: str, stored: Stored) -> int:
-        """The rule steps replicated partitions too, if there is one: `distributed.customized_kernel.is_fused`."""
+        """Returns the state of the tensors that a compositional table stores.
+
+        The fused optimizer steps replicas too, if there is one: see `distributed.customized_kernel.is_fused`.
+        """
         if table.fqn not in self._rules:
-            said = any(says_something(key, value) for key, value in table.fused_params.items())
-            self._rules[table.fqn] = update_rule(table.name, table.fused_params), said
-        rule, said = self._rules[table.fqn]
-        if kernel != FUSED and not said:
+            attached = any(has_effect(key, value) for key, value in table.fused_params.items())
+            self._rules[table.fqn] = update_rule(table.name, table.fused_params), attached
+        rule, attached = self._rules[table.fqn]
+        if kernel != FUSED and not attached:
             return self._of_dense(stored)
         values = sum(_state_values(rule, rows, columns) for rows, columns, _ in stored)
         return 4 * (values + (len(stored) if rule.counts_steps else 0))
 
     def of_plain(self, table: PlannedTable, kernel: str, rows: int, columns: int) -> int:
-        """FBGEMM's in backward, except of TorchRec's dense kernel, which data-parallel tables have."""
+        """Returns the state of a plain table: FBGEMM's, or the dense optimizer's under TorchRec's dense kernel."""
         if kernel == DENSE:
             return self._of_dense([(rows, columns, table.parameter.dtype)])
         optimizer = optimizer_of(table)

@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_qr.cli.schema import dump, to_spec
 from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map
 from torchrec_qr.partitions import QuotientRemainder
-from torchrec_qr.planner.remedies import within_rows
+from torchrec_qr.planner.fit_advice import within_rows
 
 
 def fit(sizing: Sizing) -> tuple[int, Sizing]:

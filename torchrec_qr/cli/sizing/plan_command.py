@@ -12,7 +12,7 @@ from torchrec_qr.cli.sizing.least_compression import as_yaml, fit
 from torchrec_qr.cli.sizing.plan_report import Totals, as_json, as_text, compared
 from torchrec_qr.cli.sizing.sized_job import VARIANTS, Sizing, Tables, read_sizing
 from torchrec_qr.configs import DTYPES, CompositionalEmbeddingBagConfig
-from torchrec_qr.planner import PlacedModel
+from torchrec_qr.planner import EstimatedPlan
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,15 +40,15 @@ def _run(arguments: argparse.Namespace) -> int:
         rows, fitted = fit(sizing)
         print(as_yaml(fitted, rows), end="")
         return 0
-    placed, failure = _placed(sizing)
-    found = {"as given": _totals("as given", sizing, placed)}
+    estimated, failure = _estimated(sizing)
+    found = {"as given": _totals("as given", sizing, estimated)}
     for name in variants or ["full"]:
         variant = sizing.variant(name)
-        found[name] = _totals(name, variant, _placed(variant)[0])
+        found[name] = _totals(name, variant, _estimated(variant)[0])
     if arguments.json:
-        _write(arguments.json, sizing, placed, [found[name] for name in variants], failure)
+        _write(arguments.json, sizing, estimated, [found[name] for name in variants], failure)
     if arguments.json != "-":
-        _print(sizing, placed, list(found.values()))
+        _print(sizing, estimated, list(found.values()))
     if failure is not None:
         raise failure
     return 0
@@ -62,28 +62,28 @@ def _variants(given: str | None) -> list[str]:
     return names
 
 
-def _placed(sizing: Sizing) -> tuple[PlacedModel | None, PlannerError | None]:
+def _estimated(sizing: Sizing) -> tuple[EstimatedPlan | None, PlannerError | None]:
     try:
-        return sizing.placed(), None
+        return sizing.plan(), None
     except PlannerError as error:
         if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
             raise
         return None, error
 
 
-def _totals(name: str, sizing: Sizing, placed: PlacedModel | None) -> Totals:
+def _totals(name: str, sizing: Sizing, estimated: EstimatedPlan | None) -> Totals:
     return Totals(
         name=name,
         parameters=_parameters(sizing.tables),
         bytes_stored=_bytes(sizing.tables),
-        bytes_held=None if placed is None else max(placed.ranks.memory),
-        step_ms=None if placed is None else placed.step_ms,
-        balance=None if placed is None else placed.ranks.balance,
+        bytes_held=None if estimated is None else max(estimated.ranks.memory),
+        step_ms=None if estimated is None else estimated.step_ms,
+        balance=None if estimated is None else estimated.ranks.balance,
         fewest_ranks=sizing.fewest_ranks(),
     )
 
 
-def _print(sizing: Sizing, placed: PlacedModel | None, totals: list[Totals]) -> None:
+def _print(sizing: Sizing, estimated: EstimatedPlan | None, totals: list[Totals]) -> None:
     spec = sizing.spec
     memory = "the device's memory" if spec.hbm_gib is None else f"{spec.hbm_gib:g} GiB"
     print(f"{sizing.name}: {len(sizing.tables)} tables on {spec.topology} {spec.device}")
@@ -91,17 +91,17 @@ def _print(sizing: Sizing, placed: PlacedModel | None, totals: list[Totals]) -> 
         f"{memory}, {spec.storage_reserve:.0%} of it reserved; batch {spec.batch_size} a rank; "
         f"tables stepped by {sizing.optimizer}\n"
     )
-    if placed is not None:
-        print(as_text(placed), end="\n\n")
+    if estimated is not None:
+        print(as_text(estimated), end="\n\n")
     print(compared(totals))
 
 
 def _write(
-    path: str, sizing: Sizing, placed: PlacedModel | None, variants: list[Totals], failure: PlannerError | None
+    path: str, sizing: Sizing, estimated: EstimatedPlan | None, variants: list[Totals], failure: PlannerError | None
 ) -> None:
     assert sizing.spec.world_size is not None
     full = _bytes(sizing.variant("full").tables)
-    out = as_json(placed, sizing.spec.world_size, full, _bytes(sizing.tables))
+    out = as_json(estimated, sizing.spec.world_size, full, _bytes(sizing.tables))
     if failure is not None:
         out["error"] = str(failure)
     if variants:

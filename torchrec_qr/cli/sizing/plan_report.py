@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec_qr.planner import PlacedModel
-from torchrec_qr.planner.placement import Placed
+from torchrec_qr.planner import EstimatedPlan
+from torchrec_qr.planner.estimated_plan import TablePlan
 
 COLUMNS = 100
 _BAR = 24
@@ -32,11 +32,11 @@ class Totals:
     fewest_ranks: int | None
 
 
-def as_json(placed: PlacedModel | None, world_size: int, bytes_full: int, bytes_stored: int) -> dict[str, Any]:
+def as_json(estimated: EstimatedPlan | None, world_size: int, bytes_full: int, bytes_stored: int) -> dict[str, Any]:
     """The plan for machines; without one, ``feasible`` is false and there are no ranks and tables."""
-    out: dict[str, Any] = {"world_size": world_size, "feasible": placed is not None, "ranks": [], "tables": []}
-    if placed is not None:
-        memory, work = placed.ranks.memory, placed.ranks.work_ms
+    out: dict[str, Any] = {"world_size": world_size, "feasible": estimated is not None, "ranks": [], "tables": []}
+    if estimated is not None:
+        memory, work = estimated.ranks.memory, estimated.ranks.work_ms
         out["ranks"] = [
             {"rank": rank, "hbm_bytes": int(m), "work_ms": w}
             for rank, (m, w) in enumerate(zip(memory, work, strict=True))
@@ -50,15 +50,15 @@ def as_json(placed: PlacedModel | None, world_size: int, bytes_full: int, bytes_
                 "ranks": list(p.ranks),
                 "why": p.why,
             }
-            for p in placed.tables
+            for p in estimated.tables
         ]
     out["totals"] = {"bytes_full": bytes_full, "bytes": bytes_stored}
     return out
 
 
-def as_text(placed: PlacedModel) -> str:
+def as_text(estimated: EstimatedPlan) -> str:
     """Ranks with a bar of their work, and tables with the reason of their place."""
-    return "\n".join([*_ranks(placed), "", *_tables(placed)])
+    return "\n".join([*_ranks(estimated), "", *_tables(estimated)])
 
 
 def compared(variants: Sequence[Totals]) -> str:
@@ -77,9 +77,9 @@ def compared(variants: Sequence[Totals]) -> str:
     return "\n".join(lines)
 
 
-def _ranks(placed: PlacedModel) -> list[str]:
-    costs = [placed.ranks[rank] for rank in range(len(placed.ranks))]
-    group = placed.topology.local_world_size
+def _ranks(estimated: EstimatedPlan) -> list[str]:
+    costs = [estimated.ranks[rank] for rank in range(len(estimated.ranks))]
+    group = estimated.topology.local_world_size
     rows = [(str(rank), cost) for rank, cost in enumerate(costs)]
     what = "rank"
     if len(costs) > _SHOWN:
@@ -89,44 +89,43 @@ def _ranks(placed: PlacedModel) -> list[str]:
         what = "node"
     most = max(cost.work_ms for cost in costs) or 1.0
     lines = [
-        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'exchange':>10}{'reduce':>10}{'GiB':>10}"
-        f"{'of it state':>13}"
+        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'comms':>10}{'reduce':>10}{'GiB':>10}{'of it state':>13}"
     ]
     for name, cost in rows[:_SHOWN]:
         bar = "█" * round(_BAR * cost.work_ms / most)
         lines.append(
-            f"{name:>5}  {bar:<{_BAR}}{cost.work_ms:>10.3f}{cost.lookup_ms:>10.3f}{cost.exchange_ms:>10.3f}"
+            f"{name:>5}  {bar:<{_BAR}}{cost.work_ms:>10.3f}{cost.lookup_ms:>10.3f}{cost.comms_ms:>10.3f}"
             f"{cost.reduce_ms:>10.3f}{cost.memory / _GIB:>10.2f}{cost.optimizer / _GIB:>13.2f}"
         )
     if len(rows) > _SHOWN:
         lines.append(f"       and {len(rows) - _SHOWN} more; --json has all")
-    mean = sum(placed.ranks.work_ms) / len(costs)
+    mean = sum(estimated.ranks.work_ms) / len(costs)
     lines.append(
-        f"greatest work {most:.3f} ms, mean {mean:.3f}, balance {placed.ranks.balance:.3f}; with collectives "
-        f"{placed.step_ms:.3f} ms a step"
+        f"greatest work {most:.3f} ms, mean {mean:.3f}, balance {estimated.ranks.balance:.3f}; with collectives "
+        f"{estimated.step_ms:.3f} ms a step"
     )
-    all_to_all = sum(c.exchange_ms for c in costs) / len(costs)
+    all_to_all = sum(c.comms_ms for c in costs) / len(costs)
     all_reduce = sum(c.reduce_ms for c in costs) / len(costs)
     lines.append(f"communication of a rank, mean: all-to-all {all_to_all:.3f} ms, all-reduce {all_reduce:.3f} ms")
     return lines
 
 
-def _tables(placed: PlacedModel) -> list[str]:
+def _tables(estimated: EstimatedPlan) -> list[str]:
     lines = [f"{'table':<24}{'rows':>16}{'stored':>14}  {'placement':<18}ranks"]
-    largest = sorted(placed.tables, key=lambda p: -p.table.num_embeddings)[:_SHOWN]
+    largest = sorted(estimated.tables, key=lambda p: -p.table.num_embeddings)[:_SHOWN]
     shown = {p.table.fqn for p in largest}
-    for p in (p for p in placed.tables if p.table.fqn in shown):
+    for p in (p for p in estimated.tables if p.table.fqn in shown):
         name = p.table.name if len(p.table.name) <= 23 else f"{p.table.name[:22]}…"
         lines.append(
             f"{name:<24}{p.table.num_embeddings:>16,}{p.table.rows:>14,}  {p.option.sharding_type:<18}{_span(p)}"
         )
         lines.append(_cut(f"    {p.why}"))
-    if len(placed.tables) > _SHOWN:
-        lines.append(f"and {len(placed.tables) - _SHOWN} smaller ones; --json has all")
+    if len(estimated.tables) > _SHOWN:
+        lines.append(f"and {len(estimated.tables) - _SHOWN} smaller ones; --json has all")
     return lines
 
 
-def _span(p: Placed) -> str:
+def _span(p: TablePlan) -> str:
     ranks = sorted(set(p.ranks))
     if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]}-{ranks[-1]}"

@@ -17,8 +17,8 @@ from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
-from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, PlacedModel, hardware_named
-from torchrec_qr.planner.remedies import within_rows
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, EstimatedPlan, hardware_named
+from torchrec_qr.planner.fit_advice import within_rows
 
 VARIANTS = ("full", "hash", "qr")
 
@@ -41,7 +41,7 @@ class Sizing:
     spec: PlannerSpec
     optimizer: str
 
-    def placed(self) -> PlacedModel:
+    def plan(self) -> EstimatedPlan:
         """The plan.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What to say, and to change, where no plan fits."""
+"""Advice for a model that does not fit: the changes that make a plan fit."""
 
 import math
 from bisect import bisect_left
@@ -33,10 +33,10 @@ from torchrec_qr.planner.proposer import most_frugal
 from torchrec_qr.planner.tables import PlannedTable
 
 _SHOWN_RANKS = 16
-# For more tables, the number of ranks is one that is needed, not one that was tried.
+# For more tables the advice has a lower bound of the number of ranks, because trials would take too long.
 _TRIED_TABLES = 2000
 _MOST_NODES = 4096
-# TorchRec 1.8 came to warn of topologies that its factory has not made, unless told that it has.
+# TorchRec warns since 1.8 of a topology without this argument.
 _WITHOUT_WARNING: dict[str, Any] = {
     name: True for name in ("created_by_factory",) if name in signature(Topology).parameters
 }
@@ -46,13 +46,15 @@ EstimatorFor = Callable[[Topology], Estimator]
 
 @dataclass(frozen=True)
 class Infeasible:
-    """Tables that do not fit a cluster. Every remedy is tried: what is said to help lets a plan fit.
+    """Tables that do not fit a cluster, and changes that make a plan fit. Each change has been tried.
 
     Args:
-        tables: of the model, with the ``choices`` that each has.
-        cluster: what the ranks of ``topology`` have room for.
-        misfit: the table that found no place.
-        estimator_for: a topology.
+        tables (Sequence[PlannedTable]): the tables of the model.
+        choices (Sequence[Sequence[Option]]): the options of each.
+        cluster (Cluster): the memory of the ranks.
+        misfit (Misfit): the block that fits no rank.
+        topology (Topology): the topology of the ranks.
+        estimator_for (EstimatorFor): returns the estimator for another topology.
     """
 
     tables: Sequence[PlannedTable]
@@ -63,7 +65,7 @@ class Infeasible:
     estimator_for: EstimatorFor
 
     def error(self) -> PlannerError:
-        """Returns the error to be raised, with what was found to help, cheapest first."""
+        """Returns an error that lists the changes that make a plan fit, the cheapest first."""
         memory = "host memory" if self.misfit.on_host else "memory"
         lines = [
             f"no plan fits: table {self._table.name!r} needs {_gib(self.misfit.needs)} of {memory} on a rank, and the "
@@ -72,7 +74,7 @@ class Infeasible:
         found = [text for text in (self._sharding_type(), self._compression(), self._ranks()) if text is not None]
         if found:
             lines.append("what would help, cheapest first:")
-            lines += [f"  {i}. {remedy}" for i, remedy in enumerate(found, 1)]
+            lines += [f"  {i}. {change}" for i, change in enumerate(found, 1)]
         else:
             lines.append("neither more compression, nor another sharding type, nor more ranks would help")
         return PlannerError("\n".join(lines), PlannerErrorType.INSUFFICIENT_STORAGE)
@@ -86,7 +88,7 @@ class Infeasible:
         return Enumerator(self.topology, self.estimator_for(self.topology), min(self.cluster.memory))
 
     def _with(self, options: Sequence[Option]) -> list[Sequence[Option]]:
-        """The choices, with others for the table that did not fit."""
+        """Returns the choices, with other options for the table that does not fit."""
         at = self.misfit.table
         return [*self.choices[:at], options, *self.choices[at + 1 :]]
 
@@ -94,7 +96,7 @@ class Infeasible:
         return not isinstance(most_frugal(choices, [t.ranks for t in self.tables], self.cluster), Misfit)
 
     def _sharding_type(self) -> str | None:
-        """Of the table itself, or else of all tables whose constraints allow some only."""
+        """Returns another sharding type of the table, or else of all tables whose constraints have sharding types."""
         free = _unconstrained(self._table)
         for option in sorted(self._enumerator.options(free), key=lambda o: o.mean_work):
             if self._fits(self._with([option])):
@@ -108,7 +110,7 @@ class Infeasible:
         return f"other sharding types: no sharding_types in the constraints of {len(bound)} tables"
 
     def _compression(self) -> str | None:
-        """Of the table itself, or else of all tables to one number of rows."""
+        """Returns a compression of the table, or else of all tables to one number of rows."""
         alone = self._least_collisions()
         if alone is not None:
             now = self._table.num_embeddings / self._table.rows
@@ -174,13 +176,13 @@ class Infeasible:
 
 
 def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:
-    """Returns the quotient-remainder partitions of most rows, up to so many, or else of the fewest possible."""
+    """Returns the quotient-remainder partitions of at most ``rows`` rows, or of the fewest possible."""
     balanced = QuotientRemainder(balanced=True)
     return QuotientRemainder(rows=rows) if rows >= balanced.bind(num_embeddings).num_rows else balanced
 
 
 def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTable:
-    """The table as a compositional one of ``partitions``, under the same constraints."""
+    """Returns a compositional table of ``partitions`` under the same constraints."""
     fields: dict[str, Any] = {
         "name": table.name,
         "feature_names": [f"{table.name}_{i}" for i in range(table.num_features)],
@@ -204,7 +206,7 @@ def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTab
 
 
 def with_ranks(topology: Topology, world_size: int) -> Topology:
-    """The same machines, more or fewer of them."""
+    """Returns the topology with another number of the same ranks."""
     storage = topology.devices[0].storage
     return Topology(
         world_size=world_size,
@@ -237,7 +239,7 @@ def _gib(size: float) -> str:
 
 
 def _left(left: Sequence[float]) -> str:
-    """What each rank has left, those that have the same together."""
+    """Returns the bytes that ranks have left, those of equal ones once."""
     groups = [(text, [rank for rank, _ in of]) for text, of in groupby(enumerate(map(_gib, left)), key=lambda e: e[1])]
     if len(groups) > _SHOWN_RANKS:
         return f"{_gib(min(left))} to {_gib(max(left))} (rank {max(range(len(left)), key=left.__getitem__)})"

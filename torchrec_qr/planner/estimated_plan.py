@@ -1,4 +1,4 @@
-"""A model placed on ranks: the plan, and what it costs every rank."""
+"""A plan for a model, and its estimated costs on every rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,20 +22,22 @@ from torchrec_qr.planner.tables import PlannedTable
 
 _FIELDS = tuple(Cost.__dataclass_fields__)
 _MEMORY = [_FIELDS.index(name) for name in ("parameters", "optimizer", "maps", "buffers")]
-_WORK = [_FIELDS.index(name) for name in ("lookup_ms", "exchange_ms", "reduce_ms")]
+_WORK = [_FIELDS.index(name) for name in ("lookup_ms", "comms_ms", "reduce_ms")]
 
 
 class RankCosts:
-    """What every rank bears, (W, fields of `Cost`), summed as it is added."""
+    """The sum of costs on every rank, as an array (W, fields of `Cost`)."""
 
     def __init__(self, world_size: int) -> None:
         self._values = np.zeros((world_size, len(_FIELDS)))
         self._all = np.zeros(len(_FIELDS))
 
     def add_everywhere(self, cost: Cost) -> None:
+        """Adds a cost to every rank."""
         self._all += _row(cost)
 
     def add(self, rank: int | slice, cost: Cost) -> None:
+        """Adds a cost to a rank, or to each of a slice of ranks."""
         self._values[rank] += _row(cost)
 
     def __repr__(self) -> str:
@@ -49,30 +51,31 @@ class RankCosts:
 
     @property
     def work_ms(self) -> list[float]:
-        """Per rank."""
+        """The ms of each rank."""
         return [float(w) for w in (self._values + self._all)[:, _WORK].sum(axis=1)]
 
     @property
     def memory(self) -> list[float]:
-        """Bytes of the device's memory, per rank."""
+        """The bytes of device memory of each rank."""
         return [float(m) for m in (self._values + self._all)[:, _MEMORY].sum(axis=1)]
 
     @property
     def balance(self) -> float:
-        """Greatest over mean work."""
+        """The greatest work divided by the mean."""
         work = self.work_ms
         mean = sum(work) / len(work)
         return max(work) / mean if mean else 1.0
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One table's place.
+class TablePlan:
+    """The option and the ranks of one table.
 
     Args:
-        ranks: of its shards, in their order; of a replicated table, all ranks.
-        option: how it lies.
-        choices: all ways that there were.
+        table (PlannedTable): the table.
+        option (Option): the chosen option.
+        choices (Sequence[Option]): all options of the table.
+        ranks (list[int]): the ranks of its shards, in order. A replicated table has all ranks.
     """
 
     table: PlannedTable
@@ -81,16 +84,16 @@ class Placed:
     ranks: list[int]
 
     def cost(self, world_size: int) -> Cost:
-        """What the table costs a rank, on average."""
+        """Returns the table's cost on a rank, on average."""
         total = self.option.everywhere
         for block in self.option.blocks:
-            for run in block.runs:
-                total = total + run.cost.times(run.count / world_size)
+            for equal in block.shards:
+                total = total + equal.cost.times(equal.count / world_size)
         return total
 
     @property
     def why(self) -> str:
-        """What replicating the table costs a rank against exchanging its embeddings, and what decided."""
+        """The milliseconds of replication against those of communication, and the reason of the choice."""
         replicated = [o for o in self.choices if o.sharding_type == DATA_PARALLEL]
         sharded = [o for o in self.choices if o.sharding_type != DATA_PARALLEL]
         cheapest = min(sharded, key=lambda o: o.mean_work, default=None)
@@ -98,8 +101,8 @@ class Placed:
             text = f"all-reduce {_reduce_ms(self.option):.3g} ms"
             if cheapest is None:
                 return f"{text}; nothing else is allowed"
-            return f"{text}, {cheapest.sharding_type} all-to-all {cheapest.mean_exchange:.3g} ms"
-        text = f"all-to-all {self.option.mean_exchange:.3g} ms"
+            return f"{text}, {cheapest.sharding_type} all-to-all {cheapest.mean_comms:.3g} ms"
+        text = f"all-to-all {self.option.mean_comms:.3g} ms"
         if not replicated:
             return f"{text}; data_parallel is not allowed"
         text += f", all-reduce {_reduce_ms(replicated[0]):.3g} ms"
@@ -111,13 +114,15 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class PlacedModel:
-    """Every table in its place, with estimates.
+class EstimatedPlan:
+    """A plan for a model, with its estimated costs.
 
     Args:
-        tables: in the order of the model.
-        fixed_ms: beside the work of tables: see `torchrec_qr.planner.fixed_costs.FixedCosts`.
-        reserved: bytes of each rank that tables may take.
+        tables (list[TablePlan]): the tables, in the order of the model.
+        topology (Topology): the ranks.
+        fixed_ms (float): the ms of a step besides the work of tables: see
+            `torchrec_qr.planner.fixed_costs.FixedCosts`.
+        reserved (list[float]): the bytes of each rank that tables may take.
 
     Example:
         >>> import torch
@@ -127,12 +132,12 @@ class PlacedModel:
         >>> ebc = EmbeddingBagCollection(device=torch.device("meta"), tables=[EmbeddingBagConfig(
         ...     name=f"t{i}", feature_names=[f"f{i}"], num_embeddings=10**6, embedding_dim=128) for i in range(4)])
         >>> planner = CompositionalEmbeddingShardingPlanner(hardware_named("h100").topology(2))
-        >>> placed = planner.propose(ebc, get_default_sharders())
-        >>> [table.option.sharding_type for table in placed.tables], placed.ranks.balance
+        >>> estimated = planner.propose(ebc, get_default_sharders())
+        >>> [table.option.sharding_type for table in estimated.tables], estimated.ranks.balance
         (['table_wise', 'table_wise', 'table_wise', 'table_wise'], 1.0)
     """
 
-    tables: list[Placed]
+    tables: list[TablePlan]
     topology: Topology
     fixed_ms: float
     reserved: list[float]
@@ -150,41 +155,41 @@ class PlacedModel:
 
     @cached_property
     def ranks(self) -> RankCosts:
-        """What every rank bears."""
+        """The costs of every rank."""
         costs = RankCosts(self.topology.world_size)
-        for placed in self.tables:
-            option = placed.option
+        for table in self.tables:
+            option = table.option
             costs.add_everywhere(option.everywhere)
             at = 0
             for block in option.blocks:
-                for run in block.runs:
+                for equal in block.shards:
                     if block.scope is Scope.WORLD:
-                        costs.add(slice(at, at + run.count), run.cost)
+                        costs.add(slice(at, at + equal.count), equal.cost)
                     else:
-                        for rank in placed.ranks[at : at + run.count]:
-                            costs.add(rank, run.cost)
-                    at += run.count
+                        for rank in table.ranks[at : at + equal.count]:
+                            costs.add(rank, equal.cost)
+                    at += equal.count
         return costs
 
     @property
     def step_ms(self) -> float:
-        """Of the rank with most work, with `fixed_ms`: what a step spends on embeddings."""
+        """The milliseconds of a step for embeddings: the greatest work of a rank, and `fixed_ms`."""
         return max(self.ranks.work_ms) + self.fixed_ms
 
     def sharding_plan(self) -> ShardingPlan:
-        """TorchRec's plan, for ``DistributedModelParallel``."""
+        """Returns TorchRec's ``ShardingPlan``, for ``DistributedModelParallel``."""
         everywhere = list(range(self.topology.world_size))
         modules: dict[str, EmbeddingModuleShardingPlan] = {}
-        for placed in self.tables:
-            module = modules.setdefault(placed.table.path, EmbeddingModuleShardingPlan())
-            module[placed.table.name] = self._parameter_sharding(placed, everywhere)
+        for table in self.tables:
+            module = modules.setdefault(table.table.path, EmbeddingModuleShardingPlan())
+            module[table.table.name] = self._parameter_sharding(table, everywhere)
         return ShardingPlan(dict(modules))
 
-    def _parameter_sharding(self, placed: Placed, everywhere: list[int]) -> ParameterSharding:
-        constraints, option, topology = placed.table.constraints, placed.option, self.topology
+    def _parameter_sharding(self, table: TablePlan, everywhere: list[int]) -> ParameterSharding:
+        constraints, option, topology = table.table.constraints, table.option, self.topology
         spec = None
         if option.sharding_type != DATA_PARALLEL:
-            sizes, offsets = shard_layout(placed.table, option, topology)
+            sizes, offsets = shard_layout(table.table, option, topology)
             spec = EnumerableShardingSpec(
                 [
                     ShardMetadata(
@@ -192,13 +197,13 @@ class PlacedModel:
                         shard_offsets=offset,
                         placement=device_of(topology.compute_device, rank, topology.local_world_size),
                     )
-                    for size, offset, rank in zip(sizes, offsets, placed.ranks, strict=True)
+                    for size, offset, rank in zip(sizes, offsets, table.ranks, strict=True)
                 ]
             )
         sharding = ParameterSharding(
             sharding_type=option.sharding_type,
             compute_kernel=option.kernel,
-            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(placed.ranks),
+            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(table.ranks),
             sharding_spec=spec,
         )
         if constraints is not None:
@@ -211,7 +216,7 @@ class PlacedModel:
 
 
 def _reduce_ms(option: Option) -> float:
-    return option.everywhere.reduce_ms + option.blocks[0].runs[0].cost.reduce_ms
+    return option.everywhere.reduce_ms + option.blocks[0].shards[0].cost.reduce_ms
 
 
 def _row(cost: Cost) -> np.ndarray:
