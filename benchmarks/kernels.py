@@ -85,7 +85,7 @@ class _RankBatch:
         generator = torch.Generator().manual_seed(number)
         self.ids = torch.randint(_NUM_IDS, (_TABLES, _BAGS * hot), generator=generator)
         self.offsets = torch.arange(0, self.ids.numel() + 1, hot)
-        # As the exchange receives it.
+        # The tensor that the all-to-all receives.
         self.gradient = torch.rand(
             _BAGS, _TABLES * _DIM, generator=generator, out=recycled((_BAGS, _TABLES * _DIM), torch.float32)
         )

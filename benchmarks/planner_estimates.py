@@ -198,7 +198,7 @@ def calibrated(hosts: int, rounds: int = 9, of_lookups: str | None = None) -> Ha
     """This host's constants, measured on the ranks that call it together.
 
     Args:
-        of_lookups: those measured over loopback, as JSON: on a slow link the exchange hides the lookup.
+        of_lookups: those measured over loopback, as JSON: on a slow link communication hides the lookup.
     """
     base = hardware_named("cpu") if of_lookups is None else Hardware(**json.loads(of_lookups))
     link = link_constants(rounds, base)

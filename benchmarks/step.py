@@ -5,7 +5,7 @@ It uses the ranks that it is started with, each with a GPU of its own where ther
 - headline: uncompressed tables, TorchRec's stock parts, dlrm's QR bag, and ours, all table-wise;
 - grid: uncompressed tables and ours, of many widths and sizes, under several shardings;
 - hosts: where bytes between hosts decide;
-- dlrm: MLPerf's 26 tables, placed by TorchRec's planner and by ours;
+- dlrm: MLPerf's 26 tables, by the plans of TorchRec's planner and of ours;
 - dynamicemb: 10 tables and Zipf's ids, as NVIDIA's dynamicemb is measured;
 - tbe: our lookup against FBGEMM's of full tables, on one rank.
 

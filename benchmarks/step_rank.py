@@ -83,7 +83,7 @@ def _measure(
 
 
 def required_bytes(variant: Variant, traffic: Traffic) -> dict[str, float]:
-    """Returns what must move in each phase of a step through a rank's memory, exchanges not counted.
+    """Returns what must move in each phase of a step through a rank's memory, without communication.
 
     With U the rows of a table's tensors that the batches of all W ranks look up, each once, D their columns, N the ids
     and B·F the bags of a rank, all in float32 and int64:

@@ -100,7 +100,7 @@ def hosts(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool)
 
 
 def dlrm(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
-    """MLPerf's tables, full and compressed, each placed by TorchRec's planner and by this project's."""
+    """MLPerf's tables, full and compressed, by the plans of TorchRec's planner and of this project's."""
     most = options.max_rows or largest_rows(room * world_size // 2, MLPERF_ROWS, 128 * 4)
     sizes = tuple(min(n, most) for n in MLPERF_ROWS)
     tables = Tables(sizes, 128, "sgd", threshold=10_000)
@@ -124,7 +124,7 @@ def dynamicemb(options: argparse.Namespace, room: int, world_size: int, on_cpu: 
 def tbe(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
     """This project's lookup against FBGEMM's of full tables, on one rank, many small tables and few large ones."""
     if world_size > 1:
-        raise SystemExit(f"--suite tbe: {world_size} ranks; allowed: 1, since it measures a lookup without exchanges")
+        raise SystemExit(f"--suite tbe: {world_size} ranks; allowed: 1, because it measures a lookup alone")
     cells = []
     for dim, num_ids in itertools.product(options.dims or [64, 128], options.num_ids or [200_000, 40_000_000]):
         features = min(26, room // (num_ids * dim * 4))

@@ -1,5 +1,6 @@
-"""The style, as far as a test can check it: one concept a file, and a name that occurs once."""
+"""The style, as far as a test can check it: one concept a file, a name that occurs once, and the glossary's words."""
 
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,8 @@ LONGER = {
 SAME_NAME: set[str] = set()
 # Python and pytest give these names their meaning.
 NAMED_BY_OTHERS = {"__init__.py", "__main__.py", "conftest.py"}
+# Folders that still have a word which the glossary bans.
+STILL_BANNED = {"hots": ("benchmarks/", "launch/data/")}
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,41 @@ def test_a_file_name_occurs_once(sources: list[Path]) -> None:
     twice = {name for name, count in counts.items() if count > 1} - NAMED_BY_OTHERS
     assert twice - SAME_NAME == set()
     assert SAME_NAME - twice == set(), "these occur once now: take them off the list"
+
+
+def banned_words() -> list[str]:
+    """Returns the words in backticks in the first column of the glossary's table."""
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    section = glossary.split("\n## Not these words\n")[1].split("\n## ")[0]
+    return [word for row in re.findall(r"^\|([^|]+)\|", section, re.MULTILINE) for word in re.findall(r"`(.+?)`", row)]
+
+
+def as_words(text: str) -> str:
+    """Returns lower-case words, with those of a name in snake case or camel case apart."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", text).lower()
+
+
+def words_found(text: str, words: list[str]) -> set[str]:
+    return {word for word in words if re.search(rf"\b{word}\b", as_words(text))}
+
+
+def test_banned_words_are_found_in_names_and_prose() -> None:
+    assert {"exchange", "placed", "says something"} <= set(banned_words())
+    text = "def exchange_ms(self): ...\nclass PlacedModel: ...\n# if it says_something\nreplaced = misplaced"
+    assert words_found(text, banned_words()) == {"exchange", "placed", "says something"}
+
+
+def test_no_name_or_prose_has_a_word_that_the_glossary_bans(sources: list[Path]) -> None:
+    words, found, still = banned_words(), set(), set()
+    for path in sources:
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(("torchrec_qr/", "launch/", "benchmarks/")):
+            for word in words_found(f"{name}\n{path.read_text()}", words):
+                folder = next((f for f in STILL_BANNED.get(word, ()) if name.startswith(f)), None)
+                if folder is None:
+                    found.add((name, word))
+                else:
+                    still.add((word, folder))
+    assert found == set()
+    left = {(word, folder) for word, folders in STILL_BANNED.items() for folder in folders}
+    assert left - still == set(), "these keep the rule now: take them off the list"
