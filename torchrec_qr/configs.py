@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ MAX_DIM = 1024
 
 DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
 
+POOLINGS = (PoolingType.SUM, PoolingType.MEAN)
+
 # TorchRec's fields that have no meaning for K partitions.
 _UNSUPPORTED_FIELDS = (
     "num_embeddings_post_pruning",
@@ -39,6 +41,14 @@ _UNSUPPORTED_FIELDS = (
     "enable_embedding_update",
     "stash_weights",
 )
+
+
+class PartitionShape(NamedTuple):
+    """The shape and the type of one partition as a tensor."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
 
 
 @dataclass
@@ -103,13 +113,20 @@ class _Compositional(BaseEmbeddingConfig):
     def partition_data_types(self) -> tuple[DataType, ...]:
         """The storage type of each partition.
 
-        It is ``data_type``, but fp32 for all partitions except the base under ``mult`` (rows near 1) and ``path``
-        (MLPs), because an update in low precision may round to nothing there.
+        It is ``data_type``. Under ``mult`` (rows near 1) and ``path`` (MLPs) all partitions except the base are fp32,
+        because an update in low precision may round to nothing.
         """
         return tuple(
             DataType.FP32 if self.operation in ("mult", "path") and j != self.base_partition else self.data_type
             for j in range(self.num_partitions)
         )
+
+    @property
+    def partition_shapes(self) -> list[PartitionShape]:
+        """The shape and the type of each partition."""
+        dtypes = [DTYPES[data_type] for data_type in self.partition_data_types]
+        sizes = zip(self.bound_partitions.sizes, self.partition_columns, dtypes, strict=True)
+        return [PartitionShape(*size) for size in sizes]
 
     @property
     def physical_rows(self) -> int:
@@ -119,7 +136,7 @@ class _Compositional(BaseEmbeddingConfig):
     @property
     def num_parameters(self) -> int:
         """The number of stored scalars, Σ_j |P_j| · D_j."""
-        return sum(n * d for n, d in zip(self.bound_partitions.sizes, self.partition_columns, strict=True))
+        return sum(rows * columns for rows, columns, _ in self.partition_shapes)
 
     @property
     def _mlp_columns(self) -> int:
@@ -137,10 +154,9 @@ class _Compositional(BaseEmbeddingConfig):
             ("out_of_range", OUT_OF_RANGE_POLICIES),
             ("data_type", tuple(DTYPES)),
         ):
-            if getattr(self, field) not in allowed:
-                self._fail(field, getattr(self, field), ", ".join(str(a) for a in allowed))
-        if isinstance(self, EmbeddingBagConfig) and self.pooling not in (PoolingType.SUM, PoolingType.MEAN):
-            self._fail("pooling", self.pooling, f"{PoolingType.SUM}, {PoolingType.MEAN}")
+            check_allowed(self, field, allowed)
+        if isinstance(self, EmbeddingBagConfig):
+            check_allowed(self, "pooling", POOLINGS)
         if len(set(self.feature_names)) < len(self.feature_names):
             self._fail("feature_names", self.feature_names, "each feature once")
         for field in _UNSUPPORTED_FIELDS:
@@ -261,6 +277,17 @@ CompositionalConfig = CompositionalEmbeddingBagConfig | CompositionalEmbeddingCo
 def is_compositional(config: BaseEmbeddingConfig | None) -> TypeGuard[CompositionalConfig]:
     """Returns whether a config is that of a compositional table, pooled or not."""
     return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
+
+
+def check_allowed(config: BaseEmbeddingConfig, field: str, allowed: Sequence[object]) -> None:
+    """Checks a field of a plain or compositional table.
+
+    Raises:
+        ValueError: the field has none of the allowed values.
+    """
+    if getattr(config, field) not in allowed:
+        names = ", ".join(str(a) for a in allowed)
+        raise ValueError(f"table {config.name!r}: {field}={getattr(config, field)!r}; allowed: {names}")
 
 
 def _is_dim(dim: object, largest: int = MAX_DIM) -> bool:

@@ -15,7 +15,7 @@ path        partition 0: the full table; MLPs: nn.Linear's, the last layer scale
 ==========  ==============================  ==============================  ================================
 
 Under ``identity`` a table starts as the hashing trick over its main partition, and training separates its ids. Under
-``unit`` and ``balanced`` ids that share a row start uncorrelated: the gradient of one moves the embedding of the other
+``unit`` and ``balanced`` ids that share a row start uncorrelated. The gradient of one moves the embedding of the other
 by a factor of random size and sign per column. Under ``balanced`` these factors are small. At one learning rate the
 steps of an embedding are then about b times those under ``unit``. docs/quality.md has the quality of models by mode.
 """

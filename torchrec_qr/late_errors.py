@@ -60,7 +60,7 @@ _late = LateErrors()
 def raise_pending(wait: bool = True) -> None:
     """Raises the oldest error of earlier calls on CUDA that no call has raised yet.
 
-    On CUDA the host does not wait for the device, so a later call raises the IndexError of an id outside its table, or
+    On CUDA the host does not wait for the device. A later call raises the IndexError of an id outside its table, or
     the ValueError of wrong offsets. Call this function before a checkpoint, after an evaluation, and at the end of
     training. On a CPU each call raises its own errors, and this function returns None.
 

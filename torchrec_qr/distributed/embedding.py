@@ -1,5 +1,6 @@
 """The sharded collection without pooling, and its sharder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,20 +23,11 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
 
     _tables_attribute = "embeddings"
 
-    def __init__(
-        self,
-        module: CompositionalEmbeddingCollection,
-        table_name_to_parameter_sharding: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        fused_params: dict[str, Any] | None = None,
-        device: torch.device | None = None,
-        **kwargs: Any,
-    ) -> None:
-        _check_column_widths(table_name_to_parameter_sharding)
-        super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
-        # Keep the values of a module on a CPU, because TorchRec's collection does, unlike its pooled one.
-        if module.device.type != "meta":
-            self.load_state_dict(module.state_dict())
+    # Keep the values of a module on a CPU, because TorchRec's collection does, unlike its pooled one.
+    _drawn_anew = ("meta",)
+
+    def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
+        _check_column_widths(plan)
 
     @classmethod
     def create_embedding_sharding(
@@ -117,7 +109,7 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
         return {"use_index_dedup": self._use_index_dedup}
 
 
-def _check_column_widths(plan: dict[str, ParameterSharding]) -> None:
+def _check_column_widths(plan: Mapping[str, ParameterSharding]) -> None:
     """Refuses column shards of different widths, because TorchRec reads past the end of the narrower ones.
 
     Raises:

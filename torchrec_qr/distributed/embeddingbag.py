@@ -1,5 +1,6 @@
 """The sharded pooled collection and its sharder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,27 +42,17 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
 
     _tables_attribute = "embedding_bags"
 
-    def __init__(
-        self,
-        module: CompositionalEmbeddingBagCollection,
-        table_name_to_parameter_sharding: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        fused_params: dict[str, Any] | None = None,
-        device: torch.device | None = None,
-        **kwargs: Any,
-    ) -> None:
-        configs = module.embedding_bag_configs()
-        # Set only plain attributes, because the constructor of nn.Module comes later.
+    # Draw the values of a module on a CPU anew, because TorchRec's pooled collection does.
+    _drawn_anew = ("meta", "cpu")
+
+    def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
+        configs: Any = self._configs
         self._mean_names = {
             name
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
             if isinstance(config, CompositionalEmbeddingBagConfig) and config.pooling == PoolingType.MEAN
             for name in names
         }
-        super().__init__(module, table_name_to_parameter_sharding, env, fused_params, device, **kwargs)
-        # Draw the values of a module on a CPU anew, because TorchRec's pooled collection does.
-        if module.device.type not in ("meta", "cpu"):
-            self.load_state_dict(module.state_dict())
 
     @classmethod
     def create_embedding_bag_sharding(

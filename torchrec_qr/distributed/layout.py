@@ -12,7 +12,6 @@ For a closed form of stride M and size r, base_row = (id // M) % r, rest = id % 
 C = M · ⌈S / (M·r)⌉. For a class map rest = id and C = S. All numbers are int64.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +62,7 @@ def stored_columns(config: CompositionalConfig, j: int, start: int, stop: int) -
 
 def block_rows(config: CompositionalConfig, num_blocks: int) -> int:
     """Returns the base rows of a block, ⌈rows / blocks⌉, whatever rows of the placeholder a plan has."""
-    return math.ceil(config.bound_partitions.sizes[config.base_partition] / num_blocks)
+    return -(-config.bound_partitions.sizes[config.base_partition] // num_blocks)
 
 
 def num_row_blocks(logical: Sequence[ShardMetadata]) -> int:
@@ -137,7 +136,7 @@ class ShardLayout:
 
     @property
     def splits_rows(self) -> bool:
-        """Whether the plan splits rows, so that ranks send codes in place of ids."""
+        """True if the plan splits rows, so that ranks send codes in place of ids."""
         return self.sharding_type in ROW_SPLIT
 
     @property

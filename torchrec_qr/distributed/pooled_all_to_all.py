@@ -1,8 +1,8 @@
 """An all-to-all of pooled embeddings between processes on CPUs, and of their gradients.
 
 TorchRec's ``PooledEmbeddingsAllToAll`` copies embeddings into new memory at each step. If rows are few, that is a large
-part of a step on a CPU. Here a rank does not send its own part, sends the others from the lookup's output, receives
-gradients in the memory that the backward reads, and uses memory again. The values are TorchRec's, bit for bit.
+part of a step on a CPU. Here a rank does not send its own part, and sends the others from the lookup's output. It
+receives gradients in the memory that the backward reads, and uses memory again. The values are TorchRec's, bit for bit.
 """
 
 from itertools import accumulate, pairwise

@@ -1,6 +1,6 @@
 """The base of the two sharded collections: their construction and their state dict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any, cast
@@ -44,6 +44,8 @@ class ShardedCompositionalCollection:
 
     # TorchRec's name for the tables of the subclass.
     _tables_attribute: str
+    # The devices of a module whose values are drawn anew. The sharded module keeps other values.
+    _drawn_anew: tuple[str, ...]
 
     # The configs of all tables, and the layouts of compositional ones.
     _configs: Sequence[BaseEmbeddingConfig]
@@ -74,8 +76,15 @@ class ShardedCompositionalCollection:
         check_plain_tables(self._configs, plan, parameters, device)
         view: Any = LogicalView(module, self._layouts, parameters, self._tables_attribute)
         plan = with_customized_kernel(plan, self._layouts)
+        self._prepare(plan)
         super().__init__(view, plan, env, fused_params, device, **kwargs)  # type: ignore[call-arg]
         self._replicate_lookups()
+        if module.device.type not in self._drawn_anew:
+            cast(nn.Module, self).load_state_dict(module.state_dict())
+
+    def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
+        """Checks a plan, and sets plain attributes before the constructor of nn.Module."""
+        raise NotImplementedError
 
     def _replicate_lookups(self) -> None:
         """Wraps replicas in DDP. TorchRec has wrapped the lookups of data-parallel tables.

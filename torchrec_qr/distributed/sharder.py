@@ -89,8 +89,8 @@ def on_own_device(
 ) -> dict[str, ParameterSharding]:
     """Returns a copy of a plan whose shards on ``rank`` are on ``device``.
 
-    Planners put the shards of rank r on ``cuda:(r % ranks of a node)``. A rank with one visible GPU, as under Slurm's
-    ``--gpus-per-task=1``, has it as ``cuda:0``, and ``ShardedTensor`` refuses another device than the plan's.
+    Planners put the shards of rank r on ``cuda:(r % ranks of a node)``. A rank with one visible GPU, under Slurm's
+    ``--gpus-per-task=1``, has it as ``cuda:0``. ``ShardedTensor`` refuses another device than the plan's.
 
     Args:
         plan (dict[str, ParameterSharding]): the plan of a collection.

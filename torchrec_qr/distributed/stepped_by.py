@@ -21,8 +21,8 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
 
         |F(p)| + |G(p)| = 1
 
-    The value is ``"fused <name>"`` or ``"<name>"``, with the name of the optimizer's class or of its rule for embedding
-    tables, such as ``"fused Adagrad"`` or ``"Adam"``. The result has no parameters that require no gradient or have no
+    The value is ``"fused <name>"`` or ``"<name>"``, such as ``"fused Adagrad"`` or ``"Adam"``. The name is that of the
+    optimizer's class, or of its rule for embedding tables. The result has no parameters without a gradient or without
     rows on this rank. Plain tables are an exception, because TorchRec's kernels ignore ``requires_grad``. The function
     finds TorchRec's own data-parallel tables, which no fused optimizer steps. A shared parameter counts once, under its
     first name.

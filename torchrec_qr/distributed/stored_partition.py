@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
-from torchrec_qr.configs import DTYPES
 from torchrec_qr.distributed.layout import ShardLayout
 from torchrec_qr.ops.out_of_memory import named_zeros
 
@@ -44,8 +43,8 @@ class StoredPartition:
         config = layout.config
         self.key = config.name, j
         self.name = f"{config.name}.partition_{j}"
-        self._size = config.bound_partitions.sizes[j], config.partition_columns[j]
-        self._dtype = DTYPES[config.partition_data_types[j]]
+        rows, columns, self._dtype = config.partition_shapes[j]
+        self._size = rows, columns
         self._shards = layout.stored_shards(j)
         self._local: dict[int, ShardMetadata] = {}
         if self._shards is not None:
@@ -78,7 +77,7 @@ class StoredPartition:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank stores the whole partition."""
+        """True if every rank stores the whole partition."""
         return self._shards is None
 
     def as_global(self, pg: dist.ProcessGroup | None, pieces: Sequence[Tensor] | None = None) -> Tensor | ShardedTensor:

@@ -87,7 +87,14 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Returns the pooled embeddings of a batch (B, ΣD): see the class."""
+        """Looks up, composes and pools a batch: see the class.
+
+        Args:
+            features (KeyedJaggedTensor): F features × B bags.
+
+        Returns:
+            KeyedTensor: (B, ΣD) fp32.
+        """
         features = maybe_td_to_kjt(features, None)
         inverse_indices = reorder_inverse_indices(
             features.inverse_indices_or_none(), [space.feature for space in self._id_spaces]

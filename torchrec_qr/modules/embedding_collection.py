@@ -67,7 +67,14 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Returns the embeddings of a batch by feature: see the class."""
+        """Looks up and composes a batch: see the class.
+
+        Args:
+            features (KeyedJaggedTensor): F features × B bags.
+
+        Returns:
+            dict[str, JaggedTensor]: (N, D) fp32 for each feature.
+        """
         bags = bags_of(maybe_td_to_kjt(features, None), self._id_spaces, False)
         names = [name for names in self._embedding_names_by_table for name in names]
         return {

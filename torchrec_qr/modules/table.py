@@ -1,15 +1,14 @@
 """The tables of a collection, plain and compositional, and the lookup of one feature in a table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from torchrec_qr.configs import DTYPES, CompositionalConfig, InitFn, is_compositional
+from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
@@ -146,14 +145,14 @@ def build_tables(
     for config in tables:
         if config.name in modules:
             raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
-        _check_allowed(config, "data_type", tuple(DTYPES))
+        check_allowed(config, "data_type", tuple(DTYPES))
         config.feature_names = config.feature_names or [config.name]
         if is_compositional(config):
             modules[config.name] = CompositionalTable(config, device)
             continue
         as_torchrec: dict[str, Any] = {}
         if isinstance(config, EmbeddingBagConfig):
-            _check_allowed(config, "pooling", (PoolingType.SUM, PoolingType.MEAN))
+            check_allowed(config, "pooling", POOLINGS)
             as_torchrec = {"mode": config.pooling.value.lower(), "include_last_offset": True}
         # Draw no values of torch's own, so that a seed has the same values with and without the meta device.
         table = skip_init(
@@ -170,12 +169,6 @@ def build_tables(
         table.description = Description([layout], [config.name])
         modules[config.name] = table
     return modules
-
-
-def _check_allowed(config: BaseEmbeddingConfig, field: str, allowed: tuple[Enum, ...]) -> None:
-    if getattr(config, field) not in allowed:
-        names = ", ".join(str(a) for a in allowed)
-        raise ValueError(f"table {config.name!r}: {field}={getattr(config, field)!r}; allowed: {names}")
 
 
 def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:

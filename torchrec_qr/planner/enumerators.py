@@ -1,19 +1,17 @@
 """The options of a table, by sharding type, compute kernel and width of shards, each with its costs.
 
 TorchRec lists every shard of an option: W of them for a table whose rows are split, or that is replicated. Here one
-entry with a count holds the shards of equal cost, so that a table has as many entries on a thousand ranks as on eight.
+entry with a count has the shards of equal cost. So a table has as many entries on a thousand ranks as on eight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
-from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.enumerators import GUARDED_COMPUTE_KERNELS, GUARDED_SHARDING_TYPES_FOR_FP_MODULES
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, Topology
-from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
@@ -85,7 +83,7 @@ class Option:
         mean_memory (float): bytes of a rank, on average.
         mean_comms (float): ms of a rank's communication, on average.
         peak_work (float): ms of the largest block that does not go to all ranks.
-        peak_memory (float): bytes of the largest block, and of what every rank bears.
+        peak_memory (float): bytes of the largest block, and of ``everywhere``.
     """
 
     __slots__ = (
@@ -115,7 +113,7 @@ class Option:
 
     @property
     def on_all_ranks(self) -> bool:
-        """Whether every rank has shards of the table."""
+        """True if every rank has shards of the table."""
         return any(block.scope is Scope.WORLD for block in self.blocks)
 
     def __repr__(self) -> str:
@@ -229,36 +227,28 @@ class Enumerator:
         return sorted(widths, reverse=True) or ([columns] if required else [])
 
     def _option(self, table: PlannedTable, sharding_type: str, kernel: str, width: int) -> Option:
-        estimate, world, group = self._estimator.shard, self._topology.world_size, self._topology.intra_group_size
-        columns, rows = table.columns, table.rows
-        starts = range(0, columns, width)
-        # Estimate each block of columns under concat, because other columns come from other partitions.
-        same = table.config is None or table.config.operation != "concat"
+        world = self._topology.world_size
 
-        def of_columns(start: int, **where: Any) -> Cost:
-            return estimate(table, sharding_type, kernel, columns=(start, start + width), **where)
+        def shards_from(start: int) -> tuple[EqualShards, ...]:
+            def cost(**where: int) -> Cost:
+                return self._estimator.shard(table, sharding_type, kernel, columns=(start, start + width), **where)
 
-        blocks: list[Block] = []
-        if sharding_type == DATA_PARALLEL:
-            blocks = [Block(Scope.WORLD, (EqualShards(of_columns(0, rows=rows), world),))]
-        elif sharding_type in ROW_SPLIT:
-            count = world if sharding_type == ROW_WISE else group
-            scope = Scope.WORLD if sharding_type == ROW_WISE else Scope.HOST
-            for start in starts[:1] if same else starts:
-                shards = tuple(
-                    EqualShards(of_columns(start, rows=size, block=first, num_blocks=count), n)
-                    for size, first, n in equal_row_blocks(table, count)
-                )
-                blocks.append(Block(scope, shards))
-        elif sharding_type == TABLE_COLUMN_WISE:
-            costs = [of_columns(start, rows=rows) for start in (starts[:1] if same else starts)]
-            shards = (EqualShards(costs[0], len(starts)),) if same else tuple(EqualShards(cost, 1) for cost in costs)
-            blocks, same = [Block(Scope.HOST, shards)], False
+            if sharding_type not in ROW_SPLIT:
+                return (EqualShards(cost(rows=table.rows), world if sharding_type == DATA_PARALLEL else 1),)
+            count = world if sharding_type == ROW_WISE else self._topology.intra_group_size
+            blocks = equal_row_blocks(table, count)
+            return tuple(EqualShards(cost(rows=rows, block=first, num_blocks=count), n) for rows, first, n in blocks)
+
+        starts = range(0, table.columns, width)
+        # Estimate each block of columns under concat alone, because there they come from different partitions.
+        repeats = 1 if table.config is not None and table.config.operation == "concat" else len(starts)
+        shards = [shards_from(start) for start in starts[::repeats]]
+        if sharding_type == TABLE_COLUMN_WISE:
+            blocks = [Block(Scope.HOST, tuple(EqualShards(s.cost, repeats) for (s,) in shards))]
         else:
-            for start in starts[:1] if same else starts:
-                blocks.append(Block(Scope.RANK, (EqualShards(of_columns(start, rows=rows), 1),)))
-        if same:
-            blocks = blocks * len(starts)
+            scope = Scope.HOST if sharding_type in HOSTED else Scope.RANK
+            scope = Scope.WORLD if sharding_type in (DATA_PARALLEL, ROW_WISE) else scope
+            blocks = [Block(scope, of_start) for of_start in shards] * repeats
         everywhere = self._estimator.everywhere(table, sharding_type, kernel)
         return Option(sharding_type, kernel, width, everywhere, tuple(blocks), world)
 
@@ -318,18 +308,6 @@ def hosts_within(ranks: Sequence[int], topology: Topology) -> list[int]:
         for h in range(topology.world_size // group)
         if all(rank in allowed for rank in range(h * group, (h + 1) * group))
     ]
-
-
-def shard_layout(table: PlannedTable, option: Option, topology: Topology) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns the sizes and offsets of an option's shards by TorchRec's own rule."""
-    sizes, offsets = calculate_shard_sizes_and_offsets(
-        tensor=table.parameter,
-        world_size=topology.world_size,
-        local_world_size=topology.intra_group_size,
-        sharding_type=option.sharding_type,
-        col_wise_shard_dim=option.width,
-    )
-    return sizes, offsets
 
 
 _work_ms: Callable[[Cost], float] = attrgetter("work_ms")

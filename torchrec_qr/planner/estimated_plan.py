@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.sharding_plan import placement as device_of
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
@@ -17,7 +18,7 @@ from torchrec.distributed.types import (
 
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.planner.costs import Cost
-from torchrec_qr.planner.enumerators import Option, Scope, shard_layout
+from torchrec_qr.planner.enumerators import Option, Scope
 from torchrec_qr.planner.tables import PlannedTable
 
 _FIELDS = tuple(Cost.__dataclass_fields__)
@@ -157,8 +158,8 @@ class EstimatedPlan:
     def ranks(self) -> RankCosts:
         """The costs of every rank."""
         costs = RankCosts(self.topology.world_size)
-        for table in self.tables:
-            option = table.option
+        for planned in self.tables:
+            option = planned.option
             costs.add_everywhere(option.everywhere)
             at = 0
             for block in option.blocks:
@@ -166,7 +167,7 @@ class EstimatedPlan:
                     if block.scope is Scope.WORLD:
                         costs.add(slice(at, at + equal.count), equal.cost)
                     else:
-                        for rank in table.ranks[at : at + equal.count]:
+                        for rank in planned.ranks[at : at + equal.count]:
                             costs.add(rank, equal.cost)
                     at += equal.count
         return costs
@@ -180,16 +181,22 @@ class EstimatedPlan:
         """Returns TorchRec's ``ShardingPlan``, for ``DistributedModelParallel``."""
         everywhere = list(range(self.topology.world_size))
         modules: dict[str, EmbeddingModuleShardingPlan] = {}
-        for table in self.tables:
-            module = modules.setdefault(table.table.path, EmbeddingModuleShardingPlan())
-            module[table.table.name] = self._parameter_sharding(table, everywhere)
+        for planned in self.tables:
+            module = modules.setdefault(planned.table.path, EmbeddingModuleShardingPlan())
+            module[planned.table.name] = self._parameter_sharding(planned, everywhere)
         return ShardingPlan(dict(modules))
 
-    def _parameter_sharding(self, table: TablePlan, everywhere: list[int]) -> ParameterSharding:
-        constraints, option, topology = table.table.constraints, table.option, self.topology
+    def _parameter_sharding(self, planned: TablePlan, everywhere: list[int]) -> ParameterSharding:
+        constraints, option, topology = planned.table.constraints, planned.option, self.topology
         spec = None
         if option.sharding_type != DATA_PARALLEL:
-            sizes, offsets = shard_layout(table.table, option, topology)
+            sizes, offsets = calculate_shard_sizes_and_offsets(
+                planned.table.parameter,
+                topology.world_size,
+                topology.intra_group_size,
+                option.sharding_type,
+                col_wise_shard_dim=option.width,
+            )
             spec = EnumerableShardingSpec(
                 [
                     ShardMetadata(
@@ -197,13 +204,13 @@ class EstimatedPlan:
                         shard_offsets=offset,
                         placement=device_of(topology.compute_device, rank, topology.local_world_size),
                     )
-                    for size, offset, rank in zip(sizes, offsets, table.ranks, strict=True)
+                    for size, offset, rank in zip(sizes, offsets, planned.ranks, strict=True)
                 ]
             )
         sharding = ParameterSharding(
             sharding_type=option.sharding_type,
             compute_kernel=option.kernel,
-            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(table.ranks),
+            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(planned.ranks),
             sharding_spec=spec,
         )
         if constraints is not None:

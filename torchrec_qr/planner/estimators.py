@@ -1,8 +1,8 @@
 """The bytes and milliseconds of a table's shards under every sharding type.
 
 TorchRec's own estimators estimate plain tables, except optimizer state, which is what FBGEMM and the dense optimizer
-hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``) with these
-differences: an id reads and composes K rows, ranks reduce replicas beside a split base partition, and memory counts
+hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``), with three
+differences. An id reads and composes K rows. Ranks reduce the replicas beside a split base partition. Memory counts
 the stored partitions. A compositional table of one partition costs as much as a plain table of its rows.
 """
 
@@ -116,27 +116,28 @@ class Estimator:
         start, stop = columns
         if table.config is None:
             return self._plain(table, sharding_type, kernel, rows, stop - start)
-        if sharding_type == DATA_PARALLEL:
-            return self._replicated(table, table.config, kernel)
-        stored = shard_storage(table, sharding_type, start, stop, block, num_blocks)
+        is_replicated = sharding_type == DATA_PARALLEL
+        if is_replicated:
+            stored = replicated_storage(table, sharding_type)
+        else:
+            stored = shard_storage(table, sharding_type, start, stop, block, num_blocks)
+        size = value_bytes(stored)
         buffers, lookup_ms, comms_ms = self._work(table, table.config, sharding_type, start, stop)
         return Cost(
-            parameters=value_bytes(stored),
+            parameters=size,
             optimizer=self._state.of_compositional(table, kernel, stored),
-            # `everywhere` counts the map if every rank has one: in a process on a CPU, or to encode ids of split rows.
-            maps=0 if self._on_cpu or sharding_type in ROW_SPLIT else class_map_bytes(table.config),
-            buffers=buffers,
+            maps=0 if self._has_map_everywhere(sharding_type) else class_map_bytes(table.config),
+            buffers=buffers + (size if is_replicated else 0),
             lookup_ms=lookup_ms,
             comms_ms=comms_ms,
+            reduce_ms=self.reduce_ms(size, len(stored)) if is_replicated else 0.0,
         )
 
     def everywhere(self, table: PlannedTable, sharding_type: str, kernel: str) -> Cost:
         """Returns the cost of a table on every rank besides its shards: replicas beside split rows, and maps."""
         if table.config is None:
             return NO_COST
-        maps = class_map_bytes(table.config)
-        if not self._on_cpu and sharding_type not in ROW_SPLIT:
-            maps = 0
+        maps = class_map_bytes(table.config) if self._has_map_everywhere(sharding_type) else 0
         if sharding_type not in ROW_SPLIT:
             return Cost(maps=maps) if maps else NO_COST
         stored = replicated_storage(table, sharding_type)
@@ -149,6 +150,10 @@ class Estimator:
             reduce_ms=self.reduce_ms(size, len(stored)),
         )
 
+    def _has_map_everywhere(self, sharding_type: str) -> bool:
+        """Returns whether every rank has the class map: in a process on a CPU, or to encode the ids of split rows."""
+        return self._on_cpu or sharding_type in ROW_SPLIT
+
     def reduce_ms(self, size: float, replicas: int) -> float:
         """Returns the milliseconds to all-reduce and apply ``size`` bytes of gradients of a number of replicas."""
         world, local = self.topology.world_size, self.topology.local_world_size
@@ -156,19 +161,6 @@ class Estimator:
         passes = size * all_reduce_passes(world, local) / bandwidth
         applied = size * self.hardware.replica_factor / self._dense_bandwidth
         return passes + applied + replicas * self.hardware.replica_ms
-
-    def _replicated(self, table: PlannedTable, config: CompositionalConfig, kernel: str) -> Cost:
-        stored = replicated_storage(table, DATA_PARALLEL)
-        size = value_bytes(stored)
-        buffers, lookup_ms, _ = self._work(table, config, DATA_PARALLEL, 0, config.embedding_dim)
-        return Cost(
-            parameters=size,
-            optimizer=self._state.of_compositional(table, kernel, stored),
-            maps=0 if self._on_cpu else class_map_bytes(config),
-            buffers=buffers + size,
-            lookup_ms=lookup_ms,
-            reduce_ms=self.reduce_ms(size, len(stored)),
-        )
 
     def _work(
         self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
@@ -372,9 +364,9 @@ def _row_bytes(table: PlannedTable, start: int, stop: int, at_least: bool) -> in
     """Returns the bytes read per id: a row of every partition that the columns come from."""
     assert table.config is not None
     total = 0
-    for j, partition in enumerate(table.partitions):
+    for j, (_, _, dtype) in enumerate(table.partitions):
         a, b = stored_columns(table.config, j, start, stop)
         if b > a:
             columns = max(b - a, _MIN_LOOKUP_COLUMNS) if at_least else b - a
-            total += columns * partition.dtype.itemsize
+            total += columns * dtype.itemsize
     return total

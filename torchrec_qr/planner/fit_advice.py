@@ -9,15 +9,10 @@ from inspect import signature
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+import torch
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, Topology
 
-from torchrec_qr.configs import (
-    DTYPES,
-    CompositionalConfig,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingConfig,
-)
+from torchrec_qr.configs import DTYPES, CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
 from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
@@ -40,6 +35,18 @@ _MOST_NODES = 4096
 _WITHOUT_WARNING: dict[str, Any] = {
     name: True for name in ("created_by_factory",) if name in signature(Topology).parameters
 }
+
+# The config, the collection and the sharder of a table, with and without pooling.
+_POOLED: tuple[Any, Any, Any] = (
+    CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingBagCollection,
+    CompositionalEmbeddingBagCollectionSharder,
+)
+_UNPOOLED: tuple[Any, Any, Any] = (
+    CompositionalEmbeddingConfig,
+    CompositionalEmbeddingCollection,
+    CompositionalEmbeddingCollectionSharder,
+)
 
 EstimatorFor = Callable[[Topology], Estimator]
 
@@ -191,16 +198,10 @@ def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTab
         "data_type": next(t for t, dtype in DTYPES.items() if dtype == table.parameter.dtype),
         "partitions": partitions,
     }
-    config: CompositionalConfig
-    module: nn.Module
-    if table.is_pooled:
-        config = CompositionalEmbeddingBagConfig(**fields)
-        module = CompositionalEmbeddingBagCollection(tables=[config], device="meta")  # type: ignore[arg-type]
-        sharder: Any = CompositionalEmbeddingBagCollectionSharder(dict(table.fused_params))
-    else:
-        config = CompositionalEmbeddingConfig(**fields)
-        module = CompositionalEmbeddingCollection(tables=[config], device="meta")  # type: ignore[arg-type]
-        sharder = CompositionalEmbeddingCollectionSharder(dict(table.fused_params))
+    make_config, make_collection, make_sharder = _POOLED if table.is_pooled else _UNPOOLED
+    config = make_config(**fields)
+    module = make_collection(tables=[config], device=torch.device("meta"))
+    sharder = make_sharder(dict(table.fused_params))
     parameter = sharder.shardable_parameters(module)[table.name]
     return replace(table, parameter=parameter, module=module, sharder=sharder, config=config)
 

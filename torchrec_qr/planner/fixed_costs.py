@@ -34,10 +34,7 @@ class FixedCosts:
     def __init__(self, tables: Sequence[PlannedTable], hardware: Hardware, batch_size: int, topology: Topology) -> None:
         self._hardware = hardware
         self._modules = [table.path for table in tables]
-        self._has_replicas = [
-            table.config is not None and any(not partition.is_base for partition in table.partitions)
-            for table in tables
-        ]
+        self._has_replicas = [len(table.partitions) > 1 for table in tables]
         world, local = topology.world_size, topology.local_world_size
         self._others = world - 1
         # Multiply by W, because TorchRec's bandwidth counts what all ranks receive of a shard.

@@ -119,8 +119,8 @@ class Hardware:
 class LinkBandwidths(GeneralizedCommsBandwidth):
     """Bandwidths with which TorchRec's formulas return the time of collectives over two kinds of links.
 
-    TorchRec divides the bytes that all ranks receive of a shard by one bandwidth. With W ranks and l ranks a node,
-    (l-1)/W of the bytes take the links within a node, and (W-l)/W of them the links between nodes:
+    TorchRec divides the bytes that all ranks receive of a shard by one bandwidth. Let there be W ranks, l of them on a
+    node. (l-1)/W of the bytes take the links within a node, and (W-l)/W of them the links between nodes:
 
         ms = bytes · ((l-1)/W / intra + (W-l)/W / inter)
 

@@ -6,7 +6,6 @@ Memory decides between equal work. n blocks on W ranks take O(n log(nW)).
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 from torchrec_qr.planner.costs import NO_COST
 from torchrec_qr.planner.enumerators import Block, Option, Scope
@@ -14,6 +13,9 @@ from torchrec_qr.planner.enumerators import Block, Option, Scope
 # Up to so many blocks are moved once more, between the rank with most work and so many others.
 _EVENED_OUT = 500
 _OTHERS = 16
+
+Entry = tuple[int, int, Block]
+"""The number of a table, the number of a block in its option, and the block."""
 
 Load = tuple[float, float]
 """The work and the bytes of a rank or a host, the balanced one first."""
@@ -101,8 +103,8 @@ class _Packer:
         self._ranks: list[list[list[int] | None]] = [[None] * len(o.blocks) for o in options]
 
     def run(self) -> Packing | Misfit:
-        hosted: list[tuple[float, int, int, Block]] = []
-        single: list[tuple[float, int, int, Block]] = []
+        hosted: list[Entry] = []
+        single: list[Entry] = []
         for t, option in enumerate(self._options):
             if option.everywhere is not NO_COST:
                 self._base_work += option.everywhere.work_ms
@@ -113,31 +115,27 @@ class _Packer:
                     self._base_memory += block.memory
                     self._base_host += block.host_memory
                 else:
-                    key = -(block.memory if self._by_memory else block.work_ms)
-                    (hosted if block.scope is Scope.HOST else single).append((key, t, b, block))
-        misfit = self._base_misfit()
-        if misfit is not None:
+                    (hosted if block.scope is Scope.HOST else single).append((t, b, block))
+        if (misfit := self._base_misfit()) is not None:
             return misfit
         self._hosts = [((0.0, 0.0), host) for host in range(self._cluster.world_size // self._cluster.group)]
-        for t, b, block in self._in_order(hosted):
-            misfit = self._place_on_host(t, b, block)
-            if misfit is not None:
+        for entry in sorted(hosted, key=self._size, reverse=True):
+            if (misfit := self._place_on_host(*entry)) is not None:
                 return misfit
         self._heap = [(self._load(rank), rank) for rank in range(self._cluster.world_size)]
         heapq.heapify(self._heap)
-        for t, b, block in self._in_order(single):
-            misfit = self._place_on_rank(t, b, block)
-            if misfit is not None:
+        for entry in sorted(single, key=self._size, reverse=True):
+            if (misfit := self._place_on_rank(*entry)) is not None:
                 return misfit
         if not self._by_memory and len(single) <= _EVENED_OUT:
-            self._even_out([(t, b, block) for _, t, b, block in single])
+            self._even_out(single)
         return Packing(self._ranks, [self._base_work + w for w in self._work])
 
-    def _even_out(self, single: list[tuple[int, int, Block]]) -> None:
+    def _even_out(self, single: list[Entry]) -> None:
         """Moves a block from the rank with most work, or swaps it for a smaller one, while that lowers the greater work
         of the two ranks.
         """
-        on: list[list[tuple[int, int, Block]]] = [[] for _ in self._work]
+        on: list[list[Entry]] = [[] for _ in self._work]
         for t, b, block in single:
             ranks = self._ranks[t][b]
             assert ranks is not None
@@ -158,9 +156,7 @@ class _Packer:
                 on[source].remove(entry)
                 on[target].append(entry)
 
-    def _best_change(
-        self, most: int, on: list[list[tuple[int, int, Block]]]
-    ) -> tuple[int, tuple[int, int, Block], tuple[int, int, Block] | None] | None:
+    def _best_change(self, most: int, on: list[list[Entry]]) -> tuple[int, Entry, Entry | None] | None:
         best, found = self._work[most] * (1 - 1e-6), None
         # Look at the ranks with least work alone, because a change with them gains most.
         others = heapq.nsmallest(_OTHERS, (r for r in range(len(on)) if r != most), key=self._work.__getitem__)
@@ -175,9 +171,7 @@ class _Packer:
                         best, found = greater, (rank, out, back)
         return found
 
-    def _may_change(
-        self, most: int, rank: int, out: tuple[int, int, Block], back: tuple[int, int, Block] | None
-    ) -> bool:
+    def _may_change(self, most: int, rank: int, out: Entry, back: Entry | None) -> bool:
         for entry, target, leaving in ((out, rank, back), (back, most, out)):
             if entry is None:
                 continue
@@ -190,9 +184,8 @@ class _Packer:
                 return False
         return True
 
-    @staticmethod
-    def _in_order(blocks: list[tuple[float, int, int, Block]]) -> list[tuple[int, int, Block]]:
-        return [(t, b, block) for _, t, b, block in sorted(blocks, key=itemgetter(0, 1, 2))]
+    def _size(self, entry: Entry) -> float:
+        return entry[2].memory if self._by_memory else entry[2].work_ms
 
     def _load(self, rank: int) -> Load:
         if self._by_memory:

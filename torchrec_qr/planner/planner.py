@@ -180,6 +180,10 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
     def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> EstimatedPlan:
         """Returns the plan of `plan` with its estimated costs.
 
+        Args:
+            module (nn.Module): the model.
+            sharders (Sequence[ModuleSharder[Any]]): the sharders.
+
         Raises:
             PlannerError: see `plan`.
         """
@@ -197,6 +201,11 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
         """Returns the costs of any plan on every rank.
+
+        Args:
+            plan (ShardingPlan): the plan, of this planner or not.
+            module (nn.Module): the model.
+            sharders (Sequence[ModuleSharder[Any]]): the sharders.
 
         Raises:
             PlannerError: the plan lacks a table.
@@ -226,13 +235,13 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         return costs
 
     def step_ms(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> float:
-        """Returns the estimated milliseconds of a step for embeddings under any plan."""
+        """Returns the estimated milliseconds of a step for embeddings under any plan: see `estimate`."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
         fixed_ms = self._fixed_costs(tables).ms(_sharding_of(plan, table).sharding_type for table in tables)
         return max(self.estimate(plan, module, sharders).work_ms) + fixed_ms
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
-        """Returns whether a plan fits."""
+        """Returns whether a plan fits: see `plan`."""
         tables, choices, cluster = self._problem(module, sharders)
         return not isinstance(most_frugal(choices, [table.ranks for table in tables], cluster), Misfit)
 

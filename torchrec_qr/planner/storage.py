@@ -1,7 +1,7 @@
 """The bytes of a table's values and optimizer state under any plan."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ FUSED = EmbeddingComputeKernel.FUSED.value
 MakeOptimizer = Callable[[Any], Optimizer]
 """Makes an optimizer of a list of parameters, such as ``torch.optim.Adam``."""
 
-Stored = list[tuple[int, int, torch.dtype]]
+Stored = Sequence[tuple[int, int, torch.dtype]]
 """The rows, columns and type of each tensor."""
 
 # The float32 values of state per value and per row in FBGEMM's kernels, for optimizers that compositional tables lack.
@@ -79,26 +79,25 @@ def shard_storage(
     Replicas are not included: see `replicated_storage`.
     """
     assert table.config is not None
-    split = sharding_type in ROW_SPLIT
+    split, base = sharding_type in ROW_SPLIT, table.config.base_partition
     stored = []
-    for j, partition in enumerate(table.partitions):
+    for j, (rows, _, dtype) in enumerate(table.partitions):
         a, b = stored_columns(table.config, j, start, stop)
-        if a == b or (split and not partition.is_base):
+        if a == b or (split and j != base):
             continue
-        rows = partition.rows
         if split:
             size = -(-rows // num_blocks)
             rows = max(min(size, rows - block * size), 0)
-        stored.append((rows, b - a, partition.dtype))
+        stored.append((rows, b - a, dtype))
     return stored
 
 
 def replicated_storage(table: PlannedTable, sharding_type: str) -> Stored:
     """Returns the replicas of a table, which every rank stores."""
+    assert table.config is not None
+    split, base = sharding_type in ROW_SPLIT, table.config.base_partition
     return [
-        (p.rows, p.columns, p.dtype)
-        for p in table.partitions
-        if sharding_type == DATA_PARALLEL or (sharding_type in ROW_SPLIT and not p.is_base)
+        shape for j, shape in enumerate(table.partitions) if sharding_type == DATA_PARALLEL or (split and j != base)
     ]
 
 

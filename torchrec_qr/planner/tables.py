@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
@@ -15,18 +14,8 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_qr.configs import DTYPES, CompositionalConfig, is_compositional
+from torchrec_qr.configs import CompositionalConfig, PartitionShape, is_compositional
 from torchrec_qr.planner.error_kinds import WRONG_INPUT
-
-
-@dataclass(frozen=True)
-class PartitionShape:
-    """The shape and type of one partition. ``is_base`` marks the one whose rows a plan may split."""
-
-    rows: int
-    columns: int
-    dtype: torch.dtype
-    is_base: bool
 
 
 @dataclass(frozen=True)
@@ -87,19 +76,7 @@ class PlannedTable:
     @cached_property
     def partitions(self) -> list[PartitionShape]:
         """The partitions of a compositional table."""
-        assert self.config is not None
-        base = self.config.base_partition
-        return [
-            PartitionShape(rows, columns, DTYPES[data_type], j == base)
-            for j, (rows, columns, data_type) in enumerate(
-                zip(
-                    self.config.bound_partitions.sizes,
-                    self.config.partition_columns,
-                    self.config.partition_data_types,
-                    strict=True,
-                )
-            )
-        ]
+        return [] if self.config is None else self.config.partition_shapes
 
     @cached_property
     def inputs_per_sample(self) -> list[float]:
