@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.step_cells import EPS, LR, Batch, Tables, Traffic, upstream
-from benchmarks.step_variants import Variant
+from benchmarks.step_variant import Variant
 from torchrec_qr import raise_pending
 
 # Allow what float32 may be off. An output errs in proportion to the absolute values that it sums up; a row's step errs

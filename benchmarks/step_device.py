@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.step_cells import Batch
-from benchmarks.step_variants import Variant
+from benchmarks.step_variant import Variant
 
 _COPIED = 2**28  # bytes: more than caches hold
 

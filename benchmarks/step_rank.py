@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.step_cells import Batch, Cell, Traffic, upstream
 from benchmarks.step_check import check
 from benchmarks.step_device import burst, burst_of_eval, peak_of
-from benchmarks.step_variants import VARIANTS, Variant
+from benchmarks.step_variant import Variant
+from benchmarks.step_variants import VARIANTS
 
 _WARM_UP = 3
 _BATCHES = 8  # so that no cache holds the rows of all

@@ -79,7 +79,8 @@ class Checkpoints:
         about: dict[str, Any] = json.loads((checkpoint / _WHOLE).read_text())
         return about
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    @staticmethod
+    def load(checkpoint: Path, state: dict[str, Any], waits: Waits) -> None:
         """Fills ``state``, as `save` was given it, in place; see `torchrec_qr.distributed.checkpoint.load`.
 
         Raises:
@@ -87,8 +88,8 @@ class Checkpoints:
             ValueError: a table of the checkpoint has another meaning here.
         """
         reader = CheckpointReader(checkpoint / "state")
-        with self._waits.patient(), errors_of_dcp(f"cannot load {checkpoint}", reader):
-            resharding.load(without_empty(state), storage_reader=reader, process_group=self._waits.group)
+        with waits.patient(), errors_of_dcp(f"cannot load {checkpoint}", reader):
+            resharding.load(without_empty(state), storage_reader=reader, process_group=waits.group)
 
     @staticmethod
     def load_by_rank(checkpoint: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def _run(
     freeze(model, job.train.frozen)
     kept = with_class_maps(job, config_folder, folder)
     trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile, kept)
+    speed = trainer.speed
     output.summary(
         [
             ("test AUC", f"{test.auc:.4f}"),
@@ -102,7 +103,7 @@ def _run(
             ("logloss", f"{test.logloss:.4f}"),
             (
                 "speed",
-                f"{trainer.samples_per_s:,.0f} samples/s, {trainer.waited_share:.1%} of the time waiting for data",
+                f"{speed.samples_per_s:,.0f} samples/s, {speed.waited_share:.1%} of the time waiting for data",
             ),
             *_skipped(trainer.skipped_rows),
             ("run", str(folder.root)),
@@ -146,7 +147,7 @@ def trained(
         folder.write_text("plan.txt", plan)
         test = trainer.train()
     numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration}
-    known, speed = data.known_quality(), trainer.samples_per_s
+    known, speed = data.known_quality(), trainer.speed.samples_per_s
     skipped = {"skipped_rows": trainer.skipped_rows["test"]} if trainer.skipped_rows else {}
     folder.log(trainer.step, "test", auc=test.auc, **known, **numbers, **skipped, samples_per_s=speed)
     return trainer, test

@@ -1,7 +1,6 @@
 """Trains a model over all ranks: the loop, evaluation, checkpoints, and what stops it."""
 
 import random
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,22 +13,22 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from launch.config import Job
 from launch.console import Output
 from launch.data.loader import Batches, Data
-from launch.data.meaning import MeaningError
 from launch.data.split import Split
-from launch.differences import differences
 from launch.memory_errors import tables_named
 from launch.metrics import Predictions, Quality, quality
 from launch.parallel import Parallel
 from launch.run_checkpoints import Checkpoints
 from launch.run_folder import RunFolder
+from launch.saved_model import SavedModel
 from launch.schedule import Schedule
-from launch.skipped_rows import SkippedRows, TrainedRows, require_good_rows
+from launch.skipped_rows import SkippedRows
+from launch.speed import Speed
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
+from launch.trained_rows import TrainedRows
 from launch.waits import Waits
 from launch.weights import write_weights
 from torchrec_qr import raise_pending
-from torchrec_qr.cli.schema import dump
 
 
 class Trainer:
@@ -50,7 +49,8 @@ class Trainer:
         profiler: is told of every step; default: none.
 
     Attributes:
-        step: of the model, as trained or loaded.
+        step (int): of the model, as trained or loaded.
+        speed (Speed): of training.
     """
 
     def __init__(
@@ -70,9 +70,11 @@ class Trainer:
         self._waits = waits
         self._checkpoints = Checkpoints(folder.checkpoints, kept=2, waits=waits)
         self._best_checkpoint = Checkpoints(folder.best, kept=1, waits=waits)
+        meaning_file = folder.root / "meaning.json"
+        self._saved_model = SavedModel(job, parallel, data.meaning.hash, meaning_file, device, waits)
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
         self._termination = Termination(waits.group, lambda: folder.lost)
-        self.step = 0
+        self.step, self.speed = 0, Speed()
         self._epoch = 0
         self._batch = 0  # trained of this epoch
         self._window = Predictions()  # since the last line of training metrics
@@ -82,29 +84,11 @@ class Trainer:
         self._validated = self._saved = -1  # the steps at which that was last done
         self._worse = 0  # validations since the best one
         self._reached = False  # the AUC at which to stop
-        self._samples = 0
-        self._seconds = self._waited = 0.0  # in training steps; of these, for data
-        self._cpu_seconds = 0.0
-
-    @property
-    def samples_per_s(self) -> float:
-        """Rows of all ranks per second spent in training steps."""
-        return self._samples / self._seconds if self._seconds else 0.0
-
-    @property
-    def cpu_us_per_sample(self) -> float:
-        """Processor time of this process, all threads together, per row that it trained: on a busy host steadier."""
-        return 1e6 * self._cpu_seconds * dist.get_world_size() / self._samples if self._samples else 0.0
 
     @property
     def skipped_rows(self) -> dict[str, int]:
         """Malformed rows of all ranks that the latest pass over each split left out; empty if they are errors."""
         return self._skipped.of_split
-
-    @property
-    def waited_share(self) -> float:
-        """Of the time spent in training steps, the share of this rank's waiting for data."""
-        return self._waited / self._seconds if self._seconds else 0.0
 
     def train(self) -> Quality:
         """Runs to the end and returns the quality on the test split, of the step that validated best.
@@ -128,7 +112,7 @@ class Trainer:
             self._save()
         best = self._best_checkpoint.latest()
         if best is not None and (step := Checkpoints.about(best)["step"]) != self.step:
-            self._load(best)
+            self._saved_model.load(best)
             self.step = step
         tested, _ = self._evaluate(self._data.splits.test, self._data.test())
         if best is not None:
@@ -155,18 +139,11 @@ class Trainer:
             self._folder.drop_after(0, 0)
             self._best_checkpoint.forget_after(-1)
             return None
-        about = Checkpoints.about(checkpoint)
-        changed = differences(about["model"], model_description(self._job))
-        if changed:
-            raise ValueError(
-                f"{checkpoint} is of another model: {'; '.join(changed)}; allowed: the same model, or a run of another "
-                "name (--name)"
-            )
-        self._check_meaning(checkpoint)
-        self._load(checkpoint)
+        about = self._saved_model.checked(checkpoint)
+        self._saved_model.load(checkpoint)
         self.step = self._saved = about["step"]
         self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
-        self._worse = about.get("worse", 0)  # of a checkpoint from before there was patience
+        self._worse = about["worse"]
         self._trained.load(about)
         world_size, batch_size = about["world_size"], about["batch_size"]
         # As many samples as were trained, in batches of this world size.
@@ -178,42 +155,8 @@ class Trainer:
         return checkpoint
 
     def start_from(self, run: Path) -> Path:
-        """Takes the weights of another run's end, those of the step that validated best; returns their checkpoint.
-
-        Optimizer state and step are this run's own.
-
-        Args:
-            run: the folder of a run that came to its end.
-
-        Raises:
-            ValueError: it has not ended, or is of another model; names what differs.
-            MeaningError: its rows have another meaning.
-        """
-        best = Checkpoints(run / "best", 1, self._waits).latest()
-        if best is None or not (run / "weights").is_dir():
-            raise ValueError(
-                f"train.init_from: {run} has no weights; allowed: the folder of a run that came to its end"
-            )
-        saved, here = Checkpoints.about(best)["model"], model_description(self._job)
-        if changed := differences(saved, {**here, "optimizer": saved["optimizer"]}):
-            raise ValueError(
-                f"train.init_from: {best} is of another model: {'; '.join(changed)}; allowed: the same model"
-            )
-        self._check_meaning(best)
-        with self._memory(f"loading {best}"):
-            state: dict[str, Any] = {"model": self._parallel.model.state_dict()}
-            self._checkpoints.load(best, state)
-        model: Any = self._parallel.model
-        model.load_state_dict(state["model"])
-        return best
-
-    def _check_meaning(self, checkpoint: Path) -> None:
-        saved, here = Checkpoints.about(checkpoint).get("meaning"), self._data.meaning.hash
-        if saved != here:
-            raise MeaningError(
-                f"{checkpoint}: its rows have the meaning {saved} (SHA-256), and {self._folder.root / 'meaning.json'} "
-                f"is {here}; allowed: the meaning.json and vocabulary.npz with which it was trained"
-            )
+        """Takes the weights of another run's end; see `SavedModel.start_from`."""
+        return self._saved_model.start_from(run)
 
     def _train_epochs(self) -> None:
         while self._epoch < self._job.train.epochs and not self._done():
@@ -228,7 +171,7 @@ class Trainer:
                     self._after_step(pipeline)
                     if self._done():
                         break
-                self._waited += batches.wait_seconds
+                self.speed.waited += batches.wait_seconds
             pipeline.detach()
             self._after_pass()
             if not self._done():
@@ -242,7 +185,7 @@ class Trainer:
             self._schedule.set(self.step)
             # Free on a CPU; elsewhere only where the host waits for the device anyway.
             self._task.checks_loss = self._device.type == "cpu" or (self.step + 1) % train.log_every == 0
-            started, cpu_started = time.perf_counter(), time.process_time()
+            started = self.speed.now()
             try:
                 with self._patient_at(first), self._memory(f"step {self.step + 1}"):
                     predicted = pipeline.progress(batches)
@@ -254,10 +197,8 @@ class Trainer:
                 text = f"step {self.step + 1}: {error}; the learning rate is {self._schedule.lr:g}; {kept_text}"
                 raise NonFiniteLossError(text) from None
             first = False
-            self._seconds += time.perf_counter() - started
-            self._cpu_seconds += time.process_time() - cpu_started
+            self.speed.add(started, train.batch_size)
             self.step, self._batch = self.step + 1, self._batch + 1
-            self._samples += train.batch_size * dist.get_world_size()
             if self._profiler is not None:
                 self._profiler.step()
             yield predicted
@@ -287,7 +228,7 @@ class Trainer:
         skipped = self._trained.count(self._batch)
         self._trained.has_good |= q.samples > 0
         self._window = Predictions()
-        speed = self.samples_per_s
+        speed = self.speed.samples_per_s
         self._folder.log(self.step, "train", **_numbers(q), **skipped, lr=self._schedule.lr, samples_per_s=speed)
         rows = f"  {skipped['skipped_rows']:,} rows skipped" if skipped else ""
         self._output.report(
@@ -329,7 +270,7 @@ class Trainer:
         raise_pending()
         q = quality(*predictions.gather(self._device))
         skipped = self._skipped.count(split, batches.bad_rows, batches.bad_rows.count)
-        require_good_rows(split, q.samples, batches.bad_rows)
+        split.require_good(q.samples, batches.bad_rows)
         return q, skipped
 
     def _patient_at(self, first: bool) -> AbstractContextManager[None]:
@@ -361,30 +302,10 @@ class Trainer:
             "worse": self._worse,
             "validated": self._validated,
             **self._trained.state(self._batch),
-            "model": model_description(self._job),
-            "meaning": self._data.meaning.hash,
         }
-        (to or self._checkpoints).save(self.step, self._state(), about, self._rank_state())
+        self._saved_model.save(to or self._checkpoints, self.step, about, self._rank_state())
         if to is None:
             self._saved = self.step
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": self._parallel.model.state_dict(),
-            "sparse": self._parallel.sparse.state_dict(),
-            "dense": self._parallel.dense.state_dict(),
-        }
-
-    def _load(self, checkpoint: Path) -> None:
-        # An optimizer may make its state at its first step: until then there is nothing to load into.
-        with self._memory(f"loading {checkpoint}"):
-            self._parallel.dense.init_state()
-            self._parallel.dense.zero_grad()
-            state = self._state()
-            self._checkpoints.load(checkpoint, state)
-        self._parallel.model.load_state_dict(state["model"])
-        self._parallel.sparse.load_state_dict(state["sparse"])
-        self._parallel.dense.load_state_dict(state["dense"])
 
     def _rank_state(self) -> dict[str, Any]:
         cuda = {"cuda": torch.cuda.get_rng_state()} if self._device.type == "cuda" else {}
@@ -398,12 +319,6 @@ class Trainer:
         if "cuda" in state and self._device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
         self._window = Predictions(**state["window"])
-
-
-def model_description(job: Job) -> dict[str, Any]:
-    """What must stay as it is for a checkpoint to be of the same model: its tables, layers and optimizers."""
-    rules = {"sparse": job.optimizer.sparse.name, "dense": job.optimizer.dense.name}
-    return {"tables": {t.name: dump(t) for t in job.tables}, "model": dump(job.model), "optimizer": rules}
 
 
 def _numbers(q: Quality) -> dict[str, float | int | None]:

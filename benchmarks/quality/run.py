@@ -74,7 +74,7 @@ def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) 
         "compression": round(logical / stored, 3),
         "rows": sum(map(_rows, configs)),
         "mib": round(4 * stored / 2**20, 3),
-        "cpu_ms_per_step": round(trainer.cpu_us_per_sample * job.train.batch_size / 1000, 2),
+        "cpu_ms_per_step": round(trainer.speed.cpu_us_per_sample * job.train.batch_size / 1000, 2),
     }
 
 

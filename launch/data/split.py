@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.data.columns import Columns
 from launch.data.criteo_tsv import tsv_source
 from launch.data.delimited import Dialect, delimited_source
-from launch.data.errors import DataError
+from launch.data.errors import BadRows, DataError
 from launch.data.generator import GeneratorSource
 from launch.data.npy import NpySource
 from launch.data.parquet import parquet_source
@@ -28,6 +28,20 @@ class Split:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def require_good(self, good: int, bad_rows: BadRows) -> None:
+        """Checks that a pass had a row that counts.
+
+        Args:
+            good (int): rows of all ranks that counted.
+            bad_rows (BadRows): of this rank.
+
+        Raises:
+            DataError: there was none.
+        """
+        if good == 0:
+            first = f", the first: {bad_rows.first}" if bad_rows.first else ""
+            raise DataError(f"the {self.name} split", f"no row that was read is good{first}")
 
 
 @dataclass(frozen=True)
