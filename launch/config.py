@@ -7,31 +7,9 @@ from pathlib import Path
 import yaml
 
 from launch.overrides import override
-from launch.sections import (
-    DataSection,
-    GeneratorSection,
-    ModelConfig,
-    OptimizerSection,
-    OptimizersSection,
-    ParquetSection,
-    ScheduleSection,
-    TrainSection,
-)
+from launch.sections import DataSection, ModelConfig, OptimizersSection, ScheduleSection, TrainSection
 from torchrec_qr.cli.schema import ConfigError, PlannerSpec, TableSpec, dump, load, read_yaml
-
-__all__ = [
-    "DataSection",
-    "GeneratorSection",
-    "Job",
-    "ModelConfig",
-    "OptimizerSection",
-    "OptimizersSection",
-    "ParquetSection",
-    "ScheduleSection",
-    "TrainSection",
-    "read_job",
-    "write_job",
-]
+from torchrec_qr.cli.schema.config_error import errors_in_file
 
 
 @dataclass(frozen=True)
@@ -126,10 +104,8 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         64
     """
     sections = read_yaml(path)
-    try:
+    with errors_in_file(path):
         return load(Job, override(sections, overrides))
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def write_job(job: Job) -> str:

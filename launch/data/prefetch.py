@@ -46,13 +46,15 @@ class Prefetched(Iterator[T], Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Ends the thread, whatever it has not yet yielded; iteration ends."""
+        """Ends the thread, which leaves out what it has not yet yielded; iteration ends."""
         with self._changed:
             self._closed = True
             self._items.clear()
             self._error = None
             self._changed.notify_all()
-        self._thread.join()
+        # A generator that holds this may be collected on any thread, so also on this one, which cannot join itself.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -89,11 +91,16 @@ def mapped(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iter
         >>> list(mapped(abs, [3, -2, -1], threads=2))
         [3, 2, 1]
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix=function.__name__) as pool:
-        pending: deque[Future[T]] = deque()
+    own: set[int] = set()
+    pool = ThreadPoolExecutor(threads, function.__name__, initializer=lambda: own.add(threading.get_ident()))
+    pending: deque[Future[T]] = deque()
+    try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        # Do not wait where this is collected on one of the threads, because none can join itself.
+        pool.shutdown(wait=threading.get_ident() not in own, cancel_futures=True)

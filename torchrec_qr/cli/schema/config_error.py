@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST_VALUE = 100
@@ -70,6 +71,15 @@ class ConfigError(ValueError):
         head = f"{self.file}: " if self.file else ""
         lines = [f"{e.path}: {e._problem}" if e.path else e._problem for e in self.errors]
         return head + (lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors", *lines]))
+
+
+@contextmanager
+def errors_in_file(file: str | Path) -> Iterator[None]:
+    """Heads errors with the name of the file that the config was read from; see `ConfigError.in_file`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.in_file(file) from None
 
 
 def unknown_key(path: str, key: object, given: object, known: Iterable[str], what: str = "unknown key") -> ConfigError:

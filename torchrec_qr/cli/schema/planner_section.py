@@ -11,7 +11,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
-from torchrec_qr.cli.schema.config_error import ConfigError, key_path, unknown_key
+from torchrec_qr.cli.schema.config_error import ConfigError, errors_in_file, key_path, unknown_key
 from torchrec_qr.cli.schema.strict_loader import Range, load
 from torchrec_qr.cli.schema.yaml_file import read_yaml
 
@@ -147,14 +147,11 @@ def read_planner(path: str | Path) -> PlannerSpec:
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "job.yaml"
-        ...     _ = file.write_text("planner: {topology: 2x8}")
-        ...     read_planner(file).world_size
+        >>> with tempfile.NamedTemporaryFile("w") as file:
+        ...     print("planner: {topology: 2x8}", file=file, flush=True)
+        ...     read_planner(file.name).world_size
         16
     """
     section = read_yaml(path).get("planner")
-    try:
+    with errors_in_file(path):
         return load(PlannerSpec, {} if section is None else section, "planner")
-    except ConfigError as error:
-        raise error.in_file(path) from None

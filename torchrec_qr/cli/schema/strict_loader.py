@@ -269,8 +269,13 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
-    """The field's default value, ``MISSING`` if it has none."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    """Returns the field's default value, or ``MISSING`` if it has none that is valid by itself."""
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    try:
+        return field.default_factory()
+    except (TypeError, ValueError):
+        return dataclasses.MISSING
 
 
 def _plain(value: object, defaults: bool) -> object:

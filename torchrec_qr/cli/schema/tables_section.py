@@ -17,7 +17,7 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
-from torchrec_qr.cli.schema.config_error import ConfigError
+from torchrec_qr.cli.schema.config_error import ConfigError, errors_in_file
 from torchrec_qr.cli.schema.strict_loader import Range, dump, gather, load
 from torchrec_qr.cli.schema.yaml_file import read_yaml
 from torchrec_qr.configs import (
@@ -233,17 +233,14 @@ def read_tables(path: str | Path) -> list[EmbeddingBagConfig | CompositionalEmbe
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "job.yaml"
-        ...     _ = file.write_text("tables: [{name: user, num_embeddings: 1_000, embedding_dim: 8}]")
-        ...     [(table.name, table.num_embeddings) for table in read_tables(file)]
+        >>> with tempfile.NamedTemporaryFile("w") as file:
+        ...     print("tables: [{name: user, num_embeddings: 1_000, embedding_dim: 8}]", file=file, flush=True)
+        ...     [(table.name, table.num_embeddings) for table in read_tables(file.name)]
         [('user', 1000)]
     """
     sections = read_yaml(path)
-    try:
+    with errors_in_file(path):
         return load_tables(sections, base_dir=Path(path).parent)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def to_spec(config: BaseEmbeddingConfig) -> TableSpec:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from torchrec_qr.cli.schema.config_error import ConfigError
+from torchrec_qr.cli.schema.config_error import ConfigError, errors_in_file
 from torchrec_qr.cli.schema.key_paths import overlaid
 
 # libyaml where PyYAML was built with it: ten times as fast, which ten thousand tables need.
@@ -65,12 +65,12 @@ def read_value(key: str, text: str) -> Any:
 
 
 def _on_its_base(path: Path, above: list[Path]) -> dict[str, Any]:
-    """The file's mapping laid over that of its base; ``above`` are the files that build on this one."""
-    content = _parsed(path)
-    if "base" not in content:
-        return content
-    base = content.pop("base")
-    try:
+    """Returns the file's mapping laid over that of its base; ``above`` are the files that build on this one."""
+    with errors_in_file(path):
+        content = _parsed(path)
+        if "base" not in content:
+            return content
+        base = content.pop("base")
         if not isinstance(base, str):
             raise ConfigError("base", base, "the name of a file, relative to this one")
         file, above = path.parent / base, [*above, path.resolve()]
@@ -83,8 +83,6 @@ def _on_its_base(path: Path, above: list[Path]) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError("base", base, error.allowed, str(error)) from error
         return overlaid(below, content)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -102,11 +100,9 @@ def _parsed(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
-        raise ConfigError(_place(mark) if mark else "", None, "YAML", problem or str(error)).in_file(path) from error
-    except ConfigError as error:
-        raise error.in_file(path) from None
+        raise ConfigError(_place(mark) if mark else "", None, "YAML", problem or str(error)) from error
     if not isinstance(content, dict):
-        raise ConfigError("", content, "a mapping of sections").in_file(path)
+        raise ConfigError("", content, "a mapping of sections")
     return content
 
 

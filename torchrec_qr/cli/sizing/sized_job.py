@@ -12,6 +12,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
+from torchrec_qr.cli.schema.config_error import errors_in_file
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
@@ -114,7 +115,7 @@ def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str |
         OSError: the file cannot be read.
     """
     sections = read_yaml(path)
-    try:
+    with errors_in_file(path):
         tables = load_tables(sections, base_dir=Path(path).parent)
         if not tables:
             raise ConfigError("tables", [], "at least one table")
@@ -131,8 +132,6 @@ def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str |
         optimizer = optimizer or _at(sections, "optimizer", "sparse", "name") or "sgd"
         if optimizer not in OPTIMIZERS:
             raise ConfigError("optimizer.sparse.name", optimizer, ", ".join(OPTIMIZERS))
-    except ConfigError as error:
-        raise error.in_file(path) from None
     return Sizing(str(path), list(tables), spec, optimizer)
 
 
