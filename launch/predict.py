@@ -76,7 +76,7 @@ class Run:
             raise ConfigError("data.format", "generator", "a run that was trained on files")
         section = replace(section, files=tuple(files), train_files=(), validation_files=(), test_files=())
         section = replace(section, on_bad_row=on_bad_row or section.on_bad_row)
-        source = opened_files(section, files, labels="optional")
+        source = opened_files(section, files, optional_labels=True)
         rows = Split("test", source, 0, source.num_rows)
         return data_of(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
 

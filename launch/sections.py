@@ -43,14 +43,14 @@ class ParquetSection:
     Args:
         label (str): 0 or 1, or any number under ``data.label_above``.
         dense (tuple[str, ...]): numbers; default ``int_0`` … ``int_12``.
-        ids (tuple[str, ...] | None): one column per feature, in the order of ``data.features``: integers, strings, or
-            lists of these; default: columns called as the features. See `launch.data.id_values`.
+        ids (tuple[str, ...]): one column per feature, in the order of ``data.features``: integers, strings, or lists of
+            these; default: columns called as the features. See `launch.data.id_values`.
         hexadecimal (tuple[str, ...]): those of ``ids`` whose strings are numbers in base 16.
     """
 
     label: str = "label"
     dense: tuple[str, ...] = tuple(f"int_{i}" for i in range(CRITEO_DENSE))
-    ids: tuple[str, ...] | None = None
+    ids: tuple[str, ...] = ()
     hexadecimal: tuple[str, ...] = ()
 
 
@@ -63,6 +63,7 @@ class CsvSection(ParquetSection):
         quoted (bool): a value may stand in double quotes, which are doubled within it. A line never ends within them.
         nulls (tuple[str, ...]): texts that stand for a missing value.
         names (tuple[str, ...] | None): of the columns, if files have no header; default: the first line of each file.
+            A file without labels may lack that of the label; see `launch.data.delimited.DelimitedFile`.
     """
 
     delimiter: str = ","
@@ -180,7 +181,7 @@ class DataSection:
     def _check_columns(self, columns: ParquetSection) -> None:
         if len(columns.dense) != self.dense_features:
             raise ConfigError(f"{self.format}.dense", list(columns.dense), f"{self.dense_features} columns")
-        if columns.ids is not None and len(columns.ids) != len(self.features):
+        if columns.ids and len(columns.ids) != len(self.features):
             raise ConfigError(f"{self.format}.ids", list(columns.ids), f"{len(self.features)}, one per feature")
         for name in columns.hexadecimal:
             if name not in self.id_columns():

@@ -1,7 +1,6 @@
 """Rows of Arrow columns, whichever file they come from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,31 +11,13 @@ import pyarrow.compute as pc
 from launch.data.errors import DataError
 from launch.data.id_values import ALLOWED_TYPES, id_values, is_id_type
 from launch.data.rows import Array, segments
-from launch.data.source import Block, Labels
-from launch.data.validity import Validity
+from launch.data.source import Block
+from launch.data.validity import Labels, Validity
+from launch.sections import ParquetSection
 
 _SHOWN = 40  # characters of a value in a message
 _COLUMNS_SHOWN = 50
 _PLAIN_NUMBER = r"^-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9])?$"  # Arrow reads any of these, and most others
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a file by their names.
-
-    Args:
-        label (str): of the label.
-        dense (Sequence[str]): of the dense features.
-        ids (Sequence[str]): of the categorical features.
-        hexadecimal (Sequence[str]): those of ``ids`` whose strings are numbers in base 16.
-        label_above (float | None): see `launch.data.validity.Validity`.
-    """
-
-    label: str
-    dense: Sequence[str]
-    ids: Sequence[str]
-    hexadecimal: Sequence[str] = ()
-    label_above: float | None = None
 
 
 class ColumnReader:
@@ -44,9 +25,9 @@ class ColumnReader:
 
     Args:
         path (str): of the file, for messages.
-        columns (Columns): that are read.
+        columns (ParquetSection): that are read.
         found (Sequence[str]): names of the file's columns.
-        labels (Labels): "optional": the file may lack the label's column.
+        labels (Labels): how labels are read.
 
     Attributes:
         names (list[str]): of all columns that are read, each once.
@@ -55,9 +36,9 @@ class ColumnReader:
         DataError: the file lacks a column, or has two of its name.
     """
 
-    def __init__(self, path: str, columns: Columns, found: Sequence[str], labels: Labels) -> None:
+    def __init__(self, path: str, columns: ParquetSection, found: Sequence[str], labels: Labels) -> None:
         self._path, self._columns = path, columns
-        self._labelled = labels == "needed" or columns.label in found
+        self._labelled = not labels.optional or columns.label in found
         label = [columns.label] if self._labelled else []
         self.names = list(dict.fromkeys((*label, *columns.dense, *columns.ids)))
         for name in self.names:
@@ -66,7 +47,7 @@ class ColumnReader:
                 raise DataError(path, f"no column {name!r}; it has {', '.join(found[:_COLUMNS_SHOWN])}{more}")
             if found.count(name) > 1:
                 raise DataError(path, f"{found.count(name)} columns are called {name!r}; allowed: one")
-        self._validity = Validity(columns.label, columns.dense, labels, columns.label_above)
+        self._validity = Validity(columns.label, columns.dense, labels)
 
     def check_types(self, schema: pa.Schema) -> None:
         """Checks the types of a file that has a schema.

@@ -3,26 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.data.columns import Columns
-from launch.data.delimited import Dialect, delimited_source
+from launch.data.delimited import DelimitedFile
 from launch.data.errors import OnBadRow
-from launch.data.source import Labels, SequentialSource
+from launch.data.source import SequentialSource
+from launch.data.validity import BINARY, Labels
+from launch.sections import CsvSection
 
 NUM_DENSE, NUM_CATEGORICAL = 13, 26
 _DENSE = tuple(f"I{i + 1}" for i in range(NUM_DENSE))
 _IDS = tuple(f"C{i + 1}" for i in range(NUM_CATEGORICAL))
-_COLUMNS = Columns("label", _DENSE, _IDS, hexadecimal=_IDS)
-_DIALECT = Dialect("\t", quoted=False, names=("label", *_DENSE, *_IDS))
+_COLUMNS = CsvSection(
+    "label", _DENSE, _IDS, hexadecimal=_IDS, delimiter="\t", quoted=False, names=("label", *_DENSE, *_IDS)
+)
 
 
 def tsv_source(
-    paths: Sequence[str | Path], labels: Labels = "needed", on_bad_row: OnBadRow = "error"
+    paths: Sequence[str | Path], labels: Labels = BINARY, on_bad_row: OnBadRow = "error"
 ) -> SequentialSource:
     """Returns the rows of the files, one after the other.
 
-    With ``labels="optional"`` a file whose first line has 39 columns, as Kaggle's ``test.txt``, has no labels.
+    If labels are optional, a file whose first line has 39 columns, as Kaggle's ``test.txt``, has no labels.
 
     Raises:
         DataError: see `launch.data.delimited.DelimitedFile`.
     """
-    return delimited_source(paths, _COLUMNS, _DIALECT, labels, on_bad_row)
+    return SequentialSource([DelimitedFile(path, _COLUMNS, labels, on_bad_row) for path in paths])

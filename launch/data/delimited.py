@@ -4,7 +4,6 @@ import csv
 import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +11,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as csv_reader
 
-from launch.data.columns import ColumnReader, Columns, quoted
+from launch.data.columns import ColumnReader, quoted
 from launch.data.errors import DataError, OnBadRow
 from launch.data.prefetch import mapped
 from launch.data.rows import Array
-from launch.data.source import Block, Labels, SequentialSource
+from launch.data.source import Block
 from launch.data.text import BYTE_ORDER_MARK, TextFile
+from launch.data.validity import Labels
+from launch.sections import CsvSection
 
 _PARSERS = 2  # threads: Arrow, which does the work, leaves the interpreter to others meanwhile
 _MISLED = "a line with a carriage return or an open quote"
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How lines are cut into columns.
-
-    Args:
-        delimiter (str): one character of ASCII, but NUL.
-        quoted (bool): a value may stand in double quotes, which are doubled within it. A line never ends within them.
-        nulls (tuple[str, ...]): texts that stand for a missing value.
-        names (tuple[str, ...] | None): of the columns; None: the first line of each file has them. A file whose first
-            and last lines have one column less, if labels are optional, lacks that of the label.
-    """
-
-    delimiter: str = ","
-    quoted: bool = True
-    nulls: tuple[str, ...] = ("",)
-    names: tuple[str, ...] | None = None
-
-
 class _LineCutter:
     """Counts the columns of single lines, as Arrow's reader does: quotes count where a value begins."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: CsvSection) -> None:
         self._quoted, self._delimiter = dialect.quoted, dialect.delimiter.encode()
         delimiter = re.escape(self._delimiter)
         self._closed = re.compile(rb'(^|%s)"(?:[^"]|"")*+"' % delimiter)
@@ -82,21 +65,19 @@ class DelimitedFile:
 
     Args:
         path (str | Path): of the file.
-        columns (Columns): that are read.
-        dialect (Dialect): of the file.
-        labels (Labels): "optional": the file may lack the label's column.
+        columns (CsvSection): that are read, and how lines are cut into them.
+        labels (Labels): how they are read. If they are optional, the columns have names by ``columns.names``, and the
+            first and last lines have one column less, then the file lacks that of the label.
         on_bad_row (OnBadRow): "error": the first row and the last one are checked at once.
 
     Raises:
         DataError: missing or unreadable; a column that is not there; a bad first or last row.
     """
 
-    def __init__(
-        self, path: str | Path, columns: Columns, dialect: Dialect, labels: Labels, on_bad_row: OnBadRow
-    ) -> None:
-        self._text, self._columns, self._dialect = TextFile(path), columns, dialect
-        self._cutter = _LineCutter(dialect)
-        self._first = 0 if dialect.names is not None else 1  # line of the first row
+    def __init__(self, path: str | Path, columns: CsvSection, labels: Labels, on_bad_row: OnBadRow) -> None:
+        self._text, self._columns = TextFile(path), columns
+        self._cutter = _LineCutter(columns)
+        self._first = 0 if columns.names is not None else 1  # line of the first row
         if self.num_rows == 0:
             if self._text.num_lines:
                 self._check_header(self._text.last_line)  # a file of carriage returns alone is one line, and not empty
@@ -132,19 +113,19 @@ class DelimitedFile:
     def _column_names(self, labels: Labels) -> list[str]:
         with closing(self._text.blocks(0)) as blocks:
             line = next(blocks).partition(b"\n")[0].removesuffix(b"\r")
-        if self._dialect.names is not None:
-            names = list(self._dialect.names)
+        if self._columns.names is not None:
+            names = list(self._columns.names)
             # The last line too, because one that is malformed must not give all others another meaning.
             first, last = self._cutter.num_columns(line), self._cutter.num_columns(self._text.last_line)
-            if labels == "optional" and first == len(names) - 1 and last != len(names) and self._columns.label in names:
+            if labels.optional and first == len(names) - 1 and last != len(names) and self._columns.label in names:
                 names.remove(self._columns.label)
             return names
         self._check_header(line)
         text = line.decode("utf-8", "replace")
-        if not self._dialect.quoted:
-            return text.split(self._dialect.delimiter)
+        if not self._columns.quoted:
+            return text.split(self._columns.delimiter)
         try:
-            return next(csv.reader([text], delimiter=self._dialect.delimiter))
+            return next(csv.reader([text], delimiter=self._columns.delimiter))
         except csv.Error as error:
             raise DataError(f"{self.name}:1", f"the names of the columns cannot be read: {error}") from error
 
@@ -204,15 +185,15 @@ class DelimitedFile:
             # One thread: several texts are read at a time.
             csv_reader.ReadOptions(use_threads=False, column_names=self._names, block_size=len(text) + 1),
             csv_reader.ParseOptions(
-                delimiter=self._dialect.delimiter,
-                quote_char='"' if self._dialect.quoted else False,
+                delimiter=self._columns.delimiter,
+                quote_char='"' if self._columns.quoted else False,
                 ignore_empty_lines=False,
             ),
             csv_reader.ConvertOptions(
                 check_utf8=False,
                 column_types=wanted,
                 include_columns=self._reader.names,
-                null_values=list(self._dialect.nulls),
+                null_values=list(self._columns.nulls),
                 strings_can_be_null=True,
             ),
         )
@@ -222,18 +203,3 @@ def _has_blank_line(table: pa.Table, text: bytes) -> bool:
     if pc.all(pc.greater(pc.binary_length(table.column(0)), 0), skip_nulls=False).as_py():
         return False  # found in less time
     return text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text
-
-
-def delimited_source(
-    paths: Sequence[str | Path],
-    columns: Columns,
-    dialect: Dialect,
-    labels: Labels = "needed",
-    on_bad_row: OnBadRow = "error",
-) -> SequentialSource:
-    """Returns the rows of the files, one after the other.
-
-    Raises:
-        DataError: see `DelimitedFile`; no file has any row.
-    """
-    return SequentialSource([DelimitedFile(path, columns, dialect, labels, on_bad_row) for path in paths])

@@ -1,10 +1,8 @@
 """MLPerf's binary click logs, mapped into memory: npy files of dense features, ids and labels, npz of multi-hot ids."""
 
-import bisect
 import zipfile
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
@@ -12,14 +10,14 @@ import numpy as np
 
 from launch.data.errors import BadRows, DataError
 from launch.data.rows import Array, Rows, concat
-from launch.data.source import Labels
+from launch.data.source import Files
 from launch.data.text import readable
-from launch.data.validity import Validity
+from launch.data.validity import BINARY, Labels, Validity
 
 _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
 
 
-class NpySource:
+class NpySource(Files["_NpyFiles"]):
     """Rows of files with common prefixes, one prefix after the other.
 
     For a prefix ``day_0``: ``day_0_dense.npy`` (N, dense features), ``day_0_labels.npy`` (N,) or (N, 1), and either
@@ -28,12 +26,11 @@ class NpySource:
     The least int64, -2^63, stands for a missing id.
 
     Args:
-        prefixes: of the files.
-        num_features: F.
-        dense_features: number of dense features.
-        hots: H_f that the files must have; default: any.
-        labels: "optional": ``day_0_labels.npy`` may be missing.
-        label_above: see `launch.data.validity.Validity`.
+        prefixes (Sequence[str | Path]): of the files.
+        num_features (int): F.
+        dense_features (int): number of dense features.
+        hots (Sequence[int] | None): H_f that the files must have; default: any.
+        labels (Labels): how they are read; if they are optional, ``day_0_labels.npy`` may be missing.
 
     Attributes:
         empty (list[str]): prefixes of the files that have no rows.
@@ -50,48 +47,24 @@ class NpySource:
         num_features: int,
         dense_features: int,
         hots: Sequence[int] | None = None,
-        labels: Labels = "needed",
-        label_above: float | None = None,
+        labels: Labels = BINARY,
     ) -> None:
-        validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels, label_above)
-        files = [_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes]
-        self.empty: Sequence[str] = [file.prefix for file in files if not len(file.labels)]
-        self._files = [file for file in files if len(file.labels)]
-        if not self._files:
-            raise DataError(self.empty[0] + _LABELS, "empty")
+        validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels)
+        super().__init__([_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes])
         for file in self._files:
-            for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].prefix)):
+            for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].name)):
                 if allowed is not None and file.hots != tuple(allowed):
-                    raise DataError(
-                        file.prefix, f"{list(file.hots)} ids per feature; allowed: {list(allowed)}, as {where}"
-                    )
-        self._ends = list(accumulate(len(file.labels) for file in self._files))
-
-    @property
-    def num_rows(self) -> int:
-        return self._ends[-1]
+                    problem = f"{list(file.hots)} ids per feature; allowed: {list(allowed)}, as {where}"
+                    raise DataError(file.name, problem)
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         parts = []
-        for i, file in enumerate(self._files):
-            first = self._ends[i - 1] if i else 0
-            a, b = max(start - first, 0), min(stop - first, len(file.labels))
+        for file, end in zip(self._files, self._ends, strict=True):
+            first = end - file.num_rows
+            a, b = max(start - first, 0), min(stop - first, file.num_rows)
             if a < b:
                 parts.append(file.read(a, b, bad_rows))
         return concat(parts)
-
-    def location(self, row: int) -> str:
-        file, row = self._place(row)
-        return file.location(row)
-
-    def quoted(self, row: int, feature: int) -> str:
-        file, row = self._place(row)
-        return file.quoted(row, feature)
-
-    def _place(self, row: int) -> "tuple[_NpyFiles, int]":
-        """Returns the files of a row, and its number in them."""
-        i = bisect.bisect_right(self._ends, row)
-        return self._files[i], row - (self._ends[i - 1] if i else 0)
 
     def close(self) -> None:
         """Does nothing: the files are mapped into memory."""
@@ -102,14 +75,14 @@ class NpySource:
 
 class _NpyFiles:
     def __init__(self, prefix: str, num_features: int, validity: Validity) -> None:
-        self.prefix, self._validity = prefix, validity
+        self.name, self._validity = prefix, validity
         self._dense = _mapped(prefix + _DENSE)
-        labelled = validity.labels == "needed" or Path(prefix + _LABELS).exists()
-        self.labels = _mapped(prefix + _LABELS) if labelled else np.full(len(self._dense), np.nan, np.float32)
-        if self.labels.ndim == 2 and self.labels.shape[1] == 1:
-            self.labels = self.labels[:, 0]
-        n = len(self.labels)
-        _check(prefix + _LABELS, self.labels, (n,), "biuf")
+        labelled = not validity.labels.optional or Path(prefix + _LABELS).exists()
+        self._labels = _mapped(prefix + _LABELS) if labelled else np.full(len(self._dense), np.nan, np.float32)
+        if self._labels.ndim == 2 and self._labels.shape[1] == 1:
+            self._labels = self._labels[:, 0]
+        n = self.num_rows = len(self._labels)
+        _check(prefix + _LABELS, self._labels, (n,), "biuf")
         _check(prefix + _DENSE, self._dense, (n, len(validity.dense)), "fiu")
         if Path(prefix + _MULTI_HOT).exists():
             self._ids = _members(prefix + _MULTI_HOT, num_features)
@@ -128,7 +101,7 @@ class _NpyFiles:
         with np.errstate(over="ignore"):  # an infinite value is a fault of its row
             dense = self._dense[part].astype(np.float32)
         rows, problems = self._validity.block(
-            np.asarray(self.labels[part]), dense, ids, self.hots, None, {}, partial(self._value, start)
+            np.asarray(self._labels[part]), dense, ids, self.hots, None, {}, partial(self._value, start)
         )
         for i in sorted(problems):
             bad_rows.report(self.location(start + i), problems[i])
@@ -137,7 +110,7 @@ class _NpyFiles:
     def _value(self, start: int, i: int, column: str) -> str:
         """Returns what stands in a column of row ``start + i``."""
         if column == self._validity.label:
-            return str(self.labels[start + i])
+            return str(self._labels[start + i])
         return str(self._dense[start + i, self._validity.dense.index(column)])
 
     def quoted(self, row: int, feature: int) -> str:
@@ -147,7 +120,7 @@ class _NpyFiles:
         return str(ids[0] if len(ids) == 1 else ids)
 
     def location(self, row: int) -> str:
-        return f"{self.prefix}:{row + 1}"
+        return f"{self.name}:{row + 1}"
 
 
 def _signed(ids: Array) -> Array:

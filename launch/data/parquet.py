@@ -1,6 +1,6 @@
 """Rows as Parquet files."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.data.columns import ColumnReader, Columns, quoted
+from launch.data.columns import ColumnReader, quoted
 from launch.data.errors import DataError
-from launch.data.source import Block, Labels, SequentialSource
+from launch.data.source import Block
 from launch.data.text import readable
+from launch.data.validity import Labels
+from launch.sections import ParquetSection
 
 _BATCH = 16_384
 
@@ -21,14 +23,14 @@ class ParquetFile:
 
     Args:
         path (str | Path): of the file.
-        columns (Columns): that are read.
-        labels (Labels): "optional": the file may lack the label's column.
+        columns (ParquetSection): that are read.
+        labels (Labels): how they are read.
 
     Raises:
         DataError: missing, unreadable, not Parquet; a column that is not there, or of the wrong type.
     """
 
-    def __init__(self, path: str | Path, columns: Columns, labels: Labels) -> None:
+    def __init__(self, path: str | Path, columns: ParquetSection, labels: Labels) -> None:
         self.name, self._columns = str(path), columns
         with _Reading(path):
             metadata = pq.read_metadata(path)
@@ -74,31 +76,3 @@ class _Reading:
         if isinstance(error, pa.ArrowException) and not isinstance(error, OSError):
             raise DataError(str(self._path), f"not Parquet, or corrupt: {error}") from error
         self._system.__exit__(kind, error, trace)
-
-
-def parquet_source(
-    paths: Sequence[str | Path],
-    label: str,
-    dense: Sequence[str],
-    ids: Sequence[str],
-    labels: Labels = "needed",
-    *,
-    hexadecimal: Sequence[str] = (),
-    label_above: float | None = None,
-) -> SequentialSource:
-    """Returns the rows of the files, one after the other.
-
-    Args:
-        paths (Sequence[str | Path]): of the files.
-        label (str): as the other columns, see `launch.data.columns.Columns`.
-        dense (Sequence[str]): columns.
-        ids (Sequence[str]): columns.
-        labels (Labels): "optional": a file may lack the label's column.
-        hexadecimal (Sequence[str]): those of ``ids`` that are hexadecimal.
-        label_above (float | None): the threshold of labels.
-
-    Raises:
-        DataError: see `ParquetFile`; no file has any row.
-    """
-    columns = Columns(label, dense, ids, hexadecimal, label_above)
-    return SequentialSource([ParquetFile(path, columns, labels) for path in paths])

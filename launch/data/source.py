@@ -4,12 +4,10 @@ import bisect
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from launch.data.errors import BadRows, DataError
 from launch.data.rows import Rows, concat
-
-Labels = Literal["needed", "optional"]  # of a file; rows of one without labels have the label NaN
 
 # Rows, and for those that are malformed what is wrong, by position; a malformed row is there, with weight 0, so that
 # every rank can tell from line numbers alone which rows are its own.
@@ -59,8 +57,8 @@ class RowSource(Protocol):
         ...
 
 
-class BlockFile(Protocol):
-    """A file that is read from some row on, in blocks."""
+class RowFile(Protocol):
+    """A file of rows, whose methods mean what those of a `RowSource` do."""
 
     @property
     def name(self) -> str: ...
@@ -68,17 +66,24 @@ class BlockFile(Protocol):
     @property
     def num_rows(self) -> int: ...
 
-    def blocks(self, start: int) -> Generator[Block, None, None]:
-        """Yields the rows from ``start`` on, in blocks of any size."""
-        ...
-
     def location(self, row: int) -> str: ...
 
     def quoted(self, row: int, feature: int) -> str: ...
 
 
-class SequentialSource:
-    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about.
+class BlockFile(RowFile, Protocol):
+    """A file that is read from some row on, in blocks."""
+
+    def blocks(self, start: int) -> Generator[Block, None, None]:
+        """Yields the rows from ``start`` on, in blocks of any size."""
+        ...
+
+
+F = TypeVar("F", bound=RowFile)
+
+
+class Files(Generic[F]):
+    """Files with rows, one after the other.
 
     Attributes:
         empty (list[str]): names of the files that have no rows.
@@ -87,21 +92,41 @@ class SequentialSource:
         DataError: no file has any row.
     """
 
-    random_access = False
-
-    def __init__(self, files: Sequence[BlockFile]) -> None:
+    def __init__(self, files: Sequence[F]) -> None:
         self.empty: Sequence[str] = [file.name for file in files if file.num_rows == 0]
         self._files = [file for file in files if file.num_rows]
         if not self._files:
             raise DataError(self.empty[0], "empty" if len(files) == 1 else f"empty, and so are all {len(files)} files")
         self._ends = list(accumulate(file.num_rows for file in self._files))
-        self._position = 0
-        self._blocks: Generator[Block, None, None] | None = None
-        self._rest: Block | None = None
 
     @property
     def num_rows(self) -> int:
         return self._ends[-1]
+
+    def location(self, row: int) -> str:
+        file, row = self._place(row)
+        return file.location(row)
+
+    def quoted(self, row: int, feature: int) -> str:
+        file, row = self._place(row)
+        return file.quoted(row, feature)
+
+    def _place(self, row: int) -> tuple[F, int]:
+        """Returns the file of a row, and its number in it."""
+        i = bisect.bisect_right(self._ends, row)
+        return self._files[i], row - (self._ends[i - 1] if i else 0)
+
+
+class SequentialSource(Files[BlockFile]):
+    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about."""
+
+    random_access = False
+
+    def __init__(self, files: Sequence[BlockFile]) -> None:
+        super().__init__(files)
+        self._position = 0
+        self._blocks: Generator[Block, None, None] | None = None
+        self._rest: Block | None = None
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         if self._blocks is None or start != self._position:
@@ -124,14 +149,6 @@ class SequentialSource:
         self._position = stop
         return concat(parts)
 
-    def location(self, row: int) -> str:
-        file, row = self._place(row)
-        return file.location(row)
-
-    def quoted(self, row: int, feature: int) -> str:
-        file, row = self._place(row)
-        return file.quoted(row, feature)
-
     def close(self) -> None:
         if self._blocks is not None:
             self._blocks.close()
@@ -139,14 +156,6 @@ class SequentialSource:
 
     def reopened(self) -> "SequentialSource":
         return SequentialSource(self._files)
-
-    def _place(self, row: int) -> tuple[BlockFile, int]:
-        """Returns the file of a row, and its number in it."""
-        i = bisect.bisect_right(self._ends, row)
-        return self._files[i], row - self._start(i)
-
-    def _start(self, file: int) -> int:
-        return self._ends[file - 1] if file else 0
 
 
 def _blocks_from(files: Sequence[BlockFile], start: int) -> Generator[Block, None, None]:

@@ -2,19 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
 
-from launch.data.columns import Columns
 from launch.data.criteo_tsv import tsv_source
-from launch.data.delimited import Dialect, delimited_source
+from launch.data.delimited import DelimitedFile
 from launch.data.errors import BadRows, DataError
 from launch.data.generator import GeneratorSource
 from launch.data.npy import NpySource
-from launch.data.parquet import parquet_source
-from launch.data.source import Labels, RowSource
-from launch.sections import DataSection
+from launch.data.parquet import ParquetFile
+from launch.data.source import RowSource, SequentialSource
+from launch.data.validity import Labels
+from launch.sections import CsvSection, DataSection
 
 
 @dataclass(frozen=True)
@@ -136,35 +136,28 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def opened_files(section: DataSection, paths: Sequence[str], labels: Labels = "needed") -> RowSource:
+def opened_files(section: DataSection, paths: Sequence[str], optional_labels: bool = False) -> RowSource:
     """Opens files of the section's format, whatever files the section names itself.
 
     Args:
         section (DataSection): of the job.
         paths (Sequence[str]): files, folders, prefixes of files, or patterns.
-        labels (Labels): "optional": a file without them has rows whose label is NaN.
+        optional_labels (bool): a file without labels has rows whose label is NaN.
 
     Raises:
         DataError: a file is missing, unreadable or not what it should be; none has any row.
     """
+    labels = Labels(optional_labels, section.label_above)
     if section.format == "npy":
-        prefixes = expanded(paths, "_labels.npy" if labels == "needed" else "_dense.npy")
-        hots = section.multi_hot
-        return NpySource(prefixes, len(section.features), section.dense_features, hots, labels, section.label_above)
+        prefixes = expanded(paths, "_dense.npy" if optional_labels else "_labels.npy")
+        return NpySource(prefixes, len(section.features), section.dense_features, section.multi_hot, labels)
     files = expanded(paths)
-    if section.format == "criteo_tsv":
+    if section.columns is None:
         return tsv_source(files, labels, section.on_bad_row)
-    named = section.columns
-    assert named is not None
-    ids, above = section.id_columns(), section.label_above
-    if section.format == "parquet":
-        return parquet_source(
-            files, named.label, named.dense, ids, labels, hexadecimal=named.hexadecimal, label_above=above
-        )
-    text = section.csv
-    dialect = Dialect(text.delimiter, text.quoted, text.nulls, text.names)
-    columns = Columns(named.label, named.dense, ids, named.hexadecimal, above)
-    return delimited_source(files, columns, dialect, labels, section.on_bad_row)
+    columns = replace(section.columns, ids=section.id_columns())
+    if isinstance(columns, CsvSection):
+        return SequentialSource([DelimitedFile(file, columns, labels, section.on_bad_row) for file in files])
+    return SequentialSource([ParquetFile(file, columns, labels) for file in files])
 
 
 def _whole(name: str, source: RowSource) -> Split:

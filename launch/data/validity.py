@@ -6,10 +6,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.data.rows import Array, Rows
-from launch.data.source import Block, Labels
+from launch.data.source import Block
 
 # The value of a row in a column, as it stands in the file.
 Quote = Callable[[int, str], str]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels are read.
+
+    Args:
+        optional (bool): a file, or a row of it, may lack its label, which is then NaN.
+        above (float | None): a greater value is the label 1, every other one 0; None: a label is 0 or 1.
+    """
+
+    optional: bool = False
+    above: float | None = None
+
+
+BINARY = Labels()  # each is there, and is 0 or 1
 
 
 @dataclass(frozen=True)
@@ -19,14 +35,12 @@ class Validity:
     Args:
         label (str): column of the label, for messages.
         dense (Sequence[str]): columns of the dense features.
-        labels (Labels): "optional": a row may lack its label.
-        label_above (float | None): a greater value is the label 1, every other one 0.
+        labels (Labels): how they are read.
     """
 
     label: str
     dense: Sequence[str]
-    labels: Labels = "needed"
-    label_above: float | None = None
+    labels: Labels
 
     def block(
         self,
@@ -50,7 +64,7 @@ class Validity:
             quote (Quote): returns the value of a row in a column.
         """
         problems: dict[int, str] = {}
-        allowed = "0, 1" if self.label_above is None else "a finite number"
+        allowed = "0, 1" if self.labels.above is None else "a finite number"
         for i in np.flatnonzero(self._wrong_labels(labels)).tolist():
             problems[i] = f"{self.label} is {quote(i, self.label)}; allowed: {allowed}"
         infinite = np.isinf(dense)
@@ -65,10 +79,10 @@ class Validity:
         return rows.without(np.array(sorted(problems), np.int64)), problems
 
     def _wrong_labels(self, labels: Array) -> Array:
-        wrong = (labels != 0) & (labels != 1) if self.label_above is None else ~np.isfinite(labels)
-        return wrong & ~np.isnan(labels) if self.labels == "optional" else wrong
+        wrong = (labels != 0) & (labels != 1) if self.labels.above is None else ~np.isfinite(labels)
+        return wrong & ~np.isnan(labels) if self.labels.optional else wrong
 
     def _as_labels(self, labels: Array) -> Array:
-        if self.label_above is None:
+        if self.labels.above is None:
             return labels.astype(np.float32)
-        return np.where(np.isnan(labels), np.float32(np.nan), (labels > self.label_above).astype(np.float32))
+        return np.where(np.isnan(labels), np.float32(np.nan), (labels > self.labels.above).astype(np.float32))

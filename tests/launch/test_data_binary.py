@@ -1,5 +1,6 @@
 """npy, npz and Parquet: the rows that were written come back, from any range, and malformed files say so."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from click_rows import NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
 from launch.data.errors import BadRows, DataError
 from launch.data.id_values import ALLOWED_TYPES
 from launch.data.npy import NpySource
-from launch.data.parquet import parquet_source
+from launch.data.parquet import ParquetFile
 from launch.data.rows import MISSING, Rows
+from launch.data.source import SequentialSource
+from launch.data.validity import BINARY, Labels
+from launch.sections import ParquetSection
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 DENSE = [f"int_{i}" for i in range(NUM_DENSE)]
@@ -95,7 +99,7 @@ def test_npy_files_without_rows_are_left_out(tmp_path: Path) -> None:
     prefixes = [write_npy(tmp_path / "a", rows.cut(0, 0)), write_npy(tmp_path / "b", rows)]
     source = NpySource(prefixes, NUM_FEATURES, NUM_DENSE)
     assert (source.empty, source.num_rows, source.location(0)) == ([prefixes[0]], 10, f"{prefixes[1]}:1")
-    with pytest.raises(DataError, match=r"a_labels.npy: empty"):
+    with pytest.raises(DataError, match=r"/a: empty"):
         NpySource(prefixes[:1], NUM_FEATURES, NUM_DENSE)
 
 
@@ -105,7 +109,7 @@ def test_npy_labels_by_threshold_and_ids_of_64_bits(tmp_path: Path) -> None:
     np.save(tmp_path / "a_labels.npy", np.float32([1, 3.5, 5]))
     ids = np.full((3, NUM_FEATURES), 2**64 - 5, np.uint64)
     np.save(tmp_path / "a_sparse.npy", ids)
-    source = NpySource([prefix], NUM_FEATURES, NUM_DENSE, label_above=3.5)
+    source = NpySource([prefix], NUM_FEATURES, NUM_DENSE, labels=Labels(above=3.5))
     read = source.read(0, 3, BadRows("error"))
     assert read.labels.tolist() == [0, 0, 1]
     assert set(read.ids.reshape(-1).tolist()) == {-5}
@@ -122,6 +126,13 @@ def test_multi_hot_ids_of_several_types_stay_integers(tmp_path: Path, other: Any
     read = NpySource([prefix], 2, NUM_DENSE).read(0, 2, BadRows("error"))
     assert read.ids.dtype == np.int64
     assert read.ids.tolist() == [[2**53 + 1, 5], [-1, 6]]
+
+
+def parquet_source(
+    files: Sequence[Path], label: str, dense: Sequence[str], ids: Sequence[str], hexadecimal: Sequence[str] = ()
+) -> SequentialSource:
+    columns = ParquetSection(label, tuple(dense), tuple(ids), tuple(hexadecimal))
+    return SequentialSource([ParquetFile(file, columns, BINARY) for file in files])
 
 
 def parquet_table(rows: Rows, kind: str) -> pa.Table:

@@ -5,6 +5,7 @@ import gzip
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data import text as lines_of_text
-from launch.data.columns import Columns
-from launch.data.delimited import Dialect, delimited_source
-from launch.data.errors import BadRows, DataError
+from launch.data.delimited import DelimitedFile
+from launch.data.errors import BadRows, DataError, OnBadRow
 from launch.data.id_values import hash_of_text, id_values
 from launch.data.rows import MISSING
 from launch.data.source import SequentialSource
+from launch.data.validity import BINARY, Labels
 from launch.sections import CsvSection
 from torchrec_qr.cli.schema import ConfigError
 
-COLUMNS = Columns("clicked", ["price"], ["user", "shop"])
+COLUMNS = CsvSection("clicked", ("price",), ("user", "shop"))
 HEADER = "user,clicked,ignored,shop,price\n"
 
 
-def source_of(path: Path, content: str | bytes, columns: Columns = COLUMNS, **options: Any) -> SequentialSource:
+def source_of(path: Path, content: str | bytes, columns: CsvSection = COLUMNS, **options: Any) -> SequentialSource:
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    dialect = Dialect(**{k: options.pop(k) for k in ("delimiter", "quoted", "nulls", "names") if k in options})
-    return delimited_source([path], columns, dialect, **options)
+    dialect = {k: options.pop(k) for k in ("delimiter", "quoted", "nulls", "names") if k in options}
+    return opened([path], replace(columns, **dialect), **options)
+
+
+def opened(
+    paths: Sequence[Path], columns: CsvSection, labels: Labels = BINARY, on_bad_row: OnBadRow = "error"
+) -> SequentialSource:
+    return SequentialSource([DelimitedFile(path, columns, labels, on_bad_row) for path in paths])
 
 
 def bad_lines(source: SequentialSource) -> tuple[int, str | None, list[float]]:
@@ -62,7 +69,7 @@ def test_columns_by_name(tmp_path: Path, name: str, end: str, mark: str) -> None
 
 
 def test_tsv_names_nulls_and_hexadecimal(tmp_path: Path) -> None:
-    columns = Columns("rating", [], ["user"], hexadecimal=["user"], label_above=3.5)
+    columns = CsvSection("rating", (), ("user",), hexadecimal=("user",))
     text = 'ff\t4\t"\n\\N\t3.5\t""\n10\t5\t\n'
     options: dict[str, Any] = {
         "delimiter": "\t",
@@ -70,20 +77,22 @@ def test_tsv_names_nulls_and_hexadecimal(tmp_path: Path) -> None:
         "nulls": ("", "\\N"),
         "names": ("user", "rating", "x"),
     }
-    rows = source_of(tmp_path / "a.tsv", text, columns, **options).read(0, 3, BadRows("error"))
+    above = Labels(above=3.5)
+    rows = source_of(tmp_path / "a.tsv", text, columns, labels=above, **options).read(0, 3, BadRows("error"))
     assert (rows.labels.tolist(), rows.ids.tolist(), rows.dense.shape) == ([1, 0, 1], [[255], [MISSING], [16]], (3, 0))
 
     unlabelled = "ff\tx\n10\ty\n"
-    rows = source_of(tmp_path / "b.tsv", unlabelled, columns, labels="optional", **options).read(0, 2, BadRows("error"))
+    source = source_of(tmp_path / "b.tsv", unlabelled, columns, labels=Labels(optional=True, above=3.5), **options)
+    rows = source.read(0, 2, BadRows("error"))
     assert np.isnan(rows.labels).all()
     assert rows.ids.tolist() == [[255], [16]]
 
 
 def test_a_label_that_is_optional_may_be_missing_in_some_rows(tmp_path: Path) -> None:
-    text = HEADER + "1,,,2,3\n1,1,,2,3\n"
-    rows = source_of(tmp_path / "a.csv", text, labels="optional").read(0, 2, BadRows("error"))
+    text, optional = HEADER + "1,,,2,3\n1,1,,2,3\n", Labels(optional=True)
+    rows = source_of(tmp_path / "a.csv", text, labels=optional).read(0, 2, BadRows("error"))
     np.testing.assert_array_equal(rows.labels, np.float32([np.nan, 1]))
-    rows = source_of(tmp_path / "a.csv", "user,shop,price\n1,2,3\n", labels="optional").read(0, 1, BadRows("error"))
+    rows = source_of(tmp_path / "a.csv", "user,shop,price\n1,2,3\n", labels=optional).read(0, 1, BadRows("error"))
     assert np.isnan(rows.labels).all()
     with pytest.raises(DataError, match=r"a.csv: no column 'clicked'; it has user, shop, price"):
         source_of(tmp_path / "a.csv", "user,shop,price\n1,2,3\n")
@@ -138,8 +147,8 @@ def test_any_text_as_python_writes_it(
     file = tmp_path_factory.getbasetemp() / "texts.csv"
     with file.open("w", newline="", encoding="utf-8") as f:
         csv.writer(f, lineterminator="\n").writerows([("clicked", "user"), *((label, text) for text, label in table)])
-    columns = Columns("clicked", [], ["user"])
-    rows = delimited_source([file], columns, Dialect(nulls=("\x01none",))).read(0, len(table), BadRows("error"))
+    columns = CsvSection("clicked", (), ("user",), nulls=("\x01none",))
+    rows = opened([file], columns).read(0, len(table), BadRows("error"))
     assert rows.labels.tolist() == [float(label) for _, label in table]
     for (text, _), value in zip(table, rows.ids[:, 0].tolist(), strict=True):
         if not text:
@@ -174,7 +183,7 @@ def test_any_range_of_files_whose_columns_have_other_places(tmp_path: Path) -> N
     (tmp_path / "1.csv").write_text("")
     (tmp_path / "2.csv").write_text("user,price,shop,clicked\n")
     (tmp_path / "3.csv").write_text("clicked,user,shop,price\n" + "".join(f"0,{i},{i},{i}\n" for i in range(n, 2 * n)))
-    source = delimited_source([tmp_path / f"{i}.csv" for i in range(4)], COLUMNS, Dialect())
+    source = opened([tmp_path / f"{i}.csv" for i in range(4)], COLUMNS)
     assert source.empty == [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]
     assert source.num_rows == 2 * n
     for start, stop in [(0, 2 * n), (n - 1, n + 1), (n // 2, n // 2 + 5), (2 * n - 1, 2 * n), (3, 4)]:
@@ -229,8 +238,8 @@ def test_any_lines_from_any_row_on(
     expected = [row if row and len(row) == 3 and row[0] in ALLOWED_LABELS else None for row in expected]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines_of_text, "_READ", chunk)
-        dialect = Dialect(names=("label", "user", "shop"))
-        source = delimited_source([file], Columns("label", [], ["user", "shop"]), dialect, on_bad_row="skip")
+        columns = CsvSection("label", (), ("user", "shop"), names=("label", "user", "shop"))
+        source = opened([file], columns, on_bad_row="skip")
         assert source.num_rows == len(lines)
         ranges = st.tuples(st.integers(0, len(lines) - 1), st.integers(1, len(lines))).filter(lambda r: r[0] < r[1])
         for start, stop in [(0, len(lines)), *data.draw(st.lists(ranges, max_size=3))]:
@@ -319,13 +328,15 @@ def test_a_line_is_longer_than_a_block(tmp_path: Path) -> None:
 
 
 def test_one_malformed_line_does_not_make_a_file_unlabelled(tmp_path: Path) -> None:
-    columns, names = Columns("label", [], ["user"]), ("label", "user")
-    source = source_of(tmp_path / "a.csv", "7\n1,8\n0,9\n", columns, names=names, labels="optional", on_bad_row="skip")
+    columns, names = CsvSection("label", (), ("user",)), ("label", "user")
+    source = source_of(
+        tmp_path / "a.csv", "7\n1,8\n0,9\n", columns, names=names, labels=Labels(optional=True), on_bad_row="skip"
+    )
     assert bad_lines(source) == (1, f"{tmp_path / 'a.csv'}:1: 1 columns; allowed: 2", [0, 1, 1])
 
 
 def test_a_column_may_have_several_uses(tmp_path: Path) -> None:
-    columns = Columns("clicked", ["user", "clicked"], ["user", "user", "clicked"])
+    columns = CsvSection("clicked", ("user", "clicked"), ("user", "user", "clicked"))
     rows = source_of(tmp_path / "a.csv", HEADER + GOOD + "\n", columns).read(0, 1, BadRows("error"))
     assert (rows.labels.tolist(), rows.dense.tolist(), rows.ids.tolist()) == ([1], [[7, 1]], [[7, 7, 1]])
 
