@@ -1,12 +1,12 @@
 """What a person sees: one table of the model and its plan, a live line, a summary. Plain lines where nobody watches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torchrec import EmbeddingBagConfig
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.distributed.types import ParameterSharding
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
 
@@ -41,9 +41,9 @@ class Output:
         if not self._quiet:
             self.say(text)
 
-    def tables(self, tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> str:
+    def tables(self, tables: Sequence[EmbeddingBagConfig], shardings: Mapping[str, ParameterSharding]) -> str:
         """Shows tables, rows logical → stored, MiB, compression and placement; returns the same as plain text."""
-        table = _model_table(tables, plan)
+        table = _model_table(tables, shardings)
         if not self._quiet:
             self._console.print(table)
         plain = Console(width=_COLUMNS, no_color=True, highlight=False)
@@ -95,8 +95,7 @@ class Output:
         self._console.print(grid, soft_wrap=True)
 
 
-def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Table:
-    shardings = _shardings(plan)
+def _model_table(tables: Sequence[EmbeddingBagConfig], shardings: Mapping[str, ParameterSharding]) -> Table:
     out = Table(title="Embedding tables")
     out.add_column("table")
     for name in ("rows", "stored", "MiB", "smaller"):
@@ -119,14 +118,6 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], plan: ShardingPlan) -> Ta
     total = f"{len(tables)} tables"
     out.add_row(total, f"{all_rows:,}", f"{all_stored_rows:,}", _mib(all_stored_values), smaller, "", "")
     return out
-
-
-def _shardings(plan: ShardingPlan) -> dict[str, ParameterSharding]:
-    found: dict[str, ParameterSharding] = {}
-    for module in plan.plan.values():
-        assert isinstance(module, EmbeddingModuleShardingPlan)
-        found.update(module)
-    return found
 
 
 def _placement(sharding: ParameterSharding | None) -> tuple[str, str]:

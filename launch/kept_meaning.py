@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from launch.config import Job
 from launch.data.errors import DataError
-from launch.data.meaning import Meaning, MeaningError, settled
+from launch.data.meaning import Meaning, MeaningError
 from launch.run_checkpoints import Checkpoints
-from launch.run_folder import RunFolder, writing_errors_named
+from launch.run_folder import RunFolder, from_rank_0, writing_errors_named
 from launch.run_lock import RunFolderError
 from launch.waits import Waits
 from torchrec_qr.cli.schema import ConfigError
@@ -32,26 +32,33 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
         DataError: on every rank; what is kept, or the job's data, cannot be read.
         RunFolderError: on every rank; the map cannot be written.
     """
-    outcome: list[str | Exception] = [""]
+    outcome: str | Exception = ""
     if dist.get_rank() == 0:
         try:
             with writing_errors_named(folder.root / "meaning.json"):
-                outcome = [settled(job, folder.root, _kept(job, folder, waits), build).hash]
+                outcome = _settled(job, folder, waits, build).hash
         except (MeaningError, DataError, ConfigError, RunFolderError) as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, group=waits.group)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
+            outcome = error
+    of_rank_0 = from_rank_0(outcome, waits.group)
     meaning = Meaning.read(folder.root)
-    if meaning.hash != outcome[0]:
+    if meaning.hash != of_rank_0:
         raise MeaningError(
-            f"{folder.root}: this rank reads a map with SHA-256 {meaning.hash}, and rank 0 wrote {outcome[0]}; "
+            f"{folder.root}: this rank reads a map with SHA-256 {meaning.hash}, and rank 0 wrote {of_rank_0}; "
             "allowed: one folder that all nodes see (--runs)"
         )
     return meaning
 
 
-def _kept(job: Job, folder: RunFolder, waits: Waits) -> Path | None:
+def _settled(job: Job, folder: RunFolder, waits: Waits, build: Callable[[], Meaning]) -> Meaning:
+    """Returns the meaning of the run's rows, and sees that the run's folder has it."""
+    kept = None if job.train.init_from is None else Path(job.train.init_from).expanduser()
     if Checkpoints(folder.checkpoints, 1, waits).latest() is not None:
-        return folder.root
-    return None if job.train.init_from is None else Path(job.train.init_from).expanduser()
+        kept = folder.root
+    if kept is None:
+        meaning = build()
+    else:
+        meaning = Meaning.read(kept)
+        meaning.check(job, kept)
+    if kept != folder.root:
+        meaning.write(folder.root)
+    return meaning

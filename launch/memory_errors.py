@@ -8,12 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagConfig
-from torchrec.distributed.types import (
-    EmbeddingModuleShardingPlan,
-    EnumerableShardingSpec,
-    ParameterSharding,
-    ShardingPlan,
-)
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
@@ -77,12 +72,8 @@ def _cause(error: BaseException) -> str:
     return f"{text.partition(':')[0]}, " if text.startswith("table ") else ""
 
 
-def bytes_on_rank(task: nn.Module, plan: ShardingPlan, rank: int) -> dict[str, int]:
-    """Returns the bytes of values of each table that a rank stores under a plan. A table without a plan is on all."""
-    shardings: dict[str, ParameterSharding] = {}
-    for of_module in plan.plan.values():
-        assert isinstance(of_module, EmbeddingModuleShardingPlan)
-        shardings.update(of_module)
+def bytes_on_rank(task: nn.Module, shardings: Mapping[str, ParameterSharding], rank: int) -> dict[str, int]:
+    """Returns the bytes of values of each table that a rank stores. A table without a sharding is on all ranks."""
     out: dict[str, int] = {}
     for table in _tables(task):
         sharding = shardings.get(table.name)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -36,12 +36,18 @@ _DENSE: dict[OptimizerName, Any] = {
 
 @dataclass(frozen=True)
 class Parallel:
-    """A model on its ranks, its plan, and its optimizers: of embeddings, which are fused but for TorchRec's own
-    data-parallel tables, and of all else. ``held``: bytes of values of each table on this rank.
+    """A model on its ranks.
+
+    Args:
+        model (DistributedModelParallel): the model.
+        shardings (dict[str, ParameterSharding]): of each table that is planned.
+        held (dict[str, int]): bytes of values of each table on this rank.
+        sparse (KeyedOptimizer): of embeddings, which is fused but for TorchRec's own data-parallel tables.
+        dense (KeyedOptimizer): of all else.
     """
 
     model: DistributedModelParallel
-    plan: ShardingPlan
+    shardings: dict[str, ParameterSharding]
     held: dict[str, int]
     sparse: KeyedOptimizer
     dense: KeyedOptimizer
@@ -77,7 +83,10 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     shardable = {sharder.module_type for sharder in sharders}
     planned = any(type(module) in shardable for module in task.modules())
     plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})
-    held = bytes_on_rank(task, plan, dist.get_rank())
+    shardings: dict[str, ParameterSharding] = {}
+    for of_module in plan.plan.values():
+        shardings.update(cast(EmbeddingModuleShardingPlan, of_module))
+    held = bytes_on_rank(task, shardings, dist.get_rank())
     with tables_named("placing the model", held, device):
         model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
@@ -88,7 +97,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     if job.train.grad_clip is not None:
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
     optimizer_of_each_parameter(model, [*of_tables, dense])
-    return Parallel(model, plan, held, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
+    return Parallel(model, shardings, held, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

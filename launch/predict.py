@@ -21,7 +21,7 @@ from torch import Tensor
 
 from launch.config import read_job
 from launch.data.errors import BadRows, DataError, OnBadRow
-from launch.data.loader import Batches, Data, data_of
+from launch.data.loader import Batches, Data
 from launch.data.meaning import Meaning, MeaningError
 from launch.data.split import Split, Splits, opened_files
 from launch.job_tables import job_tables
@@ -78,7 +78,7 @@ class Run:
         section = replace(section, on_bad_row=on_bad_row or section.on_bad_row)
         source = opened_files(section, files, optional_labels=True)
         rows = Split("test", source, 0, source.num_rows)
-        return data_of(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
+        return Data(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
 
     def scores(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields logits, labels (NaN where there is none) and weights (0 of a malformed row), in the order of rows.

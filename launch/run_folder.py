@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from launch.run_lock import RunFolderError, RunInUseError, RunLock
 from launch.run_name import refuse_links
+
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -69,13 +71,13 @@ class RunFolder:
         Raises:
             RunInUseError: another job has taken it; on every rank.
         """
-        error = None
+        lost = None
         try:
             if self._writes:
                 self._lock.require()
-        except RunInUseError as lost:
-            error = lost
-        raise_on_all(error, group)
+        except RunInUseError as error:
+            lost = error
+        from_rank_0(lost, group)
 
     def write_text(self, name: str, text: str) -> None:
         if self._writes:
@@ -132,24 +134,25 @@ class RunFolder:
 
 
 def opened_by_all(root: Path, rank: int, group: dist.ProcessGroup) -> RunFolder:
-    """Returns the folder of a run; what rank 0 meets is raised on every rank. All ranks must call it."""
-    folder: RunFolder | None = None
-    error: Exception | None = None
+    """Returns the folder of a run, or raises on every rank what rank 0 met. All ranks must call it."""
+    outcome: RunFolder | Exception
     try:
-        folder = RunFolder(root, rank)
-    except (RunFolderError, ValueError) as met:
-        error = met
-    raise_on_all(error, group)
-    assert folder is not None
-    return folder
+        outcome = RunFolder(root, rank)
+    except (RunFolderError, ValueError) as error:
+        outcome = error
+    from_rank_0(outcome if isinstance(outcome, Exception) else None, group)
+    assert isinstance(outcome, RunFolder)
+    return outcome
 
 
-def raise_on_all(error: Exception | None, group: dist.ProcessGroup) -> None:
-    """Raises rank 0's error on every rank."""
-    told = [error]
-    dist.broadcast_object_list(told, src=0, group=group)
-    if told[0] is not None:
-        raise error or told[0]
+def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
+    """Returns rank 0's ``outcome`` on every rank, or raises it if it is an error. All ranks must call it."""
+    outcomes = [outcome]
+    dist.broadcast_object_list(outcomes, src=0, group=group)
+    if isinstance(outcomes[0], Exception):
+        # Rank 0 raises its own, which has a traceback.
+        raise outcome if isinstance(outcome, Exception) else outcomes[0]
+    return outcomes[0]
 
 
 @contextmanager

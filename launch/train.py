@@ -134,7 +134,7 @@ def trained(
         parallel = parallelize(task, job, device)
         with cache_named():
             warm_up(parallel.model)
-    plan = output.tables(tables, parallel.plan)
+    plan = output.tables(tables, parallel.shardings)
     with profiled(folder.root, profile) as profiler:
         trainer = Trainer(job, task, parallel, data, folder, output, device, waits, profiler)
         checkpoint = trainer.resume()

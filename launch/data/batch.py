@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,23 +31,17 @@ class Batch(Pipelineable):
     weights: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        return Batch(
-            self.dense.to(device, non_blocking=non_blocking),
-            self.sparse.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.weights.to(device, non_blocking=non_blocking),
-        )
+        return Batch(*(part.to(device, non_blocking=non_blocking) for part in self._parts()))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        self.dense.record_stream(stream)
-        self.sparse.record_stream(stream)  # type: ignore[arg-type]
-        self.labels.record_stream(stream)
-        self.weights.record_stream(stream)
+        for part in self._parts():
+            part.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
-        return Batch(
-            self.dense.pin_memory(), self.sparse.pin_memory(), self.labels.pin_memory(), self.weights.pin_memory()
-        )
+        return Batch(*(part.pin_memory() for part in self._parts()))
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.dense, self.sparse, self.labels, self.weights
 
 
 class BatchMaker:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from launch.data.errors import DataError
-from launch.data.id_values import ALLOWED_TYPES, id_values, is_id_type
+from launch.data.id_values import ALLOWED_TYPES, NUMBERS, id_values, is_id_type, is_one_of
 from launch.data.rows import Array, segments
 from launch.data.source import Block
 from launch.data.validity import Labels, Validity
@@ -91,8 +91,7 @@ class ColumnReader:
 def _is_number(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_number(kind.value_type)
-    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    return number or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    return is_one_of(kind, (*NUMBERS, pa.types.is_decimal))
 
 
 def _numbers(column: pa.Array, kind: pa.DataType) -> Array:

@@ -1,12 +1,13 @@
 """Category ids of an Arrow column, of any type, as 64-bit integers."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import types
 
 from launch.data.rows import MISSING, Array
 
@@ -24,22 +25,34 @@ for _value, _digit in enumerate("0123456789abcdef"):
     _CODES[ord(_digit)] = _CODES[ord(_digit.upper())] = _value
 _HIGH_BITS = np.uint64(0x8080808080808080)
 
+NUMBERS = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+_LISTS = (
+    *(types.is_list, types.is_large_list, types.is_fixed_size_list),
+    *(types.is_list_view, types.is_large_list_view),
+)
+_TEXTS = (
+    *(types.is_string, types.is_large_string, types.is_string_view),
+    *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary),
+)
+
 
 def is_id_type(kind: pa.DataType) -> bool:
     """Returns whether `id_values` reads a column of this type."""
     if is_list(kind):
         return not is_list(kind.value_type) and is_id_type(kind.value_type)
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return is_id_type(kind.value_type)
-    decimal = pa.types.is_decimal(kind) and kind.scale == 0
-    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or decimal
-    return number or _is_text(kind) or pa.types.is_null(kind)
+    return is_one_of(kind, NUMBERS) or _is_text(kind) or (types.is_decimal(kind) and kind.scale == 0)
 
 
 def is_list(kind: pa.DataType) -> bool:
     """Returns whether a type is one of Arrow's lists."""
-    types = pa.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or _is_list_view(kind)
+    return is_one_of(kind, _LISTS)
+
+
+def is_one_of(kind: pa.DataType, checks: Sequence[Callable[[pa.DataType], bool]]) -> bool:
+    """Returns whether a type passes one of the ``checks``, which are functions of ``pa.types``."""
+    return any(check(kind) for check in checks)
 
 
 def id_values(column: pa.Array, hexadecimal: bool, report: Report) -> tuple[Array, Array | None]:
@@ -86,19 +99,19 @@ def hash_of_text(text: bytes) -> int:
 
 def _values(column: pa.Array, hexadecimal: bool, report: Report) -> Array:
     kind = column.type
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return _by_distinct(column, hexadecimal, report)
     if _is_text(kind):
-        if not (pa.types.is_binary(kind) or pa.types.is_string(kind)):
+        if not (types.is_binary(kind) or types.is_string(kind)):
             column = column.cast(pa.large_binary())
         return _hexadecimal(column, report) if hexadecimal else _by_distinct(column.dictionary_encode(), False, report)
-    if pa.types.is_null(kind):
+    if types.is_null(kind):
         return np.full(len(column), MISSING, np.int64)
-    if pa.types.is_floating(kind):
+    if types.is_floating(kind):
         return _of_floats(column, report)
-    if pa.types.is_decimal(kind):
+    if types.is_decimal(kind):
         return _of_decimals(column, report)
-    values = column.cast(pa.uint8()) if pa.types.is_boolean(kind) else column
+    values = column.cast(pa.uint8()) if types.is_boolean(kind) else column
     values = values.fill_null(0).to_numpy(zero_copy_only=False)
     if hexadecimal and values.dtype == np.int32:
         values = values.view(np.uint32)
@@ -172,7 +185,7 @@ def _signed(integer: int) -> int | None:
 def _hexadecimal(texts: pa.Array, report: Report) -> Array:
     """Reads 8 characters as one 64-bit number, the first in its lowest byte, in place of one after the other."""
     _, offsets_buffer, data = texts.buffers()
-    kind: Any = np.int64 if pa.types.is_large_binary(texts.type) else np.int32
+    kind: Any = np.int64 if types.is_large_binary(texts.type) else np.int32
     offsets = np.frombuffer(offsets_buffer, kind, len(texts) + 1, texts.offset * np.dtype(kind).itemsize)
     lengths = np.diff(offsets)
     missing = lengths == 0
@@ -220,11 +233,4 @@ def _report_reserved(values: Array, report: Report) -> None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
-    return text or binary or types.is_fixed_size_binary(kind)
-
-
-def _is_list_view(kind: pa.DataType) -> bool:
-    return pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    return is_one_of(kind, _TEXTS)

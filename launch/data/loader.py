@@ -22,11 +22,8 @@ from launch.data.split import Split, Splits, open_splits
 
 if TYPE_CHECKING:
     from launch.config import Job
-    from launch.sections import DataSection
 
 _WINDOW_IN_ORDER = 16_384  # rows that are read at once where nothing is shuffled
-
-__all__ = ["Batch", "Batches", "Data", "data_of", "open_data"]
 
 
 class Batches(Prefetched[Batch]):
@@ -59,31 +56,18 @@ class Data:
     that are skipped, are rows of weight 0, which a loss or a metric must leave out.
 
     Args:
-        section: of the job.
-        splits: train, validation and test.
-        meaning: of the rows of tables.
-        mapping: of category ids to rows of tables, by ``meaning``.
-        batch_size: of a rank, in training.
-        eval_batch_size: of a rank, in evaluation.
-        seed: of the order of rows.
-        rank: of this process.
-        world_size: W.
+        job (Job): the config.
+        splits (Splits): train, validation and test.
+        meaning (Meaning): of the rows of tables.
+        rank (int): of this process.
+        world_size (int): W.
     """
 
-    def __init__(
-        self,
-        section: "DataSection",
-        splits: Splits,
-        meaning: Meaning,
-        mapping: IdMapping,
-        batch_size: int,
-        eval_batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._section, self.splits, self.meaning, self._mapping = section, splits, meaning, mapping
-        self._batch_size, self._eval_batch_size, self._seed = batch_size, eval_batch_size, seed
+    def __init__(self, job: "Job", splits: Splits, meaning: Meaning, rank: int = 0, world_size: int = 1) -> None:
+        self._section, self.splits, self.meaning = job.data, splits, meaning
+        self._mapping = IdMapping(job.data.ids, job.data.features, job.rows_of_features(), meaning.vocabularies)
+        self._batch_size, self._seed = job.train.batch_size, job.train.seed
+        self._eval_batch_size = job.train.eval_batch_size or self._batch_size
         self._rank, self._world_size = rank, world_size
 
     @property
@@ -213,13 +197,4 @@ def open_data(
         DataError: a file is missing, unreadable, empty or malformed, with file and line.
     """
     splits = open_splits(job.data, job.rows_of_features())
-    return data_of(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size)
-
-
-def data_of(job: "Job", splits: Splits, meaning: Meaning, rank: int = 0, world_size: int = 1) -> Data:
-    """Returns the data of splits that are open, mapped as ``meaning`` says."""
-    section, table_rows = job.data, job.rows_of_features()
-    mapping = IdMapping(section.ids, section.features, table_rows, meaning.vocabularies)
-    batch_size = job.train.batch_size
-    eval_batch_size = job.train.eval_batch_size or batch_size
-    return Data(section, splits, meaning, mapping, batch_size, eval_batch_size, job.train.seed, rank, world_size)
+    return Data(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,29 +128,6 @@ class Meaning:
         here = {**_described(job, None), "vocabulary": self.described.get("vocabulary")}
         if found := differences(self.described, here):
             raise MeaningError(f"{folder}: config.yaml is not of its meaning.json: {'; '.join(found)}")
-
-
-def settled(job: "Job", root: Path, kept: Path | None, build: Callable[[], Meaning]) -> Meaning:
-    """Returns the meaning of a run's rows, and sees that the run's folder has it.
-
-    Args:
-        job: of the run.
-        root: its folder.
-        kept: the folder of the run whose rows this one goes on with, which may be ``root``; None: rows are new.
-        build: makes the meaning of new rows.
-
-    Raises:
-        MeaningError: the job would change what is kept.
-        DataError: what is kept, or the job's data, cannot be read.
-    """
-    if kept is None:
-        meaning = build()
-    else:
-        meaning = Meaning.read(kept)
-        meaning.check(job, kept)
-    if kept != root:
-        meaning.write(root)
-    return meaning
 
 
 def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any]:

@@ -8,11 +8,13 @@ and ``<out>_vocabulary.npz``. A job reads them with ``data: {format: npy, files:
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from launch.data.criteo_tsv import NUM_CATEGORICAL, NUM_DENSE, tsv_source
@@ -46,39 +48,35 @@ def preprocess(
     Returns:
         The counts over the first rows, the vocabularies, and the malformed rows.
     """
-    bar = progress.add_task("counting", total=vocabulary_rows)
     counts = ValueCounts(NUM_CATEGORICAL)
-    for start, stop in _steps(vocabulary_rows, progress, bar):
+    for start, stop in _steps(vocabulary_rows, "counting", progress):
         counts.add(source.read(start, stop, BadRows(on_bad_row)))
     vocabularies = counts.vocabularies(min_count)
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    shapes = {"dense": (NUM_DENSE, np.float32), "sparse": (NUM_CATEGORICAL, np.int32), "labels": (1, np.int32)}
+    shapes = {"dense": (NUM_DENSE, "<f4"), "sparse": (NUM_CATEGORICAL, "<i4"), "labels": (1, "<i4")}
     parts = {name: Path(f"{out}_{name}.part") for name in shapes}
-    files = {
-        name: np.lib.format.open_memmap(parts[name], "w+", dtype, (source.num_rows, width))
-        for name, (width, dtype) in shapes.items()
-    }
     bad_rows, written = BadRows(on_bad_row), 0
-    bar = progress.add_task("writing", total=source.num_rows)
     source = source.reopened()
-    for start, stop in _steps(source.num_rows, progress, bar):
-        rows = source.read(start, stop, bad_rows)
-        if rows.weights is not None:
-            rows = rows.take(np.flatnonzero(rows.weights))
-        to = slice(written, written + len(rows))
-        files["dense"][to], files["labels"][to, 0] = rows.dense, rows.labels
-        for f, (vocabulary, values) in enumerate(zip(vocabularies, columns(rows), strict=True)):
-            files["sparse"][to, f] = vocabulary.ids(values)[:, 0]
-        written += len(rows)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(part.open("wb")) for name, part in parts.items()}
+        for name, (width, kind) in shapes.items():
+            _write_header(files[name], kind, source.num_rows, width)
+        for start, stop in _steps(source.num_rows, "writing", progress):
+            rows = source.read(start, stop, bad_rows)
+            if rows.weights is not None:
+                rows = rows.take(np.flatnonzero(rows.weights))
+            ids = [vocabulary.ids(values) for vocabulary, values in zip(vocabularies, columns(rows), strict=True)]
+            arrays = {"dense": rows.dense, "sparse": np.concatenate(ids, axis=1), "labels": rows.labels}
+            for name, array in arrays.items():
+                array.astype(shapes[name][1]).tofile(files[name])
+            written += len(rows)
+        for name, (width, kind) in shapes.items():
+            _write_header(files[name], kind, written, width)
     if written == 0:
         for part in parts.values():
             part.unlink()
         raise DataError(source.location(0), f"no row is good, the first: {bad_rows.first}")
-    for name, file in files.items():
-        file.flush()
-        if written < len(file):
-            _shorten(parts[name], file, written)
     save_vocabularies(f"{out}_vocabulary.part", CRITEO_FEATURES, vocabularies)
     for name, part in parts.items():
         part.replace(f"{out}_{name}.npy")
@@ -113,20 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _steps(num_rows: int, progress: Progress, bar: TaskID) -> Iterator[tuple[int, int]]:
-    for start in range(0, num_rows, _AT_A_TIME):
+def _steps(num_rows: int, doing: str, progress: Progress) -> Iterator[tuple[int, int]]:
+    for start in progress.track(range(0, num_rows, _AT_A_TIME), description=doing):
         yield start, min(start + _AT_A_TIME, num_rows)
-        progress.update(bar, completed=min(start + _AT_A_TIME, num_rows))
 
 
-def _shorten(part: Path, file: "np.memmap[tuple[int, ...], np.dtype[np.generic]]", num_rows: int) -> None:
-    """Gives a file that has room for skipped rows its true number of rows."""
-    shorter = part.with_suffix(".short")
-    kept = np.lib.format.open_memmap(shorter, "w+", file.dtype, (num_rows, *file.shape[1:]))
-    for start in range(0, num_rows, _AT_A_TIME):
-        kept[start : start + _AT_A_TIME] = file[start : min(start + _AT_A_TIME, num_rows)]
-    kept.flush()
-    shorter.replace(part)
+def _write_header(file: BinaryIO, kind: str, num_rows: int, width: int) -> None:
+    """Writes what an npy file begins with. NumPy pads it, so that any number of rows takes as many bytes."""
+    file.seek(0)
+    header = {"descr": kind, "fortran_order": False, "shape": (num_rows, width)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _report(counts: ValueCounts, vocabularies: Sequence[Vocabulary]) -> Table:
