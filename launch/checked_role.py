@@ -1,4 +1,4 @@
-"""A TorchX role that checks, before it is submitted, what only the scheduler's request shows."""
+"""A TorchX role that checks the scheduler's request before it is submitted."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from launch.job_variables import escape_references, export_in_shell
 
 _MAX_WORKSPACE_MIB = 100
 _NO_GPU = ("", "-1", "NoDevFiles")
-# Read by the job's own code, where that is installed beside TorchX; where it is not, the job itself reads its config.
+# Read the config by the job's own code, if that is installed beside TorchX. Else the job alone reads it.
 _READ_JOB = """
 import sys
 try:
@@ -35,7 +35,7 @@ except (ConfigError, OSError) as error:
 
 @dataclass
 class CheckedRole(specs.Role):
-    """A role that checks what only the scheduler's request shows, before it is submitted."""
+    """A role that checks the scheduler's request, which shows more than the role, before it is submitted."""
 
     ranks: int = 1
     variables: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class CheckedRole(specs.Role):
     runs: str | None = None
 
     def pre_proc(self, scheduler: str, dryrun_info: Any) -> Any:
-        """Called by TorchX once the scheduler is known. On this host, the ranks of all nodes share its cores.
+        """Checks the request; TorchX calls it as soon as it has the scheduler. Nodes on this host share its cores.
 
         Raises:
             ComponentValidationException: ranks that would share GPUs; a config that the job would refuse; a copy of the
@@ -73,16 +73,16 @@ class CheckedRole(specs.Role):
 
 
 def _check_job(config: str, overrides: list[str]) -> None:
-    """Reads the whole config: a wrong key must not come to light hours later, at the end of a queue."""
+    """Reads the whole config, because a wrong key must not come to light hours later, at the end of a queue."""
     command = [sys.executable, "-c", _READ_JOB, config, *overrides]
     read = subprocess.run(command, capture_output=True, text=True, check=False)
     if read.returncode:
-        # Libraries print to stderr at their import, and so would an exception that nobody foresaw.
+        # Take stdout first, because libraries print to stderr at their import. An unforeseen exception is there too.
         raise ComponentValidationException(f"--config {config}: {read.stdout.strip() or read.stderr.strip()}")
 
 
 def _check_runs(role: CheckedRole, scheduler: str) -> None:
-    """These schedulers run a job in a place that goes when the job goes."""
+    """Checks that results outlive the job: these schedulers run it in a place that goes when the job goes."""
     if role.runs is None:
         return
     if not os.path.isabs(role.runs):
@@ -104,7 +104,7 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def _check_shared_gpus(role: CheckedRole, request: Any) -> None:
-    """Nodes on one host see the same GPUs, unless each is given its own; a rank needs one of its own."""
+    """Checks that each rank has a GPU of its own: nodes on one host see the same GPUs unless each gets its own."""
     visible = [_visible_gpus(replica.env) for replica in request.role_params[role.name]]
     if not any(visible):
         return
@@ -124,7 +124,7 @@ def _check_shared_gpus(role: CheckedRole, request: Any) -> None:
 
 
 def _share_cores(role: CheckedRole, request: Any) -> None:
-    """Threads wait for one another in busy loops: where they are more than cores, a job takes several times longer."""
+    """Starts no more threads than cores, because threads wait for one another in busy loops."""
     if "OMP_NUM_THREADS" in role.variables:
         return
     share = max(1, len(os.sched_getaffinity(0)) // (role.num_replicas * role.ranks))

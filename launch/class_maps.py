@@ -12,9 +12,9 @@ def with_class_maps(job: Job, config_folder: Path, folder: RunFolder) -> Job:
     """Copies the files that ``job.tables`` name into the run's folder, and returns the job that names the copies.
 
     Args:
-        job: whose files are relative to ``config_folder``.
-        config_folder: where the job's YAML lies.
-        folder: of the run; ``class_maps/`` in it gets the copies, each called by its SHA-256.
+        job (Job): whose files are relative to ``config_folder``.
+        config_folder (Path): where the job's YAML lies.
+        folder (RunFolder): of the run; ``class_maps/`` in it gets the copies, each called by its SHA-256.
     """
     tables = []
     for table in job.tables:

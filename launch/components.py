@@ -138,7 +138,7 @@ def _role(
         raise ComponentValidationException(f"--max_retries {max_retries}: allowed: 0 and more")
     if not 0 < rdzv_port < 65536:
         raise ComponentValidationException(f"--rdzv_port {rdzv_port}: allowed: 1 to 65535")
-    # Not torchrun: it is found only where the environment's bin is on PATH.
+    # Do not start torchrun by its name, because the environment's bin may not be on PATH.
     launcher = shlex.join([python or ("python" if image else sys.executable), "-m", "torch.distributed.run"])
     # The schedulers name the first node by a variable of their own, which the job's shell expands. On one node any free
     # port does, and its name need not be one that it can resolve.
@@ -176,7 +176,7 @@ def _role(
 
 
 def _restarts_in_place(max_retries: int) -> str:
-    """Has torchrun start the ranks again where the scheduler has no retries; with both, N would mean (N + 1)² - 1.
+    """Makes torchrun start the ranks again if the scheduler has no retries; with both, N would mean (N + 1)² - 1.
 
     The ranks then need a store of their own: in that of torchrun they find the addresses of those that have died.
     """

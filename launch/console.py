@@ -1,4 +1,4 @@
-"""What a person sees: one table of the model and its plan, a live line, a summary. Plain lines where nobody watches."""
+"""Output for a person: a table of the model and its plan, a live line, a summary. A log gets plain lines."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,8 +19,8 @@ class Output:
     """Prints on rank 0. On a terminal it shows a live line; elsewhere, or when quiet, a plain line per report.
 
     Args:
-        rank: of this process.
-        quiet: leaves out all but what is said and the summary.
+        rank (int): of this process.
+        quiet (bool): leaves out all but the lines of `say` and the summary.
     """
 
     def __init__(self, rank: int, quiet: bool) -> None:
@@ -121,7 +121,7 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], shardings: Mapping[str, P
 
 
 def _placement(sharding: ParameterSharding | None) -> tuple[str, str]:
-    """What no plan places is replicated, as all that is no embedding."""
+    """Returns the sharding type and the ranks of a table. A table without a sharding is replicated."""
     if sharding is None or sharding.sharding_type == "data_parallel":
         return "data_parallel", "all"
     ranks = sorted(set(sharding.ranks or ()))

@@ -27,29 +27,29 @@ _ALLOWED = {
         )
     ),
 }
-# DCP has no public way to say how its metadata is read. A release that reads it elsewhere must fail at import, because
-# it would pass by the class below.
+# Override private methods, because DCP has no public way to read its metadata otherwise. A release without one of them
+# must fail at import, because it would pass by the class below.
 for _hook in ("read_metadata", "read_data", "_get_metadata_path"):
     if not hasattr(FileSystemReader, _hook):
         raise ImportError(f"torch.distributed.checkpoint.FileSystemReader has no {_hook}, on which {__name__} relies")
 
 
 class UnsafeCheckpointError(RuntimeError):
-    """A file of a checkpoint would run code, or reach out of its folder; names the file and what it asks for."""
+    """A file of a checkpoint would run code, or reach out of its folder; names the file and what would run."""
 
 
 class CheckpointReader(FileSystemReader):
     """DCP's ``FileSystemReader`` for folders that somebody else may have written.
 
     DCP reads ``.metadata`` by ``pickle.load``, and all that is no tensor by ``torch.load(weights_only=False)``: either
-    does what the file says. Here metadata may name the classes of DCP's own metadata alone. Items that are no tensors
-    are read by ``torch.load(weights_only=True)`` and written anew before DCP sees them.
+    runs code that the file names. Here metadata may name the classes of DCP's own metadata alone. Items that are no
+    tensors are read by ``torch.load(weights_only=True)`` and written anew before DCP sees them.
 
     Attributes:
-        refusal: the error by which metadata were refused; None: they were not.
+        refusal (UnsafeCheckpointError | None): the error by which metadata were refused; None: they were not.
 
     Raises:
-        UnsafeCheckpointError: by `read_metadata` and `read_data`; ``torch.distributed.checkpoint.load`` hands it on
+        UnsafeCheckpointError: by `read_metadata` and `read_data`; ``torch.distributed.checkpoint.load`` passes it on
             within a ``CheckpointException``, but for that of metadata before torch 2.13.
 
     Example:
@@ -104,7 +104,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _SafeBytes:
-    """A load planner that is handed bytes which were read as data, and written anew."""
+    """Passes to a load planner the bytes that were read as data, and written anew."""
 
     def __init__(self, planner: LoadPlanner, reader: FileSystemReader) -> None:
         self._planner, self._reader = planner, reader

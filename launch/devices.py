@@ -1,4 +1,4 @@
-"""The device of a rank: a scheduler shows it all GPUs of its node, or one alone."""
+"""The device of a rank. A scheduler shows a rank all GPUs of its node, or one alone."""
 
 import os
 import socket
@@ -16,12 +16,12 @@ def device_index(local_rank: int, device_count: int, visible: str | None) -> int
     """Returns the index of a rank's GPU among those that it sees.
 
     A scheduler may show each rank one GPU only, as Slurm's ``--gpus-per-task=1`` does. That GPU has the index 0 in
-    every rank, whatever its LOCAL_RANK.
+    every rank, so LOCAL_RANK does not matter.
 
     Args:
-        local_rank: of this process on its node.
-        device_count: GPUs that PyTorch sees here.
-        visible: the variable CUDA_VISIBLE_DEVICES; None: not set.
+        local_rank (int): of this process on its node.
+        device_count (int): GPUs that PyTorch sees here.
+        visible (str | None): the variable CUDA_VISIBLE_DEVICES; None: not set.
 
     Raises:
         DeviceError: there are fewer GPUs than ranks on the node; names the three and what to do.
@@ -50,7 +50,7 @@ def device_index(local_rank: int, device_count: int, visible: str | None) -> int
 
 
 def own_device(environment: Mapping[str, str]) -> torch.device:
-    """Returns this rank's GPU, made the current one, or the CPU where PyTorch sees no GPU.
+    """Returns this rank's GPU, made the current one, or the CPU if PyTorch sees no GPU.
 
     Raises:
         DeviceError: see `device_index`.
@@ -65,10 +65,10 @@ def own_device(environment: Mapping[str, str]) -> torch.device:
 
 
 def check_own_gpus(gpus: Sequence[str]) -> None:
-    """Checks that no two ranks have the same GPU, which NCCL refuses, with less to say.
+    """Checks that no two ranks have the same GPU, which NCCL refuses with a poorer error.
 
     Args:
-        gpus: the UUID of each rank's GPU.
+        gpus (Sequence[str]): the UUID of each rank's GPU.
 
     Raises:
         DeviceError: names the ranks and the GPU.
@@ -94,7 +94,7 @@ def check_own_gpus(gpus: Sequence[str]) -> None:
 
 
 def compare_gpus(store: dist.Store, rank: int, world_size: int, gpu: str) -> None:
-    """Tells the other ranks this one's GPU, and checks that all are different; before NCCL has started.
+    """Sends this rank's GPU to the others, and checks that all are different, before NCCL has started.
 
     Raises:
         DeviceError: on every rank; see `check_own_gpus`.
@@ -105,15 +105,15 @@ def compare_gpus(store: dist.Store, rank: int, world_size: int, gpu: str) -> Non
 
 
 def gpu_name(device: torch.device) -> str:
-    """Returns what tells a GPU from all others of a cluster."""
+    """Returns a name that no other GPU of the cluster has."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid} of node {socket.gethostname()}"
 
 
 def check_started_by_launcher(environment: Mapping[str, str]) -> None:
-    """Checks that the ranks of a Slurm step know of one another.
+    """Checks that the ranks of a Slurm step train together.
 
     Raises:
-        DeviceError: ``srun`` started several tasks, and nobody told them their RANK: each would train by itself.
+        DeviceError: ``srun`` started several tasks without a RANK, and each would train by itself.
 
     Example:
         >>> check_started_by_launcher({"SLURM_STEP_NUM_TASKS": "8", "RANK": "3"})
@@ -132,6 +132,6 @@ def check_started_by_launcher(environment: Mapping[str, str]) -> None:
 
 
 def fill_environment() -> None:
-    """Makes this process the only rank where no launcher said otherwise."""
+    """Makes this process the only rank, unless a launcher has set the variables."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)

@@ -17,9 +17,9 @@ _OURS_ALONE = ("adam", "amsgrad")
 def job_tables(job: Job, folder: Path) -> list[EmbeddingBagConfig]:
     """Returns the configs of ``job.tables``; files that they name are relative to ``folder``.
 
-    A plain table that TorchRec's kernels would not train alike everywhere becomes a compositional one of a single
-    partition, p(x) = x, which is the same function. FBGEMM has no AMSGrad, no Adam on a CPU, and no bf16 there. A
-    data-parallel table in fp16 would be stepped in fp16, where an eps of 1e-8 is 0. None of TorchRec's own can be
+    TorchRec's kernels would not train some plain tables alike everywhere. Such a table becomes a compositional one of a
+    single partition, p(x) = x, which is the same function. FBGEMM has no AMSGrad, no Adam on a CPU, and no bf16 there.
+    A data-parallel table in fp16 would be stepped in fp16, where an eps of 1e-8 is 0. None of TorchRec's own can be
     frozen.
     """
     return [_single_partition(t) if _is_ours(t, job) else t for t in build_tables(job.tables, folder)]
@@ -34,7 +34,7 @@ def _is_ours(table: EmbeddingBagConfig, job: Job) -> bool:
 
 
 def freeze(model: nn.Module, names: Collection[str]) -> None:
-    """Has no optimizer move the tables of these names, before the model is sharded."""
+    """Freezes the tables of these names; must come before the model is sharded."""
     for module in model.modules():
         if isinstance(module, CompositionalEmbeddingBagCollection):
             for name in names:

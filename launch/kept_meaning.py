@@ -22,10 +22,11 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
     other's, and any other new one makes its own.
 
     Args:
-        job: of the run.
-        folder: of the run.
-        waits: of the job.
-        build: makes the meaning of new rows; called on rank 0 alone, since it may read all rows.
+        job (Job): of the run.
+        folder (RunFolder): of the run.
+        waits (Waits): of the job.
+        build (Callable[[], Meaning]): makes the meaning of new rows; called on rank 0 alone, since it may read all
+            rows.
 
     Raises:
         MeaningError: on every rank; the job would change what is kept.

@@ -29,9 +29,9 @@ def tables_named(doing: str, held: Mapping[str, int], device: torch.device) -> I
     """Adds to an error of memory what this rank holds and what would fit.
 
     Args:
-        doing: what the rank is at.
-        held: bytes of values per table of this rank; see `bytes_on_rank`.
-        device: of this rank.
+        doing (str): what the rank is at.
+        held (Mapping[str, int]): bytes of values per table of this rank; see `bytes_on_rank`.
+        device (torch.device): of this rank.
 
     Raises:
         OutOfMemoryError: torch's, also for a CPU.
@@ -67,7 +67,7 @@ def described(doing: str, error: BaseException, held: Mapping[str, int], place: 
 
 
 def _cause(error: BaseException) -> str:
-    """The table, where the library has named it."""
+    """Returns the table and a comma if the library has named one, else nothing."""
     text = str(error)
     return f"{text.partition(':')[0]}, " if text.startswith("table ") else ""
 

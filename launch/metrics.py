@@ -1,4 +1,4 @@
-"""Metrics over all ranks: of every prediction that any of them made, as if one process had made them all."""
+"""Metrics of the predictions of all ranks, as if one process had made them all."""
 
 import math
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from launch.auc import auc
 
 @dataclass(frozen=True)
 class Quality:
-    """Of n predictions: mean log loss, normalized entropy, AUC, and calibration (mean prediction / mean label).
+    """Mean log loss, normalized entropy, AUC and calibration (mean prediction / mean label) of n predictions.
 
-    Normalized entropy is the log loss divided by that of predicting the mean label throughout; below 1 is better than
-    knowing nothing. AUC and normalized entropy are NaN where all labels agree.
+    Normalized entropy is the log loss divided by that of predicting the mean label throughout; a constant
+    prediction cannot get below 1. AUC and normalized entropy are NaN if all labels agree.
     """
 
     samples: int
@@ -27,7 +27,7 @@ class Quality:
 
     @property
     def is_guessing(self) -> bool:
-        """Whether the AUC is within two standard deviations of that of guesses, √((n + 1) / 12 n₊n₋) about 0.5."""
+        """True if the AUC is within two standard deviations of that of guesses, √((n + 1) / 12 n₊n₋) about 0.5."""
         products = self.positives * (self.samples - self.positives)
         return products > 0 and abs(self.auc - 0.5) < 2 * math.sqrt((self.samples + 1) / (12 * products))
 
@@ -52,7 +52,7 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
         samples=n,
         logloss=logloss,
         ne=logloss / entropy if mixed else math.nan,
-        # Of logits, not of predictions, where large ones tie.
+        # Take logits, because large ones tie as predictions.
         auc=auc(y.numpy(), x.numpy()),
         calibration=x.sigmoid().mean().item() / rate if rate else math.inf,
         positives=int(y.sum()),
@@ -62,12 +62,12 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
 class Predictions:
     """Collects logits and labels on this rank until `gather` joins those of all ranks.
 
-    What is added stays on its device, 12 bytes a row, until somebody asks: `add` is called every step, and to pick rows
-    by their weights, or to move them, has the host wait for the device.
+    Added rows stay on their device, 12 bytes each, until `state` or `gather`. `add` is called every step, and the host
+    would wait for the device if it picked rows by their weights, or moved them.
 
     Args:
-        logits: (n,) from which it goes on, as `state` returned them; default: none.
-        labels: (n,) of the same rows.
+        logits (Tensor | None): (n,) from which it goes on, as `state` returned them; default: none.
+        labels (Tensor | None): (n,) of the same rows.
     """
 
     def __init__(self, logits: Tensor | None = None, labels: Tensor | None = None) -> None:

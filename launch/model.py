@@ -25,10 +25,10 @@ class DCN(nn.Module):
     model of the paper (arXiv:1909.02107, section 5): 6 cross layers, a deep tower of 512-256-64.
 
     Args:
-        embedding_bag_collection: of any kind.
-        dense_in_features: number of dense features.
-        cross_layers: L.
-        deep_layer_sizes: of the deep tower.
+        embedding_bag_collection (nn.Module): of any kind.
+        dense_in_features (int): number of dense features.
+        cross_layers (int): L.
+        deep_layer_sizes (Sequence[int]): of the deep tower.
 
     Shapes: dense (B, dense_in_features), ids of F features; logits (B, 1).
     """

@@ -11,7 +11,7 @@ from torchrec_qr.cli.schema.yaml_file import read_value
 def override(sections: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of ``sections`` with the values of ``assignments``, each ``path=value``, later ones winning.
 
-    The config decides if a key is known and its value right.
+    It does not check keys and values, because `launch.config` does.
 
     Raises:
         ConfigError: no ``=``, a value that is not YAML, or a path that leads nowhere: see `places`.

@@ -2,9 +2,9 @@
 
 ``python -m launch.predict --run runs/x --data FILES --out scores.parquet``
 
-The run's folder is all that it needs: ``config.yaml``, the map from values to rows, and the weights. It runs in one
+It needs the run's folder alone, with ``config.yaml``, the map from values to rows, and the weights. It runs in one
 process, on a GPU if there is one. Row i of the output is row i of the input, file after file: ``logit`` and ``score``,
-its probability; both are null for a malformed row, under ``--on-bad-row skip``. Where rows have labels, it prints AUC
+its probability; both are null for a malformed row, under ``--on-bad-row skip``. If rows have labels, it prints AUC
 and log loss.
 """
 
@@ -37,11 +37,11 @@ _SCHEMA = pa.schema([("logit", pa.float32()), ("score", pa.float32())])
 
 
 class Run:
-    """A run that came to its end, as its folder tells of it.
+    """The model and the meaning of a run that came to its end, read from its folder.
 
     Args:
-        folder: ``runs/<name>``.
-        device: of the model.
+        folder (Path): ``runs/<name>``.
+        device (torch.device): of the model.
 
     Raises:
         DataError: the folder lacks weights or the map, or a file of it is corrupt.
@@ -81,7 +81,7 @@ class Run:
         return Data(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
 
     def scores(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields logits, labels (NaN where there is none) and weights (0 of a malformed row), in the order of rows.
+        """Yields logits, labels (NaN if there is none) and weights (0 of a malformed row), in the order of rows.
 
         Rows that the last batch lacks are in it with weight 0.
         """
@@ -109,11 +109,11 @@ def predict(
     """Scores the rows of ``files`` and writes them to ``out``, which appears when it is complete.
 
     Args:
-        run: the folder of a run that came to its end.
-        files: of the run's ``data.format``: paths, or patterns; with labels or without.
-        out: a Parquet file.
-        on_bad_row: what a malformed row does; default: as the run's config says.
-        device: default: the GPU, or the CPU where there is none.
+        run (Path): the folder of a run that came to its end.
+        files (Sequence[str]): of the run's ``data.format``: paths, or patterns; with labels or without.
+        out (Path): a Parquet file.
+        on_bad_row (OnBadRow | None): what a malformed row does; default: as in the run's config.
+        device (str | None): default: the GPU, or the CPU if there is none.
 
     Raises:
         DataError: a file of the run, or of the rows, cannot be used; a malformed row, with file and line.
@@ -138,8 +138,7 @@ def predict(
                 counts = (weights > 0) & ~y.isnan()
                 logits.append(x[counts])
                 labels.append(y[counts])
-        if batches.bad_rows.count == num_rows:
-            raise DataError(str(files[0]), f"no row is good, the first: {batches.bad_rows.first}")
+        batches.bad_rows.require_good(num_rows - batches.bad_rows.count, str(files[0]))
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)  # of a run that failed; a whole one has been renamed
@@ -176,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data", nargs="+", required=True, metavar="FILE", help="of the run's data.format; patterns are resolved"
     )
     parser.add_argument("--out", type=Path, required=True, help="the Parquet file to write")
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as the run's config says")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as in the run's config")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     return parser
 
 

@@ -13,13 +13,13 @@ from launch.waits import step_timeout
 
 
 def start_process_group(train: TrainSection | None = None) -> torch.device:
-    """Joins the ranks of the environment, of which this is the only one where there is none; returns its device.
+    """Joins the ranks of the environment, or makes this process the only rank if there is none; returns its device.
 
     Args:
-        train: of the job, which may have a time-out.
+        train (TrainSection | None): of the job, which may have a time-out.
 
     Raises:
-        DeviceError: ranks and GPUs of a node do not fit together, or the ranks do not know of one another.
+        DeviceError: ranks and GPUs of a node do not fit together, or each rank would train by itself.
     """
     check_started_by_launcher(os.environ)
     fill_environment()
@@ -38,10 +38,10 @@ def start_process_group(train: TrainSection | None = None) -> torch.device:
 
 
 def group_arguments(device: torch.device, timeout: timedelta) -> dict[str, Any]:
-    """Returns what ``init_process_group`` is told beside the ranks.
+    """Returns the arguments of ``init_process_group`` beside the ranks.
 
-    With the device, NCCL connects at once, so that a wrong mapping of ranks to GPUs is an error of the start, and a
-    barrier need not guess.
+    With the device, NCCL connects at once, so that a wrong mapping of ranks to GPUs is an error of the start. A barrier
+    need not guess then.
 
     Example:
         >>> group_arguments(torch.device("cuda", 3), timedelta(minutes=10))

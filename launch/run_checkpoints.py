@@ -1,4 +1,4 @@
-"""Checkpoints of a run that are whole or not there: written aside, then renamed; the last ones are kept."""
+"""Checkpoints of a run, which are whole or not there: written aside, then renamed. The last ones are kept."""
 
 import json
 import os
@@ -25,17 +25,17 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """``<root>/step_<n>/``: sharded state by DCP, and ``whole.json`` with what every rank needs to know to go on.
+    """``<root>/step_<n>/``: sharded state by DCP, and ``whole.json`` with the numbers with which every rank goes on.
 
     Model and optimizer state load under another plan and world size. ``by_rank`` state (random generators) is of use
-    only where the world size is the same.
+    only if the world size is the same.
 
-    Ranks talk over the hosts' group, with its long time-out: one may write for minutes longer than another.
+    Ranks meet in the hosts' group, with its long time-out: one may write for minutes longer than another.
 
     Args:
-        root: folder that all ranks see.
-        kept: how many of the last ones.
-        waits: of the job.
+        root (Path): folder that all ranks see.
+        kept (int): how many of the last ones.
+        waits (Waits): of the job.
     """
 
     def __init__(self, root: Path, kept: int, waits: Waits) -> None:
@@ -75,7 +75,7 @@ class Checkpoints:
 
     @staticmethod
     def about(checkpoint: Path) -> dict[str, Any]:
-        """Returns what `save` was told ``about`` the run, with ``step`` and ``world_size``."""
+        """Returns the ``about`` of `save`, with ``step`` and ``world_size``."""
         about: dict[str, Any] = json.loads((checkpoint / _WHOLE).read_text())
         return about
 
@@ -110,9 +110,10 @@ class Checkpoints:
 
 @contextmanager
 def errors_of_dcp(what: str, reader: CheckpointReader | None = None) -> Iterator[None]:
-    """DCP's own exception is no Exception: it would pass by all that reports one, and it hides the cause.
+    """Raises DCP's exception as a `CheckpointError` that names the causes.
 
-    It hides a refusal of ``reader`` altogether, before torch 2.13.
+    DCP's own is no Exception, so that it would pass by all that reports one. Before torch 2.13 it hides a refusal of
+    ``reader`` altogether.
     """
     try:
         yield

@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 class RunFolder:
-    """Writes on rank 0; on other ranks it only knows the paths.
+    """Writes on rank 0; on other ranks it has the paths alone.
 
     ``metrics.jsonl`` has one object per line: ``step``, ``split`` (train, validation or test) and the numbers. NaN and
     infinities are written as null: they are not JSON.
 
     Args:
-        root: ``runs/<name>``. Where it has a run that came to its end, that is moved to ``<name>.1``, or the next
-            number; one that did not is what this run continues.
-        rank: of this process.
+        root (Path): ``runs/<name>``. If it has a run that came to its end, that is moved to ``<name>.1``, or the next
+            number. A run that did not is continued.
+        rank (int): of this process.
 
     Raises:
         RunInUseError: another job has the folder; see `launch.run_lock`.
@@ -62,7 +62,7 @@ class RunFolder:
 
     @property
     def lost(self) -> bool:
-        """True if another job has taken the folder, as this rank knows."""
+        """True if another job has taken the folder, at rank 0's last look."""
         return self._writes and self._lock.lost
 
     def require(self, group: dist.ProcessGroup) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
                 self._events.add_scalar(f"{split}/{name}", value, step)
 
     def drop_after(self, step: int, validated: int) -> None:
-        """Forgets what a resumed run will do again: lines after ``step``, and validations after step ``validated``."""
+        """Drops lines that a resumed run writes again: those after ``step``, and validations after ``validated``."""
         if not self._writes:
             return
         last = {"train": step, "validation": validated}
@@ -126,7 +126,7 @@ class RunFolder:
                 self._lock.release()
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The whole lines: the last one may have been cut off."""
+        """Returns the whole lines: the last one may have been cut off."""
         if not self._metrics.exists():
             return []
         text = self._metrics.read_text()
@@ -157,7 +157,7 @@ def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
 
 @contextmanager
 def writing_errors_named(path: Path) -> Iterator[None]:
-    """Names the file: the system's error of a write does not."""
+    """Names the file in the error of a write, because the system's own does not."""
     try:
         yield
     except FileExistsError:

@@ -31,12 +31,12 @@ class Holder:
     """The process that has a lock.
 
     Attributes:
-        host: its name, for a person.
-        boot: identifies what the pid counts in: the host since it started, and the namespace of its processes.
-        pid: of the process.
-        started: when the process started, in the kernel's ticks since the host did; a pid is used again.
-        job: the launcher's name of the job; "" if it has none.
-        released: whether the process has given the lock back.
+        host (str): its name, for a person.
+        boot (str): identifies what the pid counts in: the host since it started, and the namespace of its processes.
+        pid (int): of the process.
+        started (int): when the process started, in the kernel's ticks since the host did; a pid is used again.
+        job (str): the launcher's name of the job; "" if it has none.
+        released (bool): whether the process has given the lock back.
     """
 
     host: str
@@ -76,15 +76,16 @@ class RunLock:
     """Holds ``<root>/lock.<n>``, of which the highest n counts, from construction to `release`.
 
     The file names its `Holder`, and a thread writes it anew every period, so that its time of modification is a lease.
-    Nobody removes or renames the highest n: who takes a free lock makes n + 1, which only one process can.
+    No process removes or renames the highest n. A process that takes a free lock makes n + 1, which only one can.
     Advisory locks would not do, as they do not reach other hosts on many shared file systems.
 
-    A lock is free if its holder has released it, has died on this host, or has been silent for 12 periods, or if the
-    launcher has started the holder's job again on another host. Ages compare times of the file system alone.
+    A lock is free if its holder has released it, has died on this host, or has been silent for 12 periods. It is also
+    free if the launcher has started the holder's job again on another host. Ages compare times of the file system
+    alone.
 
     Args:
-        root: the run's folder, which is made if it is not there.
-        period_s: of renewals.
+        root (Path): the run's folder, which is made if it is not there.
+        period_s (float): of renewals.
 
     Raises:
         RunInUseError: names the holder, and the age of its lease.
@@ -119,7 +120,7 @@ class RunLock:
 
     def is_held(self) -> bool:
         """Looks whether the lock is still held."""
-        with contextlib.suppress(OSError):  # the file system does not answer: that says nothing of the lock
+        with contextlib.suppress(OSError):  # the lock may be held though the file system does not answer
             self._look()
         return not self._lost
 

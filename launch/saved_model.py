@@ -25,7 +25,7 @@ class SavedModel:
         job (Job): the config.
         parallel (Parallel): model and optimizers.
         meaning (str): the hash of the `launch.data.meaning.Meaning` of the run's rows.
-        meaning_file (Path): where that lies, for messages.
+        meaning_file (Path): its file, for messages.
         device (torch.device): of this rank.
         waits (Waits): of the job.
     """
@@ -50,7 +50,7 @@ class SavedModel:
 
         Raises:
             ValueError: the checkpoint is of another model; names what changed.
-            MeaningError: it is of rows with another meaning than the run's folder says.
+            MeaningError: it is of rows with another meaning than those of the run's folder.
         """
         about = Checkpoints.about(checkpoint)
         if changed := differences(about["model"], self._description):

@@ -26,7 +26,7 @@ def factor(schedule: ScheduleSection, step: int) -> float:
 
 
 class Schedule:
-    """Sets ``lr`` of all groups of ``optimizers`` for a step. It has no state: the step says it all."""
+    """Sets ``lr`` of all groups of ``optimizers``, which depends on the step alone."""
 
     def __init__(self, schedule: ScheduleSection, optimizers: Iterable[Any]) -> None:
         self._schedule = schedule

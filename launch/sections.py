@@ -17,15 +17,15 @@ CRITEO_FEATURES = tuple(f"cat_{i}" for i in range(26))
 
 @dataclass(frozen=True)
 class GeneratorSection:
-    """``data.generator``: rows with a planted signal, of which the true probabilities are known.
+    """``data.generator``: rows with a planted signal, whose true probabilities are computed.
 
     Args:
-        rows: number of rows, of all splits together.
-        seed: of rows and signal.
-        zipf: exponent a of the ids' law, P(id k) ~ (k + 1)^-a.
-        dense_strength: standard deviation of the dense part of the true logit.
-        ids_strength: of the part of the category ids.
-        bias: of the true logit.
+        rows (int): number of rows, of all splits together.
+        seed (int): of rows and signal.
+        zipf (float): exponent a of the ids' law, P(id k) ~ (k + 1)^-a.
+        dense_strength (float): standard deviation of the dense part of the true logit.
+        ids_strength (float): of the part of the category ids.
+        bias (float): of the true logit.
     """
 
     rows: Positive = 200_000
@@ -87,33 +87,40 @@ class DataSection:
     for ``npy`` folders, as Spark writes them.
 
     Args:
-        format: ``generator``; ``criteo_tsv``: Kaggle's or the 1TB set's text, plain or gzip; ``npy``: MLPerf's binary
-            files, each entry a prefix (``day_0`` for ``day_0_dense.npy``, ``day_0_sparse.npy`` or
-            ``day_0_sparse_multi_hot.npz``, ``day_0_labels.npy``); ``parquet``; ``csv``: lines of text, plain or gzip.
-        files: rows in the order of time; ``split`` cuts them.
-        split: shares of train, validation and test, first to last.
-        train_files: with ``validation_files``, a split by file, in place of ``files``.
-        validation_files: as above; without ``test_files`` its first half is for validation, the second for test.
-        test_files: as above.
-        features: the categorical features, in the order in which the rows have them.
-        dense_features: number of dense features in the rows; 0 for ``model.interaction`` ``dcn`` and ``deepfm`` alone.
-        label_above: makes the label 1 if the file's is a greater number, else 0; default: the file's is 0 or 1.
-        multi_hot: ids per row and feature, for the generator, and to check npz files against; default: all 1.
-        ids: ``modulo``: id % rows of the feature's table, as dlrm does, a missing one being 0; ``vocabulary``: values
-            in the order of their frequency, the most frequent one first, after 0 for all that are unknown or beyond the
-            table; ``encoded``: as they are, checked against the table, a missing one being 0.
-        vocabulary: the file that `launch.data.preprocess` wrote; default: it is built from the train split at start.
-        min_count: least number of occurrences in the train split to be in that vocabulary.
-        dense_transform: ``log1p``: log(1 + max(x, 0)); ``none``.
-        missing_flags: adds, per dense feature, one that is 1 where the value is missing, else 0.
-        on_bad_row: a malformed row ends the job, or is left out and counted: on the console, in ``metrics.jsonl`` and
-            in the summary.
-        shuffle: the train split, by ``train.seed`` and epoch.
-        shuffle_rows: how many rows are read and shuffled at once.
-        prefetch: batches that are made ahead of the training step.
-        parquet: columns of Parquet files.
-        csv: columns of text files.
-        generator: rows of the generator.
+        format (str): ``generator``; ``criteo_tsv``: Kaggle's or
+            the 1TB set's text, plain or gzip; ``npy``: MLPerf's binary files, each entry a prefix (``day_0`` for
+            ``day_0_dense.npy``, ``day_0_sparse.npy`` or ``day_0_sparse_multi_hot.npz``, ``day_0_labels.npy``);
+            ``parquet``; ``csv``: lines of text, plain or gzip.
+        files (tuple[str, ...]): rows in the order of time; ``split`` cuts them.
+        split (tuple[float, float, float]): shares of train, validation and test, first to last.
+        train_files (tuple[str, ...]): with ``validation_files``, a split by file, in place of ``files``.
+        validation_files (tuple[str, ...]): as above; without ``test_files`` its first half is for validation, the
+            second for test.
+        test_files (tuple[str, ...]): as above.
+        features (tuple[str, ...]): the categorical features, in the order in which the rows have them.
+        dense_features (int): number of dense features in the rows; 0 for ``model.interaction`` ``dcn`` and ``deepfm``
+            alone.
+        label_above (float | None): makes the label 1 if the file's is a greater number, else 0; default: the file's is
+            0 or 1.
+        multi_hot (tuple[int, ...] | None): ids per row and feature, for the generator, and to check npz files against;
+            default: all 1.
+        ids (str): ``modulo``: id % rows of the feature's table, as dlrm does, a
+            missing one being 0; ``vocabulary``: values in the order of their frequency, the most frequent one first,
+            after 0 for all that are unknown or beyond the table; ``encoded``: as they are, checked against the table, a
+            missing one being 0.
+        vocabulary (str | None): the file that `launch.data.preprocess` wrote; default: it is built from the train split
+            at start.
+        min_count (int): least number of occurrences in the train split to be in that vocabulary.
+        dense_transform (str): ``log1p``: log(1 + max(x, 0)); ``none``.
+        missing_flags (bool): adds, per dense feature, one that is 1 if the value is missing, else 0.
+        on_bad_row (str): a malformed row ends the job, or is left out and counted: on the console,
+            in ``metrics.jsonl`` and in the summary.
+        shuffle (bool): the train split, by ``train.seed`` and epoch.
+        shuffle_rows (int): how many rows are read and shuffled at once.
+        prefetch (int): batches that are made ahead of the training step.
+        parquet (ParquetSection): columns of Parquet files.
+        csv (CsvSection): columns of text files.
+        generator (GeneratorSection): rows of the generator.
     """
 
     format: Literal["generator", "criteo_tsv", "npy", "parquet", "csv"] = "generator"
@@ -203,17 +210,19 @@ class ModelConfig:
     """``model``: an interaction of dense features and embeddings.
 
     Args:
-        interaction: ``dot``, ``dcn_v2``, ``projection``: TorchRec's DLRM, DLRM_DCN, DLRM_Projection; ``dcn``: the
-            paper's deep & cross network; ``deepfm``: TorchRec's.
-        embedding_dim: D, of every table.
-        dense_in_features: dense features, as the model sees them (those of ``data``, and its missing flags); 0 for
-            ``dcn`` and ``deepfm`` alone.
-        bottom_mlp: widths of the dense features' layers, the last one D; empty for ``dcn`` and ``deepfm``.
-        top_mlp: widths of the layers after the interaction, without the last one of width 1; of the deep tower under
-            ``dcn``; hidden width and output of the deep part under ``deepfm``.
-        cross_layers: of ``dcn`` and ``dcn_v2``.
-        cross_rank: of the low-rank matrices of ``dcn_v2``.
-        projection_mlp: widths of both branches of ``projection``, the last one a multiple of D.
+        interaction (str): ``dot``, ``dcn_v2``, ``projection``:
+            TorchRec's DLRM, DLRM_DCN, DLRM_Projection; ``dcn``: the paper's deep & cross network; ``deepfm``:
+            TorchRec's.
+        embedding_dim (int): D, of every table.
+        dense_in_features (int): dense features, as the model sees them (those of ``data``, and its missing flags); 0
+            for ``dcn`` and ``deepfm`` alone.
+        bottom_mlp (tuple[int, ...]): widths of the dense features' layers, the last one D; empty for ``dcn`` and
+            ``deepfm``.
+        top_mlp (tuple[int, ...]): widths of the layers after the interaction, without the last one of width 1; of the
+            deep tower under ``dcn``; hidden width and output of the deep part under ``deepfm``.
+        cross_layers (int): of ``dcn`` and ``dcn_v2``.
+        cross_rank (int): of the low-rank matrices of ``dcn_v2``.
+        projection_mlp (tuple[int, ...]): widths of both branches of ``projection``, the last one a multiple of D.
     """
 
     interaction: Literal["dot", "dcn_v2", "projection", "dcn", "deepfm"] = "dot"
@@ -251,9 +260,9 @@ class OptimizerSection:
     """One of ``optimizer.sparse`` and ``optimizer.dense``.
 
     Args:
-        name: the rule.
-        lr: learning rate, which the schedule multiplies.
-        eps: added to denominators.
+        name (OptimizerName): the rule.
+        lr (float): learning rate, which the schedule multiplies.
+        eps (float): added to denominators.
     """
 
     name: OptimizerName = "adagrad"
@@ -278,10 +287,10 @@ class ScheduleSection:
     """``schedule``: of both learning rates, by step; see `launch.schedule`.
 
     Args:
-        kind: after warm-up.
-        warmup_steps: over which they rise to the full rate.
-        decay_start: step at which they begin to fall.
-        decay_steps: over which they fall to 0.
+        kind (str): after warm-up.
+        warmup_steps (int): over which they rise to the full rate.
+        decay_start (int): step at which they begin to fall.
+        decay_steps (int): over which they fall to 0.
     """
 
     kind: Literal["constant", "poly", "cosine"] = "constant"
@@ -301,29 +310,32 @@ class TrainSection:
     """``train``: how long, how often, and under which name.
 
     Args:
-        name: of the run's folder.
-        epochs: passes over the train split.
-        batch_size: rows of one rank; a step trains W times as many.
-        eval_batch_size: likewise, of evaluation; default: ``batch_size``.
-        max_steps: after which training ends; default: no limit.
-        eval_every: steps from one validation to the next; 0: at the end of each epoch alone.
-        log_every: steps from one line of training metrics to the next.
-        checkpoint_every: steps from one checkpoint to the next; 0: none.
-        seed: of weights and of the order of rows.
-        stop_at_auc: validation AUC at which training ends.
-        patience: validations in a row without a lower log loss after which training ends; default: no limit.
-        grad_clip: greatest norm of the dense gradient.
-        bf16: runs the dense layers in bfloat16, where the device can.
-        tf32: allows TensorFloat-32 in matrix products.
-        timeout_minutes: how long a rank waits for the others in a step; default: 2 on CPUs (gloo), 10 on GPUs (NCCL).
-        slow_timeout_minutes: likewise, where ranks take very different times: opening data, building vocabularies,
-            planning, the first step of a pass over a split, writing and loading checkpoints.
-        frozen: names of tables that keep the values that they start with, or that a checkpoint has.
-        init_from: the folder of a run that came to its end, ``runs/x``, of the same model: this one starts from its
-            weights and keeps its map from values to rows; optimizer state and step are new. Relative to the working
-            directory; without meaning once this run has a checkpoint.
-        triton_cache: a folder in which each node keeps its compiled kernels in a folder of its own; ``~`` and variables
-            such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own, ``~/.triton/cache``.
+        name (str): of the run's folder.
+        epochs (int): passes over the train split.
+        batch_size (int): rows of one rank; a step trains W times as many.
+        eval_batch_size (int | None): likewise, of evaluation; default: ``batch_size``.
+        max_steps (int | None): after which training ends; default: no limit.
+        eval_every (int): steps from one validation to the next; 0: at the end of each epoch alone.
+        log_every (int): steps from one line of training metrics to the next.
+        checkpoint_every (int): steps from one checkpoint to the next; 0: none.
+        seed (int): of weights and of the order of rows.
+        stop_at_auc (float | None): validation AUC at which training ends.
+        patience (int | None): validations in a row without a lower log loss after which training ends; default: no
+            limit.
+        grad_clip (float | None): greatest norm of the dense gradient.
+        bf16 (bool): runs the dense layers in bfloat16, if the device can.
+        tf32 (bool): allows TensorFloat-32 in matrix products.
+        timeout_minutes (float | None): how long a rank waits for the others in a step; default: 2 on CPUs (gloo), 10 on
+            GPUs (NCCL).
+        slow_timeout_minutes (float): likewise, where ranks take very different times: opening data, building
+            vocabularies, planning, the first step of a pass over a split, writing and loading checkpoints.
+        frozen (tuple[str, ...]): names of tables that keep the values that they start with, or that a checkpoint has.
+        init_from (str | None): the folder of a run that came to its end, ``runs/x``, of the same model: this one starts
+            from its weights and keeps its map from values to rows; optimizer state and step are new. Relative to the
+            working directory; without meaning once this run has a checkpoint.
+        triton_cache (str | None): a folder in which each node keeps its compiled kernels in a folder of its own; ``~``
+            and variables such as ``$SLURM_TMPDIR`` are replaced on the node. Default: Triton's own,
+            ``~/.triton/cache``.
     """
 
     name: str = "run"

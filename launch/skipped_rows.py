@@ -26,7 +26,7 @@ class SkippedRows:
     def count(self, split: Split, bad_rows: BadRows, number: int, before: int = 0) -> dict[str, int]:
         """Returns ``{"skipped_rows": n}``, n being how many rows of a pass all ranks have left out so far.
 
-        It returns nothing where malformed rows are errors. The first row that is left out is printed once a split.
+        It returns nothing if malformed rows are errors. The first row that is left out is printed once a split.
 
         Args:
             split (Split): that is read.

@@ -11,12 +11,12 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 class DataParallelTableOptimizer(KeyedOptimizerWrapper):
     """SGD, Adagrad or rowwise Adagrad, whose state has the keys and shapes of the fused optimizer's.
 
-    So a checkpoint loads where the plan shards what was data-parallel, and the other way round. The fused state of
-    table t is ``t.momentum1``: (S, D) for Adagrad, (S,) for rowwise Adagrad.
+    So a checkpoint loads though the plan shards a table that was data-parallel, and the other way round. The fused
+    state of table t is ``t.momentum1``: (S, D) for Adagrad, (S,) for rowwise Adagrad.
 
     Args:
-        tables: parameters, by names that end in ``<table>.weight``.
-        make: the optimizer, whose state is ``sum``, if it has one.
+        tables (Mapping[str, nn.Parameter]): parameters, by names that end in ``<table>.weight``.
+        make (Callable[[Any], Optimizer]): the optimizer, whose state is ``sum``, if it has one.
     """
 
     def __init__(self, tables: Mapping[str, nn.Parameter], make: Callable[[Any], Optimizer]) -> None:

@@ -1,4 +1,4 @@
-"""A model with its loss, and what is wrong where the loss is no number."""
+"""A model with its loss, and the cause of a loss that is no number."""
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ class NonFiniteLossError(RuntimeError):
 class TrainTask(nn.Module):
     """A batch → (loss, (logits, labels, weights)), the pair that TorchRec's pipelines take.
 
-    loss = 1/B · Σ_i w_i · logloss(logit_i, label_i), so that a row counts as much in a batch that is padded as in any
-    other, on every rank.
+    loss = 1/B · Σ_i w_i · logloss(logit_i, label_i). So a row counts as much in a batch that is padded as in any other,
+    on every rank.
 
     Args:
-        model: (dense, ids) → logits (B, 1).
-        device: of the model.
-        autocast: dtype of the dense layers' products; default: that of the parameters.
+        model (nn.Module): (dense, ids) → logits (B, 1).
+        device (torch.device): of the model.
+        autocast (torch.dtype | None): dtype of the dense layers' products; default: that of the parameters.
 
     Attributes:
-        checks_loss: whether a loss that is no number is found before it reaches the parameters. It costs a
+        checks_loss (bool): whether a loss that is no number is found before it reaches the parameters. It costs a
             synchronisation with the device.
 
     Raises:
@@ -56,7 +56,7 @@ class TrainTask(nn.Module):
         return self.suspect()
 
     def suspect(self) -> str:
-        """Says of this rank's parameters which are not finite or, where all are, which has the largest value."""
+        """Returns a phrase on the parameters of this rank that are not finite, else on the one of the largest value."""
         with torch.no_grad():
             largest = {name: p.detach().abs().max().item() for name, p in self.model.named_parameters() if p.numel()}
         bad = [name for name, value in largest.items() if not value < float("inf")]

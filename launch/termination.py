@@ -20,23 +20,23 @@ class Terminated(SystemExit):
 
 
 class Termination:
-    """Tells all ranks, at the same step, that some rank was told to end, or that the job has lost its folder.
+    """Lets all ranks agree, at the same step, that some rank got a signal, or that the job has lost its folder.
 
-    The ranks' flags are reduced while the next step runs, on the host alone: no rank waits, and no device. So the
+    The ranks' flags are reduced while the next step runs, on the host alone, so that no rank and no device waits. The
     decision comes a step late. A second SIGINT ends the process at once.
 
     Args:
-        group: of all ranks, on gloo.
-        lost: returns whether this rank knows that another job has the folder.
+        group (ProcessGroup): of all ranks, on gloo.
+        lost (Callable[[], bool]): returns whether another job has the folder, as far as this rank has seen.
     """
 
     def __init__(self, group: dist.ProcessGroup, lost: Callable[[], bool]) -> None:
         self._group, self._lost = group, lost
-        self._told = 0  # the signal
+        self._signal = 0  # the last one that this rank got
         self._flag = torch.zeros(1)
         self._reduced: dist.Work | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._tell)
+            signal.signal(number, self._note)
         _end_at_second_interrupt()
 
     def agreed(self) -> int:
@@ -47,12 +47,12 @@ class Termination:
         if self._reduced is not None:
             self._reduced.wait()
         agreed = int(self._flag)
-        self._flag = torch.tensor([float(_LOST if self._lost() else self._told)])
+        self._flag = torch.tensor([float(_LOST if self._lost() else self._signal)])
         self._reduced = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
         return agreed
 
-    def _tell(self, number: int, _: object) -> None:
-        self._told = number
+    def _note(self, number: int, _: object) -> None:
+        self._signal = number
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The cluster that a job is planned for: as its config names it, and as the cards allow."""
+"""The cluster that a job is planned for, by its config and by the memory of its cards."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class CardError(ValueError):
 
 
 def planned_topology(job: Job, device: torch.device) -> Topology | None:
-    """Returns that of the job's planner section where it names the device that this is; None: as the planner finds it.
+    """Returns that of the job's planner section if it names the device that this is; None: as the planner finds it.
 
     Raises:
         CardError: this rank's card has less memory than the named device; see `planned_memory_gib`.
@@ -51,15 +51,15 @@ def planned_topology(job: Job, device: torch.device) -> Topology | None:
 
 
 def planned_memory_gib(hardware: Hardware, hbm_gib: float | None, card: Card) -> float:
-    """Returns the memory of a rank that a plan may count on: what the config says, but no more than the card has.
+    """Returns the memory of a rank that a plan may count on: that of the config, but no more than the card has.
 
     Args:
-        hardware: that ``planner.device`` names.
-        hbm_gib: ``planner.hbm_gib``; None: that of the device.
-        card: of this rank.
+        hardware (Hardware): that ``planner.device`` names.
+        hbm_gib (float | None): ``planner.hbm_gib``; None: that of the device.
+        card (Card): of this rank.
 
     Raises:
-        CardError: the card has much less than the config says; names both and what to write.
+        CardError: the card has much less than the config names; the message has both and what to write.
 
     Example:
         >>> from torchrec_qr.planner import hardware_named

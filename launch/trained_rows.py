@@ -23,7 +23,7 @@ class TrainedRows:
         policy (OnBadRow): of the job.
 
     Attributes:
-        has_good (bool): as far as is known.
+        has_good (bool): True if a row was good so far, or need not be looked for.
     """
 
     def __init__(self, train: Split, skipped: SkippedRows, policy: OnBadRow) -> None:
@@ -57,7 +57,7 @@ class TrainedRows:
 
     def require_good(self) -> None:
         """Raises DataError if no row was good."""
-        self._train.require_good(int(self.has_good), self._bad_rows)
+        self._bad_rows.require_good(int(self.has_good), f"the {self._train.name} split")
 
     def state(self, batch: int) -> dict[str, int | bool]:
         """Returns what a checkpoint before ``batch`` keeps; all ranks must call it."""

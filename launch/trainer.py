@@ -32,21 +32,21 @@ from torchrec_qr import raise_pending
 
 
 class Trainer:
-    """Trains ``parallel`` on ``data`` as ``job`` says, writing to ``folder``.
+    """Trains ``parallel`` on ``data`` by ``job``, and writes to ``folder``.
 
     All ranks run the same steps. The position that a checkpoint keeps counts batches *trained*: the pipeline has read
     ahead of it.
 
     Args:
-        job: the config.
-        task: the module within ``parallel``.
-        parallel: model, plan and optimizers.
-        data: of this rank.
-        folder: of the run.
-        output: what a person sees.
-        device: of this rank.
-        waits: of the job.
-        profiler: is told of every step; default: none.
+        job (Job): the config.
+        task (TrainTask): the module within ``parallel``.
+        parallel (Parallel): model, plan and optimizers.
+        data (Data): of this rank.
+        folder (RunFolder): of the run.
+        output (Output): what a person sees.
+        device (torch.device): of this rank.
+        waits (Waits): of the job.
+        profiler (torch.profiler.profile | None): steps along; default: none.
 
     Attributes:
         step (int): of the model, as trained or loaded.
@@ -120,7 +120,7 @@ class Trainer:
         return tested
 
     def _write_weights(self, best: Path) -> None:
-        """Leaves the tested weights as plain tensors, from which `launch.predict` needs no ranks and no pickle."""
+        """Writes the tested weights as plain tensors, which `launch.predict` reads without ranks and without pickle."""
         self._folder.require(self._waits.group)
         with self._waits.patient():
             if dist.get_rank() == 0:
@@ -132,7 +132,7 @@ class Trainer:
 
         Raises:
             ValueError: the checkpoint is of another model; names what changed.
-            MeaningError: it is of rows with another meaning than the run's folder says.
+            MeaningError: it is of rows with another meaning than those of the run's folder.
         """
         checkpoint = self._checkpoints.latest()
         if checkpoint is None:
@@ -146,7 +146,7 @@ class Trainer:
         self._worse = about["worse"]
         self._trained.load(about)
         world_size, batch_size = about["world_size"], about["batch_size"]
-        # As many samples as were trained, in batches of this world size.
+        # Count as many samples as were trained, in batches of this world size.
         self._batch = about["batch"] * world_size * batch_size // (dist.get_world_size() * self._job.train.batch_size)
         if world_size == dist.get_world_size():
             self._set_rank_state(Checkpoints.load_by_rank(checkpoint))
@@ -183,7 +183,7 @@ class Trainer:
         train, first = self._job.train, True
         while True:
             self._schedule.set(self.step)
-            # Free on a CPU; elsewhere only where the host waits for the device anyway.
+            # Check at each step on a CPU, where it is free, and elsewhere only if the host waits for the device anyway.
             self._task.checks_loss = self._device.type == "cpu" or (self.step + 1) % train.log_every == 0
             started = self.speed.now()
             try:
@@ -270,11 +270,11 @@ class Trainer:
         raise_pending()
         q = quality(*predictions.gather(self._device))
         skipped = self._skipped.count(split, batches.bad_rows, batches.bad_rows.count)
-        split.require_good(q.samples, batches.bad_rows)
+        batches.bad_rows.require_good(q.samples, f"the {split.name} split")
         return q, skipped
 
     def _patient_at(self, first: bool) -> AbstractContextManager[None]:
-        """Kernels are compiled in the first step of a pass, and rows sought, as long as it takes each rank."""
+        """Waits long in the first step of a pass, because ranks compile kernels and find their rows there."""
         return self._waits.patient() if first else nullcontext()
 
     def _memory(self, doing: str) -> AbstractContextManager[None]:
@@ -291,7 +291,7 @@ class Trainer:
 
     def _save(self, to: Checkpoints | None = None) -> None:
         """Writes a checkpoint of this step; all ranks must call it."""
-        raise_pending()  # what a GPU has found wrong must not become a checkpoint
+        raise_pending()  # an error of a GPU must not become a checkpoint
         self._folder.require(self._waits.group)
         self._trained.look_for_good(self._window, self._device)
         about = {

@@ -1,4 +1,4 @@
-"""The folder in which Triton keeps compiled kernels: one of the node if the job says so, else Triton's own."""
+"""The folder in which Triton keeps compiled kernels: one of the node if the job names it, else Triton's own."""
 
 import os
 import socket
@@ -14,15 +14,15 @@ class CacheError(RuntimeError):
 
 
 def use_node_cache(folder: str | None, environment: MutableMapping[str, str]) -> Path | None:
-    """Has Triton keep its kernels in ``folder``/<host>, and returns that; None: the job does not say where.
+    """Makes Triton keep its kernels in ``folder``/<host>, and returns that; None: the job names no folder.
 
     Triton's own folder, ``~/.triton/cache``, stays the default: it outlives the job, so that the next one does not
-    compile. A home that many nodes write at once, or that no job may write, wants a folder of the node. The host's name
+    compile. If many nodes write a home at once, or no job may, use a folder of the node. The host's name
     is part of the path, so that a folder which nodes share will do. Must be called before the first launch.
 
     Args:
-        folder: ``train.triton_cache``; ``~`` and variables are replaced.
-        environment: of this process, in which TRITON_CACHE_DIR is set.
+        folder (str | None): ``train.triton_cache``; ``~`` and variables are replaced.
+        environment (MutableMapping[str, str]): of this process, in which TRITON_CACHE_DIR is set.
 
     Raises:
         CacheError: a variable that is not set; a folder that cannot be made or written, or that others can write,

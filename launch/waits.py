@@ -1,4 +1,4 @@
-"""How long a rank waits for the others: in a step, and where ranks may take very different times."""
+"""Time-outs of a rank that waits for the others: in a step, and in sections that ranks leave at different times."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,9 @@ def step_timeout(train: TrainSection, device: torch.device) -> timedelta:
     """Returns how long a collective of a step may take.
 
     Args:
-        train: of the job; its ``timeout_minutes``, if that is given.
-        device: of the ranks, which decides the default. A GPU's first collectives wait for compilers of other ranks.
+        train (TrainSection): of the job; its ``timeout_minutes``, if that is given.
+        device (torch.device): of the ranks, which decides the default. A GPU's first collectives wait for compilers of
+            other ranks.
 
     Example:
         >>> step_timeout(TrainSection(), torch.device("cuda", 0)), step_timeout(TrainSection(), torch.device("cpu"))
@@ -36,19 +37,19 @@ class Waits:
     """The time-outs of a job's process groups, and a group of all ranks that lives on the hosts.
 
     A checkpoint, or a vocabulary, may take one rank tens of minutes longer than another. The others then wait in
-    `patient` sections, by gloo on the host whatever the device: a rank that dies there is noticed at once, as its
+    `patient` sections, by gloo on the host for every device. A rank that dies there is noticed at once, as its
     connections close, and no kernel spins on a GPU.
 
     All ranks must make it together, in a process group.
 
     Args:
-        train: of the job.
-        device: of this rank.
+        train (TrainSection): of the job.
+        device (torch.device): of this rank.
 
     Attributes:
-        step: the time-out of a step's collectives.
-        slow: that of patient sections.
-        group: of all ranks, on gloo.
+        step (timedelta): the time-out of a step's collectives.
+        slow (timedelta): that of patient sections.
+        group (ProcessGroup): of all ranks, on gloo.
     """
 
     def __init__(self, train: TrainSection, device: torch.device) -> None:

@@ -22,14 +22,14 @@ _FILE_BYTES = 2**30
 
 
 def write_weights(state: Path, folder: Path, about: dict[str, str]) -> None:
-    """Writes the model of a checkpoint into ``folder``, whole tensors whatever the plan; one process calls it.
+    """Writes the model of a checkpoint into ``folder``, as whole tensors under every plan; one process calls it.
 
     Host memory of a file's tensors, 1 GiB or one table, is all that it takes.
 
     Args:
-        state: of the checkpoint, as DCP wrote it.
-        folder: appears when it is complete, in the place of what was there.
-        about: strings that each file gets.
+        state (Path): of the checkpoint, as DCP wrote it.
+        folder (Path): appears when it is complete, in the place of what was there.
+        about (dict[str, str]): strings that each file gets.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -50,7 +50,7 @@ def write_weights(state: Path, folder: Path, about: dict[str, str]) -> None:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors that `write_weights` wrote, and what their files say about them.
+    """Returns the tensors and the strings ``about`` them that `write_weights` wrote.
 
     Raises:
         DataError: there are none, a file cannot be read, or the files are not of one run.

@@ -18,11 +18,11 @@ class Batch(Pipelineable):
     """B rows.
 
     Args:
-        dense: (B, dense features) float32.
-        sparse: ids of F features.
-        labels: (B,) float32, 0 or 1.
-        weights: (B,) float32, 1; or 0 for rows that do not count: malformed ones, and padding to an equal number of
-            batches on all ranks. These have label 0, dense features 0 and no ids.
+        dense (Tensor): (B, dense features) float32.
+        sparse (KeyedJaggedTensor): ids of F features.
+        labels (Tensor): (B,) float32, 0 or 1.
+        weights (Tensor): (B,) float32, 1; or 0 for rows that do not count: malformed ones, and padding to an equal
+            number of batches on all ranks. These have label 0, dense features 0 and no ids.
     """
 
     dense: Tensor
@@ -48,7 +48,7 @@ class BatchMaker:
     """Makes batches of rows whose ids and dense features are already as the model takes them.
 
     Args:
-        features: names, in the order of the rows' features.
+        features (Sequence[str]): names, in the order of the rows' features.
     """
 
     def __init__(self, features: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _numbers(column: pa.Array, kind: pa.DataType) -> Array:
-    """Returns floats, NaN where a value is missing, and infinity where text is no number, so that it is refused."""
+    """Returns floats, NaN for a missing value, and infinity for text that is no number, so that it is refused."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_binary(column.type):

@@ -61,13 +61,13 @@ class _LineCutter:
 
 
 class DelimitedFile:
-    """One file, as a `BlockFile`; a row is a line, whatever it holds.
+    """One file, as a `BlockFile`; every line is a row.
 
     Args:
         path (str | Path): of the file.
         columns (CsvSection): that are read, and how lines are cut into them.
-        labels (Labels): how they are read. If they are optional, the columns have names by ``columns.names``, and the
-            first and last lines have one column less, then the file lacks that of the label.
+        labels (Labels): how they are read. A file lacks the column of optional labels if its first and last lines have
+            one column less than ``columns.names``.
         on_bad_row (OnBadRow): "error": the first row and the last one are checked at once.
 
     Raises:

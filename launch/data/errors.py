@@ -1,4 +1,4 @@
-"""What is wrong with data, and where: file and line."""
+"""Errors of data: the problem, and its file and line."""
 
 import threading
 from collections.abc import Callable
@@ -11,8 +11,8 @@ class DataError(Exception):
     """Data cannot be used: a file that is missing, unreadable or malformed, or a row that is.
 
     Attributes:
-        location: ``file`` or ``file:line``, counted from 1.
-        problem: what is wrong there.
+        location (str): ``file`` or ``file:line``, counted from 1.
+        problem (str): what is wrong there.
 
     Example:
         >>> print(DataError("day_0.gz:17", "label is '2'; allowed: 0, 1"))
@@ -32,7 +32,7 @@ class BadRows:
     """Malformed rows of one pass over data: an error at once, or counted and left out.
 
     Args:
-        policy: ``"error"``: `report` raises; ``"skip"``: it counts.
+        policy (OnBadRow): ``"error"``: `report` raises; ``"skip"``: it counts.
 
     Example:
         >>> bad = BadRows("skip")
@@ -62,3 +62,17 @@ class BadRows:
             if self.policy == "error":
                 raise error
             self.first = str(error)
+
+    def require_good(self, good: int, location: str) -> None:
+        """Checks that a pass had a row that counts.
+
+        Args:
+            good (int): rows of all ranks that counted.
+            location (str): of the rows.
+
+        Raises:
+            DataError: there was none.
+        """
+        if good == 0:
+            first = f", the first: {self.first}" if self.first else ""
+            raise DataError(location, f"no row that was read is good{first}")

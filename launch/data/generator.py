@@ -1,4 +1,4 @@
-"""Rows in Criteo's form with a planted signal, of which the true probabilities are known."""
+"""Rows in Criteo's form with a planted signal, whose true probabilities are computed."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -22,15 +22,15 @@ class GeneratorSource:
     """Rows that depend on the seed and their own position alone, so that any rank makes its part.
 
     logit = bias + σ_d · u · t + Σ_f s_f · Σ_h z(f, id_fh) / √H_f, label ~ Bernoulli(sigmoid(logit)), where t is the
-    dense features as the model sees them (log1p, 0 where missing), centred; u a random unit vector; z(f, id) ~ N(0, 1),
+    dense features as the model sees them (log1p, 0 if missing), centred; u a random unit vector; z(f, id) ~ N(0, 1),
     drawn once for each id of a feature; and Σ_f s_f² the ids' variance, 85 % of it in tables above 10,000 rows.
     Ids follow a power law, id 0 being the most frequent. So frequent ids hold most of the signal that can be learned.
 
     Args:
-        section: number of rows, seed, exponent and strengths.
-        table_rows: S of each feature's table.
-        dense_features: number of dense features.
-        hots: ids per row of each feature; default: one.
+        section (GeneratorSection): number of rows, seed, exponent and strengths.
+        table_rows (Sequence[int]): S of each feature's table.
+        dense_features (int): number of dense features.
+        hots (Sequence[int] | None): ids per row of each feature; default: one.
     """
 
     random_access = True

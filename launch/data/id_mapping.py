@@ -28,8 +28,8 @@ class Vocabulary:
     every rank builds the same one. A missing value is a value like others.
 
     Args:
-        values: distinct, in the order of their ids.
-        counts: how often each occurred, where that is known.
+        values (Array): distinct, in the order of their ids.
+        counts (Array | None): how often each occurred; None: it was not counted.
 
     Example:
         >>> v = Vocabulary.of_counts(np.array([7, 8, 9]), np.array([1, 5, 5]), min_count=2)
@@ -151,11 +151,11 @@ class IdMapping:
     """Turns the ids of rows into rows of the features' tables.
 
     Args:
-        kind: see `launch.sections.DataSection`.
-        features: names, for messages.
-        table_rows: S of each feature's table.
-        vocabularies: of each feature, under ``"vocabulary"``; None there: the ids are already those of a vocabulary,
-            and what is beyond a table becomes `UNKNOWN`.
+        kind (str): see `launch.sections.DataSection`.
+        features (Sequence[str]): names, for messages.
+        table_rows (Sequence[int]): S of each feature's table.
+        vocabularies (Sequence[Vocabulary] | None): of each feature, under ``"vocabulary"``; None there: the ids are
+            already those of a vocabulary, and what is beyond a table becomes `UNKNOWN`.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class IdMapping:
 
         Args:
             rows (Rows): with ids as they were read.
-            bad_rows (BadRows): told of ids that are outside their table, under ``"encoded"``.
+            bad_rows (BadRows): gets ids that are outside their table, under ``"encoded"``.
             location (Location): of a row, by position in ``rows``.
             quoted (Quoted): returns the ids of a row and a feature as they stand in the file.
 

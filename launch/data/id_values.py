@@ -58,16 +58,16 @@ def is_one_of(kind: pa.DataType, checks: Sequence[Callable[[pa.DataType], bool]]
 def id_values(column: pa.Array, hexadecimal: bool, report: Report) -> tuple[Array, Array | None]:
     """Returns ids (B,), or from a column of lists ids (N,) and their lengths (B,), as int64.
 
-    An integer is itself, of whatever width; from 2^63 on it stands as the negative number of the same 64 bits. A string
+    An integer of any width is itself; from 2^63 on it stands as the negative number of the same 64 bits. A string
     is the integer that it writes in decimal, without a sign +, leading zeros or spaces, or else `hash_of_text` of it.
     Text may be of any encoding; ``1.0`` is the integer 1, as in a column of floats.
     Under ``hexadecimal`` a string is a number in base 16, and a column of int32 has such numbers read as signed.
     A null is `MISSING`; a null in place of a list is a list without ids.
 
     Args:
-        column: of a type that passes `is_id_type`.
-        hexadecimal: how strings and int32 are read.
-        report: is called with the positions of wrong rows.
+        column (pa.Array): of a type that passes `is_id_type`.
+        hexadecimal (bool): how strings and int32 are read.
+        report (Report): is called with the positions of wrong rows.
 
     Example:
         >>> id_values(pa.array(["10", "u_1", None]), False, print)[0].tolist()
@@ -189,7 +189,7 @@ def _hexadecimal(texts: pa.Array, report: Report) -> Array:
     offsets = np.frombuffer(offsets_buffer, kind, len(texts) + 1, texts.offset * np.dtype(kind).itemsize)
     lengths = np.diff(offsets)
     missing = lengths == 0
-    if texts.null_count:  # whatever bytes a null hides
+    if texts.null_count:  # a null may hide bytes
         missing |= texts.is_null().to_numpy(zero_copy_only=False)
     first, last = int(offsets[0]), int(offsets[-1])
     used = b"" if data is None else memoryview(data)[first:last].tobytes()

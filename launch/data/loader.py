@@ -23,16 +23,16 @@ from launch.data.split import Split, Splits, open_splits
 if TYPE_CHECKING:
     from launch.config import Job
 
-_WINDOW_IN_ORDER = 16_384  # rows that are read at once where nothing is shuffled
+_WINDOW_IN_ORDER = 16_384  # rows that are read at once if nothing is shuffled
 
 
 class Batches(Prefetched[Batch]):
     """Batches of one pass over a split, made in the background.
 
     Attributes:
-        wait_seconds: how long the consumer has waited for batches so far.
-        bad_rows: malformed rows that this rank has read so far, if they are skipped.
-        malformed: how many of them are in each batch that has been made so far.
+        wait_seconds (float): how long the consumer has waited for batches so far.
+        bad_rows (BadRows): malformed rows that this rank has read so far, if they are skipped.
+        malformed (list[int]): how many of them are in each batch that has been made so far.
     """
 
     bad_rows: BadRows
@@ -41,7 +41,7 @@ class Batches(Prefetched[Batch]):
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass over a split reads."""
+    """One pass over a split."""
 
     split: Split
     batch_size: int
@@ -52,8 +52,8 @@ class Data:
     """The data of one rank.
 
     All ranks have equally many batches in every pass, all of one size, so that none waits for another in vain. Each row
-    of a split is in exactly one batch of one rank, with weight 1; what is missing to a full batch, and malformed rows
-    that are skipped, are rows of weight 0, which a loss or a metric must leave out.
+    of a split is in exactly one batch of one rank, with weight 1. Rows of weight 0 fill the last batch, and stand for
+    malformed rows that are skipped. A loss or a metric must leave them out.
 
     Args:
         job (Job): the config.
@@ -79,8 +79,8 @@ class Data:
         """Returns the batches of an epoch, in an order that depends on the seed, the epoch and the world size alone.
 
         Args:
-            epoch: counted from 0.
-            skip: how many batches have been trained already: those are left out, at little cost.
+            epoch (int): counted from 0.
+            skip (int): how many batches have been trained already: those are left out, at little cost.
         """
         seed = (self._seed, epoch, self._rank) if self._section.shuffle else None
         return self._start(_Pass(self.splits.train, self._batch_size, seed), skip)
@@ -126,7 +126,7 @@ class Data:
             rest = rows.cut(whole, len(rows))
         if left > 0:
             if rest is None:
-                rest = self._empty(what, bad_rows)
+                rest = self._empty(what)
             yield make(rest)
             for _ in range(left - 1):
                 yield make(rest.cut(0, 0))
@@ -171,8 +171,8 @@ class Data:
         dense = transformed(rows.dense, self._section.dense_transform, self._section.missing_flags)
         return replace(rows, dense=dense)
 
-    def _empty(self, what: _Pass, bad_rows: BadRows) -> Rows:
-        """No rows, in the form of the split's: for a rank that has none at all."""
+    def _empty(self, what: _Pass) -> Rows:
+        """Returns no rows, in the form of the split's, for a rank that has none at all."""
         first = what.split.start
         window = Window(((first, first + 1),), None)
         with closing(what.split.source.reopened()) as source:
@@ -188,10 +188,11 @@ def open_data(
     """Opens the data of a job for one rank.
 
     Args:
-        job: the config.
-        rank: of this process.
-        world_size: W.
-        settle: returns the meaning of the run's rows; it is handed what makes that of new rows. Default: that.
+        job (Job): the config.
+        rank (int): of this process.
+        world_size (int): W.
+        settle (Callable[[Callable[[], Meaning]], Meaning]): returns the meaning of the run's rows; it gets what
+            makes that of new rows. Default: that.
 
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, with file and line.

@@ -31,16 +31,17 @@ class MeaningError(ValueError):
 class Meaning:
     """How raw values become rows of tables and a model's inputs.
 
-    Its files in a run's folder are data: ``meaning.json`` with `described`, and under ``ids: vocabulary``
-    ``vocabulary.npz`` with the values of each feature in the order of their rows, and their counts.
+    A run's folder has it as two files of data: ``meaning.json`` with `described`, and under ``ids: vocabulary``
+    ``vocabulary.npz``. That has the values of each feature in the order of their rows, and their counts.
 
     Args:
-        described: ids mode; of each feature its column and the rows of its table; columns of dense features and what is
-            done to them; where the vocabulary came from, ``min_count``, and the vocabulary's SHA-256.
-        vocabularies: of each feature, where there are any.
+        described (dict[str, Any]): ids mode; of each feature its column and the rows of its table; columns of dense
+            features and what is done to them; the origin of the vocabulary, ``min_count``, and the vocabulary's
+            SHA-256.
+        vocabularies (tuple[Vocabulary, ...] | None): of each feature; None: there is none.
 
     Attributes:
-        hash: SHA-256 of all this, which every checkpoint of a run has too.
+        hash (str): SHA-256 of all this, which every checkpoint of a run has too.
     """
 
     described: dict[str, Any]
@@ -67,7 +68,7 @@ class Meaning:
 
         Raises:
             DataError: a file is missing, corrupt or of another version, or the vocabulary is another one than
-                ``meaning.json`` says.
+                ``meaning.json`` names.
         """
         path = folder / _MEANING
         with readable(path):
@@ -102,8 +103,8 @@ class Meaning:
         """Checks that ``job`` leaves this meaning as it is. Other files are no other meaning.
 
         Args:
-            job: that is to go on with the rows of ``origin``.
-            origin: the folder of the run.
+            job (Job): that is to go on with the rows of ``origin``.
+            origin (Path): the folder of the run.
 
         Raises:
             MeaningError: names all that differs.
@@ -161,7 +162,7 @@ def _origin(section: "DataSection", vocabularies: tuple[Vocabulary, ...] | None)
 
 
 def _comparable(saved: dict[str, Any], section: "DataSection") -> dict[str, Any]:
-    """Returns what ``section`` says of a vocabulary, with the saved values of whatever it leaves open."""
+    """Returns the vocabulary that ``section`` describes, with the saved values of all that it leaves open."""
     here = _origin(section, None)
     assert here is not None
     if _IN_THE_FILES in (saved["from"], here["from"]):

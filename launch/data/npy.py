@@ -20,8 +20,8 @@ _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.np
 class NpySource(Files["_NpyFiles"]):
     """Rows of files with common prefixes, one prefix after the other.
 
-    For a prefix ``day_0``: ``day_0_dense.npy`` (N, dense features), ``day_0_labels.npy`` (N,) or (N, 1), and either
-    ``day_0_sparse_multi_hot.npz``, whose array "f" (N, H_f) holds the ids of feature f, or ``day_0_sparse.npy`` (N, F).
+    A prefix ``day_0`` has ``day_0_dense.npy`` (N, dense features) and ``day_0_labels.npy`` (N,) or (N, 1). Ids are in
+    ``day_0_sparse_multi_hot.npz``, whose array "f" (N, H_f) has those of feature f, or in ``day_0_sparse.npy`` (N, F).
 
     The least int64, -2^63, stands for a missing id.
 
@@ -146,7 +146,7 @@ def _mapped(path: str) -> Array:
 
 
 def _members(path: str, num_features: int) -> list[Array]:
-    """Returns arrays "0", "1", … of an npz file, mapped into memory where they are not compressed."""
+    """Returns arrays "0", "1", … of an npz file, mapped into memory if they are not compressed."""
     with readable(path), open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:

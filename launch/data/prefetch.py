@@ -17,7 +17,7 @@ class Prefetched(Iterator[T], Generic[T]):
     An exception of ``make`` is raised where its item would have come. `close`, or the end, ends the thread.
 
     Attributes:
-        wait_seconds: how long the consumer has waited for items so far.
+        wait_seconds (float): how long the consumer has waited for items so far.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int) -> None:
@@ -102,5 +102,5 @@ def mapped(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iter
         while pending:
             yield pending.popleft().result()
     finally:
-        # Do not wait where this is collected on one of the threads, because none can join itself.
+        # Do not wait if this is collected on one of the threads, because none can join itself.
         pool.shutdown(wait=threading.get_ident() not in own, cancel_futures=True)

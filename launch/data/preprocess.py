@@ -38,12 +38,12 @@ def preprocess(
     """Writes the binary files of a source that has one id per feature; files appear only when they are complete.
 
     Args:
-        source: of Criteo's 13 dense and 26 categorical features.
-        out: prefix of the files.
-        vocabulary_rows: how many of the first rows the vocabulary is built from.
-        min_count: least number of occurrences there.
-        on_bad_row: a malformed row ends it, or is left out.
-        progress: shows two passes.
+        source (RowSource): of Criteo's 13 dense and 26 categorical features.
+        out (str): prefix of the files.
+        vocabulary_rows (int): how many of the first rows the vocabulary is built from.
+        min_count (int): least number of occurrences there.
+        on_bad_row (OnBadRow): a malformed row ends it, or is left out.
+        progress (Progress): shows two passes.
 
     Returns:
         The counts over the first rows, the vocabularies, and the malformed rows.
@@ -76,7 +76,7 @@ def preprocess(
     if written == 0:
         for part in parts.values():
             part.unlink()
-        raise DataError(source.location(0), f"no row is good, the first: {bad_rows.first}")
+    bad_rows.require_good(written, source.location(0))
     save_vocabularies(f"{out}_vocabulary.part", CRITEO_FEATURES, vocabularies)
     for name, part in parts.items():
         part.replace(f"{out}_{name}.npy")

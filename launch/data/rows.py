@@ -17,13 +17,14 @@ class Rows:
     """B rows, row-major, so that rows are cheap to select; features come first only in a batch's KeyedJaggedTensor.
 
     Args:
-        labels: (B,) float32, 0 or 1.
-        dense: (B, number of dense features) float32; NaN where missing.
-        ids: of integers. Without ``lengths`` (B, ΣH): feature f has H_f ids in every row, side by side in the order of
-            the features. With ``lengths`` (N,): row by row, in each feature by feature.
-        hots: H_f; all 1, and without meaning, beside ``lengths``.
-        lengths: (B, F) number of ids, or None.
-        weights: (B,) float32, 0 for a row that does not count (malformed, or padding), 1 for all others; None: all 1.
+        labels (Array): (B,) float32, 0 or 1.
+        dense (Array): (B, number of dense features) float32; NaN if missing.
+        ids (Array): of integers. Without ``lengths`` (B, ΣH): feature f has H_f ids in every row, side by side in the
+            order of the features. With ``lengths`` (N,): row by row, in each feature by feature.
+        hots (tuple[int, ...]): H_f; all 1, and without meaning, beside ``lengths``.
+        lengths (Array | None): (B, F) number of ids, or None.
+        weights (Array | None): (B,) float32, 0 for a row that does not count (malformed, or padding), 1 for all others;
+            None: all 1.
 
     Example:
         >>> rows = Rows(np.float32([0, 1]), np.zeros((2, 1), np.float32), np.array([[1, 2, 3], [4, 5, 6]]), hots=(1, 2))
@@ -77,7 +78,7 @@ class Rows:
         return concat([self, padding])
 
     def without(self, bad: Array) -> "Rows":
-        """Returns the same rows, those at ``bad`` with weight 0, label 0, no dense value, and id 0 where fixed."""
+        """Returns the same rows, those at ``bad`` with weight 0, label 0, dense values 0 and ids 0."""
         if len(bad) == 0:
             return self
         weights = np.ones(len(self), np.float32) if self.weights is None else self.weights.copy()

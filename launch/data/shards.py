@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-# Neighbouring rows that are read together; the generator makes as many from one random stream.
+# Rows that are read together; the generator makes as many from one random stream.
 BLOCK = 4096
 
 
@@ -16,8 +16,8 @@ class Window:
     """Rows that are read and shuffled at once.
 
     Args:
-        ranges: [start, stop) of rows, read one after the other.
-        order_seed: of their permutation; None: in order.
+        ranges (tuple[tuple[int, int], ...]): [start, stop) of rows, read one after the other.
+        order_seed (tuple[int, ...] | None): of their permutation; None: in order.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -55,11 +55,11 @@ def windows(
     """Yields windows that hold each of rows [start, stop) once.
 
     Args:
-        start: first row.
-        stop: row after the last.
-        window_rows: of all windows but the last.
-        shuffle_seed: None: rows stay in order.
-        random_access: a shuffled window is made of blocks from all over the range, not of neighbouring rows.
+        start (int): first row.
+        stop (int): row after the last.
+        window_rows (int): of all windows but the last.
+        shuffle_seed (tuple[int, ...] | None): None: rows stay in order.
+        random_access (bool): a shuffled window is made of blocks from all over the range.
     """
     if shuffle_seed is None or not random_access:
         for i, first in enumerate(range(start, stop, window_rows)):

@@ -1,4 +1,4 @@
-"""Where rows come from: anything that knows how many it has and reads a range of them."""
+"""Sources of rows: each has a number of rows, and reads any range of them."""
 
 import bisect
 from collections.abc import Generator, Sequence
@@ -9,13 +9,13 @@ from typing import Generic, Protocol, TypeVar
 from launch.data.errors import BadRows, DataError
 from launch.data.rows import Rows, concat
 
-# Rows, and for those that are malformed what is wrong, by position; a malformed row is there, with weight 0, so that
-# every rank can tell from line numbers alone which rows are its own.
+# Rows, and the problems of malformed ones by position. Keep a malformed row, with weight 0, because a rank finds its
+# rows by their numbers.
 Block = tuple[Rows, dict[int, str]]
 
 
 class RowSource(Protocol):
-    """Rows 0..num_rows-1 in a fixed order. Not to be read from two threads at once: `reopened` for each."""
+    """Rows 0..num_rows-1 in a fixed order. Two threads must not read it at once: each takes one from `reopened`."""
 
     @property
     def empty(self) -> Sequence[str]:
@@ -29,7 +29,7 @@ class RowSource(Protocol):
 
     @property
     def random_access(self) -> bool:
-        """Whether any range is as cheap to read as the next one."""
+        """True if any range is as cheap to read as the next one."""
         ...
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:

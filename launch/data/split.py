@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.data.criteo_tsv import tsv_source
 from launch.data.delimited import DelimitedFile
-from launch.data.errors import BadRows, DataError
+from launch.data.errors import DataError
 from launch.data.generator import GeneratorSource
 from launch.data.npy import NpySource
 from launch.data.parquet import ParquetFile
@@ -29,20 +29,6 @@ class Split:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def require_good(self, good: int, bad_rows: BadRows) -> None:
-        """Checks that a pass had a row that counts.
-
-        Args:
-            good (int): rows of all ranks that counted.
-            bad_rows (BadRows): of this rank.
-
-        Raises:
-            DataError: there was none.
-        """
-        if good == 0:
-            first = f", the first: {bad_rows.first}" if bad_rows.first else ""
-            raise DataError(f"the {self.name} split", f"no row that was read is good{first}")
-
 
 @dataclass(frozen=True)
 class Splits:
@@ -60,8 +46,8 @@ def open_splits(section: DataSection, table_rows: Sequence[int]) -> Splits:
     """Opens the sources of a data section and splits them.
 
     Args:
-        section: of the job.
-        table_rows: S of the table of each feature, for the generator.
+        section (DataSection): of the job.
+        table_rows (Sequence[int]): S of the table of each feature, for the generator.
 
     Raises:
         DataError: a file is missing, unreadable, empty or not what it should be; too few rows for three splits.
@@ -137,7 +123,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def opened_files(section: DataSection, paths: Sequence[str], optional_labels: bool = False) -> RowSource:
-    """Opens files of the section's format, whatever files the section names itself.
+    """Opens files of the section's format, in place of those that the section names.
 
     Args:
         section (DataSection): of the job.

@@ -55,8 +55,8 @@ class Validity:
         """Returns rows, the bad ones with weight 0, and what is wrong with those.
 
         Args:
-            labels (Array): (B,) of any kind of number; NaN where missing.
-            dense (Array): (B, dense features) float32; NaN where missing.
+            labels (Array): (B,) of any kind of number; NaN if missing.
+            dense (Array): (B, dense features) float32; NaN if missing.
             ids (Array): as in `Rows`.
             hots (tuple[int, ...]): as in `Rows`.
             lengths (Array | None): as in `Rows`.

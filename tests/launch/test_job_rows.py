@@ -100,7 +100,7 @@ def test_scoring_without_a_good_row_is_an_error(tmp_path: Path, capsys: pytest.C
     arguments = ["--run", str(tmp_path / "t"), "--data", str(tmp_path / "bad.parquet"), "--out", str(tmp_path / "s")]
     assert main([*arguments, "--on-bad-row", "skip"]) == 1
     first = f"{tmp_path / 'bad.parquet'}:1: price is inf; allowed: a finite number or nothing"
-    assert f"no row is good, the first: {first}" in capsys.readouterr().err
+    assert f"no row that was read is good, the first: {first}" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

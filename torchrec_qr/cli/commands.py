@@ -1,4 +1,4 @@
-"""The command ``torchrec-qr``. Help imports no torch, so that it is instant and ``doctor`` runs where torch cannot."""
+"""The command ``torchrec-qr``. Help imports no torch, so that it is instant, and ``doctor`` runs if torch is broken."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
     Args:
-        argv: the arguments; default: those of the process.
+        argv (Sequence[str] | None): the arguments; default: those of the process.
 
     Raises:
         SystemExit: code 2 for arguments that do not parse, 0 after ``--help`` and ``--version``.

@@ -50,7 +50,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def _torch_build() -> str:
-    """``"CPU"``, ``"CUDA 13.0"`` or ``"ROCm 6.4"``, as torch's own version file has it; "" where there is none."""
+    """Returns ``"CPU"``, ``"CUDA 13.0"`` or ``"ROCm 6.4"`` from torch's own version file; "" if there is none."""
     try:
         text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text()
     except (metadata.PackageNotFoundError, OSError):

@@ -32,7 +32,7 @@ TESTED = (Trio("2.11.0", "1.6.0", "1.6.1"), Trio("2.13.0", "1.8.0", "1.8.0"), Tr
 def version_problem(stack: Stack) -> str | None:
     """Returns what is wrong with the installed versions, and the command that mends it; None: they fit.
 
-    FBGEMM 1.a and TorchRec 1.b fit if a = b, and PyTorch 2.m fits them if m = a + 5, as their release tables have it.
+    FBGEMM 1.a and TorchRec 1.b fit if a = b, and PyTorch 2.m fits them if m = a + 5. Their release tables have it so.
 
     Example:
         >>> version_problem(Stack("2.13.0", "CUDA 13.0", {"fbgemm-gpu": "1.8.0"}, "1.8.0"))
@@ -78,8 +78,8 @@ def mend(stack: Stack, reinstall: tuple[str, ...] = ()) -> str:
     """Returns the pip commands that make the stack fit: they change what must change, and install ``reinstall`` anew.
 
     Args:
-        stack: what is installed.
-        reinstall: of ``torch``, ``fbgemm`` and ``torchrec``.
+        stack (Stack): what is installed.
+        reinstall (tuple[str, ...]): of ``torch``, ``fbgemm`` and ``torchrec``.
 
     Example:
         >>> print(mend(Stack("2.13.0", "CUDA 13.0", {"fbgemm-gpu": "1.8.0"}, "1.8.0"), reinstall=("fbgemm",)))
@@ -139,7 +139,7 @@ def _fits(stack: Stack) -> bool:
 
 
 def _goal(stack: Stack) -> Trio:
-    """The trio that changes least: it keeps torch where it can, else FBGEMM; else it is the newest that was tested."""
+    """Returns the trio that changes least: it keeps torch if it can, else FBGEMM, else it is the newest tested one."""
     torch, fbgemm, torchrec = _minors(stack)
     fitting = (torch[0] - 1, torch[1] - 5)
     if stack.torch and fitting in (fbgemm, torchrec):

@@ -14,12 +14,12 @@ class ConfigError(ValueError):
     """A config is wrong, at one key or at several.
 
     Attributes:
-        path: of the key, such as ``tables[3].partitions.sizes``; relative to the instance where its own
+        path (str): of the key, such as ``tables[3].partitions.sizes``; relative to the instance if its own
             ``__post_init__`` raises. With several errors ``path``, ``given`` and ``allowed`` are the first one's.
-        given: the value found there.
-        allowed: what may be there, in words.
-        errors: every error, each on its own; ``(self,)`` where there is but one.
-        file: the file that the config was read from, if any.
+        given (object): the value found there.
+        allowed (str): what may be there, in words.
+        errors (tuple[ConfigError, ...]): every error, each on its own; ``(self,)`` if there is but one.
+        file (str | None): the file that the config was read from, if any.
 
     Example:
         >>> print(ConfigError("num_collisions", 0, "1..1000").under("tables[3].partitions"))
@@ -102,7 +102,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def key_path(path: str, key: object) -> str:
-    """Returns the path of ``key`` in the mapping at ``path``, in brackets where a dot would mislead.
+    """Returns the path of ``key`` in the mapping at ``path``, in brackets if a dot would mislead.
 
     Example:
         >>> key_path("planner.constraints", "t_user"), key_path("planner.constraints", "sparse.user")

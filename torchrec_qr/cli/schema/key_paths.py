@@ -15,8 +15,8 @@ _GREATER = re.compile(rf"({_KEY})>(\d[\d_]*)")
 def places(root: dict[str, Any], path: str) -> Iterator[tuple[Any, Any]]:
     """Yields the containers in ``root``, and the key or index in each, that a path leads to.
 
-    A path is of keys and of entries of lists: ``[3]`` by index, ``[cat_3]`` by the entry's ``name``, ``[rows>100]`` for
-    all whose ``rows`` are more, ``[*]`` for all. A mapping that lacks a key of the path gets it.
+    A path has keys and entries of lists. An entry is ``[3]`` by index, ``[cat_3]`` by its ``name``, ``[rows>100]`` if
+    its ``rows`` are more, and ``[*]`` for all. A mapping that lacks a key of the path gets it.
 
     Raises:
         ConfigError: not a path, an entry that is not there, a key within what has none.
@@ -90,7 +90,7 @@ def _places(node: Any, steps: list[tuple[str, str]], path: str, done: str) -> It
 
 
 def _entries(node: list[Any], entry: str, path: str, done: str) -> list[int]:
-    """The indices of a list's entries that ``[entry]`` selects."""
+    """Returns the indices of a list's entries that ``[entry]`` selects."""
     if entry == "*":
         return list(range(len(node)))
     if entry.isdecimal():

@@ -18,14 +18,17 @@ from torchrec_qr.cli.schema.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class ConstraintSpec:
-    """What the plan of one table must keep to; None leaves the planner free.
+    """Constraints on the plan of one table; None leaves the planner free.
 
     Args:
-        sharding_types: allowed ones, by TorchRec's names (``table_wise``, ``row_wise``, …).
-        compute_kernels: allowed ones, by TorchRec's names (``fused``, ``dense``, …).
-        ranks: on which the table may lie.
-        min_partition: least columns of a column-wise shard.
-        pooling_factor: ids per sample that are looked up in the table, those of all its features together.
+        sharding_types (tuple[ShardingType, ...] | None): allowed ones, by TorchRec's names (``table_wise``,
+            ``row_wise``, …).
+        compute_kernels (tuple[EmbeddingComputeKernel, ...] | None): allowed ones, by TorchRec's names (``fused``,
+            ``dense``, …).
+        ranks (tuple[int, ...] | None): on which the table may lie.
+        min_partition (int | None): least columns of a column-wise shard.
+        pooling_factor (float | None): ids per sample that are looked up in the table, those of all its features
+            together.
 
     Raises:
         ConfigError: an empty list.
@@ -65,12 +68,12 @@ class PlannerSpec:
     """The ``planner:`` section.
 
     Args:
-        topology: ``"2x8"``: nodes × ranks per node.
-        device: of every rank.
-        hbm_gib: memory of a rank, in GiB; default: the device's.
-        storage_reserve: fraction of it that the plan leaves free.
-        batch_size: of a rank.
-        constraints: by table name.
+        topology (str | None): ``"2x8"``: nodes × ranks per node.
+        device (str | None): of every rank.
+        hbm_gib (float | None): memory of a rank, in GiB; default: the device's.
+        storage_reserve (float): fraction of it that the plan leaves free.
+        batch_size (int | None): of a rank.
+        constraints (dict[str, ConstraintSpec]): by table name.
 
     Raises:
         ConfigError: a malformed topology, or a constraint's rank that it lacks.

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from mappings and back: every key known, every type and range right, or an error that says so."""
+"""Frozen dataclasses from mappings and back; an unknown key, a wrong type or a value out of range is an error."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +17,11 @@ class Range:
     """The numbers that a field may take, given as ``Annotated[int, Range(1, 1000)]``; `load` checks it.
 
     Args:
-        low: least value.
-        high: greatest value.
-        above: a bound that is itself not allowed.
-        below: likewise.
-        multiple_of: of which the value is a multiple.
+        low (float | None): least value.
+        high (float | None): greatest value.
+        above (float | None): a bound that is itself not allowed.
+        below (float | None): likewise.
+        multiple_of (int | None): of which the value is a multiple.
 
     Example:
         >>> str(Range(1, 1000)), str(Range(above=0)), str(Range(0, below=1))
@@ -67,9 +67,9 @@ def load(cls: type[T], given: object, path: str = "") -> T:
     class's own ``__post_init__`` is reported at the path of the instance.
 
     Args:
-        cls: a dataclass, or any other of the types above (``list[TableSpec]``).
-        given: the mapping.
-        path: where ``given`` stands in its file; errors begin with it.
+        cls (type[T]): a dataclass, or any other of the types above (``list[TableSpec]``).
+        given (object): the mapping.
+        path (str): where ``given`` stands in its file; errors begin with it.
 
     Raises:
         ConfigError: an unknown key (with the nearest known name), a missing one, a wrong type or a value out of range:
@@ -93,8 +93,8 @@ def dump(instance: object, *, defaults: bool = True) -> dict[str, Any]:
     """Returns a dataclass instance as plain dicts, lists, strings and numbers, of which `load` makes an equal one.
 
     Args:
-        instance: of a dataclass that `load` can load.
-        defaults: whether fields that have their default value are included.
+        instance (object): of a dataclass that `load` can load.
+        defaults (bool): whether fields that have their default value are included.
 
     Example:
         >>> from torchrec_qr.partitions import MixedRadix
@@ -230,7 +230,7 @@ def _instance(cls: type, given: object, path: str) -> Any:
     errors = [unknown_key(path, key, value, fields) for key, value in given.items() if key not in fields]
     values = {}
     for name, field in fields.items():
-        # A section that is left out is an empty one: what its defaults lack to be whole is told at its own path.
+        # Load an empty section for one that is left out, because errors of its defaults belong at its own path.
         is_section = field.default_factory is hints[name] and dataclasses.is_dataclass(hints[name])
         if name in given or is_section:
             try:

@@ -38,7 +38,7 @@ from torchrec_qr.partitions import (
     QuotientRemainder,
 )
 
-# Keys that say how ids compose, hence only beside `partitions`.
+# Allow these keys only beside `partitions`, because they are about composition.
 _COMPOSITIONAL_KEYS = (
     "partitions",
     "operation",
@@ -57,21 +57,22 @@ class TableSpec:
     The fields are those of `CompositionalEmbeddingBagConfig`, in YAML's terms.
 
     Args:
-        name: of the table.
-        num_embeddings: S, logical.
-        embedding_dim: D.
-        feature_names: default: one feature, called as the table.
-        pooling: of a pooled table.
-        data_type: of the stored rows.
-        partitions: which row of each partition an id selects; in YAML the ``kind`` and the fields of a spec.
-        operation: with ``partitions`` only, as all below but the last two.
-        partition_dims: D_j.
-        path_hidden: width of the MLPs' hidden layer.
-        path_activation: of that layer.
-        init: of the partitions.
-        out_of_range: policy for ids outside [0, S).
-        weight_init_min: replaces -1/√S.
-        weight_init_max: replaces 1/√S.
+        name (str): of the table.
+        num_embeddings (int): S, logical.
+        embedding_dim (int): D.
+        feature_names (tuple[str, ...] | None): default: one feature, called as the table.
+        pooling (str): of a pooled table.
+        data_type (str): of the stored rows.
+        partitions (QuotientRemainder | MixedRadix | ChineseRemainder | ExplicitPartitions | HashPartition | None):
+            which row of each partition an id selects; in YAML the ``kind`` and the fields of a spec.
+        operation (Operation): with ``partitions`` only, as all below but the last two.
+        partition_dims (tuple[int, ...] | None): D_j.
+        path_hidden (int | None): width of the MLPs' hidden layer.
+        path_activation (PathActivation): of that layer.
+        init (Init): of the partitions.
+        out_of_range (OutOfRange): policy for ids outside [0, S).
+        weight_init_min (float | None): replaces -1/√S.
+        weight_init_max (float | None): replaces 1/√S.
 
     Raises:
         ConfigError: no features; a key that needs ``partitions``.
@@ -113,7 +114,8 @@ class TableSpec:
         """Returns the config of a pooled table.
 
         Args:
-            base_dir: to which the path of an explicit map is relative; default: the working directory.
+            base_dir (str | Path | None): to which the path of an explicit map is relative; default: the working
+                directory.
 
         Raises:
             ConfigError: the partitions or the config refuse the values; names the table.
@@ -197,8 +199,9 @@ def load_tables(
     """Returns the configs of pooled tables that a ``tables:`` section describes.
 
     Args:
-        given: the section's list, or a mapping with the key ``tables``, whose other keys are ignored.
-        base_dir: to which paths of explicit maps are relative; default: the working directory.
+        given (Mapping[str, Any] | Sequence[Any]): the section's list, or a mapping with the key ``tables``, whose other
+            keys are ignored.
+        base_dir (str | Path | None): to which paths of explicit maps are relative; default: the working directory.
 
     Raises:
         ConfigError: with the path of every key that is wrong, from ``tables`` on.
@@ -290,7 +293,7 @@ def to_spec(config: BaseEmbeddingConfig) -> TableSpec:
 
 
 def _is_default_init(config: BaseEmbeddingConfig) -> bool:
-    """Whether a plain table's ``init_fn`` is the one that TorchRec puts there if none is given."""
+    """Returns whether a plain table's ``init_fn`` is the one that TorchRec puts there if none is given."""
     if not isinstance(fn := config.init_fn, partial):
         return False
     bounds = {"a": config.get_weight_init_min(), "b": config.get_weight_init_max()}

@@ -15,8 +15,8 @@ from torchrec_qr.planner.fit_advice import within_rows
 def fit(sizing: Sizing) -> tuple[int, Sizing]:
     """Returns the rows that no table exceeds, as many as fit, and the tables so.
 
-    The largest tables are compressed first, and alone if that is enough: a table of S rows keeps min(S, C) of them,
-    and C is the greatest of which a plan exists. Tables of explicit maps are kept.
+    The largest tables are compressed first, and alone if that is enough. A table of S rows keeps min(S, C) of them, and
+    C is the greatest of which a plan exists. Tables of explicit maps are kept.
 
     Raises:
         ValueError: the least rows of all tables, ⌈2√S⌉ each, do not fit.
@@ -41,7 +41,7 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
 
 
 def as_yaml(sizing: Sizing, rows: int) -> str:
-    """The ``tables:`` section, with what was found above it."""
+    """Returns the ``tables:`` section, with a comment on the compression above it."""
     spec = sizing.spec
     compressed = [table for table in sizing.tables if hasattr(table, "partitions")]
     head = [

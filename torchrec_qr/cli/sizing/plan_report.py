@@ -1,4 +1,4 @@
-"""A plan as a person reads it, in 100 columns, and as a program does."""
+"""A plan as text of 100 columns for a person, and as JSON for a program."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one variant of the tables.
+    """Sums over one variant of the tables.
 
     Args:
-        bytes_stored: of values.
-        bytes_held: with optimizer state and buffers, on the rank that has most; None where nothing fits.
-        fewest_ranks: that fit; None: no number that was tried.
+        bytes_stored (int): of values.
+        bytes_held (float | None): with optimizer state and buffers, on the rank that has most; None: nothing fits.
+        fewest_ranks (int | None): that fit; None: no number that was tried.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Totals:
 
 
 def as_json(estimated: EstimatedPlan | None, world_size: int, bytes_full: int, bytes_stored: int) -> dict[str, Any]:
-    """The plan for machines; without one, ``feasible`` is false and there are no ranks and tables."""
+    """Returns the plan for machines; without one, ``feasible`` is false and there are no ranks and tables."""
     out: dict[str, Any] = {"world_size": world_size, "feasible": estimated is not None, "ranks": [], "tables": []}
     if estimated is not None:
         memory, work = estimated.ranks.memory, estimated.ranks.work_ms
@@ -57,12 +57,12 @@ def as_json(estimated: EstimatedPlan | None, world_size: int, bytes_full: int, b
 
 
 def as_text(estimated: EstimatedPlan) -> str:
-    """Ranks with a bar of their work, and tables with the reason of their place."""
+    """Returns ranks with a bar of their work, and tables with the reason of their place."""
     return "\n".join([*_ranks(estimated), "", *_tables(estimated)])
 
 
 def compared(variants: Sequence[Totals]) -> str:
-    """One row per variant."""
+    """Returns one row per variant."""
     lines = [
         f"{'tables':<10}{'parameters':>20}{'GiB':>10}{'GiB a rank':>14}{'step ms':>10}{'balance':>9}"
         f"{'fewest ranks':>14}"
@@ -83,13 +83,14 @@ def _ranks(estimated: EstimatedPlan) -> list[str]:
     rows = [(str(rank), cost) for rank, cost in enumerate(costs)]
     what = "rank"
     if len(costs) > _SHOWN:
-        # Of each node, the rank with most work.
+        # Show the rank of each node that has most work.
         nodes = [costs[i : i + group] for i in range(0, len(costs), group)]
         rows = [(str(node), max(of_node, key=lambda c: c.work_ms)) for node, of_node in enumerate(nodes)]
         what = "node"
     most = max(cost.work_ms for cost in costs) or 1.0
     lines = [
-        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'comms':>10}{'reduce':>10}{'GiB':>10}{'of it state':>13}"
+        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'comms':>10}{'reduce':>10}{'GiB':>10}"
+        f"{'of it state':>13}"
     ]
     for name, cost in rows[:_SHOWN]:
         bar = "█" * round(_BAR * cost.work_ms / most)

@@ -1,4 +1,4 @@
-"""A job's tables and cluster, from its YAML, as the planner takes them."""
+"""The tables and the cluster of a job, from its YAML, for the planner."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ class Sizing:
     """Tables and the cluster that they are for.
 
     Args:
-        name: of the config.
-        tables: plain and compositional.
-        spec: the ``planner:`` section, complete.
-        optimizer: of the tables, by its name in a job's YAML.
+        name (str): of the config.
+        tables (Tables): plain and compositional.
+        spec (PlannerSpec): the ``planner:`` section, complete.
+        optimizer (str): of the tables, by its name in a job's YAML.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Sizing:
     optimizer: str
 
     def plan(self) -> EstimatedPlan:
-        """The plan.
+        """Returns the plan.
 
         Raises:
             PlannerError: none fits.
@@ -51,7 +51,7 @@ class Sizing:
         return self.planner().propose(self._collection, self._sharders)
 
     def fits(self) -> bool:
-        """Whether there is one."""
+        """Returns whether a plan fits."""
         return self.planner().fits(self._collection, self._sharders)
 
     def planner(self) -> CompositionalEmbeddingShardingPlanner:
@@ -72,12 +72,12 @@ class Sizing:
         return replace(self, tables=list(tables))
 
     def on(self, nodes: int, ranks: int) -> "Sizing":
-        """The same on another cluster, where no table is bound to a rank."""
+        """Returns the same on another cluster, where no table is bound to a rank."""
         free = {name: replace(c, ranks=None) for name, c in self.spec.constraints.items()}
         return replace(self, spec=replace(self.spec, topology=f"{nodes}x{ranks}", constraints=free))
 
     def fewest_ranks(self, most_nodes: int = 4096) -> int | None:
-        """The fewest ranks that hold the tables: of one node, or so many nodes; None: none do."""
+        """Returns the fewest ranks that hold the tables, of one node, or of so many nodes; None: none do."""
         per_node = self.spec.local_world_size or 1
         sizes = [(1, n) for n in range(1, per_node + 1)] + [(n, per_node) for n in range(2, most_nodes + 1)]
 
@@ -93,7 +93,7 @@ class Sizing:
         return nodes * ranks
 
     def variant(self, name: str) -> "Sizing":
-        """The same tables ``"full"``, or in as many rows by ``"hash"`` or ``"qr"``."""
+        """Returns the same tables ``"full"``, or in as many rows by ``"hash"`` or ``"qr"``."""
         return self.of_tables([_as(name, table) for table in self.tables])
 
     @cached_property
@@ -106,7 +106,7 @@ class Sizing:
 
 
 def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str | None = None) -> Sizing:
-    """Reads a job's YAML; ``overrides`` replace keys of its ``planner:`` section where they are not None.
+    """Reads a job's YAML; ``overrides`` replace keys of its ``planner:`` section if they are not None.
 
     A batch size and an optimizer that the library's own sections don't have are taken from the job's.
 
@@ -136,7 +136,7 @@ def read_sizing(path: str | Path, overrides: Mapping[str, Any], optimizer: str |
 
 
 def full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
-    """The table uncompressed."""
+    """Returns the table uncompressed."""
     return EmbeddingBagConfig(**_plain_fields(table))
 
 
@@ -149,13 +149,13 @@ def composed(table: EmbeddingBagConfig, partitions: PartitionSpec) -> Compositio
 
 
 def _plain_fields(table: EmbeddingBagConfig) -> dict[str, Any]:
-    """What a table says that does not depend on how it is stored."""
+    """Returns the fields of a table that do not depend on its storage."""
     names = ("name", "feature_names", "num_embeddings", "embedding_dim", "pooling", "data_type")
     return {name: getattr(table, name) for name in (*names, "weight_init_min", "weight_init_max")}
 
 
 def is_given_map(table: EmbeddingBagConfig) -> bool:
-    """Whether the user's own classes say which ids share rows."""
+    """Returns whether the user's own classes choose the ids that share rows."""
     return isinstance(table, CompositionalEmbeddingBagConfig) and isinstance(table.partitions, ExplicitPartitions)
 
 
