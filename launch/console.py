@@ -102,22 +102,24 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], shardings: Mapping[str, P
         out.add_column(name, justify="right")
     out.add_column("placement")
     out.add_column("ranks")
-    all_rows = all_stored_rows = all_values = all_stored_values = 0
-    for t in tables:
-        rows, values = t.num_embeddings, t.num_embeddings * t.embedding_dim
-        stored_rows, stored_values = rows, values
-        if isinstance(t, CompositionalEmbeddingBagConfig):
-            stored_rows, stored_values = t.physical_rows, t.num_parameters
-        all_rows, all_values = all_rows + rows, all_values + values
-        all_stored_rows, all_stored_values = all_stored_rows + stored_rows, all_stored_values + stored_values
-        placement, ranks = _placement(shardings.get(t.name))
-        smaller = f"{values / stored_values:.1f}×"
-        out.add_row(t.name, f"{rows:,}", f"{stored_rows:,}", _mib(stored_values), smaller, placement, ranks)
+    sizes = [_sizes(table) for table in tables]
+    for table, of_table in zip(tables, sizes, strict=True):
+        out.add_row(table.name, *_cells(*of_table), *_placement(shardings.get(table.name)))
     out.add_section()
-    smaller = f"{all_values / all_stored_values:.1f}×"
-    total = f"{len(tables)} tables"
-    out.add_row(total, f"{all_rows:,}", f"{all_stored_rows:,}", _mib(all_stored_values), smaller, "", "")
+    out.add_row(f"{len(tables)} tables", *_cells(*(sum(column) for column in zip(*sizes, strict=True))), "", "")
     return out
+
+
+def _sizes(table: EmbeddingBagConfig) -> tuple[int, int, int, int]:
+    """Returns logical and physical rows, and logical and stored values."""
+    rows, values = table.num_embeddings, table.num_embeddings * table.embedding_dim
+    if isinstance(table, CompositionalEmbeddingBagConfig):
+        return rows, table.physical_rows, values, table.num_parameters
+    return rows, rows, values, values
+
+
+def _cells(rows: int, stored_rows: int, values: int, stored_values: int) -> tuple[str, ...]:
+    return f"{rows:,}", f"{stored_rows:,}", f"{4 * stored_values / _MIB:,.2f}", f"{values / stored_values:.1f}×"
 
 
 def _placement(sharding: ParameterSharding | None) -> tuple[str, str]:
@@ -127,7 +129,3 @@ def _placement(sharding: ParameterSharding | None) -> tuple[str, str]:
     ranks = sorted(set(sharding.ranks or ()))
     contiguous = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
     return sharding.sharding_type, f"{ranks[0]}-{ranks[-1]}" if contiguous else ",".join(map(str, ranks))
-
-
-def _mib(parameters: int) -> str:
-    return f"{4 * parameters / _MIB:,.2f}"

@@ -1,6 +1,7 @@
 """The tables of a job, such that its optimizer has a rule for each."""
 
 from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
@@ -42,14 +43,5 @@ def freeze(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _single_partition(table: EmbeddingBagConfig) -> CompositionalEmbeddingBagConfig:
-    rows = table.num_embeddings
-    return CompositionalEmbeddingBagConfig(
-        name=table.name,
-        feature_names=table.feature_names,
-        num_embeddings=rows,
-        embedding_dim=table.embedding_dim,
-        data_type=table.data_type,
-        pooling=table.pooling,
-        init_fn=table.init_fn,
-        partitions=MixedRadix(sizes=[rows]),
-    )
+    given = {field.name: getattr(table, field.name) for field in fields(table) if field.init}
+    return CompositionalEmbeddingBagConfig(**given, partitions=MixedRadix(sizes=[table.num_embeddings]))

@@ -105,7 +105,7 @@ def _run(
                 "speed",
                 f"{speed.samples_per_s:,.0f} samples/s, {speed.waited_share:.1%} of the time waiting for data",
             ),
-            *_skipped(trainer.skipped_rows),
+            *_skipped(trainer.skipped.of_split),
             ("run", str(folder.root)),
         ]
     )
@@ -141,14 +141,16 @@ def trained(
         if checkpoint is not None:
             output.say(f"continues at step {trainer.step}, from {checkpoint}")
         elif job.train.init_from is not None:
-            output.say(f"starts from the weights of {trainer.start_from(Path(job.train.init_from).expanduser())}")
+            best = trainer.saved_model.start_from(Path(job.train.init_from).expanduser())
+            output.say(f"starts from the weights of {best}")
         # Only now, because a job that is refused must leave the run as it is.
         folder.write_text("config.yaml", write_job(kept or job))
         folder.write_text("plan.txt", plan)
         test = trainer.train()
     numbers = {"logloss": test.logloss, "ne": test.ne, "calibration": test.calibration}
     known, speed = data.known_quality(), trainer.speed.samples_per_s
-    skipped = {"skipped_rows": trainer.skipped_rows["test"]} if trainer.skipped_rows else {}
+    of_split = trainer.skipped.of_split
+    skipped = {"skipped_rows": of_split["test"]} if of_split else {}
     folder.log(trainer.step, "test", auc=test.auc, **known, **numbers, **skipped, samples_per_s=speed)
     return trainer, test
 

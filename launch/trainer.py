@@ -51,6 +51,8 @@ class Trainer:
     Attributes:
         step (int): of the model, as trained or loaded.
         speed (Speed): of training.
+        skipped (SkippedRows): malformed rows that passes over the splits left out.
+        saved_model (SavedModel): the model in checkpoints.
     """
 
     def __init__(
@@ -71,24 +73,19 @@ class Trainer:
         self._checkpoints = Checkpoints(folder.checkpoints, kept=2, waits=waits)
         self._best_checkpoint = Checkpoints(folder.best, kept=1, waits=waits)
         meaning_file = folder.root / "meaning.json"
-        self._saved_model = SavedModel(job, parallel, data.meaning.hash, meaning_file, device, waits)
+        self.saved_model = SavedModel(job, parallel, data.meaning.hash, meaning_file, device, waits)
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
         self._termination = Termination(waits.group, lambda: folder.lost)
         self.step, self.speed = 0, Speed()
         self._epoch = 0
         self._batch = 0  # trained of this epoch
         self._window = Predictions()  # since the last line of training metrics
-        self._skipped = SkippedRows(output.say, waits.group)
-        self._trained = TrainedRows(data.splits.train, self._skipped, job.data.on_bad_row)
+        self.skipped = SkippedRows(output.say, waits.group)
+        self._trained = TrainedRows(data.splits.train, self.skipped, job.data.on_bad_row)
         self._best: float | None = None  # least validation log loss so far
         self._validated = self._saved = -1  # the steps at which that was last done
         self._worse = 0  # validations since the best one
         self._reached = False  # the AUC at which to stop
-
-    @property
-    def skipped_rows(self) -> dict[str, int]:
-        """Malformed rows of all ranks that the latest pass over each split left out; empty if they are errors."""
-        return self._skipped.of_split
 
     def train(self) -> Quality:
         """Runs to the end and returns the quality on the test split, of the step that validated best.
@@ -112,7 +109,7 @@ class Trainer:
             self._save()
         best = self._best_checkpoint.latest()
         if best is not None and (step := Checkpoints.about(best)["step"]) != self.step:
-            self._saved_model.load(best)
+            self.saved_model.load(best)
             self.step = step
         tested, _ = self._evaluate(self._data.splits.test, self._data.test())
         if best is not None:
@@ -139,8 +136,8 @@ class Trainer:
             self._folder.drop_after(0, 0)
             self._best_checkpoint.forget_after(-1)
             return None
-        about = self._saved_model.checked(checkpoint)
-        self._saved_model.load(checkpoint)
+        about = self.saved_model.checked(checkpoint)
+        self.saved_model.load(checkpoint)
         self.step = self._saved = about["step"]
         self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
         self._worse = about["worse"]
@@ -153,10 +150,6 @@ class Trainer:
         self._folder.drop_after(self.step, self._validated)
         self._best_checkpoint.forget_after(self._validated)
         return checkpoint
-
-    def start_from(self, run: Path) -> Path:
-        """Takes the weights of another run's end; see `SavedModel.start_from`."""
-        return self._saved_model.start_from(run)
 
     def _train_epochs(self) -> None:
         while self._epoch < self._job.train.epochs and not self._done():
@@ -269,7 +262,7 @@ class Trainer:
         model.train()
         raise_pending()
         q = quality(*predictions.gather(self._device))
-        skipped = self._skipped.count(split, batches.bad_rows, batches.bad_rows.count)
+        skipped = self.skipped.count(split, batches.bad_rows, batches.bad_rows.count)
         batches.bad_rows.require_good(q.samples, f"the {split.name} split")
         return q, skipped
 
@@ -303,7 +296,7 @@ class Trainer:
             "validated": self._validated,
             **self._trained.state(self._batch),
         }
-        self._saved_model.save(to or self._checkpoints, self.step, about, self._rank_state())
+        self.saved_model.save(to or self._checkpoints, self.step, about, self._rank_state())
         if to is None:
             self._saved = self.step
 

@@ -1,7 +1,6 @@
 """Batches of a rank: read, mapped, shuffled and batched in the background."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from launch.data.errors import BadRows
 from launch.data.generator import GeneratorSource
 from launch.data.id_mapping import IdMapping
 from launch.data.meaning import Meaning
-from launch.data.prefetch import Prefetched
+from launch.data.prefetch import Prefetched, mapped
 from launch.data.rows import Rows, concat
 from launch.data.shards import BLOCK, Window, num_batches, rank_range, windows
 from launch.data.source import RowSource
@@ -142,14 +141,13 @@ class Data:
             skip -= drop
             if drop < len(window):
                 todo.append((window, drop))
+
+        def read(window_and_drop: tuple[Window, int]) -> Rows:
+            return self._read(source, *window_and_drop, bad_rows)
+
         # The source is closed last, when no thread reads it any longer.
-        with closing(source), ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            ahead = [reader.submit(self._read, source, *what_next, bad_rows) for what_next in todo[:1]]
-            for i in range(len(todo)):
-                rows = ahead.pop().result()
-                if i + 1 < len(todo):
-                    ahead.append(reader.submit(self._read, source, *todo[i + 1], bad_rows))
-                yield rows
+        with closing(source), closing(mapped(read, todo, threads=1)) as ahead:
+            yield from ahead
 
     def _read(self, source: RowSource, window: Window, drop: int, bad_rows: BadRows) -> Rows:
         # Piece by piece, each small enough to stay in the processor's cache on its way.

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
@@ -84,7 +84,7 @@ class Prefetched(Iterator[T], Generic[T]):
                 self._changed.notify_all()
 
 
-def mapped(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
+def mapped(function: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
     """Yields ``function(item)`` of each item, in order, several of them being worked on at once.
 
     Example:
