@@ -1,5 +1,5 @@
-# Sourced by the scripts that start daemons as root: a folder that nobody else can write into, and process ids that are
-# ended only while they are those of the processes that were started.
+# The scripts that start daemons as root source this file. It makes a folder that nobody else can write into, and ends a
+# process id only while it is that of the process that was started.
 
 # own_folder DIR: makes DIR, of root alone; fails if somebody else has made it, or it is a link.
 own_folder() {
@@ -9,8 +9,8 @@ own_folder() {
     chmod 700 "$1"
 }
 
-# start_time PID: when it started, in clock ticks since boot; fails if there is none. The name of a process, in
-# parentheses before, may hold anything.
+# start_time PID: when it started, in clock ticks since boot; fails if there is none. It cuts at the last parenthesis, because
+# the name of a process, in parentheses, may hold anything.
 start_time() {
     local stat
     stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
@@ -21,15 +21,15 @@ start_time() {
 # note_process PID FILE: writes what `process_in` reads.
 note_process() { echo "$1 $(start_time "$1")" >"$2"; }
 
-# process_in FILE: prints the process id of FILE if it is still that process, which started when FILE says.
+# process_in FILE: prints the process id of FILE if it is still the process that started at the time in FILE.
 process_in() {
     local pid started
     read -r pid started 2>/dev/null <"$1" || return 1
     [[ $pid =~ ^[1-9][0-9]*$ ]] && [ -n "$started" ] && [ "$(start_time "$pid")" = "$started" ] && echo "$pid"
 }
 
-# end_process FILE TENTHS [GROUP]: asks the process of FILE to end, and kills it, or its group, after so many tenths of a
-# second; removes FILE.
+# end_process FILE TENTHS [GROUP]: ends the process of FILE, and kills it, or its group, if it is there after so many
+# tenths of a second; removes FILE.
 end_process() {
     local pid
     if pid=$(process_in "$1"); then

@@ -7,8 +7,8 @@
 #   scripts/ray_head.sh status   prints the head's resources; exit code 1 if it is not up
 #   scripts/ray_head.sh down     stops the head
 #
-# Whoever reaches a Ray head can run code on it, and Ray listens on every interface: told 127.0.0.1, it takes the host's
-# routable address instead. So the head gets a network namespace with no interface but loopback. Needs root.
+# A client of a Ray head can run code on it, and Ray listens on every interface: in place of 127.0.0.1 it takes the host's
+# routable address. So the head gets a network namespace with no interface but loopback. Needs root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -77,7 +77,7 @@ status() {
 down() {
     [ "$(id -u)" = 0 ] || fail "needs root (sudo $0 down)"
     own_folder "$FOLDER"
-    # --block ends all processes of the head when it is told to end.
+    # With --block, the process ends all others of the head when it gets the signal.
     end_process "$PID" 150 group
     rm -rf "$FOLDER"
     ip netns delete "$NAMESPACE" 2>/dev/null || true

@@ -82,8 +82,8 @@ AuthInfo=socket=$CLUSTER/run/munge.socket,cred_expire=20"
     dd if=/dev/urandom of="$CLUSTER/etc/munge.key" bs=1024 count=1 status=none
     chmod 400 "$CLUSTER/etc/munge.key"
 
-    # What the cluster is for: real queues, real srun, real accounting (TorchX reads a job's state from it). What needs
-    # more than a container has, such as cgroups, is off.
+    # The cluster has real queues, srun and accounting (TorchX reads a job's state from it). Features that need more than
+    # a container has, such as cgroups, are off.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
@@ -110,7 +110,7 @@ SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=${ports[1]}
-# Where MUNGE is not at its default place, this is its socket.
+# This is the socket of MUNGE if it is not at its default place.
 AccountingStoragePass=$CLUSTER/run/munge.socket
 NodeName=${NODES[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[3]} CPUs=$NODE_CPUS RealMemory=4096
 NodeName=${NODES[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[4]} CPUs=$NODE_CPUS RealMemory=4096

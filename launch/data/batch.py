@@ -68,7 +68,7 @@ class BatchMaker:
 
     def _sparse(self, rows: Rows) -> KeyedJaggedTensor:
         if rows.lengths is None and rows.weights is None:
-            values, lengths = self._fixed_values(rows), self._fixed_lengths(len(rows), rows.hots)
+            values, lengths = self._fixed_values(rows), self._fixed_lengths(len(rows), rows.ids_per_row)
         else:
             values, lengths = _ragged_sparse(rows)
         return KeyedJaggedTensor(self._features, values, lengths=lengths, stride=len(rows))
@@ -76,19 +76,19 @@ class BatchMaker:
     def _fixed_values(self, rows: Rows) -> Tensor:
         values = np.empty(rows.ids.size, np.int64)
         position = column = 0
-        if max(rows.hots) == 1:
-            values.reshape(len(rows.hots), len(rows))[:] = rows.ids.T
+        if max(rows.ids_per_row) == 1:
+            values.reshape(len(rows.ids_per_row), len(rows))[:] = rows.ids.T
         else:
-            for hot in rows.hots:
-                part = values[position : position + hot * len(rows)].reshape(len(rows), hot)
-                part[:] = rows.ids[:, column : column + hot]
-                position, column = position + part.size, column + hot
+            for count in rows.ids_per_row:
+                part = values[position : position + count * len(rows)].reshape(len(rows), count)
+                part[:] = rows.ids[:, column : column + count]
+                position, column = position + part.size, column + count
         return torch.from_numpy(values)
 
-    def _fixed_lengths(self, num_rows: int, hots: tuple[int, ...]) -> Tensor:
-        key = num_rows, hots
+    def _fixed_lengths(self, num_rows: int, ids_per_row: tuple[int, ...]) -> Tensor:
+        key = num_rows, ids_per_row
         if key not in self._lengths:
-            self._lengths[key] = torch.tensor(hots, dtype=torch.int64).repeat_interleave(num_rows)
+            self._lengths[key] = torch.tensor(ids_per_row, dtype=torch.int64).repeat_interleave(num_rows)
         return self._lengths[key]
 
 

@@ -30,7 +30,7 @@ class GeneratorSource:
         section (GeneratorSection): number of rows, seed, exponent and strengths.
         table_rows (Sequence[int]): S of each feature's table.
         dense_features (int): number of dense features.
-        hots (Sequence[int] | None): ids per row of each feature; default: one.
+        ids_per_row (Sequence[int] | None): ids per row of each feature; default: one.
     """
 
     random_access = True
@@ -41,15 +41,15 @@ class GeneratorSource:
         section: GeneratorSection,
         table_rows: Sequence[int],
         dense_features: int,
-        hots: Sequence[int] | None = None,
+        ids_per_row: Sequence[int] | None = None,
     ) -> None:
         self._section = section
         self._dense_features = dense_features
-        self._hots = tuple(hots or (1,) * len(table_rows))
-        self._rows_of_column = np.repeat(np.array(table_rows, np.float64), self._hots)
-        self._feature_of_column = np.repeat(np.arange(len(table_rows)), self._hots).astype(np.uint64)
+        self._ids_per_row = tuple(ids_per_row or (1,) * len(table_rows))
+        self._rows_of_column = np.repeat(np.array(table_rows, np.float64), self._ids_per_row)
+        self._feature_of_column = np.repeat(np.arange(len(table_rows)), self._ids_per_row).astype(np.uint64)
         self._strengths = _strengths(np.array(table_rows), section.ids_strength)[self._feature_of_column.astype(int)]
-        self._strengths /= np.sqrt(np.repeat(np.array(self._hots), self._hots))
+        self._strengths /= np.sqrt(np.repeat(np.array(self._ids_per_row), self._ids_per_row))
         direction = np.random.default_rng([section.seed, 1]).standard_normal(dense_features)
         self._direction = direction / np.linalg.norm(direction)
         self._last: tuple[int, _Generated] | None = None
@@ -69,9 +69,9 @@ class GeneratorSource:
         return f"generator:{row + 1}"
 
     def quoted(self, row: int, feature: int) -> str:
-        first = sum(self._hots[:feature])
+        first = sum(self._ids_per_row[:feature])
         rows = self._block(row // BLOCK).rows
-        return str(rows.ids[row % BLOCK, first : first + self._hots[feature]].tolist())
+        return str(rows.ids[row % BLOCK, first : first + self._ids_per_row[feature]].tolist())
 
     def close(self) -> None:
         """Does nothing: there is no file."""
@@ -107,7 +107,7 @@ class GeneratorSource:
         ids = _power_law(random.random((BLOCK, len(self._rows_of_column))), self._rows_of_column, self._section.zipf)
         logits = self._section.bias + dense_part + self.effects(ids).sum(1)
         labels = random.random(BLOCK) * (1 + np.exp(-logits)) < 1
-        rows = Rows(labels.astype(np.float32), dense.astype(np.float32), ids, self._hots)
+        rows = Rows(labels.astype(np.float32), dense.astype(np.float32), ids, self._ids_per_row)
         return _Generated(rows, logits, dense_part)
 
 

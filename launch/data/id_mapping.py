@@ -105,8 +105,8 @@ class ValueCounts:
 def columns(rows: Rows) -> list[Array]:
     """Returns the ids of each feature, (B, H_f) or (N_f,)."""
     if rows.lengths is None:
-        ends = np.cumsum(rows.hots)
-        return [rows.ids[:, end - hot : end] for end, hot in zip(ends, rows.hots, strict=True)]
+        ends = np.cumsum(rows.ids_per_row)
+        return [rows.ids[:, end - count : end] for end, count in zip(ends, rows.ids_per_row, strict=True)]
     feature = _features_of_ids(rows)
     return [rows.ids[feature == f] for f in range(rows.lengths.shape[1])]
 
@@ -241,6 +241,6 @@ def _remainder(ids: Array, rows: Array) -> Array:
 def _features_of_ids(rows: Rows) -> Array:
     """Returns the feature of each id, or of each column of ids."""
     if rows.lengths is None:
-        return np.repeat(np.arange(len(rows.hots)), rows.hots)
+        return np.repeat(np.arange(len(rows.ids_per_row)), rows.ids_per_row)
     features = np.broadcast_to(np.arange(rows.lengths.shape[1]), rows.lengths.shape)
     return np.repeat(features.reshape(-1), rows.lengths.reshape(-1))

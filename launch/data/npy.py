@@ -29,7 +29,7 @@ class NpySource(Files["_NpyFiles"]):
         prefixes (Sequence[str | Path]): of the files.
         num_features (int): F.
         dense_features (int): number of dense features.
-        hots (Sequence[int] | None): H_f that the files must have; default: any.
+        ids_per_row (Sequence[int] | None): H_f that the files must have; default: any.
         labels (Labels): how they are read; if they are optional, ``day_0_labels.npy`` may be missing.
 
     Attributes:
@@ -46,15 +46,15 @@ class NpySource(Files["_NpyFiles"]):
         prefixes: Sequence[str | Path],
         num_features: int,
         dense_features: int,
-        hots: Sequence[int] | None = None,
+        ids_per_row: Sequence[int] | None = None,
         labels: Labels = BINARY,
     ) -> None:
         validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels)
         super().__init__([_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes])
         for file in self._files:
-            for allowed, where in ((hots, "data.multi_hot"), (self._files[0].hots, self._files[0].name)):
-                if allowed is not None and file.hots != tuple(allowed):
-                    problem = f"{list(file.hots)} ids per feature; allowed: {list(allowed)}, as {where}"
+            for allowed, where in ((ids_per_row, "data.multi_hot"), (self._files[0].ids_per_row, self._files[0].name)):
+                if allowed is not None and file.ids_per_row != tuple(allowed):
+                    problem = f"{list(file.ids_per_row)} ids per feature; allowed: {list(allowed)}, as {where}"
                     raise DataError(file.name, problem)
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
@@ -88,11 +88,11 @@ class _NpyFiles:
             self._ids = _members(prefix + _MULTI_HOT, num_features)
             for f, ids in enumerate(self._ids):
                 _check(f"{prefix}{_MULTI_HOT}[{f}]", ids, (n, ids.shape[-1]), "iu")
-            self.hots = tuple(ids.shape[1] for ids in self._ids)
+            self.ids_per_row = tuple(ids.shape[1] for ids in self._ids)
         else:
             self._ids = [_mapped(prefix + _ONE_HOT)]
             _check(prefix + _ONE_HOT, self._ids[0], (n, num_features), "iu")
-            self.hots = (1,) * num_features
+            self.ids_per_row = (1,) * num_features
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
         part = slice(start, stop)
@@ -101,7 +101,7 @@ class _NpyFiles:
         with np.errstate(over="ignore"):  # an infinite value is a fault of its row
             dense = self._dense[part].astype(np.float32)
         rows, problems = self._validity.block(
-            np.asarray(self._labels[part]), dense, ids, self.hots, None, {}, partial(self._value, start)
+            np.asarray(self._labels[part]), dense, ids, self.ids_per_row, None, {}, partial(self._value, start)
         )
         for i in sorted(problems):
             bad_rows.report(self.location(start + i), problems[i])
@@ -114,7 +114,7 @@ class _NpyFiles:
         return str(self._dense[start + i, self._validity.dense.index(column)])
 
     def quoted(self, row: int, feature: int) -> str:
-        if len(self._ids) == 1 and len(self.hots) > 1:
+        if len(self._ids) == 1 and len(self.ids_per_row) > 1:
             return str(self._ids[0][row, feature])
         ids = self._ids[feature][row].tolist()
         return str(ids[0] if len(ids) == 1 else ids)

@@ -21,13 +21,14 @@ class Rows:
         dense (Array): (B, number of dense features) float32; NaN if missing.
         ids (Array): of integers. Without ``lengths`` (B, ΣH): feature f has H_f ids in every row, side by side in the
             order of the features. With ``lengths`` (N,): row by row, in each feature by feature.
-        hots (tuple[int, ...]): H_f; all 1, and without meaning, beside ``lengths``.
+        ids_per_row (tuple[int, ...]): H_f; all 1, and without meaning, beside ``lengths``.
         lengths (Array | None): (B, F) number of ids, or None.
         weights (Array | None): (B,) float32, 0 for a row that does not count (malformed, or padding), 1 for all others;
             None: all 1.
 
     Example:
-        >>> rows = Rows(np.float32([0, 1]), np.zeros((2, 1), np.float32), np.array([[1, 2, 3], [4, 5, 6]]), hots=(1, 2))
+        >>> labels, dense, ids = np.float32([0, 1]), np.zeros((2, 1), np.float32), np.array([[1, 2, 3], [4, 5, 6]])
+        >>> rows = Rows(labels, dense, ids, ids_per_row=(1, 2))
         >>> rows.take(np.array([1])).ids
         array([[4, 5, 6]])
     """
@@ -35,7 +36,7 @@ class Rows:
     labels: Array
     dense: Array
     ids: Array
-    hots: tuple[int, ...]
+    ids_per_row: tuple[int, ...]
     lengths: Array | None = None
     weights: Array | None = None
 
@@ -71,8 +72,8 @@ class Rows:
             labels=np.zeros(missing, np.float32),
             dense=np.zeros((missing, self.dense.shape[1]), np.float32),
             ids=ids,
-            hots=self.hots,
-            lengths=np.zeros((missing, len(self.hots)), np.int64) if ragged else None,
+            ids_per_row=self.ids_per_row,
+            lengths=np.zeros((missing, len(self.ids_per_row)), np.int64) if ragged else None,
             weights=np.zeros(missing, np.float32),
         )
         return concat([self, padding])
@@ -94,7 +95,7 @@ class Rows:
     def _each(self, pick: Callable[[Array], Array], ids: Array) -> "Rows":
         """Returns the rows that ``pick`` takes of each array, with their ``ids``."""
         lengths, weights = (None if array is None else pick(array) for array in (self.lengths, self.weights))
-        return Rows(pick(self.labels), pick(self.dense), ids, self.hots, lengths, weights)
+        return Rows(pick(self.labels), pick(self.dense), ids, self.ids_per_row, lengths, weights)
 
 
 def concat(parts: Sequence[Rows]) -> Rows:
@@ -112,7 +113,7 @@ def concat(parts: Sequence[Rows]) -> Rows:
         labels=np.concatenate([part.labels for part in parts]),
         dense=np.concatenate([part.dense for part in parts]),
         ids=np.concatenate([part.ids for part in parts]),
-        hots=parts[0].hots,
+        ids_per_row=parts[0].ids_per_row,
         lengths=lengths,
         weights=weights,
     )
@@ -122,8 +123,8 @@ def ragged(rows: Rows) -> Rows:
     """Returns the same rows in the form with ``lengths``."""
     if rows.lengths is not None:
         return rows
-    lengths = np.broadcast_to(np.array(rows.hots, np.int64), (len(rows), len(rows.hots)))
-    return replace(rows, ids=rows.ids.reshape(-1), hots=(1,) * len(rows.hots), lengths=lengths)
+    lengths = np.broadcast_to(np.array(rows.ids_per_row, np.int64), (len(rows), len(rows.ids_per_row)))
+    return replace(rows, ids=rows.ids.reshape(-1), ids_per_row=(1,) * len(rows.ids_per_row), lengths=lengths)
 
 
 def segments(starts: Array, counts: Array, order: Array) -> Array:

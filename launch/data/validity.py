@@ -47,7 +47,7 @@ class Validity:
         labels: Array,
         dense: Array,
         ids: Array,
-        hots: tuple[int, ...],
+        ids_per_row: tuple[int, ...],
         lengths: Array | None,
         wrong_ids: dict[int, str],
         quote: Quote,
@@ -58,7 +58,7 @@ class Validity:
             labels (Array): (B,) of any kind of number; NaN if missing.
             dense (Array): (B, dense features) float32; NaN if missing.
             ids (Array): as in `Rows`.
-            hots (tuple[int, ...]): as in `Rows`.
+            ids_per_row (tuple[int, ...]): as in `Rows`.
             lengths (Array | None): as in `Rows`.
             wrong_ids (dict[int, str]): by position, what is wrong with ids.
             quote (Quote): returns the value of a row in a column.
@@ -75,7 +75,7 @@ class Validity:
         for i, problem in wrong_ids.items():
             problems.setdefault(i, problem)
         with np.errstate(over="ignore"):  # of wrong labels, which become 0
-            rows = Rows(self._as_labels(labels), dense, ids, hots, lengths)
+            rows = Rows(self._as_labels(labels), dense, ids, ids_per_row, lengths)
         return rows.without(np.array(sorted(problems), np.int64)), problems
 
     def _wrong_labels(self, labels: Array) -> Array:

@@ -42,7 +42,7 @@ def write_tsv(path: Path, lines: list[str], end: str = "\n") -> Path:
 
 
 def assert_same_rows(given: Rows, expected: Rows) -> None:
-    assert given.hots == expected.hots
+    assert given.ids_per_row == expected.ids_per_row
     for name in ("labels", "dense", "ids", "lengths", "weights"):
         a, b = getattr(given, name), getattr(expected, name)
         assert (a is None) == (b is None), name

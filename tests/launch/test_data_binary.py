@@ -34,10 +34,10 @@ def write_npy(prefix: Path, rows: Rows) -> str:
 def write_multi_hot(prefix: Path, rows: Rows, save: Any = np.savez) -> str:
     np.save(f"{prefix}_dense.npy", rows.dense)
     np.save(f"{prefix}_labels.npy", rows.labels)
-    ends = np.cumsum(rows.hots)
+    ends = np.cumsum(rows.ids_per_row)
     save(
         f"{prefix}_sparse_multi_hot.npz",
-        **{str(f): rows.ids[:, e - h : e] for f, (e, h) in enumerate(zip(ends, rows.hots, strict=True))},
+        **{str(f): rows.ids[:, e - h : e] for f, (e, h) in enumerate(zip(ends, rows.ids_per_row, strict=True))},
     )
     return str(prefix)
 
@@ -59,10 +59,10 @@ def test_multi_hot_npz(tmp_path: Path, save: Any) -> None:
         np.float32([1, 0, 1]), random.random((3, 2), np.float32), random.integers(0, 9, (3, 6), np.int32), (3, 1, 2)
     )
     prefix = write_multi_hot(tmp_path / "day_0", rows, save)
-    source = NpySource([prefix], 3, 2, hots=(3, 1, 2))
+    source = NpySource([prefix], 3, 2, ids_per_row=(3, 1, 2))
     assert_same_rows(source.read(1, 3, BadRows("error")), rows.cut(1, 3))
     with pytest.raises(DataError, match=r"day_0: \[3, 1, 2\] ids per feature; allowed: \[3, 2, 2\], as data.multi_hot"):
-        NpySource([prefix], 3, 2, hots=(3, 2, 2))
+        NpySource([prefix], 3, 2, ids_per_row=(3, 2, 2))
     with pytest.raises(DataError, match=r"day_0_sparse_multi_hot.npz: no array 3; it has 0, 1, 2"):
         NpySource([prefix], 4, 2)
 

@@ -60,7 +60,9 @@ def test_labels_have_the_probabilities_that_it_knows() -> None:
 
 
 def test_multi_hot() -> None:
-    rows = GeneratorSource(GeneratorSection(rows=100), ROWS, 13, hots=(3, 1, 2, 1)).read(0, 100, BadRows("error"))
+    rows = GeneratorSource(GeneratorSection(rows=100), ROWS, 13, ids_per_row=(3, 1, 2, 1)).read(
+        0, 100, BadRows("error")
+    )
     assert rows.ids.shape == (100, 7)
     assert rows.ids.max(0)[6] < 5
 

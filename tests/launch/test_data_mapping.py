@@ -13,9 +13,9 @@ from launch.data.id_mapping import IdMapping, ValueCounts, Vocabulary, load_voca
 from launch.data.rows import MISSING, Rows, ragged
 
 
-def rows_of(ids: list[list[int]], hots: tuple[int, ...]) -> Rows:
+def rows_of(ids: list[list[int]], ids_per_row: tuple[int, ...]) -> Rows:
     n = len(ids)
-    return Rows(np.zeros(n, np.float32), np.zeros((n, 1), np.float32), np.array(ids), hots)
+    return Rows(np.zeros(n, np.float32), np.zeros((n, 1), np.float32), np.array(ids), ids_per_row)
 
 
 def where(row: int) -> str:
@@ -28,7 +28,7 @@ def quoted(row: int, feature: int) -> str:
 
 @pytest.mark.parametrize("as_ragged", [False, True])
 def test_modulo_vocabulary_and_encoded(as_ragged: bool) -> None:
-    rows = rows_of([[7, 103, 5], [MISSING, 3, 2**31 + 1]], hots=(1, 2))
+    rows = rows_of([[7, 103, 5], [MISSING, 3, 2**31 + 1]], ids_per_row=(1, 2))
     if as_ragged:
         rows = ragged(rows)
 
@@ -51,7 +51,7 @@ def test_modulo_vocabulary_and_encoded(as_ragged: bool) -> None:
 def test_vocabulary_is_in_the_order_of_frequency() -> None:
     counts = ValueCounts(1)
     for part in ([5, 5, 9, 2], [2, 9, 9, MISSING], [4]):
-        counts.add(rows_of([[x] for x in part], hots=(1,)))
+        counts.add(rows_of([[x] for x in part], ids_per_row=(1,)))
     assert counts.cardinalities() == [5]
     assert counts.vocabularies()[0].values.tolist() == [9, 2, 5, MISSING, 4]
     assert counts.vocabularies(min_count=2)[0].values.tolist() == [9, 2, 5]

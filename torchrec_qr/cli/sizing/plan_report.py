@@ -89,14 +89,14 @@ def _ranks(estimated: EstimatedPlan) -> list[str]:
         what = "node"
     most = max(cost.work_ms for cost in costs) or 1.0
     lines = [
-        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'comms':>10}{'reduce':>10}{'GiB':>10}"
+        f"{what:>5}  {'work':<{_BAR}}{'ms':>10}{'lookup':>10}{'all-to-all':>12}{'all-reduce':>12}{'GiB':>10}"
         f"{'of it state':>13}"
     ]
     for name, cost in rows[:_SHOWN]:
         bar = "█" * round(_BAR * cost.work_ms / most)
         lines.append(
-            f"{name:>5}  {bar:<{_BAR}}{cost.work_ms:>10.3f}{cost.lookup_ms:>10.3f}{cost.comms_ms:>10.3f}"
-            f"{cost.reduce_ms:>10.3f}{cost.memory / _GIB:>10.2f}{cost.optimizer / _GIB:>13.2f}"
+            f"{name:>5}  {bar:<{_BAR}}{cost.work_ms:>10.3f}{cost.lookup_ms:>10.3f}{cost.comms_ms:>12.3f}"
+            f"{cost.reduce_ms:>12.3f}{cost.memory / _GIB:>10.2f}{cost.optimizer / _GIB:>13.2f}"
         )
     if len(rows) > _SHOWN:
         lines.append(f"       and {len(rows) - _SHOWN} more; --json has all")
