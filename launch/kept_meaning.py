@@ -8,8 +8,9 @@ import torch.distributed as dist
 from launch.config import Job
 from launch.data.errors import DataError
 from launch.data.meaning import Meaning, MeaningError
+from launch.process_group import from_rank_0
 from launch.run_checkpoints import Checkpoints
-from launch.run_folder import RunFolder, from_rank_0, writing_errors_named
+from launch.run_folder import RunFolder, writing_errors_named
 from launch.run_lock import RunFolderError
 from launch.waits import Waits
 from torchrec_qr.cli.schema import ConfigError

@@ -17,8 +17,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from launch.config import Job
-from launch.memory_errors import bytes_on_rank, tables_named
+from launch.memory_errors import tables_named
 from launch.sections import OptimizerSection
+from launch.table_bytes import bytes_on_rank
 from launch.table_optimizer import DataParallelTableOptimizer
 from launch.topology import planned_topology
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter

@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from launch.devices import check_started_by_launcher, compare_gpus, fill_environment, gpu_name, own_device
 from launch.sections import TrainSection
 from launch.waits import step_timeout
+
+T = TypeVar("T")
 
 
 def start_process_group(train: TrainSection | None = None) -> torch.device:
@@ -51,3 +53,13 @@ def group_arguments(device: torch.device, timeout: timedelta) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo", "timeout": timeout}
     return arguments | ({"device_id": device} if device.type == "cuda" else {})
+
+
+def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
+    """Returns rank 0's ``outcome`` on every rank, or raises it if it is an error. All ranks must call it."""
+    outcomes = [outcome]
+    dist.broadcast_object_list(outcomes, src=0, group=group)
+    if isinstance(outcomes[0], Exception):
+        # Rank 0 raises its own, which has a traceback.
+        raise outcome if isinstance(outcome, Exception) else outcomes[0]
+    return outcomes[0]

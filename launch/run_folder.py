@@ -8,15 +8,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from launch.process_group import from_rank_0
 from launch.run_lock import RunFolderError, RunInUseError, RunLock
 from launch.run_name import refuse_links
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -143,16 +142,6 @@ def opened_by_all(root: Path, rank: int, group: dist.ProcessGroup) -> RunFolder:
     from_rank_0(outcome if isinstance(outcome, Exception) else None, group)
     assert isinstance(outcome, RunFolder)
     return outcome
-
-
-def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
-    """Returns rank 0's ``outcome`` on every rank, or raises it if it is an error. All ranks must call it."""
-    outcomes = [outcome]
-    dist.broadcast_object_list(outcomes, src=0, group=group)
-    if isinstance(outcomes[0], Exception):
-        # Rank 0 raises its own, which has a traceback.
-        raise outcome if isinstance(outcome, Exception) else outcomes[0]
-    return outcomes[0]
 
 
 @contextmanager
