@@ -1,4 +1,4 @@
-"""The class maps of explicit partitions, which a run's folder has too: its config then needs no file of elsewhere."""
+"""Copies of explicit partitions' class maps in a run's folder, so that its config needs no other file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ def with_class_maps(job: Job, config_folder: Path, folder: RunFolder) -> Job:
 
     Args:
         job (Job): whose files are relative to ``config_folder``.
-        config_folder (Path): where the job's YAML lies.
+        config_folder (Path): of the job's YAML.
         folder (RunFolder): of the run; ``class_maps/`` in it gets the copies, each called by its SHA-256.
     """
     tables = []

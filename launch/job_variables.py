@@ -14,7 +14,7 @@ _VALUE_OF_SRUN = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
 
 
 def parsed_variables(text: str) -> dict[str, str]:
-    """Returns the variables of ``--env``. TorchX's own parser drops what a value begins with, and splits at more."""
+    """Returns the variables of ``--env``. TorchX's own parser drops the beginning of some values, and splits others."""
     variables: dict[str, str] = {}
     for pair in _ENDS.split(text) if text else []:
         name, equals, value = pair.partition("=")
@@ -36,7 +36,7 @@ def parsed_variables(text: str) -> dict[str, str]:
 
 
 def export_in_shell(variables: dict[str, str], request: Any) -> None:
-    """Has the job's shell set what srun's ``--export`` would take apart: it splits at commas, and removes quotes."""
+    """Makes the job's shell set values that srun's ``--export`` would split at commas, or strip of quotes."""
     hard = {name: value for name, value in variables.items() if _VALUE_OF_SRUN.fullmatch(value) is None}
     for replica in request.replicas.values():
         # TorchX puts the job's id where it finds its macro, which in a value is text.
@@ -47,7 +47,7 @@ def export_in_shell(variables: dict[str, str], request: Any) -> None:
 
 
 def escape_references(variables: dict[str, str], request: Any) -> None:
-    """Kubernetes fills in ``$(NAME)`` in values, and reads ``$$`` as ``$``."""
+    """Escapes values, because Kubernetes fills in ``$(NAME)`` in them, and reads ``$$`` as ``$``."""
     for task in request.resource["spec"]["tasks"]:
         for container in task["template"].spec.containers:
             for variable in container.env:

@@ -18,10 +18,10 @@ _WOULD_FIT = (
 
 @contextmanager
 def tables_named(doing: str, held: Mapping[str, int], device: torch.device) -> Iterator[None]:
-    """Adds to an error of memory what this rank holds and what would fit.
+    """Adds to an error of memory the tables of this rank and the changes that would fit.
 
     Args:
-        doing (str): what the rank is at.
+        doing (str): the present work of the rank.
         held (Mapping[str, int]): bytes of values per table of this rank; see `launch.table_bytes`.
         device (torch.device): of this rank.
 
@@ -38,7 +38,7 @@ def tables_named(doing: str, held: Mapping[str, int], device: torch.device) -> I
 
 
 def described(doing: str, error: BaseException, held: Mapping[str, int], place: str) -> str:
-    """Returns the message.
+    """Returns the message of an error of memory.
 
     Example:
         >>> error = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB")

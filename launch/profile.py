@@ -12,7 +12,7 @@ _WAIT, _WARM_UP, _STEPS = 5, 2, 5  # the first steps are not like the others
 
 @contextmanager
 def profiled(folder: Path, enabled: bool) -> Iterator[profile | None]:
-    """Gives a profiler, which writes ``trace_rank_<r>.json`` after steps 8 to 12; None if not ``enabled``."""
+    """Yields a profiler, which writes ``trace_rank_<r>.json`` after steps 8 to 12; None if not ``enabled``."""
     if not enabled:
         yield None
         return

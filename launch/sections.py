@@ -38,7 +38,7 @@ class GeneratorSection:
 
 @dataclass(frozen=True)
 class ParquetSection:
-    """``data.parquet``: which column holds what.
+    """``data.parquet``: the columns of the label, of dense features and of ids.
 
     Args:
         label (str): 0 or 1, or any number under ``data.label_above``.
@@ -56,7 +56,7 @@ class ParquetSection:
 
 @dataclass(frozen=True)
 class CsvSection(ParquetSection):
-    """``data.csv``: which column holds what, and how lines are cut into columns.
+    """``data.csv``: the columns, and the way in which lines are cut into them.
 
     Args:
         delimiter (str): between columns, ``"\\t"`` for TSV.
@@ -81,7 +81,7 @@ class CsvSection(ParquetSection):
 
 @dataclass(frozen=True)
 class DataSection:
-    """``data``: which rows, how they are split, and how they become a model's input.
+    """``data``: the rows, their split, and the way in which they become a model's input.
 
     Paths are relative to the working directory. They may be patterns (``day_*.gz``), sorted by their numbers, and but
     for ``npy`` folders, as Spark writes them.
@@ -307,7 +307,7 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """``train``: how long, how often, and under which name.
+    """``train``: the length of training, the steps from one event to the next, and the run's name.
 
     Args:
         name (str): of the run's folder.

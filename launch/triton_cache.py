@@ -56,7 +56,7 @@ def use_node_cache(folder: str | None, environment: MutableMapping[str, str]) ->
 
 @contextmanager
 def cache_named() -> Iterator[None]:
-    """Adds to an error of the file system, met while kernels are compiled, which folder it is and how to choose one.
+    """Adds to an error of the file system, while kernels are compiled, the folder and the way to choose another.
 
     Raises:
         CacheError: names the folder and the key.

@@ -124,7 +124,7 @@ def _number(column: pa.Array, kind: pa.DataType) -> float:
 
 
 def quoted(value: Any) -> str:
-    """Returns a value for a message, text in quotes; of a long one the beginning, and dots.
+    """Returns a value for a message, text in quotes; a long one is cut, and ends in dots.
 
     Example:
         >>> quoted(b"u_1"), quoted(1.5), quoted([b"a", None]), quoted("0" * 50)

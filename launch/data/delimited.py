@@ -46,7 +46,7 @@ class _LineCutter:
         return line.count(self._delimiter) + 1
 
     def faults(self, lines: Sequence[bytes], num_columns: int) -> dict[int, str]:
-        """Returns what is wrong with those of ``lines`` that cannot be cut into so many columns, by position."""
+        """Returns the faults of those ``lines`` that cannot be cut into so many columns, by position."""
         faults: dict[int, str] = {}
         for i, line in enumerate(lines):
             line = line.removesuffix(b"\r")

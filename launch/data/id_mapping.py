@@ -65,7 +65,7 @@ class Vocabulary:
 
 
 class ValueCounts:
-    """How often each value of each feature occurs, gathered part by part."""
+    """Counts of each value of each feature, gathered part by part."""
 
     def __init__(self, num_features: int) -> None:
         self._counts = [(np.empty(0, np.int64), np.empty(0, np.int64)) for _ in range(num_features)]

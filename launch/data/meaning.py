@@ -29,7 +29,7 @@ class MeaningError(ValueError):
 
 @dataclass(frozen=True)
 class Meaning:
-    """How raw values become rows of tables and a model's inputs.
+    """The map from raw values to rows of tables and to a model's inputs.
 
     A run's folder has it as two files of data: ``meaning.json`` with `described`, and under ``ids: vocabulary``
     ``vocabulary.npz``. That has the values of each feature in the order of their rows, and their counts.

@@ -117,7 +117,7 @@ def _steps(num_rows: int, doing: str, progress: Progress) -> Iterator[tuple[int,
 
 
 def _write_header(file: BinaryIO, kind: str, num_rows: int, width: int) -> None:
-    """Writes what an npy file begins with. NumPy pads it, so that any number of rows takes as many bytes."""
+    """Writes the header of an npy file, which NumPy pads, so that any number of rows takes as many bytes."""
     file.seek(0)
     header = {"descr": kind, "fortran_order": False, "shape": (num_rows, width)}
     np.lib.format.write_array_header_1_0(file, header)

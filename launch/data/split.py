@@ -32,6 +32,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
+    """The three splits of a job."""
+
     train: Split
     validation: Split
     test: Split

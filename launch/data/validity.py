@@ -14,7 +14,7 @@ Quote = Callable[[int, str], str]
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels are read.
+    """The rule by which labels are read.
 
     Args:
         optional (bool): a file, or a row of it, may lack its label, which is then NaN.
