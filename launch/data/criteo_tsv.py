@@ -7,11 +7,10 @@ from launch.data.delimited import DelimitedFile
 from launch.data.errors import OnBadRow
 from launch.data.source import SequentialSource
 from launch.data.validity import BINARY, Labels
-from launch.sections import CsvSection
+from launch.sections import CRITEO_DENSE, CRITEO_FEATURES, CsvSection
 
-NUM_DENSE, NUM_CATEGORICAL = 13, 26
-_DENSE = tuple(f"I{i + 1}" for i in range(NUM_DENSE))
-_IDS = tuple(f"C{i + 1}" for i in range(NUM_CATEGORICAL))
+_DENSE = tuple(f"I{i + 1}" for i in range(CRITEO_DENSE))
+_IDS = tuple(f"C{i + 1}" for i in range(len(CRITEO_FEATURES)))
 _COLUMNS = CsvSection(
     "label", _DENSE, _IDS, hexadecimal=_IDS, delimiter="\t", quoted=False, names=("label", *_DENSE, *_IDS)
 )

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.data.criteo_tsv import NUM_CATEGORICAL, NUM_DENSE, tsv_source
+from launch.data.criteo_tsv import tsv_source
 from launch.data.errors import BadRows, DataError, OnBadRow
 from launch.data.id_mapping import ValueCounts, Vocabulary, columns, save_vocabularies
 from launch.data.source import RowSource
 from launch.data.split import expanded
-from launch.sections import CRITEO_FEATURES
+from launch.sections import CRITEO_DENSE, CRITEO_FEATURES
 
 _AT_A_TIME = 65_536
 
@@ -48,13 +48,13 @@ def preprocess(
     Returns:
         The counts over the first rows, the vocabularies, and the malformed rows.
     """
-    counts = ValueCounts(NUM_CATEGORICAL)
+    counts = ValueCounts(len(CRITEO_FEATURES))
     for start, stop in _steps(vocabulary_rows, "counting", progress):
         counts.add(source.read(start, stop, BadRows(on_bad_row)))
     vocabularies = counts.vocabularies(min_count)
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    shapes = {"dense": (NUM_DENSE, "<f4"), "sparse": (NUM_CATEGORICAL, "<i4"), "labels": (1, "<i4")}
+    shapes = {"dense": (CRITEO_DENSE, "<f4"), "sparse": (len(CRITEO_FEATURES), "<i4"), "labels": (1, "<i4")}
     parts = {name: Path(f"{out}_{name}.part") for name in shapes}
     bad_rows, written = BadRows(on_bad_row), 0
     source = source.reopened()
