@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from launch.data.errors import DataError
-from launch.data.text import readable
+from launch.data.errors import DataError, readable
 from launch.dcp_reader import CheckpointReader
 from launch.run_checkpoints import errors_of_dcp
 
@@ -61,13 +60,9 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     about: dict[str, str] | None = None
     for path in files:
-        with readable(path):
-            try:
-                with safe_open(path, "pt") as file:
-                    said = file.metadata() or {}
-                    tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise DataError(str(path), f"not safetensors, or corrupt: {error}") from error
+        with readable(path, "safetensors", SafetensorError), safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about is not None and said != about:
             raise DataError(str(path), f"it is of {said}; allowed: {about}, as {files[0].name}")
         about = said

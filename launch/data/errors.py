@@ -1,7 +1,9 @@
 """Errors of data: the problem, and its file and line."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 OnBadRow = Literal["error", "skip"]
@@ -26,6 +28,32 @@ class DataError(Exception):
 
     def __str__(self) -> str:
         return f"{self.location}: {self.problem}"
+
+
+@contextmanager
+def readable(path: str | Path, content: str = "", *errors: type[Exception]) -> Iterator[None]:
+    """Turns errors of reading a file into `DataError`.
+
+    Args:
+        path (str | Path): of the file.
+        content (str): what the file should be, such as ``"Parquet"``.
+        errors (type[Exception]): beside the operating system's, those that mean that it is not.
+
+    Example:
+        >>> with readable("meaning.json", "JSON", ValueError):
+        ...     int("{")
+        Traceback (most recent call last):
+        ...
+        launch.data.errors.DataError: meaning.json: not JSON, or corrupt: invalid literal for int() with base 10: '{'
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(str(path), "no such file") from error
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read: {error.strerror or error}") from error
+    except errors as error:
+        raise DataError(str(path), f"not {content}, or corrupt: {error}") from error
 
 
 class BadRows:

@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from launch.data.errors import BadRows, DataError
+from launch.data.errors import BadRows, DataError, readable
 from launch.data.rows import MISSING, Array, Rows
 from launch.data.source import RowSource
-from launch.data.text import readable
 
 UNKNOWN = 0
 _COUNTS = "counts of "
@@ -136,15 +135,15 @@ def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabul
     Raises:
         DataError: the file is missing, unreadable, not an npz, or lacks a feature.
     """
-    with readable(path):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if missing := [feature for feature in features if feature not in arrays]:
-                    found = ", ".join(name for name in arrays if not name.startswith(_COUNTS))
-                    raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {found}")
-                return [Vocabulary(arrays[f], arrays.get(_COUNTS + f)) for f in features]
-        except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
-            raise DataError(str(path), f"not a vocabulary that the preprocessing wrote: {error}") from error
+    wrong = zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError
+    with (
+        readable(path, "a vocabulary that the preprocessing wrote", *wrong),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        if missing := [feature for feature in features if feature not in arrays]:
+            found = ", ".join(name for name in arrays if not name.startswith(_COUNTS))
+            raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {found}")
+        return [Vocabulary(arrays[f], arrays.get(_COUNTS + f)) for f in features]
 
 
 class IdMapping:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.data.errors import BadRows, DataError
+from launch.data.errors import BadRows, DataError, readable
 from launch.data.id_mapping import Vocabulary, count_values, load_vocabularies, save_vocabularies
 from launch.data.split import Split
-from launch.data.text import readable
 from launch.differences import differences
 
 if TYPE_CHECKING:
@@ -71,13 +70,10 @@ class Meaning:
                 ``meaning.json`` names.
         """
         path = folder / _MEANING
-        with readable(path):
-            try:
-                described = json.loads(path.read_text())
-                ids, features = described["ids"], list(described["features"])
-                wanted = described["vocabulary"].get("sha256") if described["vocabulary"] else None
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(str(path), f"not what a run writes there: {error!r}") from error
+        with readable(path, "what a run writes there", ValueError, KeyError, TypeError, AttributeError):
+            described = json.loads(path.read_text())
+            ids, features = described["ids"], list(described["features"])
+            wanted = described["vocabulary"].get("sha256") if described["vocabulary"] else None
         if described.get("version") != _VERSION:
             problem = f"version {described.get('version')} of the map from values to rows; allowed: {_VERSION}"
             raise DataError(str(path), problem)

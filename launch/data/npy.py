@@ -8,10 +8,9 @@ from typing import IO
 
 import numpy as np
 
-from launch.data.errors import BadRows, DataError
+from launch.data.errors import BadRows, DataError, readable
 from launch.data.rows import Array, Rows, concat
 from launch.data.source import Files
-from launch.data.text import readable
 from launch.data.validity import BINARY, Labels, Validity
 
 _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
@@ -138,26 +137,21 @@ def _check(name: str, array: Array, shape: tuple[int, ...], kinds: str) -> None:
 
 
 def _mapped(path: str) -> Array:
-    with readable(path):
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(path, f"not an npy file, or a truncated one: {error}") from error
+    with readable(path, "npy", ValueError, EOFError):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _members(path: str, num_features: int) -> list[Array]:
     """Returns arrays "0", "1", … of an npz file, mapped into memory if they are not compressed."""
-    with readable(path), open(path, "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-                if missing := [f for f in range(num_features) if f"{f}.npy" not in names]:
-                    raise DataError(
-                        path, f"no array {missing[0]}; it has {', '.join(n.removesuffix('.npy') for n in names)}"
-                    )
-                return [_member(path, file, archive, f"{f}.npy") for f in range(num_features)]
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise DataError(path, f"not an npz file, or a truncated one: {error}") from error
+    with (
+        readable(path, "npz", zipfile.BadZipFile, ValueError, EOFError),
+        open(path, "rb") as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        names = archive.namelist()
+        if missing := [f for f in range(num_features) if f"{f}.npy" not in names]:
+            raise DataError(path, f"no array {missing[0]}; it has {', '.join(n.removesuffix('.npy') for n in names)}")
+        return [_member(path, file, archive, f"{f}.npy") for f in range(num_features)]
 
 
 def _member(path: str, file: IO[bytes], archive: zipfile.ZipFile, name: str) -> Array:

@@ -2,16 +2,14 @@
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from launch.data.columns import ColumnReader, quoted
-from launch.data.errors import DataError
+from launch.data.errors import readable
 from launch.data.source import Block
-from launch.data.text import readable
 from launch.data.validity import Labels
 from launch.sections import ParquetSection
 
@@ -32,7 +30,7 @@ class ParquetFile:
 
     def __init__(self, path: str | Path, columns: ParquetSection, labels: Labels) -> None:
         self.name, self._columns = str(path), columns
-        with _Reading(path):
+        with readable(path, "Parquet", pa.ArrowException):
             metadata = pq.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
         self.num_rows: int = metadata.num_rows
@@ -54,25 +52,9 @@ class ParquetFile:
     def _batches(self, start: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         group = int(np.searchsorted(self._group_ends, start, side="right"))
         skip = start - (int(self._group_ends[group - 1]) if group else 0)
-        with _Reading(self.name), pq.ParquetFile(self.name) as file:
+        with readable(self.name, "Parquet", pa.ArrowException), pq.ParquetFile(self.name) as file:
             groups = list(range(group, len(self._group_ends)))
             for batch in file.iter_batches(_BATCH, row_groups=groups, columns=columns):
                 if skip < len(batch):
                     yield batch.slice(skip)
                 skip = max(skip - len(batch), 0)
-
-
-class _Reading:
-    """Turns errors of reading a Parquet file into `DataError`."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
-        self._system = readable(path)
-
-    def __enter__(self) -> None:
-        self._system.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, pa.ArrowException) and not isinstance(error, OSError):
-            raise DataError(str(self._path), f"not Parquet, or corrupt: {error}") from error
-        self._system.__exit__(kind, error, trace)

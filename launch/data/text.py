@@ -3,11 +3,10 @@
 import bisect
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.data.errors import DataError
+from launch.data.errors import DataError, readable
 from launch.data.prefetch import Prefetched
 
 _READ = 1 << 19  # of a size that stays in the processor's cache while it is parsed
@@ -123,17 +122,6 @@ class TextFile:
                 skipped += len(chunk)
 
 
-@contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """Turns the operating system's errors of reading ``path`` into `DataError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DataError(str(path), "no such file") from error
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read: {error.strerror or error}") from error
-
-
 def lines_cut(text: bytes, count: int) -> int:
     """Returns where the first ``count`` lines of ``text`` end.
 
@@ -170,10 +158,8 @@ def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
             if not compressed:
                 continue
             member = zlib.decompressobj(wbits=31)
-        try:
+        with readable(name, "gzip", zlib.error):
             chunk = member.decompress(compressed, _READ)
-        except zlib.error as error:
-            raise DataError(name, f"not a gzip file, or a corrupt one: {error}") from error
         compressed = member.unused_data if member.eof else member.unconsumed_tail
         if chunk:
             yield chunk

@@ -78,7 +78,7 @@ def test_npy_files_that_cannot_be_used(tmp_path: Path) -> None:
         NpySource([prefix], 25, NUM_DENSE)
     file = tmp_path / "a_sparse.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"a_sparse.npy: not an npy file, or a truncated one"):
+    with pytest.raises(DataError, match=r"a_sparse.npy: not npy, or corrupt"):
         NpySource([prefix], NUM_FEATURES, NUM_DENSE)
     np.save(file, rows.ids.astype(np.float32))
     with pytest.raises(DataError, match=r"a_sparse.npy: type float32; allowed: integers"):
