@@ -147,7 +147,7 @@ def _role(
         endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"
     rendezvous = f"--rdzv-backend=c10d --rdzv-id={specs.macros.app_id} --rdzv-endpoint={endpoint}"
     arguments = shlex.join([f"--nnodes={nodes}", f"--nproc-per-node={ranks}", "--tee=3", "--role=", "-m", *module])
-    # All to stderr: from Slurm TorchX shows nothing else, and of one stream the lines keep their order.
+    # Send all to stderr, because TorchX shows nothing else from Slurm, and lines of one stream keep their order.
     shell = f"exec {launcher} {rendezvous} {arguments} >&2"
     if max_retries:
         shell = _restarts_in_place(max_retries) + shell
@@ -162,7 +162,7 @@ def _role(
         image=image,
         entrypoint="bash",
         args=["-c", shell],
-        # TorchX fills templates in values: "$$" is its "$".
+        # Double each "$", because TorchX fills templates in values.
         env={**defaults, **{name: value.replace("$", "$$") for name, value in variables.items()}},
         num_replicas=nodes,
         min_replicas=nodes,

@@ -116,7 +116,7 @@ class _SafeBytes:
         try:
             item = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # PyTorch's advice, to read the file without this check, does not fit the files of others.
+            # Leave out PyTorch's advice to read the file without this check, because others may have written it.
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             problem = f"would run code, as it names {named[1]}" if named else "is no data that PyTorch reads"
             file = Path(self._reader.path) / self._reader.storage_data[read_item.storage_index].relative_path

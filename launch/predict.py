@@ -65,7 +65,7 @@ class Run:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
-        # Logits are to be those of the evaluation in training.
+        # Use the precision of training, because logits must be those of its evaluation.
         self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()
         torch.set_float32_matmul_precision("high" if self.job.train.tf32 else "highest")
 

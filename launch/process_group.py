@@ -60,6 +60,6 @@ def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
     outcomes = [outcome]
     dist.broadcast_object_list(outcomes, src=0, group=group)
     if isinstance(outcomes[0], Exception):
-        # Rank 0 raises its own, which has a traceback.
+        # Let rank 0 raise its own error, because that has a traceback.
         raise outcome if isinstance(outcome, Exception) else outcomes[0]
     return outcomes[0]

@@ -246,7 +246,7 @@ class RunLock:
     def _has_ended(self, holder: Holder) -> bool:
         if holder.released or (holder.is_here and not holder.is_alive):
             return True
-        # Started again elsewhere: no launcher does that while it believes the first one alive.
+        # The launcher started the job again elsewhere, which it does only if it believes the first one dead.
         return not holder.is_here and holder.job != "" and holder.job == self._own.job
 
 

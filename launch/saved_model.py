@@ -37,7 +37,7 @@ class SavedModel:
         self._model: Any = parallel.model
         self._meaning, self._meaning_file = meaning, meaning_file
         rules = {"sparse": job.optimizer.sparse.name, "dense": job.optimizer.dense.name}
-        # All that must stay as it is for a checkpoint to be of the same model.
+        # A checkpoint is of the same model if all of this is the same.
         tables = {table.name: dump(table) for table in job.tables}
         self._description = {"tables": tables, "model": dump(job.model), "optimizer": rules}
 
@@ -64,7 +64,7 @@ class SavedModel:
     def load(self, checkpoint: Path) -> None:
         """Loads model and optimizers from a checkpoint of any plan and world size."""
         parallel = self._parallel
-        # An optimizer may make its state at its first step: until then there is nothing to load into.
+        # Make the states first, because an optimizer may make its own at its first step alone.
         with self._memory(checkpoint):
             parallel.dense.init_state()
             parallel.dense.zero_grad()

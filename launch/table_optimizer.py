@@ -27,6 +27,6 @@ class DataParallelTableOptimizer(KeyedOptimizerWrapper):
         state = self._optimizer.state.get(parameter, {})
         if "sum" not in state:
             return {}
-        # A view: what is loaded into it is loaded into the optimizer.
+        # Return a view, because a state that is loaded into it must reach the optimizer.
         rowwise = state["sum"].numel() == parameter.shape[0] < parameter.numel()
         return {f"{table}.momentum1": state["sum"].view(-1) if rowwise else state["sum"]}

@@ -61,7 +61,7 @@ def _end_at_second_interrupt() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # A signal to a process that this one forks is none to this one.
+    # Unset it in a forked process, because a signal to that is none to this one.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
     def watch() -> None:

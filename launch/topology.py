@@ -11,7 +11,7 @@ from launch.config import Job
 from torchrec_qr.planner import Hardware, hardware_named
 
 _GIB = 2**30
-# A card of 80 GB shows its programs 79.6 GiB at most: what is missing below that is another card.
+# Allow a little less, because a card of 80 GB shows its programs 79.6 GiB at most.
 _LEAST_SHARE = 0.9
 
 

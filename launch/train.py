@@ -143,7 +143,7 @@ def trained(
         elif job.train.init_from is not None:
             best = trainer.saved_model.start_from(Path(job.train.init_from).expanduser())
             output.say(f"starts from the weights of {best}")
-        # Only now, because a job that is refused must leave the run as it is.
+        # Write these only now, because a job that is refused must leave the run as it is.
         folder.write_text("config.yaml", write_job(kept or job))
         folder.write_text("plan.txt", plan)
         test = trainer.train()

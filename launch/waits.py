@@ -61,7 +61,7 @@ class Waits:
 
     def meet(self) -> None:
         """Waits for all ranks, on the hosts."""
-        # No barrier, because that would go to the GPU to which `init_process_group` has bound the ranks.
+        # Call no barrier, because that would go to the GPU to which the process group has bound the ranks.
         dist.all_reduce(torch.zeros(1), group=self.group)
 
     @contextmanager
@@ -81,7 +81,7 @@ class Waits:
 
 
 def _set_everywhere(timeout: timedelta) -> None:
-    # PyTorch lists groups in a private place alone, and has no public way to change their time-outs before 2.14.
+    # Use private names, because PyTorch lists groups nowhere else, and changes time-outs publicly from 2.14 on.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
         set_timeout(timeout, group)

@@ -98,7 +98,7 @@ class DelimitedFile:
         return max(self._text.num_lines - self._first, 0)
 
     def blocks(self, start: int) -> Generator[Block, None, None]:
-        # Closed by hand: a consumer that stops early leaves it suspended, a file and a thread open.
+        # Close it here, because a consumer that stops early leaves it suspended, with a file and a thread open.
         with closing(self._text.blocks(start + self._first)) as blocks:
             yield from mapped(self._parse, blocks, _PARSERS)
 
@@ -115,7 +115,7 @@ class DelimitedFile:
             line = next(blocks).partition(b"\n")[0].removesuffix(b"\r")
         if self._columns.names is not None:
             names = list(self._columns.names)
-            # The last line too, because one that is malformed must not give all others another meaning.
+            # Look at the last line too, because one malformed line must not give all others another meaning.
             first, last = self._cutter.num_columns(line), self._cutter.num_columns(self._text.last_line)
             if labels.optional and first == len(names) - 1 and last != len(names) and self._columns.label in names:
                 names.remove(self._columns.label)
@@ -182,7 +182,7 @@ class DelimitedFile:
             text = BYTE_ORDER_MARK + text  # the reader drops one
         return csv_reader.read_csv(
             pa.BufferReader(text),
-            # One thread: several texts are read at a time.
+            # Take one thread, because several texts are read at a time.
             csv_reader.ReadOptions(use_threads=False, column_names=self._names, block_size=len(text) + 1),
             csv_reader.ParseOptions(
                 delimiter=self._columns.delimiter,

@@ -149,7 +149,7 @@ def _normal_by_hash(ids: Array, features: Array, seed: int) -> Array:
 
 
 def _mixed(key: Array) -> Array:
-    # The finalizer of SplitMix64.
+    # This is the finalizer of SplitMix64.
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return key ^ (key >> np.uint64(31))

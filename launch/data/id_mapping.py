@@ -168,7 +168,7 @@ class IdMapping:
         self._features = list(features)
         self._table_rows = np.array(table_rows, np.int64)
         self._vocabularies = vocabularies
-        # Half the memory to move, wherever that will do.
+        # Take 32 bits if they suffice, because half the memory is moved.
         self._dtype = np.int32 if max(table_rows) <= 2**31 else np.int64
 
     def __call__(self, rows: Rows, bad_rows: BadRows, location: Location, quoted: Quoted) -> Rows:

@@ -11,7 +11,7 @@ from pyarrow import types
 
 from launch.data.rows import MISSING, Array
 
-# Rows of the column that are wrong, and what is allowed there.
+# It takes the wrong rows of a column, and what is allowed there.
 Report = Callable[[Array, str], None]
 
 ALLOWED_TYPES = "integers, whole floats or decimals, strings, binary, dictionaries or lists of these"
@@ -82,7 +82,7 @@ def id_values(column: pa.Array, hexadecimal: bool, report: Report) -> tuple[Arra
         return _values(column, hexadecimal, report), None
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     row = np.repeat(np.arange(len(column)), lengths)
-    # Without the values that null entries hide.
+    # Take the flattened column, because it lacks the values that null entries hide.
     flat = _values(column.flatten(), hexadecimal, lambda wrong, allowed: report(np.unique(row[wrong]), allowed))
     return flat, lengths
 
@@ -121,7 +121,7 @@ def _values(column: pa.Array, hexadecimal: bool, report: Report) -> Array:
 
 
 def _of_floats(column: pa.Array, report: Report) -> Array:
-    # An integer column of pandas that has nulls is one of floats. Beyond 2^bits a float stands for several integers.
+    # Read floats as ids, because pandas makes them of integers with nulls. Beyond 2^bits one stands for several.
     bits = {16: 11, 32: 24, 64: 53}[column.type.bit_width]
     values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)  # NaN for null
     exact = (np.abs(values) <= 2**bits) & (np.floor(values) == values)
@@ -193,7 +193,7 @@ def _hexadecimal(texts: pa.Array, report: Report) -> Array:
         missing |= texts.is_null().to_numpy(zero_copy_only=False)
     first, last = int(offsets[0]), int(offsets[-1])
     used = b"" if data is None else memoryview(data)[first:last].tobytes()
-    # Room before, because 16 characters are read up to the end of any value.
+    # Put room before the text, because 16 characters are read up to the end of any value.
     codes = np.frombuffer((b"0" * _MAX_DIGITS + used).translate(_CODES), np.uint8)
     eight = np.ndarray(len(codes) - 7, "<u8", codes, strides=(1,))
     ends = offsets[1:] - first + _MAX_DIGITS

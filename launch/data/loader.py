@@ -145,12 +145,12 @@ class Data:
         def read(window_and_drop: tuple[Window, int]) -> Rows:
             return self._read(source, *window_and_drop, bad_rows)
 
-        # The source is closed last, when no thread reads it any longer.
+        # Close the source last, when no thread reads it any longer.
         with closing(source), closing(mapped(read, todo, threads=1)) as ahead:
             yield from ahead
 
     def _read(self, source: RowSource, window: Window, drop: int, bad_rows: BadRows) -> Rows:
-        # Piece by piece, each small enough to stay in the processor's cache on its way.
+        # Read small pieces, because each then stays in the processor's cache on its way.
         pieces = [
             (first, min(first + BLOCK, stop)) for start, stop in window.ranges for first in range(start, stop, BLOCK)
         ]

@@ -159,7 +159,7 @@ def _member(path: str, file: IO[bytes], archive: zipfile.ZipFile, name: str) -> 
     if info.compress_type != zipfile.ZIP_STORED:
         with archive.open(name) as member:
             return np.lib.format.read_array(member, allow_pickle=False)
-    # NumPy maps no member of an npz: find where the array begins, after the zip's own header and the npy's.
+    # Find the beginning of the array, after the headers of zip and npy, because NumPy maps no member of an npz.
     file.seek(info.header_offset + 26)
     name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
     file.seek(info.header_offset + 30 + name_length + extra_length)

@@ -28,7 +28,7 @@ class Prefetched(Iterator[T], Generic[T]):
         self._ended = False
         self._closed = False
         self._changed = threading.Condition()
-        # A daemon: a process that ends by an error of its own does not wait for data.
+        # Make it a daemon, because a process that ends by an error of its own must not wait for data.
         self._thread = threading.Thread(target=self._run, args=(make,), name="prefetch", daemon=True)
         self._thread.start()
 
@@ -52,7 +52,7 @@ class Prefetched(Iterator[T], Generic[T]):
             self._items.clear()
             self._error = None
             self._changed.notify_all()
-        # A generator that holds this may be collected on any thread, so also on this one, which cannot join itself.
+        # Do not join from the thread itself, where a generator that holds this may be collected.
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

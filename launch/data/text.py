@@ -43,17 +43,17 @@ class TextFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # Byte offset (of the decompressed text) and number of lines before it, some megabytes apart.
+        # Each mark has a byte offset of the decompressed text, and the number of lines before it.
         self._marks = [(0, 0)]
         self.num_lines, self.last_line, self.is_cut = 0, b"", False
         self._count()
 
     def blocks(self, start: int) -> Generator[bytes, None, None]:
         """Yields the lines from line ``start`` (counted from 0) on, as blocks that end with a newline."""
-        # The marks are in order of both, and lines may be longer than the distance of two.
+        # Start at the last mark that is not beyond the line. The marks are in order of both numbers.
         offset, line = self._marks[bisect.bisect_right(self._marks, start, key=lambda mark: mark[1]) - 1]
         rest = b""
-        # Decompression, which needs no interpreter, beside its consumer.
+        # Decompress in another thread, because that needs no interpreter.
         with Prefetched(lambda: self._chunks(offset), _CHUNKS_AHEAD) as chunks:
             for chunk in chunks:
                 data = rest + chunk if rest else chunk
@@ -146,7 +146,7 @@ def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(file: BinaryIO, name: str) -> Iterator[bytes]:
-    # Not the gzip module, which reads 8 KiB at a time.
+    # Do not use the gzip module, because Python 3.11's reads 8 KiB at a time.
     member = zlib.decompressobj(wbits=31)
     compressed = b""
     while True:

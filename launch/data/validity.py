@@ -8,7 +8,7 @@ import numpy as np
 from launch.data.rows import Array, Rows
 from launch.data.source import Block
 
-# The value of a row in a column, as it stands in the file.
+# It returns the value of a row in a column as it stands in the file.
 Quote = Callable[[int, str], str]
 
 

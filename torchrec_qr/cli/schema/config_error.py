@@ -35,7 +35,7 @@ class ConfigError(ValueError):
         others: "tuple[ConfigError, ...]" = (),
         file: str | None = None,
     ) -> None:
-        # All of them, in order: pickle, by which a worker's error travels, calls the class with `args`.
+        # Pass all of them in order, because pickle calls the class with `args` where a worker's error arrives.
         super().__init__(path, given, allowed, problem, others, file)
         self.path = path
         self.given = given

@@ -251,7 +251,7 @@ def _instance(cls: type, given: object, path: str) -> Any:
 
 def _scalar(hint: type, given: object, path: str) -> object:
     if type(given) is hint:
-        # NaN passes no comparison and equals not even itself.
+        # Refuse NaN, because it passes no comparison with a range. It alone is unequal to itself.
         if given != given:
             raise ConfigError(path, given, "a number")
         return given

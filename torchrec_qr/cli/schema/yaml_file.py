@@ -92,7 +92,7 @@ def _parsed(path: Path) -> dict[str, Any]:
             node = loader.get_single_node()
             if node is None:
                 return {}
-            # Before construction, which would silently keep the last of two equal keys.
+            # Resolve before construction, because that would silently keep the last of two equal keys.
             _resolve(node, set())
             content = loader.construct_document(node)
         finally:

@@ -34,7 +34,7 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
             f"no compression fits {sizing.spec.topology}: not even with at most {least:,} rows in each table, the "
             "least that keep the ids of the largest apart; allowed: more ranks, more memory, a smaller batch"
         )
-    # To a thousandth, because the exact number of rows would take as many plans again.
+    # Search to a thousandth, because the exact number of rows would take as many plans again.
     steps = [round(least * 1.001**k) for k in range(math.ceil(math.log(largest / least, 1.001)))]
     rows = steps[bisect_left(steps, True, lo=1, key=lambda rows: not limited(rows).fits()) - 1]
     return rows, limited(rows)
