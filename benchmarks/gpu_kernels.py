@@ -56,11 +56,11 @@ def load_kernels() -> Any:
 
 
 class Case(NamedTuple):
-    """A table per feature: of ``num_ids[f]`` ids, ``dims[f]`` columns and ``hots[f]`` ids a bag."""
+    """A table per feature: of ``num_ids[f]`` ids, ``dims[f]`` columns and ``ids_per_bag[f]`` ids a bag."""
 
     num_ids: tuple[int, ...]
     dims: tuple[int, ...]
-    hots: tuple[int, ...]
+    ids_per_bag: tuple[int, ...]
     num_collisions: int
     bags: int
 
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 def batch_of(case: Case, number: int, device: torch.device) -> Batch:
     generator = torch.Generator(device=device).manual_seed(number)
     ids, lengths = [], []
-    for size, hot in zip(case.num_ids, case.hots, strict=True):
+    for size, hot in zip(case.num_ids, case.ids_per_bag, strict=True):
         exponent = torch.rand(case.bags * hot, generator=generator, device=device, dtype=torch.float64)
         ids.append((float(size) ** exponent).long().sub_(1).clamp_(0, size - 1))
         lengths.append(torch.full((case.bags,), hot, device=device))
@@ -128,8 +128,8 @@ class Lookup:
 
     def class_rows(self, f: int, i: int) -> tuple[Tensor, Tensor]:
         """The row of each id of a feature in both partitions, (B, hot)."""
-        before = self.case.bags * sum(self.case.hots[:f])
-        ids = self.batches[i].ids[before : before + self.case.bags * self.case.hots[f]].view(self.case.bags, -1)
+        before = self.case.bags * sum(self.case.ids_per_bag[:f])
+        ids = self.batches[i].ids[before : before + self.case.bags * self.case.ids_per_bag[f]].view(self.case.bags, -1)
         first = self.case.rows(f)[0]
         return ids % first, ids // first
 
@@ -210,7 +210,7 @@ class Full:
 
     def forward(self, i: int) -> Tensor:
         case, ids = self.lookup.case, self.lookup.batches[i % BATCHES].ids
-        of_features = ids.split([case.bags * hot for hot in case.hots])
+        of_features = ids.split([case.bags * hot for hot in case.ids_per_bag])
         outputs = [
             F.embedding_bag(x.view(case.bags, -1), w, mode="sum", sparse=True)
             for x, w in zip(of_features, self.weights, strict=True)
@@ -312,8 +312,8 @@ def grid(bags: int) -> list[Case]:
     many = (10**6,) * 26
     for collisions in (4, 1000):
         cases += [Case(many, (128,) * 26, (hot,) * 26, collisions, bags // 8) for hot in (1, 10)]
-        widths, hots = ((64, 128, 32) * 9)[:26], ((1, 3, 20, 1) * 7)[:26]
-        cases.append(Case(many, widths, hots, collisions, bags // 8))
+        widths, ids_per_bag = ((64, 128, 32) * 9)[:26], ((1, 3, 20, 1) * 7)[:26]
+        cases.append(Case(many, widths, ids_per_bag, collisions, bags // 8))
     return cases
 
 

@@ -40,13 +40,13 @@ class Tables:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The lookups of a rank in a step: ``bags`` of each feature, which have ``hots[f]`` ids each.
+    """The lookups of a rank in a step: ``bags`` of each feature, which have ``ids_per_bag[f]`` ids each.
 
     Ids are in order of frequency: that of id k is in proportion to (k + 1) ** -``exponent``. 0 makes all alike.
     """
 
     bags: int
-    hots: tuple[int, ...]
+    ids_per_bag: tuple[int, ...]
     exponent: float = 0.0
 
 
@@ -61,17 +61,18 @@ class Cell:
 
 
 class Batch:
-    """``ids[f]`` (B, hots[f]); the same as one tensor ``values``, with ``lengths`` and ``offsets`` of its bags."""
+    """``ids[f]`` (B, ids_per_bag[f]); the same as one tensor ``values``, with the ``lengths`` and ``offsets`` of bags."""
 
     def __init__(self, tables: Tables, traffic: Traffic, rank: int, number: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(1000 * rank + number)
-        bags, hots = traffic.bags, traffic.hots
-        drawn = [_draw(n, bags * hot, traffic.exponent, generator) for n, hot in zip(tables.sizes, hots, strict=True)]
-        lengths = torch.tensor(hots).repeat_interleave(bags)
+        bags, ids_per_bag = traffic.bags, traffic.ids_per_bag
+        of_tables = zip(tables.sizes, ids_per_bag, strict=True)
+        drawn = [_draw(n, bags * hot, traffic.exponent, generator) for n, hot in of_tables]
+        lengths = torch.tensor(ids_per_bag).repeat_interleave(bags)
         self.values = torch.cat(drawn).to(device)
         self.lengths = lengths.to(device)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
-        self.ids = [x.view(bags, -1) for x in self.values.split([bags * hot for hot in hots])]
+        self.ids = [x.view(bags, -1) for x in self.values.split([bags * hot for hot in ids_per_bag])]
         self._features = tables.features
 
     def kjt(self) -> KeyedJaggedTensor:

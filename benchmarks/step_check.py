@@ -53,7 +53,7 @@ def check(variant: Variant, traffic: Traffic, number: int) -> Verdict:
         weights = [rows.weight.clone().requires_grad_() for rows in before[f]]
         for r in ranks:
             of_rank = gradients[r].view(out.shape)[:, f].double() / len(ranks)
-            for bags in torch.arange(traffic.bags).split(max(1, _IDS_AT_ONCE // traffic.hots[f])):
+            for bags in torch.arange(traffic.bags).split(max(1, _IDS_AT_ONCE // traffic.ids_per_bag[f])):
                 span = slice(int(bags[0]), int(bags[-1]) + 1)
                 places = [rows.places[r][span] for rows in before[f]]
                 expected = _pooled(variant, weights, places)

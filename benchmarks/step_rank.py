@@ -102,7 +102,7 @@ def required_bytes(variant: Variant, traffic: Traffic) -> dict[str, float]:
         rows += sum(torch.cat([c.flatten() for c in of]).unique().numel() for of in zip(*of_ranks, strict=True))
     stored = 4 * tables.dim * rows / world_size
     bags = traffic.bags * len(tables.sizes)
-    batch = 8 * traffic.bags * sum(traffic.hots) + 8 * (bags + 1) + 4 * tables.dim * bags
+    batch = 8 * traffic.bags * sum(traffic.ids_per_bag) + 8 * (bags + 1) + 4 * tables.dim * bags
     forward, backward = stored + batch, 2 * stored + batch
     return {"forward": forward, "eval": forward, "backward": backward, "step": forward + backward}
 
@@ -176,7 +176,7 @@ def _described(name: str, variant: Variant, traffic: Traffic) -> dict[str, Any]:
         "dim": tables.dim,
         "optimizer": tables.optimizer,
         "bags": traffic.bags,
-        "hot": _one_or_all(traffic.hots),
+        "hot": _one_or_all(traffic.ids_per_bag),
         "zipf": traffic.exponent,
     }
 

@@ -53,8 +53,8 @@ class _Dmp(Variant):
     our_planner = False
     _dense: torch.optim.Optimizer | None
 
-    def _shard(self, collection: Any, sharder: Any, hots: dict[str, int]) -> None:
-        """Places a collection on the ranks; ``hots``: ids a bag of each of its tables."""
+    def _shard(self, collection: Any, sharder: Any, ids_per_bag: dict[str, int]) -> None:
+        """Places a collection on the ranks; ``ids_per_bag``: ids a bag of each of its tables."""
         pooled = hasattr(collection, "embedding_bag_configs")
         configs = collection.embedding_bag_configs() if pooled else collection.embedding_configs()
         tables = self.tables
@@ -64,7 +64,7 @@ class _Dmp(Variant):
                 min_partition=max(tables.dim // 2, 4),
                 pooling_factors=[float(hot)],
             )
-            for name, hot in hots.items()
+            for name, hot in ids_per_bag.items()
         }
         root = _Root(collection, [name for c in configs for name in c.feature_names])
         found = plan(root, sharder, constraints, self.traffic.bags, self.device, self.our_planner)
@@ -100,8 +100,8 @@ class _Dmp(Variant):
             key.removeprefix(self.prefix).removesuffix(".weight"): next(iter(of.values())) for key, of in state.items()
         }
 
-    def _hots(self) -> dict[str, int]:
-        return dict(zip(self.tables.features, self.traffic.hots, strict=True))
+    def _ids_per_bag(self) -> dict[str, int]:
+        return dict(zip(self.tables.features, self.traffic.ids_per_bag, strict=True))
 
 
 class Full(_Dmp):
@@ -112,7 +112,7 @@ class Full(_Dmp):
     def __init__(self, tables: Tables, m: int, traffic: Traffic, device: torch.device) -> None:
         super().__init__(tables, m, traffic, device)
         collection = EmbeddingBagCollection(tables=_configs(self), device=torch.device("meta"))
-        self._shard(collection, EmbeddingBagCollectionSharder(fused_params=tables.fused_params), self._hots())
+        self._shard(collection, EmbeddingBagCollectionSharder(fused_params=tables.fused_params), self._ids_per_bag())
 
 
 class FullOurPlanner(Full):
@@ -126,7 +126,7 @@ class Ours(_Dmp):
         super().__init__(tables, m, traffic, device)
         collection = CompositionalEmbeddingBagCollection(tables=_configs(self), device=torch.device("meta"))
         sharder = CompositionalEmbeddingBagCollectionSharder(fused_params=tables.fused_params)
-        self._shard(collection, sharder, self._hots())
+        self._shard(collection, sharder, self._ids_per_bag())
 
 
 class OursOurPlanner(Ours):
@@ -177,8 +177,8 @@ class _Stock(_Dmp):
         ]
 
     def _shard_tables(self, collection: nn.Module, sharder: Any) -> None:
-        hots = {name: hot for f, hot in enumerate(self.traffic.hots) for name in self.names(f)}
-        self._shard(collection, sharder, hots)
+        ids_per_bag = {name: hot for f, hot in enumerate(self.traffic.ids_per_bag) for name in self.names(f)}
+        self._shard(collection, sharder, ids_per_bag)
 
     def _expanded(self, batch: Batch) -> KeyedJaggedTensor:
         rows = [row.flatten() for f, ids in enumerate(batch.ids) for row in self.classes(f, ids)]

@@ -14,7 +14,7 @@ MLPERF_ROWS = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,
     155, 4, 976, 14, 40_000_000, 40_000_000, 40_000_000, 590_152, 12_973, 108, 36,
 )
-MLPERF_HOTS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+MLPERF_IDS_PER_BAG = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 # fmt: on
 _ALONE = ("tbe", "fused_alone")
 _SHARE = 0.4  # of a rank's memory that full tables may take
@@ -104,7 +104,7 @@ def dlrm(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) 
     most = options.max_rows or largest_rows(room * world_size // 2, MLPERF_ROWS, 128 * 4)
     sizes = tuple(min(n, most) for n in MLPERF_ROWS)
     tables = Tables(sizes, 128, "sgd", threshold=10_000)
-    traffic = Traffic(options.bags or 2048, MLPERF_HOTS, 1.05 if options.zipf is None else options.zipf)
+    traffic = Traffic(options.bags or 2048, MLPERF_IDS_PER_BAG, 1.05 if options.zipf is None else options.zipf)
     return [Cell(tables, (4,), (traffic,), ("full", "full_our_planner", "fused", "fused_our_planner"))]
 
 

@@ -20,8 +20,6 @@ LONGER = {
 SAME_NAME: set[str] = set()
 # Python and pytest give these names their meaning.
 NAMED_BY_OTHERS = {"__init__.py", "__main__.py", "conftest.py"}
-# Folders that still have a word which the glossary bans.
-STILL_BANNED = {"hots": ("benchmarks/", "launch/data/")}
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +68,9 @@ def test_banned_words_are_found_in_names_and_prose() -> None:
 
 
 def test_no_name_or_prose_has_a_word_that_the_glossary_bans(sources: list[Path]) -> None:
-    words, found, still = banned_words(), set(), set()
+    words, found = banned_words(), set()
     for path in sources:
         name = path.relative_to(ROOT).as_posix()
         if name.startswith(("torchrec_qr/", "launch/", "benchmarks/")):
-            for word in words_found(f"{name}\n{path.read_text()}", words):
-                folder = next((f for f in STILL_BANNED.get(word, ()) if name.startswith(f)), None)
-                if folder is None:
-                    found.add((name, word))
-                else:
-                    still.add((word, folder))
+            found |= {(name, word) for word in words_found(f"{name}\n{path.read_text()}", words)}
     assert found == set()
-    left = {(word, folder) for word, folders in STILL_BANNED.items() for folder in folders}
-    assert left - still == set(), "these keep the rule now: take them off the list"

@@ -32,7 +32,7 @@ class _Generated(NamedTuple):
     """A generated data set: S and ids per row of each feature; rows; the generator's exponent and strength of ids."""
 
     sizes: list[int]
-    hots: list[int]
+    ids_per_bag: list[int]
     rows: int = 200_000
     zipf: float = 1.1
     strength: float = 2.0
@@ -175,20 +175,22 @@ def _generated(prefix: Path, kind: str) -> dict[str, Any]:
     """Ids by a power law, the most frequent first, whose effects on the logit are independent of one another."""
     generated = _GENERATED.get(kind) or _of_largest(int(float(kind)))
     section = GeneratorSection(rows=generated.rows, zipf=generated.zipf, ids_strength=generated.strength)
-    source = GeneratorSource(section, generated.sizes, _GENERATOR_DENSE, generated.hots)
+    source = GeneratorSource(section, generated.sizes, _GENERATOR_DENSE, generated.ids_per_bag)
     rows = source.read(0, generated.rows, BadRows("error"))
-    _save(prefix, rows.dense, rows.ids, rows.labels, generated.hots)
+    _save(prefix, rows.dense, rows.ids, rows.labels, generated.ids_per_bag)
     train_rows, test = boundaries(generated.rows, (6 / 7, 1 / 14, 1 / 14))
     known = source.known_quality(test, generated.rows)
     return {"rows": {f"cat_{i}": s for i, s in enumerate(generated.sizes)}, "train_rows": train_rows, **known}
 
 
-def _save(prefix: Path, dense: Array, ids: Array, labels: Array, hots: Sequence[int] = ()) -> None:
+def _save(prefix: Path, dense: Array, ids: Array, labels: Array, ids_per_bag: Sequence[int] = ()) -> None:
     np.save(f"{prefix}_dense.npy", dense)
     np.save(f"{prefix}_labels.npy", labels.astype(np.int32))
-    if any(hot > 1 for hot in hots):
-        ends = np.cumsum(hots)
-        numbered = {str(f): ids[:, e - h : e].astype(np.int32) for f, (e, h) in enumerate(zip(ends, hots, strict=True))}
+    if any(hot > 1 for hot in ids_per_bag):
+        ends = np.cumsum(ids_per_bag)
+        numbered = {
+            str(f): ids[:, e - h : e].astype(np.int32) for f, (e, h) in enumerate(zip(ends, ids_per_bag, strict=True))
+        }
         np.savez(f"{prefix}_sparse_multi_hot.npz", **numbered)  # type: ignore[arg-type]
     else:
         np.save(f"{prefix}_sparse.npy", ids.astype(np.int32))

@@ -59,7 +59,7 @@ def test_torchx_runs_mlperfs_tables_on_its_ranks(tmp_path: Path) -> None:
     sizes = [min(n, 12_000) for n in step_suites.MLPERF_ROWS]
     compressed = [n for n in sizes if n > 10_000]
     for name, row in rows.items():
-        assert (row["num_ids"], row["hot"], row["dim"]) == (sizes, list(step_suites.MLPERF_HOTS), 128)
+        assert (row["num_ids"], row["hot"], row["dim"]) == (sizes, list(step_suites.MLPERF_IDS_PER_BAG), 128)
         assert sum(row["plan"].values()) == 26
         saved = 0 if name.startswith("full") else sum(n - (-(-n // 4) + 4) for n in compressed)
         assert row["stored_rows"] == sum(sizes) - saved
