@@ -61,7 +61,7 @@ class Cell:
 
 
 class Batch:
-    """``ids[f]`` (B, ids_per_bag[f]); the same as one tensor ``values``, with the ``lengths`` and ``offsets`` of bags."""
+    """``ids[f]`` (B, ids_per_bag[f]); the same as one tensor ``values``, with ``lengths`` and ``offsets`` of bags."""
 
     def __init__(self, tables: Tables, traffic: Traffic, rank: int, number: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(1000 * rank + number)
