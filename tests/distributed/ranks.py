@@ -1,18 +1,20 @@
-"""Runs a function on real ranks, of gloo unless said otherwise: one process each, one thread each."""
+"""Calls a function on real ranks, one process and thread each: by default of gloo, in processes that tests share."""
 
 import multiprocessing as mp
 import os
+import sys
 import tempfile
-import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from time import monotonic
 from typing import Any
 
 import torch
 
-# Set where `run_ranks` is told another device than a CPU: "cuda:0", or "cuda" for GPUs in turn.
-_DEVICE = "TORCHREC_QR_RANK_DEVICE"
+from tests.distributed.rank_process import DEVICE, Call, serve
+
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _FORKED = mp.get_context("forkserver")
 _FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
@@ -20,9 +22,24 @@ _FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed
 _CONTEXTS: dict[str, Any] = {"cpu": _FORKED, "cuda": mp.get_context("spawn")}
 
 
+@dataclass
+class _Rank:
+    process: Any
+    connection: Connection
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+# Rank r of every world takes the process r.
+_shared: list[_Rank] = []
+
+
 def device_of(rank: int) -> torch.device:
     """Returns the device of a rank: a CPU, unless `run_ranks` was told otherwise."""
-    device = torch.device(os.environ.get(_DEVICE, "cpu"))
+    device = torch.device(os.environ.get(DEVICE, "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", rank % torch.cuda.device_count())
     return device
@@ -41,82 +58,76 @@ def run_ranks(
     timeout: float = 120,
     backend: str | Callable[[], str] = "gloo",
     device: str = "cpu",
+    alone: bool = False,
 ) -> list[Any]:
-    """Returns ``[function(rank, world_size, *args) for each rank]``, run in as many processes.
+    """Returns ``[function(rank, world_size, *args) for each rank]``, called in as many processes.
 
     ``function`` is a module's top-level function; it and its results must pickle. ``local_world_size`` simulates nodes
     of so many ranks. The first rank to fail ends the others, and its traceback is raised. ``backend`` may be a function
     that registers one, and returns its name. ``device`` "cuda" gives ranks the GPUs in turn, "cuda:0" all of them one.
+
+    Calls on gloo and CPUs share processes, each call with a process group of its own. A process puts back what a call
+    may have changed, and a call fails if it has replaced functions or keeps errors back. A call that fails ends its
+    processes. ``alone`` gives a call processes of its own, which end with it.
     """
+    shared = backend == "gloo" and device == "cpu" and not alone
+    ranks = _processes(world_size) if shared else [_start(device) for _ in range(world_size)]
+    succeeded = False
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, process in enumerate(ranks):
+                environment = {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_RANK": str(rank % (local_world_size or world_size)),
+                    "LOCAL_WORLD_SIZE": str(local_world_size or world_size),
+                    DEVICE: device,
+                }
+                call = Call(environment, f"{folder}/store", backend, bytes(ForkingPickler.dumps((function, args))))
+                process.connection.send((list(sys.path), call))
+            results = _results(ranks, monotonic() + timeout)
+        succeeded = True
+        return results
+    finally:
+        if not (shared and succeeded):
+            for rank in ranks:
+                rank.end()
+
+
+def _start(device: str) -> _Rank:
     context = _CONTEXTS[device.partition(":")[0]]
-    with tempfile.TemporaryDirectory() as folder:
-        ranks: dict[Connection, tuple[int, Any]] = {}
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank % (local_world_size or world_size)),
-                "LOCAL_WORLD_SIZE": str(local_world_size or world_size),
-                _DEVICE: device,
-            }
-            target = (sender, environment, f"{folder}/store", backend, function, args)
-            process = context.Process(target=_rank, args=target, daemon=True)
-            process.start()
-            sender.close()
-            ranks[receiver] = rank, process
-        processes = [process for _, process in ranks.values()]
-        try:
-            return _results(ranks, monotonic() + timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    connection, other_end = context.Pipe()
+    process = context.Process(target=serve, args=(other_end,), daemon=True)
+    process.start()
+    other_end.close()
+    return _Rank(process, connection)
 
 
-def _results(ranks: dict[Connection, tuple[int, Any]], deadline: float) -> list[Any]:
+def _processes(world_size: int) -> list[_Rank]:
+    for r in range(world_size):
+        if r == len(_shared):
+            _shared.append(_start("cpu"))
+        elif not _shared[r].process.is_alive():
+            _shared[r] = _start("cpu")
+    return _shared[:world_size]
+
+
+def _results(ranks: list[_Rank], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    pending = dict(ranks)
+    pending = {process.connection: rank for rank, process in enumerate(ranks)}
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - monotonic()))
         if not ready:
-            raise TimeoutError(f"ranks {sorted(rank for rank, _ in pending.values())} have not ended")
+            raise TimeoutError(f"ranks {sorted(pending.values())} have not ended")
         for connection in ready:
             assert isinstance(connection, Connection)
-            rank, process = pending.pop(connection)
+            rank = pending.pop(connection)
             try:
                 failed, value = connection.recv()
             except EOFError:
-                process.join()
-                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}") from None
+                ranks[rank].process.join()
+                raise RuntimeError(f"rank {rank} died with exit code {ranks[rank].process.exitcode}") from None
             if failed:
                 raise AssertionError(f"rank {rank} of {len(ranks)}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in sorted(results)]
-
-
-def _rank(
-    sender: Connection,
-    environment: dict[str, str],
-    store: str,
-    backend: str | Callable[[], str],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    os.environ.update(environment)
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    try:
-        if own_device().type == "cuda":
-            torch.cuda.set_device(own_device())
-        name = backend if isinstance(backend, str) else backend()
-        dist.init_process_group(name, init_method=f"file://{store}", rank=rank, world_size=world_size)
-        result = function(rank, world_size, *args)
-        dist.barrier()  # nobody leaves while others still talk to it
-        sender.send((False, result))
-    except BaseException:
-        sender.send((True, traceback.format_exc()))
-    finally:
-        sender.close()

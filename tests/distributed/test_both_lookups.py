@@ -40,8 +40,9 @@ def tables_of_kernels(rank: int, world_size: int, run: Run) -> set[str]:
         seen.update(tables.names)
         return backward(tables, *args)
 
-    cpu.backward = recorded
-    train(rank, world_size, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "backward", recorded)
+        train(rank, world_size, run)
     return seen
 
 

@@ -312,4 +312,4 @@ def compiled(rank: int, world_size: int) -> None:
 )
 def test_a_compiled_model_trains_as_the_eager_one() -> None:
     """With replicated partitions, their hook and codes of rows; compiling is slow, of TorchRec's own tables too."""
-    run_ranks(compiled, 2, timeout=280)
+    run_ranks(compiled, 2, timeout=280, alone=True)

@@ -41,7 +41,7 @@ def machine() -> Machine:
 
 def cells() -> tuple[Machine, Curves]:
     """Returns the machine, and per cell the loss of each step, summed over the ranks."""
-    per_rank = run_ranks(_machine_and_losses, WORLD_SIZE, local_world_size=RANKS_PER_NODE)
+    per_rank = run_ranks(_machine_and_losses, WORLD_SIZE, local_world_size=RANKS_PER_NODE, alone=True)
     names = per_rank[0][1]
     return per_rank[0][0], {
         n: [math.fsum(step) for step in zip(*(c[n] for _, c in per_rank), strict=True)] for n in names

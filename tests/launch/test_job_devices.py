@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from launch.devices import DeviceError, check_own_gpus, check_started_by_launcher, compare_gpus, device_index
 from launch.process_group import group_arguments, start_process_group
 from launch.sections import TrainSection
-from tests.distributed.ranks import run_ranks
 
 FIRST_OF_SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
 

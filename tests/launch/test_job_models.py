@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import nn
 from torchmetrics.functional.classification import binary_auroc
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
@@ -21,7 +22,6 @@ from launch.parallel import parallelize
 from launch.schedule import Schedule
 from launch.sections import ScheduleSection
 from launch.task import NonFiniteLossError, TrainTask
-from tests.distributed.ranks import run_ranks
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.cli.schema import build_tables, load
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch.distributed import distributed_c10d
 
 from launch.config import read_job
 from launch.sections import TrainSection
 from launch.waits import GLOO_TIMEOUT, NCCL_TIMEOUT, Waits, step_timeout
-from tests.distributed.ranks import run_ranks
 from tests.launch.jobs import DEMO
 from torchrec_qr.cli.schema import ConfigError
 

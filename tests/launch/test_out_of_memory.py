@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from launch.config import Job
@@ -13,7 +14,6 @@ from launch.memory_errors import described, tables_named
 from launch.model import Collection, build_model
 from launch.parallel import Parallel, parallelize
 from launch.task import TrainTask
-from tests.distributed.ranks import run_ranks
 from tests.launch.jobs import SMALL, start, with_set
 from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.cli.schema import build_tables, load
