@@ -28,7 +28,7 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 
-.PHONY: help install test test-gpu test-slurm test-ray test-two-hosts train lint format typecheck ci clean
+.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts train lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,7 +36,13 @@ help:  ## List the targets
 install: $(INSTALLED)  ## Create .venv: the locked versions and this package
 
 # On the CPU, whatever the machine has: jobs that the tests start on two ranks would look for two GPUs.
-test: $(INSTALLED)  ## Run the tests, on the CPU
+test: $(INSTALLED)  ## Run the tests that guard values, on the CPU: five minutes on two cores
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)  ## Run the tests that are marked slow, on the CPU
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## Run all tests, on the CPU
 	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)  ## Run the tests of GPUs, on the GPUs of this machine
@@ -73,7 +79,7 @@ ci:  ## Run what CI runs
 	bash .ci/run
 
 clean:  ## Remove .venv and its like, caches and build outputs
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-results.xml
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test*-results.xml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock gets a new venv, as pip leaves in place what a lock no longer names. The stamp comes last, so an install

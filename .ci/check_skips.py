@@ -1,9 +1,9 @@
-"""Compares the skipped tests of a pytest JUnit report with the committed list: no test stops running unnoticed.
+"""Compares the skipped tests of pytest's JUnit reports with the committed list: no test stops running unnoticed.
 
-Usage: ``check_skips.py REPORT.xml LIST.txt``. A line of the list is ``node id or its beginning | reason``; lines that
-start with ``#`` are comments, and ``?`` before a line says that its tests run on some machines: they need files that
-only those have. Exit code 1, saying why, if a test skipped that no line names, if a line names no test
-that skipped, or if no test ran.
+Usage: ``check_skips.py LIST.txt REPORT.xml ...``. A line of the list is ``node id or its beginning | reason``; lines
+that start with ``#`` are comments, and ``?`` before a line says that its tests run on some machines: they need files
+that only those have. Exit code 1, saying why, if a test skipped that no line names, if a line names no test that
+skipped, or if no test of a report ran.
 """
 
 import sys
@@ -41,16 +41,22 @@ def read_list(path: Path) -> tuple[dict[str, str], set[str]]:
     return expected, on_some
 
 
-def main(report: str, list_path: str) -> int:
-    """Prints each difference between report and list; returns the exit code."""
-    root = Path.cwd()
-    cases = list(ElementTree.parse(report).iter("testcase"))
+def read_report(path: str, root: Path) -> tuple[int, dict[str, str]]:
+    """Returns the number of tests in a report, and the reason of each that skipped, by node id."""
+    cases = list(ElementTree.parse(path).iter("testcase"))
     skips = {}
     for case in cases:
         skipped = case.find("skipped")
         # An expected failure is reported as a skip too, but it ran.
         if skipped is not None and skipped.get("type") != "pytest.xfail":
             skips[node_id(case, root)] = skipped.get("message", "")
+    return len(cases), skips
+
+
+def main(list_path: str, *reports: str) -> int:
+    """Prints each difference between reports and list; returns the exit code."""
+    of_reports = {path: read_report(path, Path.cwd()) for path in reports}
+    skips = {test: reason for _, of_report in of_reports.values() for test, reason in of_report.items()}
     expected, on_some = read_list(Path(list_path))
 
     problems = [
@@ -63,9 +69,13 @@ def main(report: str, list_path: str) -> int:
         for prefix in expected
         if prefix not in on_some and not any(test.startswith(prefix) for test in skips)
     ]
-    if len(cases) == len(skips):
-        problems.append(f"no test ran: {len(cases)} collected, {len(skips)} skipped")
-    print(*problems or [f"skips as expected: {len(skips)} of {len(cases)} tests"], sep="\n")
+    problems += [
+        f"no test ran: {path} has {number}, {len(of_report)} skipped"
+        for path, (number, of_report) in of_reports.items()
+        if number == len(of_report)
+    ]
+    total = sum(number for number, _ in of_reports.values())
+    print(*problems or [f"skips as expected: {len(skips)} of {total} tests"], sep="\n")
     return 1 if problems else 0
 
 

@@ -1,6 +1,7 @@
 """What every test starts from: few threads, seeded generators, and Hypothesis examples that CI can repeat."""
 
 import os
+from typing import Any
 
 # Before torch is imported: with pytest-xdist, workers times threads would exceed the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,13 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="module")
+def selected(request: pytest.FixtureRequest) -> set[Any]:
+    """Values of parameters of the module's selected tests, for a program that runs all of their cases at once."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return {value for spec in specs if spec is not None for value in spec.params.values()}
 
 
 @pytest.fixture(autouse=True)

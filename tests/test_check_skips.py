@@ -22,6 +22,13 @@ class TestClass:
     @pytest.mark.parametrize("n", [1, 2])
     def test_skips(self, n): pytest.skip("no cluster")
 """
+SLOW = """
+import pytest
+
+@pytest.mark.slow
+@pytest.mark.skip()
+def test_long(): pass
+"""
 ALL = "tests/test_a.py::test_skips | no GPU here\n# a comment\n\ntests/test_a.py::TestClass | no cluster here\n"
 
 
@@ -29,13 +36,16 @@ def check(directory: Path, tests: str, listed: str) -> tuple[int, list[str]]:
     """Runs pytest on ``tests``, and the check on its report; returns the check's exit code and lines."""
     (directory / "tests").mkdir()
     (directory / "tests" / "test_a.py").write_text(tests)
-    (directory / "pytest.ini").write_text("[pytest]\n")
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (directory / "list.txt").write_text(listed)
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml=report.xml", "tests"]
-    subprocess.run(pytest_command, cwd=directory, capture_output=True, check=False)
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "report.xml", "list.txt"], cwd=directory, capture_output=True, text=True, check=False
-    )
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    reports = {"quick.xml": "not slow", "slow.xml": "slow"} if "slow" in tests else {"all.xml": ""}
+    for report, chosen in reports.items():
+        subprocess.run(
+            [*pytest_command, f"--junit-xml={report}", "-m", chosen], cwd=directory, capture_output=True, check=False
+        )
+    command = [sys.executable, SCRIPT, "list.txt", *reports]
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     return result.returncode, (result.stdout + result.stderr).splitlines()
 
 
@@ -62,10 +72,12 @@ def check(directory: Path, tests: str, listed: str) -> tuple[int, list[str]]:
             1,
             [
                 "skipped, and not in list.txt: tests/test_a.py (collection skipped)",
-                "no test ran: 1 collected, 1 skipped",
+                "no test ran: all.xml has 1, 1 skipped",
             ],
         ),
-        ("", "", 1, ["no test ran: 0 collected, 0 skipped"]),
+        ("", "", 1, ["no test ran: all.xml has 0, 0 skipped"]),
+        (SLOW.replace("skip()", "slow"), "", 1, ["no test ran: quick.xml has 0, 0 skipped"]),
+        (TESTS + SLOW, ALL + "tests/test_a.py::test_long | no GPU\n", 1, ["no test ran: slow.xml has 1, 1 skipped"]),
         (
             TESTS,
             "tests/test_a.py::test_skips\n",
@@ -73,7 +85,17 @@ def check(directory: Path, tests: str, listed: str) -> tuple[int, list[str]]:
             ["list.txt:1: expected 'node id | reason', got 'tests/test_a.py::test_skips'"],
         ),
     ],
-    ids=["as-expected", "unlisted", "on-some-machines", "listed-in-vain", "whole-module", "no-tests", "no-reason"],
+    ids=[
+        "as-expected",
+        "unlisted",
+        "on-some-machines",
+        "listed-in-vain",
+        "whole-module",
+        "no-tests",
+        "no-quick-tests",
+        "no-slow-tests",
+        "no-reason",
+    ],
 )
 def test_check_skips(tmp_path: Path, tests: str, listed: str, code: int, lines: list[str]) -> None:
     assert check(tmp_path, tests, listed) == (code, lines)

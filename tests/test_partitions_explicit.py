@@ -201,6 +201,7 @@ print((kib("VmPeak") - before) * 1024 / (classes.numel() * classes.element_size(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
 @pytest.mark.parametrize(
     ("top", "sizes"),

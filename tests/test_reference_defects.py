@@ -63,7 +63,7 @@ def test_quotients_of_large_ids_are_exact() -> None:
     assert ebc(batch({"f": [[x], [x - 1]]}))["f"].tolist() == [[15.0] * 4, [0.0] * 4]
 
 
-@pytest.mark.parametrize("grouping", ["strided", "adjacent"])
+@pytest.mark.parametrize("grouping", ["strided", pytest.param("adjacent", marks=pytest.mark.slow)])
 def test_a_table_of_40_million_rows_keeps_all_quotients_and_remainders(grouping: Any) -> None:
     """Of these, float32 gets 6,611,392 quotients wrong, loses 805,695 pairs and leaves the table twice."""
     num_ids, chunk = 40_000_000, 4_000_000

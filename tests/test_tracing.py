@@ -104,8 +104,8 @@ def test_a_traced_collection_weights_and_divides(trace: Callable[[nn.Module], to
     ("pooled", "kind", "operation", "batches"),
     [
         (True, "strided", "mult", [BATCH]),
-        (True, "explicit", "concat", [BATCH]),
-        (True, "strided", "path_hidden", [{"f": [[0, 5], [5]], "g": [[1], [2]]}]),
+        pytest.param(True, "explicit", "concat", [BATCH], marks=pytest.mark.slow),
+        pytest.param(True, "strided", "path_hidden", [{"f": [[0, 5], [5]], "g": [[1], [2]]}], marks=pytest.mark.slow),
         (False, "strided", "add", [BATCH, OTHER_BATCH]),
     ],
 )

@@ -48,6 +48,7 @@ def check_row(row: dict[str, Any], copy_gb_s: float, world_size: int) -> None:
     assert row["step"]["required_bytes"] == pytest.approx(both, abs=1)
 
 
+@pytest.mark.slow
 def test_torchx_runs_mlperfs_tables_on_its_ranks(tmp_path: Path) -> None:
     file = tmp_path / "dlrm.json"
     options = (*SHORT, "--max-rows", "12000", "--json", str(file))
@@ -65,6 +66,7 @@ def test_torchx_runs_mlperfs_tables_on_its_ranks(tmp_path: Path) -> None:
         assert row["stored_rows"] == sum(sizes) - saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "options", "variants"),
     [
@@ -83,6 +85,7 @@ def test_two_ranks_of_torchrun(tmp_path: Path, suite: str, options: tuple[str, .
     assert set(report(file, 2, suite)) == variants
 
 
+@pytest.mark.slow
 def test_without_torchrun_two_ranks_start_on_this_machine(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     options = ("--suite", "grid", "--shardings", "column_wise", "--num-ids", "60", "--dims", "16")
@@ -106,7 +109,10 @@ def test_lookups_alone_and_the_bytes_that_they_need(tmp_path: Path) -> None:
         assert rows[name]["backward"]["required_bytes"] == 2 * stored + batch
 
 
-@pytest.mark.parametrize(("kind", "when"), [("output", "before"), ("output", "after"), ("rows", "before")])
+@pytest.mark.parametrize(
+    ("kind", "when"),
+    [("output", "before"), pytest.param("output", "after", marks=pytest.mark.slow), ("rows", "before")],
+)
 def test_a_wrong_step_gets_no_time(tmp_path: Path, kind: str, when: str) -> None:
     file = tmp_path / "rows.json"
     # The first lookup and the first step are those that are checked before timing.
@@ -121,6 +127,7 @@ def test_a_wrong_step_gets_no_time(tmp_path: Path, kind: str, when: str) -> None
     assert rows["tbe"]["step"]["to_full"] == 1
 
 
+@pytest.mark.slow
 def test_values_that_are_wrong_on_another_rank_only(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     options = ("--suite", "dynamicemb", "--scale", "0.0001", *SHORT, "--json", str(file))

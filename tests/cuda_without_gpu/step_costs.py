@@ -41,9 +41,9 @@ def run_program(name: str, *args: str, parts: int = 1, timeout: float = 550) -> 
     return {line.pop("case"): line for line in lines}
 
 
-def run_device_cases() -> dict[str, Costs]:
-    """Runs the cases on fake CUDA tensors, as two processes."""
-    return run_program("run_device_cases.py", parts=2)
+def run_device_cases(*cases: str) -> dict[str, Costs]:
+    """Runs the cases, or all, on fake CUDA tensors, as two processes."""
+    return run_program("run_device_cases.py", *cases, parts=2)
 
 
 def condensed(costs: Costs, by_place: bool) -> dict[str, int]:

@@ -15,13 +15,15 @@ pytestmark = [
     pytest.mark.skipif(which(noop_cuda.COMPILER) is None, reason="no C++ compiler"),
 ]
 
-CASES = [case.id for case in cases()]
+# The table of costs names the launches of these one by one.
+QUICK = [case.id for case in REFERENCE]
+CASES = [case.id if case.id in QUICK else pytest.param(case.id, marks=pytest.mark.slow) for case in cases()]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    """All cases in processes of their own, whose torch is loaded after a library that stands in for CUDA."""
-    return step_costs.run_device_cases()
+def results(selected: set[Any]) -> dict[str, Any]:
+    """The selected cases in processes of their own, whose torch is loaded after a library that stands in for CUDA."""
+    return step_costs.run_device_cases(*selected)
 
 
 @pytest.fixture(scope="module")

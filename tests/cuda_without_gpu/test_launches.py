@@ -13,7 +13,7 @@ import dry_steps
 
 from torchrec_qr.ops.triton_kernels import backward_launches, launches
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 BOUND = [name for name, _ in dry_steps.dry_cases() if name.startswith("bound")]
 

@@ -17,7 +17,8 @@ from varied_reference import Exact
 from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of
 
 RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)
-WORLD_SIZES = (1, 2, 4)
+# Two ranks have all of it; one rank and four take as long.
+WORLD_SIZES = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 TABLES = [pytest.param(name, t, id=f"{name}-{t.name}") for name, run in RUNS.items() for t in run.tables]
 
 

@@ -45,7 +45,7 @@ def quantised(rank: int, world_size: int, precision: str, by_registry: bool, sha
     return values
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_quantised_communication(precision: str) -> None:
     """TorchRec's registry has fp16 alone for a CPU. How far it is from exact: `tests/distributed/test_pipelines.py`."""
     two, four = ("table_wise", "column_wise", "row_wise"), ("table_row_wise", "grid_shard")
@@ -150,6 +150,7 @@ def through_a_checkpoint(rank: int, world_size: int, folder: Path, shardings: tu
     return values
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path: Path) -> None:
     on_poison_as_on_gloo(through_a_checkpoint, 2, tmp_path, ("table_wise", "column_wise", "row_wise", "data_parallel"))
     on_poison_as_on_gloo(through_a_checkpoint, 4, tmp_path, ("table_row_wise", "grid_shard"))

@@ -28,7 +28,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_without_tables_keep_step(world_size: int) -> None:
     plain, poisoned = (
         run_ranks(train_all_journaled, world_size, RUNS, {"on_first": True}, local_world_size=2, backend=b)

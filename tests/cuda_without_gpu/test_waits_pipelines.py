@@ -61,7 +61,7 @@ def in_step(rank: int, world_size: int, weighted: bool) -> Values:
     )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pipelines_give_the_outputs_of_a_plain_loop(weighted: bool) -> None:
     for values in on_poison_as_on_gloo(in_step, 2, weighted):
         of_loop = {name.removeprefix("loop, "): v for name, v in values.items() if name.startswith("loop, ")}

@@ -306,6 +306,7 @@ def compiled(rank: int, world_size: int) -> None:
         assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     torch.__version__.startswith("2.11."),
     reason="compiled, TorchRec's own row-wise input dist fails with torch 2.11 in AOTAutograd (maybe_mark_dynamic)",

@@ -84,6 +84,7 @@ def test_retries_are_torchruns_where_the_scheduler_has_none() -> None:
     assert replica.env["TORCHX_JOB_ID"].startswith("local_cwd://")
 
 
+@pytest.mark.slow
 def test_a_slurm_job_of_two_nodes_with_slurms_own_retries() -> None:
     args = ("-j", "2x4", "--cpu", "16", "--gpu", "4", "--memMB", "5000", "--max_retries", "3", *DEMO)
     request = dryrun("slurm", "dlrm", *args, cfg={"partition": "gpus", "time": "60"}).request

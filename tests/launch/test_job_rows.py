@@ -45,7 +45,10 @@ def test_skipped_rows_are_told_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("stop", "log_every"), [(10, 5), (13, 13), (15, 5)])  # of 13 steps an epoch
+@pytest.mark.parametrize(
+    ("stop", "log_every"),
+    [pytest.param(10, 5, marks=pytest.mark.slow), (13, 13), pytest.param(15, 5, marks=pytest.mark.slow)],
+)  # of 13 steps an epoch
 def test_skipped_rows_are_counted_alike_after_a_restart(
     tmp_path: Path, world_size: int, stop: int, log_every: int
 ) -> None:
@@ -129,7 +132,7 @@ def test_folders_within_a_folder(tmp_path: Path) -> None:
     assert [p.name for p in expanded([str(tmp_path / "all")])] == ["b.csv", "a.csv"]
 
 
-@pytest.mark.parametrize("interaction", ["dcn", "deepfm"])
+@pytest.mark.parametrize("interaction", ["dcn", pytest.param("deepfm", marks=pytest.mark.slow)])
 def test_rows_of_categories_alone(tmp_path: Path, interaction: str) -> None:
     write(tmp_path / "a.parquet", {name: c for name, c in rows(4000, seed=1).items() if name != "price"})
     write(tmp_path / "new.parquet", {name: c for name, c in rows(500, seed=2).items() if name != "price"})

@@ -119,6 +119,7 @@ os.execvp(command[0], command)
 """
 
 
+@pytest.mark.slow
 def test_the_pods_of_kubernetes_have_them() -> None:
     job = (*DEMO, "--image", "i", "--mounts", "type=volume,src=runs,dst=/runs", "--runs", "/runs", "--env", ENV)
     request = dryrun("kubernetes", "dlrm", *job, cfg={"queue": "default"}).request

@@ -42,6 +42,7 @@ def test_torchrun_alone_trains(unbroken: Path) -> None:
     assert list((unbroken / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_torchx_runs_the_same_job_and_shows_it(unbroken: Path, tmp_path: Path) -> None:
     code, output = output_of(*dlrm("-s local_cwd", tmp_path, "-j", "1x2"))
     assert code == 0, output
@@ -52,6 +53,7 @@ def test_torchx_runs_the_same_job_and_shows_it(unbroken: Path, tmp_path: Path) -
     assert any(re.match(r"dlrm/0 \[0\] test AUC +0\.\d{4}", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -64,6 +66,7 @@ def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
     assert last["auc"] == pytest.approx(expected["auc"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_job_whose_rank_dies_comes_to_the_same_end(unbroken: Path, tmp_path: Path) -> None:
     output = output_though_rank_1_dies("-s local_cwd", tmp_path)
     (resumed,) = re.findall(r"continues at step (\d+), from (\S+)", output)

@@ -45,7 +45,10 @@ print((kib("VmPeak") - before) * 1024)
 
 
 @linux
-@pytest.mark.parametrize(("m", "hot", "bags"), [(4, 10, 20_000), (447, 10, 20_000), (447, 1, 200_000)])
+@pytest.mark.parametrize(
+    ("m", "hot", "bags"),
+    [(4, 10, 20_000), *(pytest.param(447, *c, marks=pytest.mark.slow) for c in ((10, 20_000), (1, 200_000)))],
+)
 def test_a_step_takes_output_and_unique_rows(m: int, hot: int, bags: int) -> None:
     """And 16 bytes an id, to sort them; of (N, K, D) floats, which are 98 MiB here, there is no trace."""
     if not available():

@@ -120,6 +120,7 @@ TURNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "architecture"), TURNS)
 def test_compiles_without_spills(case: Case, architecture: int, tmp_path: Path) -> None:
     ptx = compiled(case, architecture).asm["ptx"]

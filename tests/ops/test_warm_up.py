@@ -19,9 +19,9 @@ KERNELS = ["blocks_of_tables", "forward", "keys_of_ids", "step_rows", "sum_long_
 @pytest.mark.parametrize(
     ("rule", "dtype", "pooling", "weights"),
     [
-        ("adagrad", "float32", "pooled", "plain"),
+        pytest.param("adagrad", "float32", "pooled", "plain", marks=pytest.mark.slow),
         ("adam", "bfloat16", "pooled", "weighted"),
-        ("rowwise_adagrad", "float16", "sequences", "plain"),
+        pytest.param("rowwise_adagrad", "float16", "sequences", "plain", marks=pytest.mark.slow),
     ],
 )
 def test_steps_compile_nothing_after_the_warm_up(

@@ -22,13 +22,14 @@ from torchrec_qr.distributed import get_default_sharders
 from torchrec_qr.planner.estimated_plan import EstimatedPlan
 
 CLUSTERS = {8: (8, 8), 16: (16, 8), 64: (64, 8)}
+EACH_CLUSTER = [8, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (16, 64))]
 
 
 def types_of(estimated: EstimatedPlan) -> dict[str, str]:
     return {p.table.name: p.option.sharding_type for p in estimated.tables}
 
 
-@pytest.mark.parametrize("ranks", CLUSTERS)
+@pytest.mark.parametrize("ranks", EACH_CLUSTER)
 def test_work_is_balanced(ranks: int) -> None:
     for tables, constraints in (mlperf(), zipf(1000)):
         estimated = planner(*CLUSTERS[ranks], constraints=constraints).propose(collection(tables), sharders())
@@ -37,7 +38,7 @@ def test_work_is_balanced(ranks: int) -> None:
         assert max(estimated.ranks.memory) <= min(estimated.reserved)
 
 
-@pytest.mark.parametrize("ranks", CLUSTERS)
+@pytest.mark.parametrize("ranks", EACH_CLUSTER)
 def test_work_is_balanced_without_data_parallel(ranks: int) -> None:
     for tables, constraints in (mlperf(), zipf(1000)):
         forbidden = only(constraints, tables, SHARDED)

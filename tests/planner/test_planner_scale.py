@@ -10,6 +10,7 @@ from torchrec_qr.planner.enumerators import Enumerator
 from torchrec_qr.planner.tables import find_tables
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_thousand_tables_on_a_thousand_ranks_take_less_than_four_gigabytes() -> None:
     configs, constraints = zipf(10_000)

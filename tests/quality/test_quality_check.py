@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.study import pending, result_file, results, run_all
 
@@ -13,6 +15,7 @@ REFUSED = Cell("generator_check", "mult", 250)
 BASELINES = [Cell("generator_check", method, 16) for method in ("feature_generation", "pool_first")]
 
 
+@pytest.mark.slow
 def test_multiplication_beats_hashing_by_three_times_the_seed_spread(tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "data"
     tasks = pending([HASH, MULT, REFUSED], SEEDS, out)
@@ -41,6 +44,7 @@ def test_multiplication_beats_hashing_by_three_times_the_seed_spread(tmp_path: P
     assert margin > 3 * spread, (loss, margin, spread)
 
 
+@pytest.mark.slow
 def test_the_papers_baselines_train(tmp_path: Path) -> None:
     run_all([(cell, 0) for cell in BASELINES], tmp_path, tmp_path / "data", tmp_path, workers=1)
     generated, pooled = (json.loads(result_file(tmp_path, cell, 0).read_text()) for cell in BASELINES)
