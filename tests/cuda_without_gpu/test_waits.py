@@ -7,12 +7,13 @@ ranks that own none of a table, and an order of collectives that must be the sam
 from functools import cache
 
 import pytest
+from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import Run, TableCase
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_tables import Journaled, train_all_journaled
 from ranks import run_ranks
-from test_parity_pooled import feasible_pairs, pairs_of, pairwise
+from test_parity_pooled import possible
 from varied_reference import Exact
 from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of
 
@@ -46,7 +47,8 @@ def exact(world_size: int, name: str) -> Exact:
 
 @pytest.mark.parametrize("factors", [FACTORS, SEQUENCE_FACTORS], ids=["bags", "sequences"])
 def test_every_pair_of_values_occurs(factors: dict[str, tuple[object, ...]]) -> None:
-    assert set(feasible_pairs(factors)) == {pair for case in pairwise(factors) for pair in pairs_of(case)}
+    occurring = {pair for case in pairwise(factors, possible) for pair in pairs_of(case, factors)}
+    assert set(all_pairs(factors, possible)) == occurring
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

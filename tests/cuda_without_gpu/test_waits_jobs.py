@@ -15,8 +15,19 @@ from poison_group import register
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
 from poison_tables import Journaled, train_journaled
 from ranks import run_ranks
-from sharded_model import DIM, Model, batch_of, placement, shard, state_of, tables, train, unsharded, weights_of
-from test_checkpoints import contents
+from sharded_model import (
+    DIM,
+    Model,
+    batch_of,
+    contents,
+    placement,
+    shard,
+    state_of,
+    tables,
+    train,
+    unsharded,
+    weights_of,
+)
 from test_parity_pooled import SHARDINGS
 from test_pipelines import CPU, MIXED, NAMES, codecs_of
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ import torch
 from host_streams import host_streams
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
 from sharded_model import tables, weights_of
-from test_pipelines import CPU, batches, drain, drain_eval, mixed_model, step
+from test_pipelines import CPU, batches, drain, from_host, mixed_model, step, until_its_end
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import (
     EvalPipelineSparseDist,
@@ -42,7 +42,7 @@ def in_step(rank: int, world_size: int, weighted: bool) -> Values:
             made.detach()
             model.eval()
             with torch.no_grad():
-                return outputs + drain_eval(EvalPipelineSparseDist(model, optimizer, CPU), data[:3])
+                return outputs + until_its_end(EvalPipelineSparseDist(model, optimizer, CPU), from_host(data[:3]))
 
         return train
 

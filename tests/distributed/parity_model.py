@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from pieces import Pieces, numpy_of, pieces_of
 from ranks import device_of, own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
@@ -295,30 +296,29 @@ def plan_of(run: Run, model: Model, sharders: list[Any]) -> ShardingPlan:
     return plan
 
 
-def shard(run: Run, sharders: list[Any] | None = None, collection: nn.Module | None = None) -> DistributedModelParallel:
+def plan_by_hand(run: Run, model: Model, sharders: list[Any], kernel: str | None = None) -> ShardingPlan:
+    """A plan without the planner; ``kernel`` in place of the usual compute kernels."""
+    plan = hand_plan(model.collection, list(run.tables), sharders[0 if run.pooled else 1])
+    for sharding in plan.values():
+        sharding.compute_kernel = kernel or sharding.compute_kernel
+    return ShardingPlan({"collection": plan})
+
+
+def shard(
+    run: Run,
+    sharders: list[Any] | None = None,
+    collection: nn.Module | None = None,
+    plan_of: Callable[[Run, Model, list[Any]], ShardingPlan] = plan_of,
+    model_type: type[Model] = Model,
+) -> DistributedModelParallel:
     """The run's model, built on the meta device and sharded, with the initial values of the run."""
     names = [name for name, _, _ in run.outputs()]
-    model = Model(run.collection("meta") if collection is None else collection, names, run.pooled)
+    model = model_type(run.collection("meta") if collection is None else collection, names, run.pooled)
     sharders = sharders or sharders_of(run)
     plan = plan_of(run, model, sharders)
     dmp = DistributedModelParallel(model, device=own_device(), plan=plan, sharders=sharders)
     dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
     return dmp
-
-
-Pieces = list[tuple[tuple[int, ...], tuple[int, ...], Any]]
-
-
-def pieces_of(value: Any) -> Pieces:
-    """(global size, offsets, values) of what this rank holds of a tensor."""
-    if not hasattr(value, "local_shards"):
-        return [(tuple(value.shape), (0,) * value.dim(), _numpy(value))]
-    size = tuple(value.size())
-    return [(size, tuple(s.metadata.shard_offsets), _numpy(s.tensor)) for s in value.local_shards()]
-
-
-def _numpy(value: Tensor) -> Any:
-    return value.detach().double().cpu().numpy().copy()
 
 
 @dataclass
@@ -344,7 +344,7 @@ def trained(
     for step in range(run.steps):
         dmp.fused_optimizer.zero_grad()
         out = dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted, run.int32).to(own_device()))
-        outputs.append(_numpy(out))
+        outputs.append(numpy_of(out))
         loss_of(out, world_size).backward()
         dmp.fused_optimizer.step()
         after(step)
@@ -370,21 +370,4 @@ def columns_of(dmp: DistributedModelParallel) -> dict[str, list[tuple[int, int]]
         if shards is not None:
             blocks = {(s.shard_offsets[1], s.shard_offsets[1] + s.shard_sizes[1]) for s in shards}
             out[name] = sorted(blocks)
-    return out
-
-
-def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
-    """Full tensors from the pieces of all ranks; what several hold must be equal bit for bit, and all be there."""
-    out: dict[str, Tensor] = {}
-    for key in dict.fromkeys(k for rank in per_rank for k in rank):
-        pieces = [piece for rank in per_rank for piece in rank.get(key, [])]
-        full = torch.full(pieces[0][0], torch.nan, dtype=torch.float64)
-        for size, offsets, values in pieces:
-            assert size == tuple(full.shape), (key, size, full.shape)
-            part = full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))]
-            value = torch.from_numpy(values)
-            assert bool((part.isnan() | (part == value)).all()), f"{key} differs between ranks"
-            part.copy_(value)
-        assert not full.isnan().any(), f"{key}: not all of it is stored"
-        out[key] = full
     return out

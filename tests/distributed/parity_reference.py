@@ -5,19 +5,9 @@ from collections.abc import Iterator
 import oracle
 import torch
 from cases import oracle_of
-from parity_model import (
-    EPS,
-    LR,
-    NOT_PLAIN,
-    OPTIMIZERS,
-    ROW_SPLIT,
-    Batch,
-    Run,
-    TableCase,
-    Trained,
-    assembled,
-    global_batch,
-)
+from parity_model import EPS, LR, NOT_PLAIN, OPTIMIZERS, ROW_SPLIT, Batch, Run, TableCase, Trained, global_batch
+from pieces import assembled
+from textbook_optimizers import Textbook, zero_state
 from torch import Tensor
 
 
@@ -42,8 +32,7 @@ class Reference:
                 self.tables[case.name] = oracle.OracleTable(lambda x: (x,), [weight], "add", case.pooling)
             else:
                 self.tables[case.name] = oracle_of(config, case.of_kind(), modules[case.name])
-        self._sums: dict[tuple[str, int], list[Tensor]] = {}
-        self._moments: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._states: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
         self._steps = 0
         self.lr, self.eps, self.max_gradient = LR, EPS, float("inf")
 
@@ -75,42 +64,19 @@ class Reference:
                 for j, weight in enumerate(self.tables[case.name].weights):
                     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                     grad = grad.clamp(-self.max_gradient, self.max_gradient)
-                    if self.run.optimizer in NOT_PLAIN:
-                        rows = sorted({self.tables[case.name].rows_of(x)[j] for x in ids})
-                        self._update_adam((case.name, j), weight, grad, rows)
-                    else:
-                        self._update(case, j, weight, grad)
+                    rows = torch.tensor(sorted({self.tables[case.name].rows_of(x)[j] for x in ids}), dtype=torch.int64)
+                    self._update(case, j, weight, grad, rows)
                     weight.grad = None
         return [out.detach() for out in outs]
 
-    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor) -> None:
-        if self.run.optimizer == "sgd":
-            weight -= self.lr * grad
-        elif self.run.optimizer == "adagrad":
-            (sums,) = self._sums.setdefault((case.name, j), [torch.zeros_like(weight)])
-            sums += grad**2
-            weight -= self.lr * grad / (sums.sqrt() + self.eps)
-        else:
-            blocks = self._blocks(case, j)
-            sums_of = self._sums.setdefault((case.name, j), [torch.zeros(len(weight)).double() for _ in blocks])
-            for (a, b), sums in zip(blocks, sums_of, strict=True):
-                sums += (grad[:, a:b] ** 2).mean(dim=1)
-                weight[:, a:b] -= self.lr * grad[:, a:b] / (sums.sqrt() + self.eps).unsqueeze(1)
-
-    def _update_adam(self, key: tuple[str, int], weight: Tensor, grad: Tensor, rows: list[int]) -> None:
-        """Of the rows that were looked up alone; bias correction by the number of steps."""
-        params = OPTIMIZERS[self.run.optimizer]
-        b1, b2 = params["beta1"], params["beta2"]
-        names = ("momentum1", "exp_avg_sq", "max_exp_avg_sq")
-        of = self._moments.setdefault(key, {name: torch.zeros_like(weight) for name in names})
-        for r in rows:
-            m, v, largest = (of[name][r] for name in names)
-            m.copy_(b1 * m + (1 - b1) * grad[r])
-            v.copy_(b2 * v + (1 - b2) * grad[r] ** 2)
-            largest.copy_(torch.maximum(largest, v))
-            bound = largest if params.get("amsgrad") else v
-            root = (bound / (1 - b2**self._steps)).sqrt()
-            weight[r] -= self.lr * (m / (1 - b1**self._steps)) / (root + self.eps)
+    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor, rows: Tensor) -> None:
+        name, params = self.run.optimizer, OPTIMIZERS[self.run.optimizer]
+        blocks = self._blocks(case, j) if name == "rowwise_adagrad" else [(0, weight.shape[1])]
+        new = [zero_state(name, len(weight), b - a) for a, b in blocks]
+        states = self._states.setdefault((case.name, j), new)
+        rule = Textbook(name, self.eps, params.get("beta1", 0), params.get("beta2", 0))
+        for (a, b), state in zip(blocks, states, strict=True):
+            weight[rows, a:b] = rule.step(weight[:, a:b], grad[:, a:b], state, rows, self._steps, self.lr)
 
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""
@@ -134,19 +100,13 @@ class Reference:
         """State by key and name; accumulators of column shards end to end, as TorchRec shows them."""
         for case in self.run.tables:
             for j in range(len(self.tables[case.name].weights)):
-                for name, value in self._moments.get((case.name, j), {}).items():
-                    if name != "max_exp_avg_sq" or self.run.optimizer == "amsgrad":
-                        yield f"{self._key(case, j)}.weight {case.name}.partition_{j}.{name}", case, value
-                if (case.name, j) in self._moments:
+                own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
+                blocks = self._states[case.name, j]
+                for name in blocks[0]:
+                    yield f"{self._key(case, j)}.weight {own}.{name}", case, torch.cat([of[name] for of in blocks])
+                if self.run.optimizer in NOT_PLAIN:
                     steps = torch.tensor(float(self._steps), dtype=torch.float64)
-                    yield f"{self._key(case, j)}.weight {case.name}.partition_{j}.step", case, steps
-                if (case.name, j) in self._sums:
-                    own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
-                    yield (
-                        f"{self._key(case, j)}.weight {own}.momentum1",
-                        case,
-                        torch.cat(self._sums[case.name, j]),
-                    )
+                    yield f"{self._key(case, j)}.weight {own}.step", case, steps
 
     def _key(self, case: TableCase, j: int) -> str:
         return f"{self.prefix}.{case.name}" if case.kind == "plain" else f"{self.prefix}.{case.name}.partition_{j}"
@@ -176,17 +136,18 @@ def assert_trained_as_reference(
         reference.lr = learning_rates[step] if learning_rates else LR
         expected = reference.step(global_batch(run, step), len(ranks))
         for rank, out in enumerate(expected):
-            _assert_close(torch.from_numpy(ranks[rank].outputs[step]), out, rtol, f"step {step}, rank {rank}: output")
+            assert_near(torch.from_numpy(ranks[rank].outputs[step]), out, rtol, f"step {step}, rank {rank}: output")
     weights = assembled([r.state for r in ranks])
     assert set(weights) == {key for key, _, _ in reference.weights()}
     for key, case, value in reference.weights():
-        _assert_close(weights[key], value, rtol, f"{case}: {key}")
+        assert_near(weights[key], value, rtol, f"{case}: {key}")
     state = assembled([r.optimizer_state for r in ranks])
     for key, case, value in reference.optimizer_state():
-        _assert_close(state[key], value, rtol, f"{case}: {key}")
+        assert_near(state[key], value, rtol, f"{case}: {key}")
 
 
-def _assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
+def assert_near(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
+    """The tolerance is relative to a value, and to the largest one."""
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
         actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"

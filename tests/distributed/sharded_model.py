@@ -28,6 +28,7 @@ from torchrec_qr import (
     ChineseRemainder,
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
+    CompositionalEmbeddingConfig,
     ExplicitPartitions,
     HashPartition,
     QuotientRemainder,
@@ -75,6 +76,23 @@ def tables() -> list[EmbeddingBagConfig]:
         table("tiny_mult", QuotientRemainder(num_collisions=3), "mult", num_embeddings=9),
         EmbeddingBagConfig(name="plain", feature_names=["f_plain"], num_embeddings=NUM_IDS, embedding_dim=DIM),
     ]
+
+
+def two_tables() -> list[Any]:
+    """Two tables alike, a and b."""
+    return [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
+
+
+def sequence_table(name: str = "s", **fields: Any) -> CompositionalEmbeddingConfig:
+    """A table of sequences of D=8, named after its only feature."""
+    return CompositionalEmbeddingConfig(
+        name=name,
+        feature_names=[f"f_{name}"],
+        num_embeddings=NUM_IDS,
+        embedding_dim=8,
+        partitions=QuotientRemainder(num_collisions=7),
+        **fields,
+    )
 
 
 class Model(nn.Module):
@@ -254,3 +272,8 @@ def state_of(model: DistributedModelParallel) -> dict[str, Tensor]:
             out[name] = torch.zeros(size, device=own_device())
             dist.all_reduce(out[name])
     return out
+
+
+def contents(model: DistributedModelParallel) -> dict[str, Any]:
+    """A checkpoint's state: the model, and its fused optimizer."""
+    return {"model": model, "optimizer": model.fused_optimizer}

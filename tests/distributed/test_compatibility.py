@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from assert_all_close import assert_all_close
 from ranks import run_ranks
 from sharded_model import (
     NUM_IDS,
@@ -13,10 +14,11 @@ from sharded_model import (
     Model,
     batch_of,
     placement,
+    sequence_table,
     shard,
-    table,
     tables,
     train,
+    two_tables,
     unsharded,
     weights_of,
 )
@@ -38,14 +40,12 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
-    QuotientRemainder,
 )
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, get_default_sharders
 
 CPU = torch.device("cpu")
 LR = 0.05
-TABLES = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
+TABLES = two_tables()
 
 
 # --- refused -------------------------------------------------------------------------------------------------------
@@ -96,26 +96,14 @@ def remapping(collection: Any, configs: list[Any]) -> ManagedCollisionCollection
     return ManagedCollisionCollection(modules, collection.embedding_configs())
 
 
-def sequence_tables() -> list[CompositionalEmbeddingConfig]:
-    return [
-        CompositionalEmbeddingConfig(
-            name=c.name,
-            feature_names=c.feature_names,
-            num_embeddings=NUM_IDS,
-            embedding_dim=8,
-            partitions=QuotientRemainder(num_collisions=7),
-        )
-        for c in TABLES
-    ]
-
-
 def managed(pooled: bool) -> ManagedCollisionEmbeddingBagCollection | ManagedCollisionEmbeddingCollection:
     inside: Any
     if pooled:
         inside = CompositionalEmbeddingBagCollection(tables=list(TABLES))
         return ManagedCollisionEmbeddingBagCollection(inside, remapping(inside, list(TABLES)), True)
-    inside = CompositionalEmbeddingCollection(tables=sequence_tables())
-    return ManagedCollisionEmbeddingCollection(inside, remapping(inside, sequence_tables()), True)
+    sequences = [sequence_table(c.name) for c in TABLES]
+    inside = CompositionalEmbeddingCollection(tables=sequences)
+    return ManagedCollisionEmbeddingCollection(inside, remapping(inside, sequences), True)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -236,15 +224,7 @@ def train_processed(rank: int, world_size: int, shardings: tuple[str, ...], as_c
             torch.stack([loss_of(e) for e in expected]).mean().backward()
             everything.step()
             dense.step()
-        for name, value in weights_of(sharded).items():
-            tolerance = 5e-3 if "half" in name else 1e-4
-            torch.testing.assert_close(
-                value,
-                alone.state_dict()[name],
-                rtol=tolerance,
-                atol=tolerance,
-                msg=lambda m, what=f"{sharding}: {name}": f"{what}: {m}",
-            )
+        assert_all_close(weights_of(sharded), alone.state_dict(), sharding, 1e-4, 1e-4, of_half=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -301,12 +281,9 @@ def compiled(rank: int, world_size: int) -> None:
     assert not torch.equal(expected[0], expected[1])
     for step, (a, e) in enumerate(zip(out, expected, strict=True)):
         assert torch.equal(a, e), step
-    weights = weights_of(eager)
-    for name, value in weights_of(traced).items():
-        assert torch.equal(value, weights[name]), name
+    assert_all_close(weights_of(traced), weights_of(eager))
 
 
-@pytest.mark.slow
 @pytest.mark.xfail(
     torch.__version__.startswith("2.11."),
     reason="compiled, TorchRec's own row-wise input dist fails with torch 2.11 in AOTAutograd (maybe_mark_dynamic)",

@@ -15,7 +15,7 @@ import test_parity_pooled
 import test_parity_sequence
 import torch
 from ranks import run_ranks
-from sharded_model import NUM_IDS, Model, batch_of, grid_of, shard, table, unsharded
+from sharded_model import NUM_IDS, Model, batch_of, grid_of, sequence_table, shard, table, two_tables, unsharded
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagConfig
@@ -34,7 +34,6 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     QuotientRemainder,
     ids,
     late_errors,
@@ -47,14 +46,18 @@ from torchrec_qr.distributed.logical_tables import check_plain_tables, check_pla
 from torchrec_qr.ops.cpu_library import without_kernels
 
 JOB = Path(__file__).with_name("faulty_job.py")
-TABLES = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
+TABLES = two_tables()
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("out_of_range", "IndexError: table 'a', feature 'f_a': id 60 is outside [0, 60)"),
-        ("float", "TypeError: table 'a', feature 'f_a': ids have dtype torch.float32; allowed: int32, int64"),
+        pytest.param(
+            "float",
+            "TypeError: table 'a', feature 'f_a': ids have dtype torch.float32; allowed: int32, int64",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_ids_on_one_rank_end_the_job(fault: str, message: str) -> None:
@@ -150,15 +153,7 @@ def table_column_wise(ranks: list[int]) -> ParameterShardingGenerator:
 
 
 def shard_sequence(fields: dict[str, Any], plan: ParameterShardingGenerator) -> DistributedModelParallel:
-    config = CompositionalEmbeddingConfig(
-        name="s",
-        feature_names=["f"],
-        num_embeddings=NUM_IDS,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=7),
-        **fields,
-    )
-    collection = CompositionalEmbeddingCollection(tables=[config], device=torch.device("meta"))
+    collection = CompositionalEmbeddingCollection(tables=[sequence_table(**fields)], device=torch.device("meta"))
     sharder = CompositionalEmbeddingCollectionSharder()
     module_plan = construct_module_sharding_plan(collection, {"s": plan}, sharder, 1, 1, "cpu")
     return DistributedModelParallel(
@@ -229,14 +224,7 @@ def test_different_optimizers_in_one_table_are_refused() -> None:
 
 
 def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
-    config = CompositionalEmbeddingConfig(
-        name="a",
-        feature_names=["f"],
-        num_embeddings=NUM_IDS,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=7),
-    )
-    collection = CompositionalEmbeddingCollection(tables=[config])
+    collection = CompositionalEmbeddingCollection(tables=[sequence_table("a")])
     first, second, *_ = collection.embeddings["a"].parameters()
     _apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
     _apply_optimizer_in_backward(torch.optim.SGD, [second], {"lr": 0.2})

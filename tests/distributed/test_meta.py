@@ -29,17 +29,22 @@ MEASURED_DIM = 64
 GIB = int(os.environ.get("TORCHREC_QR_TEST_GIB", "1"))
 
 
+def config(
+    name: str, num_embeddings: int, num_collisions: int, dim: int = 8, grouping: Any = "strided", **fields: Any
+) -> CompositionalEmbeddingBagConfig:
+    """A table whose only feature has its name."""
+    return CompositionalEmbeddingBagConfig(
+        name=name,
+        feature_names=[name],
+        num_embeddings=num_embeddings,
+        embedding_dim=dim,
+        partitions=QuotientRemainder(num_collisions=num_collisions, grouping=grouping),
+        **fields,
+    )
+
+
 def billion_rows(rank: int, world_size: int) -> None:
-    configs = [
-        CompositionalEmbeddingBagConfig(
-            name=f"t_{grouping}",
-            feature_names=[f"f_{grouping}"],
-            num_embeddings=BILLION,
-            embedding_dim=8,
-            partitions=QuotientRemainder(num_collisions=COLLISIONS, grouping=grouping),
-        )
-        for grouping in ("strided", "adjacent")
-    ]
+    configs = [config(f"t_{g}", BILLION, COLLISIONS, grouping=g) for g in ("strided", "adjacent")]
     ids = torch.tensor([0, BILLION - 1, 123_456_789 + rank, 987_654_321])
     batch = KeyedJaggedTensor(
         keys=[f for c in configs for f in c.feature_names],
@@ -75,16 +80,10 @@ def test_a_table_of_a_billion_rows_trains_from_meta() -> None:
 
 
 def default_plan(rank: int, world_size: int) -> None:
-    config = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f"],
-        num_embeddings=BILLION,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=COLLISIONS),
-    )
-    collection = CompositionalEmbeddingBagCollection(tables=[config], device=torch.device("meta"))
+    tables = [config("t", BILLION, COLLISIONS)]
+    collection = CompositionalEmbeddingBagCollection(tables=tables, device=torch.device("meta"))
     model = DistributedModelParallel(collection, device=torch.device("cpu"), sharders=get_default_sharders())
-    batch = KeyedJaggedTensor(keys=["f"], values=torch.tensor([BILLION - 1, 5]), lengths=torch.tensor([2]))
+    batch = KeyedJaggedTensor(keys=["t"], values=torch.tensor([BILLION - 1, 5]), lengths=torch.tensor([2]))
     out = model(batch).values()
     assert out.shape == (1, 8)
     assert 0 < out.abs().max() < 3 * BILLION**-0.5
@@ -112,15 +111,9 @@ def storage_in_use() -> int:
 
 
 def trained(rows: int, sharding: str, optimizer: Any) -> DistributedModelParallel:
-    config = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f"],
-        num_embeddings=rows * 100,
-        embedding_dim=MEASURED_DIM,
-        partitions=QuotientRemainder(num_collisions=100),
-    )
-    model = shard([config], {"t": column_wise(ranks=[0, 1]) if sharding == "column_wise" else row_wise()}, optimizer)
-    train(model, [config], range(1))
+    configs = [config("t", rows * 100, 100, dim=MEASURED_DIM)]
+    model = shard(configs, {"t": column_wise(ranks=[0, 1]) if sharding == "column_wise" else row_wise()}, optimizer)
+    train(model, configs, range(1))
     return model
 
 
@@ -165,14 +158,7 @@ def kept_whole(rank: int, world_size: int) -> dict[str, list[float]]:
             self.ebc = CompositionalEmbeddingBagCollection(
                 device=torch.device("meta"),
                 tables=[
-                    CompositionalEmbeddingBagConfig(
-                        name="t",
-                        feature_names=["t"],
-                        num_embeddings=10_000,
-                        embedding_dim=8,
-                        partitions=QuotientRemainder(num_collisions=10),
-                        init="identity",
-                    ),
+                    config("t", 10_000, 10, init="identity"),
                     EmbeddingBagConfig(name="plain", feature_names=["plain"], num_embeddings=100, embedding_dim=8),
                 ],
             )

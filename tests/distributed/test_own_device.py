@@ -5,12 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded_model import batch_of, placement, shard, table, unsharded, weights_of
+from sharded_model import batch_of, placement, shard, two_tables, unsharded, weights_of
 from torch import nn
 from torchrec.distributed.sharding_plan import ParameterShardingGenerator, row_wise
 from torchrec.distributed.types import ParameterSharding
 
-from torchrec_qr import QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.sharder import on_own_device
 
@@ -29,7 +28,7 @@ def elsewhere(generate: ParameterShardingGenerator) -> ParameterShardingGenerato
 
 
 def trained(rank: int, world_size: int, sharding: str, moved: bool) -> dict[str, list[float]]:
-    configs = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
+    configs = two_tables()
     generators = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
     if moved:
         generators = {name: elsewhere(generate) for name, generate in generators.items()}

@@ -1,25 +1,15 @@
 """Sharded pooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from parity_model import (
-    NOT_PLAIN,
-    OPTIMIZERS,
-    Model,
-    Run,
-    TableCase,
-    Trained,
-    assembled,
-    global_batch,
-    shard,
-    train,
-)
+from pairwise import all_pairs, pairs_of, pairwise
+from parity_model import NOT_PLAIN, OPTIMIZERS, Model, Run, TableCase, Trained, global_batch, shard, train
 from parity_reference import assert_trained_as_reference
+from pieces import assembled
 from ranks import run_ranks
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -55,41 +45,10 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "world_size": (2, 4),
 }
 
-Pair = tuple[str, Any, str, Any]
 
-
-def feasible(pair: Pair) -> bool:
+def possible(case: dict[str, Any]) -> bool:
     """A path's MLPs need all columns: refused by name under a column split."""
-    values = {pair[0]: pair[1], pair[2]: pair[3]}
-    return not (values.get("operation") == "path" and values.get("sharding") in COLUMN_SPLIT)
-
-
-def pairs_of(case: dict[str, Any]) -> Iterator[Pair]:
-    for a, b in combinations(sorted(case), 2):
-        yield a, case[a], b, case[b]
-
-
-def feasible_pairs(factors: dict[str, tuple[Any, ...]]) -> list[Pair]:
-    pairs = [(a, x, b, y) for a, b in combinations(sorted(factors), 2) for x in factors[a] for y in factors[b]]
-    return [pair for pair in pairs if feasible(pair)]
-
-
-def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few cases in which every feasible pair of values of two factors occurs: greedy, and the same every time."""
-    missing = dict.fromkeys(feasible_pairs(factors))
-    cases = []
-    while missing:
-        a, x, b, y = next(iter(missing))
-        case = {a: x, b: y}
-        for name in factors:
-            if name in case:
-                continue
-            allowed = [v for v in factors[name] if all(map(feasible, pairs_of(case | {name: v})))]
-            case[name] = max(allowed, key=lambda v: sum(pair in missing for pair in pairs_of(case | {name: v})))
-        for pair in pairs_of(case):
-            missing.pop(pair, None)
-        cases.append(case)
-    return cases
+    return not (case.get("operation") == "path" and case.get("sharding") in COLUMN_SPLIT)
 
 
 def runs_of(cases: list[dict[str, Any]], pooled: bool = True) -> dict[tuple[int, str, bool], Run]:
@@ -115,13 +74,12 @@ def runs_of(cases: list[dict[str, Any]], pooled: bool = True) -> dict[tuple[int,
     }
 
 
-CASES = pairwise(FACTORS)
+CASES = pairwise(FACTORS, possible)
 RUNS = runs_of(CASES)
 
 
 def test_every_pair_of_values_occurs() -> None:
-    occurring = {pair for case in CASES for pair in pairs_of(case)}
-    assert set(feasible_pairs(FACTORS)) == occurring
+    assert set(all_pairs(FACTORS, possible)) == {pair for case in CASES for pair in pairs_of(case, FACTORS)}
     assert len(CASES) < 80
     assert sum(table.kind != "plain" for run in RUNS.values() for table in run.tables) == len(CASES)
 
@@ -156,18 +114,10 @@ def test_shared_features_and_dims(weighted: bool) -> None:
 
 
 def test_world_sizes_agree() -> None:
-    """1, 2 and 4 ranks give the same outputs and weights for the same global batch."""
+    """1, 2 and 4 ranks give the outputs and weights of one reference, for the same global batch."""
     run = Run((*MIXED, *one_of_each(operation="mult")), optimizer="adagrad", weighted=True)
-    ranks = {w: run_ranks(train, w, run, local_world_size=min(w, 2)) for w in (1, 2, 4)}
-    assert_trained_as_reference(run, ranks[1])
-    weights = {w: assembled([r.state for r in ranks[w]]) for w in ranks}
-    for w in (2, 4):
-        for step in range(run.steps):
-            outputs = torch.cat([torch.from_numpy(r.outputs[step]) for r in ranks[w]])
-            torch.testing.assert_close(outputs, torch.from_numpy(ranks[1][0].outputs[step]), rtol=1e-5, atol=1e-5)
-        assert weights[w].keys() == weights[1].keys()
-        for key, value in weights[w].items():
-            torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+    for world_size in (1, 2, 4):
+        assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=min(world_size, 2)))
 
 
 def test_weighted_mean_under_every_sharding_type() -> None:

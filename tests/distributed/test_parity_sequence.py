@@ -1,14 +1,15 @@
 """Sharded unpooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
 
-from typing import Any
+from functools import partial
 
 import pytest
+import test_parity_pooled
 import torch
+from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import (
     Model,
     Run,
     TableCase,
-    assembled,
     global_batch,
     hand_plan,
     shard,
@@ -17,7 +18,7 @@ from parity_model import (
 )
 from parity_reference import assert_trained_as_reference
 from ranks import run_ranks
-from test_parity_pooled import FACTORS, feasible_pairs, pairs_of, pairwise, runs_of
+from test_parity_pooled import FACTORS, possible, raised, runs_of
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
@@ -29,22 +30,20 @@ SEQUENCE_FACTORS = {
     **{name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")},
     "sharding": SHARDINGS,
 }
-CASES = pairwise(SEQUENCE_FACTORS)
+one_of_each = partial(test_parity_pooled.one_of_each, SHARDINGS)
+CASES = pairwise(SEQUENCE_FACTORS, possible)
 RUNS = runs_of(CASES, pooled=False)
 
 
 def test_every_pair_of_values_occurs() -> None:
-    assert set(feasible_pairs(SEQUENCE_FACTORS)) == {pair for case in CASES for pair in pairs_of(case)}
+    occurring = {pair for case in CASES for pair in pairs_of(case, SEQUENCE_FACTORS)}
+    assert set(all_pairs(SEQUENCE_FACTORS, possible)) == occurring
     assert sum(table.kind != "plain" for run in RUNS.values() for table in run.tables) == len(CASES)
 
 
 @pytest.mark.parametrize("key", RUNS, ids=str)
 def test_trains_as_reference(key: tuple[int, str, bool]) -> None:
     assert_trained_as_reference(RUNS[key], run_ranks(train, key[0], RUNS[key]))
-
-
-def one_of_each(**fields: Any) -> tuple[TableCase, ...]:
-    return tuple(TableCase(name=s, sharding=s, **{"kind": "strided", **fields}) for s in SHARDINGS)
 
 
 # One feature in a row-wise, a table-wise and a plain table; several features per table; fewer base rows than ranks.
@@ -65,17 +64,10 @@ def test_shared_features(index_dedup: bool) -> None:
 
 
 def test_world_sizes_agree() -> None:
-    """1, 2 and 4 ranks give the same weights, and rank by rank the outputs of the same global batch."""
+    """1, 2 and 4 ranks give the outputs and weights of one reference, for the same global batch."""
     run = Run((*SHARED, *one_of_each()), optimizer="adagrad", pooled=False)
-    weights = {}
     for world_size in (1, 2, 4):
-        ranks = run_ranks(train, world_size, run, local_world_size=min(world_size, 2))
-        assert_trained_as_reference(run, ranks)
-        weights[world_size] = assembled([r.state for r in ranks])
-    for world_size in (2, 4):
-        assert weights[world_size].keys() == weights[1].keys()
-        for key, value in weights[world_size].items():
-            torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+        assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=min(world_size, 2)))
 
 
 @pytest.mark.parametrize("index_dedup", [False, True])
@@ -155,15 +147,6 @@ def test_quantised_communication() -> None:
     run = Run(one_of_each(), pooled=False)
     for found in run_ranks(quantised, 2, run):
         assert found == {f"f_{s}": s != "data_parallel" for s in SHARDINGS}
-
-
-def raised(rank: int, world_size: int, run: Run) -> str:
-    dmp = shard(run)
-    batch = global_batch(run, 0)
-    batch.ids["f_table_wise"][0] = [100]
-    with pytest.raises(IndexError) as error:
-        dmp(batch.kjt(weighted=False))
-    return str(error.value)
 
 
 @pytest.mark.parametrize("index_dedup", [False, True])

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from assert_all_close import assert_all_close
 from ranks import own_device, run_ranks
 from sharded_model import (
     DIM,
-    NUM_IDS,
     SAMPLES,
     batch_of,
     placement,
+    sequence_table,
     shard,
-    table,
     tables,
     train,
+    two_tables,
     unsharded,
     weights_of,
 )
@@ -37,7 +38,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.streamable import Pipelineable
 
-from torchrec_qr import CompositionalEmbeddingCollection, CompositionalEmbeddingConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingCollection
 from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
 STEPS = 6
@@ -126,8 +127,7 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
         model, optimizer = mixed_model(weighted)
         pipeline = pipeline_type(model, optimizer, own_device())
         assert_all_equal(drain(pipeline.progress, data), expected, pipeline_type.__name__)
-        for name, value in weights_of(model).items():
-            assert torch.equal(value, weights[name]), (pipeline_type.__name__, name)
+        assert_all_close(weights_of(model), weights, pipeline_type.__name__)
         if pipeline_type is TrainPipelineSparseDist:
             assert len(pipeline._pipelined_modules) == 1, "the collection has not been pipelined"
 
@@ -152,24 +152,22 @@ def compare_pipelines(rank: int, world_size: int, weighted: bool) -> None:
     pipeline.attach(detached.train())
     outputs += [pipeline.progress(it).detach() for _ in range(STEPS - 2)]
     assert_all_equal(outputs, expected, "detach, evaluate, attach")
-    for name, value in weights_of(model).items():
-        assert torch.equal(value, weights[name]), ("detach, evaluate, attach", name)
+    assert_all_close(weights_of(model), weights, "detach, evaluate, attach")
     pipeline.detach()
 
     with torch.no_grad():
         model.eval()
         expected = [model(batch)[1] for batch in data]
         evaluation = EvalPipelineSparseDist(model, optimizer, own_device())
-        assert_all_equal(drain_eval(evaluation, data), expected, "EvalPipelineSparseDist")
+        assert_all_equal(until_its_end(evaluation, from_host(data)), expected, "EvalPipelineSparseDist")
 
 
-def drain_eval(pipeline: EvalPipelineSparseDist, data: list[Batch]) -> list[Tensor]:
+def until_its_end(pipeline: Any, data: Iterator[Any]) -> list[Tensor]:
     """Until the pipeline ends, as a loop over it would."""
-    it = from_host(data)
     outputs = []
     while True:
         try:
-            outputs.append(pipeline.progress(it))
+            outputs.append(pipeline.progress(data))
         except StopIteration:
             return outputs
 
@@ -177,18 +175,6 @@ def drain_eval(pipeline: EvalPipelineSparseDist, data: list[Batch]) -> list[Tens
 @pytest.mark.parametrize("weighted", [False, True])
 def test_pipelines_give_the_outputs_of_a_plain_loop(weighted: bool) -> None:
     run_ranks(compare_pipelines, 2, weighted)
-
-
-def weighted_outputs(rank: int, world_size: int, shardings: tuple[str, ...]) -> None:
-    values = unsharded(tables(), is_weighted=True)
-    batch = batch_of(tables(), 3, rank, world_size, weighted=True)
-    for sharding in shardings:
-        model = shard(tables(), sharding, values=values, is_weighted=True)
-        torch.testing.assert_close(model(batch), values(batch), msg=lambda m, s=sharding: f"{s}: {m}")
-
-
-def test_weighted_features_agree_with_the_unsharded_module() -> None:
-    run_ranks(weighted_outputs, 2, tuple(NAMES.values()))
 
 
 # What TorchRec's codecs of half precision do to a value, and how far three steps with them may lead.
@@ -224,11 +210,7 @@ def quantised_communication(rank: int, world_size: int, shardings: tuple[str, ..
             torch.testing.assert_close(
                 a, e, rtol=tolerance, atol=tolerance * scale, msg=lambda m, s=sharding: f"{s}, {codec}: {m}"
             )
-        moved = weights_of(rounded)
-        for name, value in weights_of(exact).items():
-            torch.testing.assert_close(
-                moved[name], value, rtol=5 * tolerance, atol=5 * tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        assert_all_close(weights_of(rounded), weights_of(exact), sharding, 5 * tolerance, 5 * tolerance)
 
 
 @pytest.mark.parametrize("codec", QUANTISED)
@@ -261,22 +243,11 @@ def variable_batch(rank: int, world_size: int) -> None:
         stride_per_key_per_rank=[[1], [2]],
         inverse_indices=(["f_a", "f_b"], torch.tensor([[0, 0], [0, 1]])),
     )
-    configs = [table(name, QuotientRemainder(num_collisions=6), "mult") for name in "ab"]
     message = r"variable batch per feature is not supported .*\['f_a', 'f_b'\]"
     with pytest.raises(NotImplementedError, match=message):
-        shard(configs, "table_wise")(features)
+        shard(two_tables(), "table_wise")(features)
     sequence = CompositionalEmbeddingCollection(
-        device=torch.device("meta"),
-        tables=[
-            CompositionalEmbeddingConfig(
-                name=name,
-                feature_names=[f"f_{name}"],
-                num_embeddings=NUM_IDS,
-                embedding_dim=8,
-                partitions=QuotientRemainder(num_collisions=6),
-            )
-            for name in "ab"
-        ],
+        device=torch.device("meta"), tables=[sequence_table(name) for name in "ab"]
     )
     model = DistributedModelParallel(sequence, device=CPU, sharders=[CompositionalEmbeddingCollectionSharder()])
     with pytest.raises(NotImplementedError, match=message):

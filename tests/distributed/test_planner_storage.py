@@ -78,7 +78,9 @@ def measured_and_estimated(
     return out
 
 
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "local_world_size"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_estimated_bytes_are_those_held(world_size: int, local_world_size: int) -> None:
     shardings = SHARDINGS if local_world_size < world_size else [s for s in SHARDINGS if s != "grid_shard"]
     cases = [(sharding, optimizer) for sharding in shardings for optimizer in OPTIMIZERS]

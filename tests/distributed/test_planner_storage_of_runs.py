@@ -47,7 +47,7 @@ def measured_and_estimated(
 
 
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "sequences"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_estimated_bytes_are_those_held(world_size: int, pooled: bool) -> None:
     shardings = POOLED if pooled else SEQUENCES
     cases = [(sharding, optimizer) for sharding in shardings for optimizer in OPTIMIZERS]

@@ -1,20 +1,21 @@
 """Steps are the same under all seven sharding types, replicated partitions included, where the reference says which."""
 
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from parity_model import (
     LR,
     Model,
-    Pieces,
     Run,
     TableCase,
     Trained,
-    assembled,
     global_batch,
-    hand_plan,
     loss_of,
+    plan_by_hand,
     shard,
     sharders_of,
     train,
@@ -22,12 +23,11 @@ from parity_model import (
     weights_of,
 )
 from parity_reference import Reference, assert_trained_as_reference
+from pieces import Pieces, assembled
 from ranks import run_ranks
 from test_parity_pooled import SHARDINGS, one_of_each
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_row_wise, table_wise
-from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 TABLES = (
@@ -37,10 +37,10 @@ TABLES = (
 )
 
 
-def test_clipped_gradients() -> None:
+@pytest.mark.parametrize("limit", [0.125, 0.0])
+def test_clipped_gradients(limit: float) -> None:
     """Entries of a row's gradient, of the loss over the global batch, are clipped to ±max_gradient."""
     run = Run(TABLES)
-    limit = 0.125
     params = {
         "optimizer": EmbOptimType.EXACT_SGD,
         "learning_rate": LR,
@@ -99,16 +99,7 @@ def test_eps_zero_leaves_untouched_rows_alone() -> None:
 
 def accumulated(rank: int, world_size: int, run: Run) -> dict[str, Pieces]:
     """Weights after one step of a dense optimizer on the gradients of three backwards; all kernels dense."""
-    module = run.collection("meta")
-    sharders = sharders_of(run, {})
-    plan = hand_plan(module, list(run.tables), sharders[0])
-    for sharding in plan.values():
-        sharding.compute_kernel = "dense"
-    model = Model(module, [name for name, _, _ in run.outputs()], pooled=True)
-    dmp = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=ShardingPlan({"collection": plan}), sharders=sharders
-    )
-    dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
+    dmp = shard(run, sharders_of(run, {}), plan_of=partial(plan_by_hand, kernel="dense"))
     for step in range(run.steps):
         loss_of(dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted)), world_size).backward()
     torch.optim.SGD(dmp.parameters(), lr=LR).step()
@@ -125,12 +116,8 @@ def test_dense_gradients_accumulate() -> None:
         model = Model(module, [name for name, _, _ in run.outputs()], pooled=True)
         for step in range(run.steps):
             loss_of(model(global_batch(run, step).kjt(run.weighted)), 1).backward()
-        assert len(weights) == len(list(module.parameters()))
-        for name, p in module.named_parameters():
-            expected = (p - LR * p.grad).detach().double()
-            torch.testing.assert_close(
-                weights[f"collection.{name}"], expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: name + m
-            )
+        expected = {f"collection.{n}": (p - LR * p.grad).detach().double() for n, p in module.named_parameters()}
+        assert_all_close(weights, expected, f"{world_size} ranks", 1e-5, 1e-5)
 
 
 def kernels_of(rank: int, world_size: int) -> list[str]:

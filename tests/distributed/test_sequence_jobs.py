@@ -7,21 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from parity_model import (
-    Model,
-    Pieces,
-    Run,
-    TableCase,
-    assembled,
-    global_batch,
-    loss_of,
-    optimizer_state_of,
-    plan_of,
-    shard,
-    sharders_of,
-    weights_of,
-)
+from assert_all_close import assert_all_close
+from parity_model import Model, Run, TableCase, global_batch, loss_of, optimizer_state_of, shard, weights_of
+from pieces import Pieces, assembled
 from ranks import run_ranks
+from sharded_model import contents
+from test_pipelines import assert_all_equal, until_its_end
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -64,10 +55,6 @@ def states_of(dmp: DistributedModelParallel) -> States:
     return weights_of(dmp), optimizer_state_of(dmp)
 
 
-def contents(dmp: DistributedModelParallel) -> dict[str, Any]:
-    return {"model": dmp, "optimizer": dmp.fused_optimizer}
-
-
 def save(rank: int, world_size: int, run: Run, folder: Path) -> tuple[States, States]:
     dmp = shard(run)
     train(dmp, run, rank, world_size, range(2))
@@ -94,17 +81,9 @@ def test_a_checkpoint_continues_under_other_plans_and_world_sizes(tmp_path: Path
             for what in (0, 1):  # weights, optimizer state
                 actual = assembled([rank[when][what] for rank in ranks])
                 before = assembled([rank[when][what] for rank in expected])
-                assert actual.keys() == before.keys()
                 assert actual
                 tolerance = 0.0 if when == 0 or by == 0 else 1e-5
-                for key, value in before.items():
-                    torch.testing.assert_close(
-                        actual[key],
-                        value,
-                        rtol=tolerance,
-                        atol=tolerance,
-                        msg=lambda m, k=key, b=by: f"rotated by {b}: {k}: {m}",
-                    )
+                assert_all_close(actual, before, f"rotated by {by}", tolerance, tolerance)
 
 
 def from_unsharded(rank: int, world_size: int, folder: Path) -> dict[str, Pieces]:
@@ -122,9 +101,7 @@ def test_sequences_move_between_sharded_and_unsharded_modules(tmp_path: Path) ->
     dcp.save({"model": alone}, checkpoint_id=tmp_path / "unsharded", no_dist=True)
     loaded = assembled(run_ranks(from_unsharded, 2, tmp_path))
     values = {f"collection.{name}": p.detach().double() for name, p in alone.named_parameters()}
-    assert loaded.keys() == values.keys()
-    for name, value in values.items():
-        assert torch.equal(loaded[name], value), name
+    assert_all_close(loaded, values)
     back = RUN.collection()
     load({"model": back}, checkpoint_id=tmp_path / "sharded", no_dist=True)
     moved = dict(back.named_parameters())
@@ -140,38 +117,21 @@ class WithLoss(Model):
         return loss_of(out, 1), out.detach()
 
 
-def with_loss() -> DistributedModelParallel:
-    model = WithLoss(RUN.collection("meta"), [name for name, _, _ in RUN.outputs()], pooled=False)
-    sharders = sharders_of(RUN)
-    dmp = DistributedModelParallel(model, device=CPU, plan=plan_of(RUN, model, sharders), sharders=sharders)
-    dmp.load_state_dict({f"collection.{k}": v for k, v in RUN.initial().state_dict().items()})
-    return dmp
-
-
 def batches(rank: int, world_size: int) -> Iterator[KeyedJaggedTensor]:
     return (global_batch(RUN, step).part(rank, world_size).kjt(weighted=False) for step in range(6))
 
 
-def drained(pipeline: Any, data: Iterator[KeyedJaggedTensor]) -> list[Tensor]:
-    outputs = []
-    while True:
-        try:
-            outputs.append(pipeline.progress(data))
-        except StopIteration:
-            return outputs
-
-
 def pipelines(rank: int, world_size: int) -> None:
-    plain, expected = with_loss(), []
+    plain, expected = shard(RUN, model_type=WithLoss), []
     for batch in batches(rank, world_size):
         loss, out = plain(batch)
         loss.backward()
         expected.append(out)
     for kind in (TrainPipelineBase, TrainPipelineSparseDist):
-        dmp = with_loss()
+        dmp = shard(RUN, model_type=WithLoss)
         pipeline: Any = kind(dmp, dmp.fused_optimizer, CPU)
-        outputs = drained(pipeline, batches(rank, world_size))
-        assert [torch.equal(a, e) for a, e in zip(outputs, expected, strict=True)] == [True] * 6, kind.__name__
+        outputs = until_its_end(pipeline, batches(rank, world_size))
+        assert_all_equal(outputs, expected, kind.__name__)
         weights = weights_of(dmp)
         for name, pieces in weights_of(plain).items():
             for (_, _, value), (_, _, own) in zip(weights[name], pieces, strict=True):
@@ -182,8 +142,8 @@ def pipelines(rank: int, world_size: int) -> None:
     with torch.no_grad():
         expected = [dmp(batch)[1] for batch in batches(rank, world_size)]
         evaluation = EvalPipelineSparseDist(dmp, dmp.fused_optimizer, CPU)
-        outputs = drained(evaluation, batches(rank, world_size))
-    assert [torch.equal(a, e) for a, e in zip(outputs, expected, strict=True)] == [True] * 6
+        outputs = until_its_end(evaluation, batches(rank, world_size))
+    assert_all_equal(outputs, expected, "evaluation")
 
 
 def test_pipelines_give_the_outputs_of_a_plain_loop() -> None:

@@ -3,17 +3,15 @@
 import pytest
 import torch
 from ranks import run_ranks
-from sharded_model import DIM, shard, table, unsharded
+from sharded_model import DIM, shard, two_tables, unsharded
 from torchrec import KeyedJaggedTensor
-
-from torchrec_qr import QuotientRemainder
 
 SIZES = (3, 1)
 
 
 def train_on(rank: int, world_size: int, sharding: str) -> tuple[str, bool]:
     """Returns what training raises, or nothing, and whether all outputs were right."""
-    configs = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
+    configs = two_tables()
     values = unsharded(configs)
     model = shard(configs, sharding, values=values)
     n = SIZES[rank]

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
-from parity_model import EPS, Pieces, Run, TableCase, assembled, global_batch
-from parity_reference import Reference
-from torch import Tensor
+from parity_model import EPS, Run, TableCase, global_batch
+from parity_reference import Reference, assert_near
+from pieces import Pieces, assembled
 from varied_runs import DENSE, DENSE_EPS, Outcome, parts_of
 
 # How far three steps may lead from exact ones, of storage in 16 bits: relative to a value, and to the largest.
@@ -36,20 +36,13 @@ class Exact:
                 for (name, of, _), value in zip(self._run.outputs(), parts, strict=True):
                     if of == table:
                         found = torch.from_numpy(self._ranks[r].outputs[name][step])
-                        _assert_close(found.double(), value, rtol, f"step {step}, rank {r}: {name}")
+                        assert_near(found.double(), value, rtol, f"step {step}, rank {r}: {name}")
         for kind, exact in (("state", self._weights), ("optimizer_state", self._state)):
             found_all = assembled([pieces_of_table(getattr(rank, kind), table) for rank in self._ranks])
             for key, of, value in exact:
                 if of == table:
-                    _assert_close(found_all[key], value, rtol, key)
+                    assert_near(found_all[key], value, rtol, key)
 
 
 def pieces_of_table(state: dict[str, Pieces], table: TableCase) -> dict[str, Pieces]:
     return {key: pieces for key, pieces in state.items() if f".{table.name}." in key}
-
-
-def _assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"
-    )

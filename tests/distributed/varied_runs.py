@@ -2,14 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from pairwise import pairwise
 from parity_model import (
     LR,
     Batch,
     Model,
-    Pieces,
     Run,
     TableCase,
     columns_of,
@@ -17,11 +18,13 @@ from parity_model import (
     hand_plan,
     loss_of,
     optimizer_state_of,
+    shard,
     sharders_of,
     weights_of,
 )
+from pieces import Pieces
 from ranks import own_device
-from test_parity_pooled import SHARDINGS, pairwise
+from test_parity_pooled import SHARDINGS, possible
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
@@ -51,7 +54,7 @@ SEQUENCE_FACTORS = {name: values for name, values in FACTORS.items() if name not
 def runs_of(factors: dict[str, tuple[Any, ...]], pooled: bool) -> dict[str, Run]:
     """Every pair of values of two factors, in one collection for the tables that can be of one."""
     tables: dict[tuple[str, bool, bool], list[TableCase]] = {}
-    for case in pairwise(factors):
+    for case in pairwise(factors, possible):
         kind, k = case["kind"]
         named = ("sharding", "operation", "data_type", "out_of_range", "pooling")
         fields = {name: case[name] for name in named if name in case}
@@ -118,21 +121,19 @@ def sharded(
         codecs: of quantised communication.
         on_first: the first rank, and the first node, own what need not be on all.
     """
-    model = Model(run.collection("meta"), [name for name, _, _ in run.outputs()], run.pooled)
     sharders = sharders_of(run, {} if run.optimizer in DENSE else fused_params)
-    sharder = sharders[0 if run.pooled else 1]
-    sharder._qcomm_codecs_registry = codecs
+    sharders[0 if run.pooled else 1]._qcomm_codecs_registry = codecs
+    return shard(run, sharders, plan_of=partial(_plan, on_first=on_first))
+
+
+def _plan(run: Run, model: Model, sharders: list[Any], on_first: bool) -> ShardingPlan:
     width = 4 if run.pooled else 8
     plan = EmbeddingModuleShardingPlan()
     for tables in [[t] for t in run.tables] if on_first else [list(run.tables)]:
-        plan.update(hand_plan(model.collection, tables, sharder, width))
+        plan.update(hand_plan(model.collection, tables, sharders[0 if run.pooled else 1], width))
     if run.optimizer in DENSE:
         plan.update({name: dataclasses.replace(of, compute_kernel="dense") for name, of in plan.items()})
-    dmp = DistributedModelParallel(
-        model, device=own_device(), plan=ShardingPlan({"collection": plan}), sharders=sharders
-    )
-    dmp.load_state_dict({f"collection.{k}": v for k, v in run.initial().state_dict().items()})
-    return dmp
+    return ShardingPlan({"collection": plan})
 
 
 def _dense_optimizer(name: str) -> Any:

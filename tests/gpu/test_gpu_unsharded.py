@@ -3,8 +3,9 @@
 import pytest
 import torch
 from gpu_setups import DEVICE
-from parity_model import LR, Model, Run, TableCase, Trained, global_batch, loss_of, pieces_of
+from parity_model import LR, Model, Run, TableCase, Trained, global_batch, loss_of
 from parity_reference import assert_trained_as_reference
+from pieces import pieces_of
 
 from torchrec_qr import raise_pending
 

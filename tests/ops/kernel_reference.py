@@ -2,13 +2,13 @@
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import oracle
 import torch
 from kinds import Kind, kind_of
+from textbook_optimizers import Textbook, zero_state
 from torch import Tensor
 
 from torchrec_qr import MixedRadix
@@ -22,13 +22,6 @@ from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 # Of partitions with more rows than a batch has ids: most stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
 LR, EPS, BETA1, BETA2 = 0.02, 1e-4, 0.8, 0.95
-STATES = {
-    "sgd": (),
-    "adagrad": ("momentum1",),
-    "rowwise_adagrad": ("momentum1",),
-    "adam": ("momentum1", "exp_avg_sq"),
-    "amsgrad": ("momentum1", "exp_avg_sq", "max_exp_avg_sq"),
-}
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
 
@@ -90,8 +83,7 @@ class StepCase:
                 self.stored.append(w.to(self.dtype if j == 0 else torch.float32).requires_grad_())
         self.exact = [w.detach().double().requires_grad_() for w in self.stored]
         self.states = [
-            {n: torch.zeros(w.shape[: 1 if self.rule == "rowwise_adagrad" else 2]) for n in STATES[self.rule]}
-            for w in self.stored
+            {name: value.float() for name, value in zero_state(self.rule, *w.shape).items()} for w in self.stored
         ]
         self.exact_states = [{name: s.double() for name, s in of.items()} for of in self.states]
         layout = TableLayout(
@@ -174,43 +166,10 @@ class StepCase:
     ) -> None:
         g = torch.zeros_like(weight) if weight.grad is None else weight.grad
         weight.grad = None
-        g = g[rows]
         if self.max_gradient is not None:
             g = g.clamp(-self.max_gradient, self.max_gradient)
-        of_rows = {name: s[rows] for name, s in state.items()}
-        new = weight[rows] - LR * DIRECTIONS[self.rule](g, of_rows, t)
+        new = Textbook(self.rule, EPS, BETA1, BETA2).step(weight, g, state, rows, t, LR)
         weight[rows] = new if stored == torch.float32 else new.to(stored).double()
-        for name, s in of_rows.items():
-            state[name][rows] = s
-
-
-def _adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    state["momentum1"] += g**2
-    return g / (state["momentum1"].sqrt() + EPS)
-
-
-def _rowwise_adagrad(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    state["momentum1"] += (g**2).mean(dim=1)
-    return g / (state["momentum1"].sqrt() + EPS).unsqueeze(1)
-
-
-def _adam(g: Tensor, state: dict[str, Tensor], t: int) -> Tensor:
-    mean, square = state["momentum1"], state["exp_avg_sq"]
-    mean.copy_(BETA1 * mean + (1 - BETA1) * g)
-    square.copy_(BETA2 * square + (1 - BETA2) * g**2)
-    bound = square
-    if "max_exp_avg_sq" in state:
-        bound = state["max_exp_avg_sq"].copy_(torch.maximum(state["max_exp_avg_sq"], square))
-    return mean / (1 - BETA1**t) / ((bound / (1 - BETA2**t)).sqrt() + EPS)
-
-
-DIRECTIONS: dict[str, Callable[[Tensor, dict[str, Tensor], int], Tensor]] = {
-    "sgd": lambda g, state, t: g,
-    "adagrad": _adagrad,
-    "rowwise_adagrad": _rowwise_adagrad,
-    "adam": _adam,
-    "amsgrad": _adam,
-}
 
 
 def one_table(rows: int = 5, width: int = 4, **fields: Any) -> tuple[Description, list[Tensor]]:

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 # It takes a minute; the others take ten seconds together.
-SLOW = "a_warm_up_changes_nothing"
+SLOW = "every_warm_up_changes_nothing"
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ OTHERS = (
     "offsets_that_do_not_cover_the_ids",
     "nothing_to_look_up",
     "a_warm_up_changes_nothing",
+    "every_warm_up_changes_nothing",
 )
 NAMES = [*STEPS, *OTHERS]
 # Those that compare with the CPU kernels, which are not on every machine.
