@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import oracle
 import torch
 from cases import Kind
+from optimizer_reference import gradient_of
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 
@@ -108,11 +109,7 @@ class _Terms:
         output = table.pool(self._bags, list(weights.split(self._sizes))) if len(weights) else self._out_gradient * 0
         if output.requires_grad:
             output.backward(self._out_gradient)
-        return _Results(output.detach(), [_gradient(r) for r in rows], _gradient(weights))
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return _Results(output.detach(), [gradient_of(r) for r in rows], gradient_of(weights))
 
 
 def assert_agrees(actual: Tensor | None, expected: Tensor, what: str, allowance: Tensor | float = 0.0) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from optimizer_reference import BETA1, BETA2
 from pieces import Pieces, numpy_of, pieces_of
 from ranks import device_of, own_device
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
     "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},
     "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
-    "adam": {"optimizer": EmbOptimType.ADAM, "beta1": 0.8, "beta2": 0.95},
-    "amsgrad": {"optimizer": EmbOptimType.ADAM, "beta1": 0.8, "beta2": 0.95, "amsgrad": True},
+    "adam": {"optimizer": EmbOptimType.ADAM, "beta1": BETA1, "beta2": BETA2},
+    "amsgrad": {"optimizer": EmbOptimType.ADAM, "beta1": BETA1, "beta2": BETA2, "amsgrad": True},
 }
 # Those that FBGEMM lacks on a CPU: no plain tables beside.
 NOT_PLAIN = ("adam", "amsgrad")

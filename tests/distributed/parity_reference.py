@@ -1,18 +1,19 @@
-"""The float64 reference of the runs of `parity_model`: the oracle forward and textbook optimizers."""
+"""The float64 reference of the runs of `parity_model`: the oracle forward, then `optimizer_reference`."""
 
 from collections.abc import Iterator
 
 import oracle
 import torch
 from cases import oracle_of
-from parity_model import EPS, LR, NOT_PLAIN, OPTIMIZERS, ROW_SPLIT, Batch, Run, TableCase, Trained, global_batch
+from near import assert_near
+from optimizer_reference import STATES, OptimizerReference, gradient_of, zero_state
+from parity_model import EPS, LR, NOT_PLAIN, ROW_SPLIT, Batch, Run, TableCase, Trained, global_batch
 from pieces import assembled
-from textbook_optimizers import Textbook, zero_state
 from torch import Tensor
 
 
 class Reference:
-    """The run in float64 on one machine: the oracle forward and textbook optimizers on dense gradients.
+    """The run in float64 on one machine: the oracle forward and textbook optimizers.
 
     Rowwise Adagrad keeps one accumulator per row *and column shard* where columns are split, as TorchRec does: so it
     depends on ``columns``, the plan's blocks of logical columns. Under ``concat`` a partition has those parts of the
@@ -58,29 +59,26 @@ class Reference:
         if isinstance(loss, Tensor) and loss.requires_grad:  # not where no rank has ids
             loss.backward()
         self._steps += 1
+        optimizer = OptimizerReference(self.run.optimizer, self.lr, self.eps, self.max_gradient)
         with torch.no_grad():
             for case in self.run.tables:
                 ids = {_bounded(x, case) for f in case.feature_names for bag in batch.ids[f] for x in bag}
                 for j, weight in enumerate(self.tables[case.name].weights):
-                    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                    grad = grad.clamp(-self.max_gradient, self.max_gradient)
                     rows = torch.tensor(sorted({self.tables[case.name].rows_of(x)[j] for x in ids}), dtype=torch.int64)
-                    self._update(case, j, weight, grad, rows)
+                    blocks = self._blocks(case, j)
+                    if (case.name, j) not in self._states:
+                        self._states[case.name, j] = [zero_state(self.run.optimizer, weight[:, a:b]) for a, b in blocks]
+                    gradient = gradient_of(weight)
+                    for (a, b), state in zip(blocks, self._states[case.name, j], strict=True):
+                        optimizer.step(weight[:, a:b], gradient[:, a:b], state, rows, self._steps)
                     weight.grad = None
         return [out.detach() for out in outs]
-
-    def _update(self, case: TableCase, j: int, weight: Tensor, grad: Tensor, rows: Tensor) -> None:
-        name, params = self.run.optimizer, OPTIMIZERS[self.run.optimizer]
-        blocks = self._blocks(case, j) if name == "rowwise_adagrad" else [(0, weight.shape[1])]
-        new = [zero_state(name, len(weight), b - a) for a, b in blocks]
-        states = self._states.setdefault((case.name, j), new)
-        rule = Textbook(name, self.eps, params.get("beta1", 0), params.get("beta2", 0))
-        for (a, b), state in zip(blocks, states, strict=True):
-            weight[rows, a:b] = rule.step(weight[:, a:b], grad[:, a:b], state, rows, self._steps, self.lr)
 
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""
         config, logical = case.config(self.run.pooled), self._columns.get(case.name)
+        if self.run.optimizer != "rowwise_adagrad":
+            logical = None
         if case.kind == "plain":
             return logical or [(0, case.dim)]
         width = config.partition_columns[j]
@@ -98,15 +96,14 @@ class Reference:
 
     def optimizer_state(self) -> Iterator[tuple[str, TableCase, Tensor]]:
         """State by key and name; accumulators of column shards end to end, as TorchRec shows them."""
-        for case in self.run.tables:
-            for j in range(len(self.tables[case.name].weights)):
-                own = case.name if case.kind == "plain" else f"{case.name}.partition_{j}"
-                blocks = self._states[case.name, j]
-                for name in blocks[0]:
-                    yield f"{self._key(case, j)}.weight {own}.{name}", case, torch.cat([of[name] for of in blocks])
-                if self.run.optimizer in NOT_PLAIN:
-                    steps = torch.tensor(float(self._steps), dtype=torch.float64)
-                    yield f"{self._key(case, j)}.weight {own}.step", case, steps
+        cases = {case.name: case for case in self.run.tables}
+        for (name, j), of_blocks in self._states.items():
+            case = cases[name]
+            own = name if case.kind == "plain" else f"{name}.partition_{j}"
+            for state in STATES[self.run.optimizer]:
+                yield f"{self._key(case, j)}.weight {own}.{state}", case, torch.cat([of[state] for of in of_blocks])
+            if self.run.optimizer in NOT_PLAIN:
+                yield f"{self._key(case, j)}.weight {own}.step", case, torch.tensor(self._steps, dtype=torch.float64)
 
     def _key(self, case: TableCase, j: int) -> str:
         return f"{self.prefix}.{case.name}" if case.kind == "plain" else f"{self.prefix}.{case.name}.partition_{j}"
@@ -144,11 +141,3 @@ def assert_trained_as_reference(
     state = assembled([r.optimizer_state for r in ranks])
     for key, case, value in reference.optimizer_state():
         assert_near(state[key], value, rtol, f"{case}: {key}")
-
-
-def assert_near(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    """The tolerance is relative to a value, and to the largest one."""
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual, expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda message: f"{what}: {message}"
-    )

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import torch
+from near import assert_near
 from parity_model import EPS, Run, TableCase, global_batch
-from parity_reference import Reference, assert_near
+from parity_reference import Reference
 from pieces import Pieces, assembled
 from varied_runs import DENSE, DENSE_EPS, Outcome, parts_of
 
@@ -36,7 +37,7 @@ class Exact:
                 for (name, of, _), value in zip(self._run.outputs(), parts, strict=True):
                     if of == table:
                         found = torch.from_numpy(self._ranks[r].outputs[name][step])
-                        assert_near(found.double(), value, rtol, f"step {step}, rank {r}: {name}")
+                        assert_near(found, value, rtol, f"step {step}, rank {r}: {name}")
         for kind, exact in (("state", self._weights), ("optimizer_state", self._state)):
             found_all = assembled([pieces_of_table(getattr(rank, kind), table) for rank in self._ranks])
             for key, of, value in exact:

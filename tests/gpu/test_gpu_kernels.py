@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_setups import DEVICE
-from kernel_reference import StepCase, one_table
+from kernel_reference import StepCase, one_table, train
+from near import assert_near
 from pairwise import pairwise
-from test_kernels import close, train
 from torch import Tensor
 
 from torchrec_qr import raise_pending
@@ -63,9 +63,9 @@ def test_hot_rows(kind: tuple[str, int]) -> None:
     case = StepOnDevice(*kind, dim=64, rule="adagrad", num_bags=260, hot=True)
     for step in range(2):
         out, expected, _, _ = case.run(step)
-        close(out, expected, 1e-4, "output")
+        assert_near(out, expected, 1e-4, "output")
     for w, exact in zip(case.stored, case.exact, strict=True):
-        close(w.detach(), exact.detach(), 1e-4, "weight")
+        assert_near(w.detach(), exact.detach(), 1e-4, "weight")
 
 
 def test_bitwise_the_same_again() -> None:
@@ -107,4 +107,4 @@ def test_bad_input_is_raised_by_raise_pending_at_the_latest(
     raise_pending()
     out = look_up(tables, [stored], Batch(ints(0, 4), ints(0, 2), None, True))
     raise_pending()
-    close(out, weight[[0, 4]].sum(dim=0, keepdim=True).double(), 1e-6, "after an error")
+    assert_near(out, weight[[0, 4]].sum(dim=0, keepdim=True).double(), 1e-6, "after an error")

@@ -1,4 +1,4 @@
-"""What a stepped lookup does, in float64 and a few obvious lines: compose, weight, pool, and textbook optimizers."""
+"""What a stepped lookup does, in float64 and a few obvious lines: compose, weight, pool and step."""
 
 import math
 import random
@@ -8,7 +8,8 @@ from typing import Any
 import oracle
 import torch
 from kinds import Kind, kind_of
-from textbook_optimizers import Textbook, zero_state
+from near import assert_near
+from optimizer_reference import BETA1, BETA2, OptimizerReference, gradient_of, zero_state
 from torch import Tensor
 
 from torchrec_qr import MixedRadix
@@ -21,7 +22,7 @@ from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 
 # Of partitions with more rows than a batch has ids: most stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
-LR, EPS, BETA1, BETA2 = 0.02, 1e-4, 0.8, 0.95
+LR, EPS = 0.02, 1e-4
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
 
@@ -65,7 +66,7 @@ class StepCase:
     offset_dtype: torch.dtype = torch.int64
     num_bags: int = 7
     hot: bool = False
-    max_gradient: float | None = None
+    max_gradient: float = math.inf
     stored: list[Tensor] = field(init=False)
     exact: list[Tensor] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False)
@@ -82,10 +83,11 @@ class StepCase:
                 # As the configs store: in less than fp32 only the first.
                 self.stored.append(w.to(self.dtype if j == 0 else torch.float32).requires_grad_())
         self.exact = [w.detach().double().requires_grad_() for w in self.stored]
-        self.states = [
-            {name: value.float() for name, value in zero_state(self.rule, *w.shape).items()} for w in self.stored
-        ]
-        self.exact_states = [{name: s.double() for name, s in of.items()} for of in self.states]
+        self.states = [zero_state(self.rule, w, torch.float32) for w in self.stored]
+        self.exact_states = [zero_state(self.rule, w) for w in self.exact]
+        self._optimizer = OptimizerReference(
+            self.rule, LR, EPS, math.inf if self.max_gradient is None else self.max_gradient
+        )
         layout = TableLayout(
             self.operation,
             partition_layouts(partitions, dict(enumerate(self.widths))),
@@ -128,7 +130,10 @@ class StepCase:
         expected.backward(upstream.double())
         for i, (weight, state) in enumerate(zip(self.exact, self.exact_states, strict=True)):
             t, j = divmod(i, self.k)
-            self._step_exactly(weight, self.stored[i].dtype, state, classes[table == t, j].unique(), step + 1)
+            self._optimizer.step(weight, gradient_of(weight), state, classes[table == t, j].unique(), step + 1)
+            weight.grad = None
+            if (stored := self.stored[i].dtype) != torch.float32:
+                weight.data = weight.data.to(stored).double()
         gradients = (None, None)
         if id_weights is not None and exact_weights is not None:
             gradients = (id_weights.grad, exact_weights.grad)
@@ -157,19 +162,27 @@ class StepCase:
         return torch.cat(outputs, dim=1)
 
     def updates(self, step: int) -> list[Outcome]:
-        rule = rule_of(self.rule, self.max_gradient)
+        rule = rule_of(self.rule, None if self.max_gradient == math.inf else self.max_gradient)
         return [Update(rule, state, LR, step + 1) for state in self.states]
 
-    @torch.no_grad()
-    def _step_exactly(
-        self, weight: Tensor, stored: torch.dtype, state: dict[str, Tensor], rows: Tensor, t: int
-    ) -> None:
-        g = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        weight.grad = None
-        if self.max_gradient is not None:
-            g = g.clamp(-self.max_gradient, self.max_gradient)
-        new = Textbook(self.rule, EPS, BETA1, BETA2).step(weight, g, state, rows, t, LR)
-        weight[rows] = new if stored == torch.float32 else new.to(stored).double()
+
+def train(case: StepCase, rtol: float, steps: int = 10) -> int:
+    """Steps and compares; returns the number of rows that never moved."""
+    initial = [w.detach().cpu().clone() for w in case.stored]
+    for step in range(steps):
+        out, expected, gradient, exact = case.run(step)
+        assert_near(out, expected, rtol, f"step {step}: output")
+        if gradient is not None and exact is not None:
+            assert_near(gradient, exact, rtol, f"step {step}: gradient of the weights")
+    stayed = 0
+    for i, (w, exact, before) in enumerate(zip(case.stored, case.exact, initial, strict=True)):
+        assert_near(w.detach(), exact.detach(), rtol, f"weight {i}")
+        for name, state in case.states[i].items():
+            assert_near(state, case.exact_states[i][name], rtol, f"state {name} of weight {i}")
+        stay = (exact.detach() == before.double().cpu()).all(dim=1)
+        assert torch.equal(w.detach().cpu()[stay], before[stay])
+        stayed += int(stay.sum())
+    return stayed
 
 
 def one_table(rows: int = 5, width: int = 4, **fields: Any) -> tuple[Description, list[Tensor]]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_reference import StepCase
+from kernel_reference import StepCase, train
+from near import assert_near
 from pairwise import pairwise
-from torch import Tensor
 
 from torchrec_qr.ops import cpu_library
 from torchrec_qr.ops.backends import cpu
@@ -38,37 +38,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "isa": cpu_library.ISAS,
     "threads": (1, 3),
 }
-CASES = pairwise(FACTORS)
-STEPS = 10
 
 
-def close(actual: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual.double().cpu(), expected, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m: f"{what}: {m}"
-    )
-
-
-def train(case: StepCase, rtol: float) -> int:
-    """Steps and compares; returns the number of rows that never moved."""
-    initial = [w.detach().cpu().clone() for w in case.stored]
-    for step in range(STEPS):
-        out, expected, gradient, exact = case.run(step)
-        close(out, expected, rtol, f"step {step}: output")
-        if gradient is not None and exact is not None:
-            close(gradient, exact, rtol, f"step {step}: gradient of the weights")
-    exact_weights = [w.detach() for w in case.exact]
-    for i, (w, exact) in enumerate(zip(case.stored, exact_weights, strict=True)):
-        close(w.detach(), exact, rtol, f"weight {i}")
-        for name, state in case.states[i].items():
-            close(state, case.exact_states[i][name], rtol, f"state {name} of weight {i}")
-    untouched = [(exact == before.double()).all(dim=1) for exact, before in zip(exact_weights, initial, strict=True)]
-    for w, before, stay in zip(case.stored, initial, untouched, strict=True):
-        assert torch.equal(w.detach().cpu()[stay], before[stay])
-    return sum(int(stay.sum()) for stay in untouched)
-
-
-@pytest.mark.parametrize("given", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+@pytest.mark.parametrize("given", pairwise(FACTORS), ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_ten_steps(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = dict(given)
     isa, threads = given.pop("isa"), given.pop("threads")
@@ -121,11 +93,11 @@ def test_hot_rows(kind: tuple[str, int], threads: int) -> None:
     try:
         for step in range(2):
             out, expected, _, _ = case.run(step)
-            close(out, expected, 1e-4, "output")
+            assert_near(out, expected, 1e-4, "output")
     finally:
         torch.set_num_threads(before)
     for w, exact in zip(case.stored, case.exact, strict=True):
-        close(w.detach(), exact.detach(), 1e-4, "weight")
+        assert_near(w.detach(), exact.detach(), 1e-4, "weight")
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam"])

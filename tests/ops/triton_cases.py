@@ -55,7 +55,7 @@ def step(case: dict[str, Any]) -> None:
     types = {name: getattr(torch, case[name]) for name in ("dtype", "id_dtype", "offset_dtype")}
     given = {name: value for name, value in case.items() if name not in ("kind", *types)}
     rtol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    train(StepThroughTriton(kind, k, num_bags=3, **given, **types), 1, rtol)
+    train(StepThroughTriton(kind, k, num_bags=3, **given, **types), rtol, 1)
 
 
 def tests() -> dict[str, Callable[[], None]]:

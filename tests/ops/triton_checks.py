@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_reference import RULES, StepCase, one_table, rule_of, update_of
+from kernel_reference import RULES, StepCase, one_table, rule_of, train, update_of
+from near import assert_near
 from torch import Tensor
 
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
@@ -15,13 +16,6 @@ from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
 from torchrec_qr.ops.triton_kernels import backward_launches, launches
 from torchrec_qr.ops.triton_kernels.device_tables import Stored, describe
 from torchrec_qr.ops.update_rules import Sgd, Update
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float, what: str = "values") -> None:
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda m: f"{what}: {m}"
-    )
 
 
 class _Lookup(torch.autograd.Function):
@@ -48,24 +42,11 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def train(case: StepCase, steps: int, rtol: float) -> None:
-    """Steps as the reference does, and compares all that there is."""
-    for step in range(steps):
-        out, expected, gradient, exact = case.run(step)
-        close(out, expected, rtol, f"step {step}: output")
-        if gradient is not None and exact is not None:
-            close(gradient, exact, rtol, f"step {step}: gradient of the weights")
-    for i, (w, of_weight) in enumerate(zip(case.stored, case.exact, strict=True)):
-        close(w.detach(), of_weight.detach(), rtol, f"weight {i}")
-        for name, state in case.states[i].items():
-            close(state, case.exact_states[i][name], rtol, f"state {name} of weight {i}")
-
-
 def several_steps() -> None:
     """Of many rows most stay untouched, though their state would move them."""
     case = StepThroughTriton("wide", 2, dim=4, rule="amsgrad", num_bags=2)
     before = [w.detach().clone() for w in case.stored]
-    train(case, 2, 2e-5)
+    train(case, 2e-5, 2)
     for w, b, exact in zip(case.stored, before, case.exact, strict=True):
         stay = (exact == b.double()).all(dim=1)
         assert stay.sum() > 250
@@ -74,7 +55,7 @@ def several_steps() -> None:
 
 def hot_rows() -> None:
     """Nine tenths of the ids are one, enough of them that rows are cut: against the float64 reference."""
-    train(StepThroughTriton("strided", 2, dim=8, rule="adagrad", num_bags=2, hot=True), 1, 2e-5)
+    train(StepThroughTriton("strided", 2, dim=8, rule="adagrad", num_bags=2, hot=True), 2e-5, 1)
 
 
 def hot_rows_of_every_shape() -> None:
@@ -99,7 +80,7 @@ def hot_rows_of_every_shape() -> None:
                 step = backward_launches.Step(list(dense), [None, None], [0.0] * 14)
                 backward_launches.step_looked_up_rows(d, batch, gradient[order].flatten(), stepping, step, cuts)
                 for actual, exact in zip(dense, expected, strict=True):
-                    close(actual, exact, 1e-5, f"{operation}, {cuts}")
+                    assert_near(actual, exact, 1e-5, f"{operation}, {cuts}")
 
 
 QR = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))
@@ -128,7 +109,7 @@ def dense_gradients_and_touched_rows() -> None:
         assert [g is None for g in found.weights] == [False, True, True, True]
         results.append([*own, *adam.state.values(), touched, found.weights[0], found.id_weights])
     for i, (actual, expected) in enumerate(zip(results[1], results[0], strict=True)):
-        close(actual, expected, 1e-5, f"number {i}")
+        assert_near(actual, expected, 1e-5, f"number {i}")
 
 
 def sequences() -> None:
@@ -144,7 +125,7 @@ def sequences() -> None:
         gradient, dense = torch.randn(out.shape), [DenseGradient()] * len(own)
         actual, expected = (b.backward(of_tables, own, of, gradient, dense, False).weights for b in (triton, cpu))
         for a, e in zip(actual, expected, strict=True):
-            close(a, e, 1e-5)
+            assert_near(a, e, 1e-5)
 
 
 def codes() -> None:
@@ -160,7 +141,7 @@ def codes() -> None:
     batch = Batch(torch.arange(15), ints(0, 4, 15), None, True)
     for table in (strided, adjacent):
         tables = Description([table], ["t"])
-        close(triton.forward(tables, weights, batch), cpu.forward(tables, weights, batch), 1e-6)
+        assert_near(triton.forward(tables, weights, batch), cpu.forward(tables, weights, batch), 1e-6)
 
 
 def rows_given() -> None:
@@ -174,7 +155,7 @@ def rows_given() -> None:
             backend.update_rows(weight, rows, gradients, update)
             results.append([weight, *update.state.values()])
         for actual, expected in zip(results[1], results[0], strict=True):
-            close(actual, expected, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
+            assert_near(actual, expected, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
 
 
 def any_id() -> None:
@@ -198,7 +179,7 @@ def ids_out_of_range() -> None:
     with pytest.raises(IndexError, match="number 2"):
         triton.backward(tables, [weight], batch, torch.ones(1, 4), [Update(Sgd(), {}, 0.1)], False)
     expected = before - torch.tensor([0.1, 0.1, 0.0, 0.0, 0.1]).unsqueeze(1)
-    close(weight, expected, 1e-6, "only rows of ids move")
+    assert_near(weight, expected, 1e-6, "only rows of ids move")
     block = Description([TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)], ["t"])
     with pytest.raises(IndexError, match="table 't': id number 1 has row -1 of partition 0"):
         triton.forward(block, [weight], Batch(ints(5, 4), ints(0, 2), None, True))
