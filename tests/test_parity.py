@@ -6,6 +6,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from batches import Bags, batch
 from cases import Kind, configs, kind_of, oracle_of, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,31 +19,21 @@ from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
+    CompositionalEmbeddingConfig,
 )
 from torchrec_qr.ops.cpu_library import without_kernels
 
 BAGS = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=4)
 
 
-def batch(per_feature: dict[str, list[list[int]]], weights: torch.Tensor | None = None) -> KeyedJaggedTensor:
-    flat = [x for bags in per_feature.values() for bag in bags for x in bag]
-    lengths = [len(bag) for bags in per_feature.values() for bag in bags]
-    return KeyedJaggedTensor(
-        keys=list(per_feature),
-        values=torch.tensor(flat, dtype=torch.int64),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        weights=weights,
-    )
-
-
-def per_bag(flat: torch.Tensor, bags: list[list[int]]) -> list[torch.Tensor]:
+def per_bag(flat: torch.Tensor, bags: Bags) -> list[torch.Tensor]:
     return list(flat.split([len(bag) for bag in bags]))
 
 
 @settings(max_examples=300, deadline=None)
 @given(case=configs(), bags=BAGS, weighted=st.booleans(), int32=st.booleans(), seed=st.integers(0, 1000))
 def test_pooled_table_agrees_with_oracle(
-    case: tuple[Any, Kind], bags: list[list[int]], weighted: bool, int32: bool, seed: int
+    case: tuple[Any, Kind], bags: Bags, weighted: bool, int32: bool, seed: int
 ) -> None:
     config, kind = case
     ebc = CompositionalEmbeddingBagCollection(tables=[config], is_weighted=weighted)
@@ -74,7 +65,7 @@ def test_pooled_table_agrees_with_oracle(
 
 @settings(max_examples=150, deadline=None)
 @given(case=configs(pooled=False), bags=BAGS, seed=st.integers(0, 1000))
-def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: list[list[int]], seed: int) -> None:
+def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: Bags, seed: int) -> None:
     config, kind = case
     ec = CompositionalEmbeddingCollection(tables=[config], need_indices=True)
     randomize(ec, seed)
@@ -221,7 +212,7 @@ def test_mixed_collection_agrees_with_oracle(data: st.DataObject, weighted: bool
 
 @settings(max_examples=30, deadline=None)
 @given(bags=BAGS)
-def test_feature_generation_keeps_partitions_apart(bags: list[list[int]]) -> None:
+def test_feature_generation_keeps_partitions_apart(bags: Bags) -> None:
     tables, kinds = mixed_tables()
     tables[3] = CompositionalEmbeddingBagConfig(
         name="t_crt",
@@ -248,8 +239,6 @@ def test_feature_generation_keeps_partitions_apart(bags: list[list[int]]) -> Non
 
 def test_sequences_of_mixed_tables_of_different_dims() -> None:
     qr = kind_of("adjacent", 2)
-    from torchrec_qr import CompositionalEmbeddingConfig
-
     ec = CompositionalEmbeddingCollection(
         tables=[
             EmbeddingConfig(name="plain", num_embeddings=100, embedding_dim=4, feature_names=["f0"]),

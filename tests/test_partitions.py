@@ -129,13 +129,6 @@ def test_hash_partition_is_exact(case: tuple[int, list[int]], num_rows: int) -> 
     assert partitions.is_complementary() == (num_rows >= num_ids)
 
 
-def test_first_id_whose_float32_quotient_is_wrong() -> None:
-    x = 16_777_219
-    assert (torch.tensor([x]) / 4).long().item() == 4_194_305  # what dividing in float32 gives
-    bound = QuotientRemainder(num_collisions=4, grouping="adjacent").bind(40_000_000)
-    assert bound.rows(torch.tensor([x])).tolist() == [[4_194_304, 3]]
-
-
 def test_strides_beyond_int64_give_digit_zero() -> None:
     partitions = MixedRadix(sizes=[2**40, 2**40, 2**40, 3]).bind(2**40)
     assert partitions.rows(torch.tensor([0, 2**40 - 1])).tolist() == [[0, 0, 0, 0], [2**40 - 1, 0, 0, 0]]

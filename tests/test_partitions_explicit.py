@@ -222,6 +222,7 @@ def test_ten_million_ids_are_checked_in_little_memory(top: int, sizes: tuple[int
 @pytest.mark.parametrize(
     ("classes", "error", "message"),
     [
+        ([], ValueError, "classes must be two-dimensional, (K, S), and not empty, got shape (0,)"),
         ([0, 1], ValueError, "classes must be two-dimensional, (K, S), and not empty, got shape (2,)"),
         (torch.zeros(2, 0, dtype=torch.int64), ValueError, "and not empty, got shape (2, 0)"),
         (torch.zeros(0, 2, dtype=torch.int64), ValueError, "and not empty, got shape (0, 2)"),

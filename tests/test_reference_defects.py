@@ -11,11 +11,9 @@ from torchrec import EmbeddingBagConfig
 from torchrec.models.dlrm import DLRM
 
 from torchrec_qr import (
-    ChineseRemainder,
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     ExplicitPartitions,
-    MixedRadix,
     QuotientRemainder,
 )
 
@@ -128,20 +126,6 @@ def test_concat_beside_plain_tables_keeps_one_width() -> None:
     torch.testing.assert_close(model(dense, kjt), logit)
 
 
-@pytest.mark.parametrize("operation", ["mult", "add", "concat", "path"])
-def test_a_list_as_embedding_dim_is_refused_by_name(operation: str) -> None:
-    with pytest.raises(ValueError, match=r"table 't': embedding_dim=\[8\]; allowed: positive multiples of 4"):
-        config(100, 4, operation=operation, embedding_dim=[8])
-
-
-@pytest.mark.parametrize("bad", [-1, 102])
-def test_ids_outside_of_the_table_are_refused(bad: int) -> None:
-    """−1 and S+2 were accepted in silence."""
-    ebc = CompositionalEmbeddingBagCollection(tables=[config(100, 4)])
-    with pytest.raises(IndexError, match=rf"table 't', feature 'f': id {bad} is outside \[0, 100\)"):
-        ebc(batch({"f": [[1, bad]]}))
-
-
 def test_parameters_and_gradients_follow_the_module() -> None:
     """dlrm: "autograd breaks with multiple GPUs", all tables copied to GPU 0 (dlrm#24)."""
     explicit = ExplicitPartitions([[x // 4 for x in range(100)], [x % 4 for x in range(100)]])
@@ -175,16 +159,3 @@ def test_strided_grouping_keeps_neighbours_apart() -> None:
         assert strided.main == 0
         adjacent = QuotientRemainder(num_collisions=m, grouping="adjacent").bind(num_ids).class_rows(ids)[0]
         assert int((adjacent[1:] == adjacent[:-1]).sum()) == num_ids - r0
-
-
-def test_partitions_that_let_ids_share_all_classes_are_refused() -> None:
-    """DeepRec#909: at div 100 and mod 5, ids 7 and 12 share both classes."""
-    ids = torch.arange(500)
-    with pytest.raises(ValueError, match=r"ids 0 and 5 that share all classes \[0, 0\]"):
-        ExplicitPartitions(torch.stack([ids // 100, ids % 5])).bind(500)
-    with pytest.raises(ValueError, match=r"ids 0 and 1 that share all classes"):
-        ExplicitPartitions(torch.stack([ids[[7, 12]] // 100, ids[[7, 12]] % 5])).bind(2)
-    with pytest.raises(ValueError, match=r"product 25: ids 0 and 25 would share all rows"):
-        MixedRadix(sizes=[5, 5]).bind(500)
-    with pytest.raises(ValueError, match="common factor 5"):
-        ChineseRemainder(sizes=[100, 5]).bind(500)
