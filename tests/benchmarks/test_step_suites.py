@@ -1,23 +1,41 @@
-"""The step benchmark on ranks that others start: TorchX, torchrun; and a step that goes wrong."""
+"""The step benchmark on ranks that others start, and a step that goes wrong."""
 
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torchx_job import COMPONENTS, output_of, torchx
 
 from benchmarks import step, step_suites
+from benchmarks.step_cells import Tables, Traffic
+from benchmarks.step_check import check
+from benchmarks.step_variants import VARIANTS
+from launch.process_group import start_process_group
+from tests.launch.jobs import start_ranks
 
 pytestmark = pytest.mark.timeout(300)
-WRONG_STEP = str(Path(__file__).parent / "wrong_step.py")
 SHORT = ("--runs", "2", "--steps", "2", "--bags", "8")
 PHASES = ("forward", "backward", "step", "eval")
 
 
-def torchrun(ranks: int, *command: str) -> tuple[int, str]:
-    alone = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return output_of(*alone, *command, CUDA_VISIBLE_DEVICES="-1")
+def measured(path: Path, *argv: str, world_size: int, before: Callable[[], None] | None = None) -> list[int | None]:
+    """Runs the benchmark on ranks, each of which calls ``before`` first; returns their exit codes."""
+    ranks = start_ranks(partial(measure, [*argv, "--json", str(path)], before), path.parent, world_size)
+    codes = ranks.exit_codes()
+    assert set(codes) <= {0, 1}, ranks.text()
+    assert path.exists(), ranks.text()
+    return codes
+
+
+def measure(argv: list[str], before: Callable[[], None] | None) -> int:
+    if before is not None:
+        before()
+    return step.main(argv)
 
 
 def report(path: Path, world_size: int, suite: str) -> dict[str, Any]:
@@ -66,22 +84,21 @@ def test_torchx_runs_mlperfs_tables_on_its_ranks(tmp_path: Path) -> None:
         assert row["stored_rows"] == sum(sizes) - saved
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "options", "variants"),
     [
-        (
+        pytest.param(
             "headline",
             ("--num-ids", "60", "--dims", "16", "--steps", "1"),
             {"full", "stock_pooled", "stock_unpooled", "dlrm_bag", "fused_alone", "fused", "fallback"},
+            marks=pytest.mark.slow,
         ),
         ("dynamicemb", ("--scale", "0.0001"), {"full", "fused"}),
     ],
 )
-def test_two_ranks_of_torchrun(tmp_path: Path, suite: str, options: tuple[str, ...], variants: set[str]) -> None:
+def test_suites_on_two_ranks(tmp_path: Path, suite: str, options: tuple[str, ...], variants: set[str]) -> None:
     file = tmp_path / "rows.json"
-    code, output = torchrun(2, "-m", "benchmarks.step", "--suite", suite, *SHORT, *options, "--json", str(file))
-    assert code == 0, output
+    assert measured(file, "--suite", suite, *SHORT, *options, world_size=2) == [0, 0]
     assert set(report(file, 2, suite)) == variants
 
 
@@ -96,9 +113,8 @@ def test_without_torchrun_two_ranks_start_on_this_machine(tmp_path: Path) -> Non
 
 def test_lookups_alone_and_the_bytes_that_they_need(tmp_path: Path) -> None:
     file = tmp_path / "tbe.json"
-    options = ("--num-ids", "4", "--dims", "16", "--bags", "64", "--runs", "1", "--steps", "2", "--json", str(file))
-    code, output = torchrun(1, "-m", "benchmarks.step", "--suite", "tbe", *options)
-    assert code == 0, output
+    options = ("--num-ids", "4", "--dims", "16", "--bags", "64", "--runs", "1", "--steps", "2")
+    assert measured(file, "--suite", "tbe", *options, world_size=1) == [0]
     rows = report(file, 1, "tbe")
     # 26 tables of 4 ids, all of which 64 bags look up; 4 ids that share a row make partitions of 1 and 4 rows.
     batch = 8 * 26 * 64 + 8 * (26 * 64 + 1) + 4 * 16 * 26 * 64
@@ -109,17 +125,35 @@ def test_lookups_alone_and_the_bytes_that_they_need(tmp_path: Path) -> None:
         assert rows[name]["backward"]["required_bytes"] == 2 * stored + batch
 
 
-@pytest.mark.parametrize(
-    ("kind", "when"),
-    [("output", "before"), pytest.param("output", "after", marks=pytest.mark.slow), ("rows", "before")],
-)
-def test_a_wrong_step_gets_no_time(tmp_path: Path, kind: str, when: str) -> None:
+def make_wrong(kind: str, name: str, rank: int, calls: int) -> None:
+    """Makes a variant go wrong on one rank.
+
+    ``output``: after so many lookups all outputs are 0.1 % off. ``rows``: after so many steps a table is 0.001 off.
+    """
+    variant: Any = VARIANTS[name]
+    method = "out" if kind == "output" else "backward"
+    right = getattr(variant, method)
+
+    def wrong(self: Any, *args: Any) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        result = right(self, *args)
+        if self.calls <= calls or rank != int(os.environ["RANK"]):
+            return result
+        if kind == "output":
+            return result * 1.001
+        next(iter(self.state().values())).add_(0.001)
+        return result
+
+    setattr(variant, method, wrong)
+
+
+# The first lookup and the first step are those that are checked before timing.
+@pytest.mark.parametrize(("kind", "when", "calls"), [("output", "after", 1), ("rows", "before", 0)])
+def test_a_wrong_step_gets_no_time(tmp_path: Path, kind: str, when: str, calls: int) -> None:
     file = tmp_path / "rows.json"
-    # The first lookup and the first step are those that are checked before timing.
-    calls = "1" if when == "after" else "0"
-    options = ("--num-ids", "60", "--dims", "16", *SHORT, "--json", str(file))
-    code, output = torchrun(1, WRONG_STEP, kind, "fused_alone", "0", calls, "--suite", "tbe", *options)
-    assert code == 1, output
+    options = ("--suite", "tbe", "--num-ids", "60", "--dims", "16", *SHORT)
+    before = partial(make_wrong, kind, "fused_alone", 0, calls)
+    assert measured(file, *options, world_size=1, before=before) == [1]
     rows = report(file, 1, "tbe")
     of = {"output": "output of f", "rows": "rows of f0.partition_0 after a step, at "}[kind]
     assert rows["fused_alone"]["wrong"].startswith(f"{when} the timed steps: {of}")
@@ -127,21 +161,42 @@ def test_a_wrong_step_gets_no_time(tmp_path: Path, kind: str, when: str) -> None
     assert rows["tbe"]["step"]["to_full"] == 1
 
 
-@pytest.mark.slow
 def test_values_that_are_wrong_on_another_rank_only(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    options = ("--suite", "dynamicemb", "--scale", "0.0001", *SHORT, "--json", str(file))
-    code, output = torchrun(2, WRONG_STEP, "output", "full", "1", "0", *options)
-    assert code == 1, output
+    options = ("--suite", "dynamicemb", "--scale", "0.0001", *SHORT)
+    assert measured(file, *options, world_size=2, before=partial(make_wrong, "output", "full", 1, 0)) == [1, 1]
     rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["full"]["wrong"].startswith("before the timed steps: output of f")
     assert "step" not in rows["full"]
     assert rows["fused"]["step"]["to_full"] is None
 
 
-def test_rows_that_are_split_over_ranks_are_checked() -> None:
-    code, output = torchrun(2, str(Path(__file__).parent / "row_wise_check.py"))
-    assert code == 0, output
+def check_row_wise_tables() -> None:
+    """Checks a right step of row-wise tables, then one after which rows of the last rank alone are 0.001 off."""
+    device = start_process_group()
+    traffic = Traffic(8, (2, 3), 1.05)
+    variant: Any = VARIANTS["fused"](Tables((60, 90), 16, "sgd", "row_wise"), 4, traffic, device)
+    assert variant.plan == {"row_wise": 2}
+    right = check(variant, traffic, 0)
+    assert right.wrong is None, right
+    backward = variant.backward
+
+    def wrong(*args: Any) -> None:
+        backward(*args)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            for shard in variant.state()["f1.partition_0"].local_shards():
+                shard.tensor.add_(0.001)
+
+    variant.backward = wrong
+    text = check(variant, traffic, 1).wrong
+    assert text is not None
+    assert text.startswith("rows of f1.partition_0 after a step, at "), text
+    dist.destroy_process_group()
+
+
+def test_rows_that_are_split_over_ranks_are_checked(tmp_path: Path) -> None:
+    ranks = start_ranks(check_row_wise_tables, tmp_path, 2)
+    assert ranks.exit_codes() == [0, 0], ranks.text()
 
 
 def test_an_option_of_another_suite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

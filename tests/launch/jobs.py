@@ -1,4 +1,4 @@
-"""Runs `launch.train` on real ranks: one process each, one thread each, that a test may signal."""
+"""Runs jobs on real ranks: one process each, one thread each, that a test may signal."""
 
 import multiprocessing as mp
 import os
@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic
@@ -15,7 +16,7 @@ from typing import Any
 
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["launch.train"])
+_CONTEXT.set_forkserver_preload(["launch.train", "benchmarks.step"])
 _TIMEOUT = 120.0
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -74,11 +75,16 @@ def start(
         max_file_bytes: as if the disk were that full.
         prepare: called with the rank in each process, before the job.
     """
+    argv = ["--config", str(config), "--runs", str(folder), *arguments]
+    return start_ranks(partial(_train, argv, prepare), folder, world_size, max_file_bytes)
+
+
+def start_ranks(main: Callable[[], Any], folder: Path, world_size: int, max_file_bytes: int = 0) -> Ranks:
+    """Starts processes that call ``main`` and exit with what it returns. Each has the variables of a rank."""
     folder.mkdir(exist_ok=True, parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = ["--config", str(config), "--runs", str(folder), *arguments]
     ranks = Ranks([], [folder / f"output_{rank}.txt" for rank in range(world_size)])
     for rank in range(world_size):
         environment = {
@@ -89,8 +95,9 @@ def start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        target = (environment, argv, ranks.outputs[rank], max_file_bytes, prepare)
-        process = _CONTEXT.Process(target=_rank, args=target, daemon=True)
+        process = _CONTEXT.Process(
+            target=_rank, args=(environment, main, ranks.outputs[rank], max_file_bytes), daemon=True
+        )
         process.start()
         ranks.processes.append(process)
     return ranks
@@ -108,13 +115,15 @@ def with_set(*assignments: str) -> tuple[str, ...]:
     return tuple(f"--set={assignment}" for assignment in assignments)
 
 
-def _rank(
-    environment: dict[str, str],
-    argv: list[str],
-    output: Path,
-    max_file_bytes: int,
-    prepare: Callable[[int], None] | None,
-) -> None:
+def _train(argv: list[str], prepare: Callable[[int], None] | None) -> None:
+    from launch.train import main
+
+    if prepare is not None:
+        prepare(int(os.environ["RANK"]))
+    main(argv)
+
+
+def _rank(environment: dict[str, str], main: Callable[[], Any], output: Path, max_file_bytes: int) -> None:
     os.environ.update(environment)
     with output.open("w", buffering=1) as text:
         os.dup2(text.fileno(), 1)
@@ -124,14 +133,11 @@ def _rank(
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
         import torch
 
-        from launch.train import main
-
         torch.set_num_threads(1)
         try:
-            if prepare is not None:
-                prepare(int(environment["RANK"]))
-            main(argv)
+            code = main()
         except Exception:
             traceback.print_exc()
             text.flush()
             os._exit(1)
+        sys.exit(code)
