@@ -1,4 +1,4 @@
-"""Every public name is documented with an example, and every example of the package is right."""
+"""Every public name is documented with an example, and every example of the project is right."""
 
 import doctest
 import importlib
@@ -13,7 +13,9 @@ ROOT = Path(torchrec_qr.__file__).parents[1]
 # Found by file, not by import, so that a module that cannot be imported fails its own test alone.
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "torchrec_qr").rglob("*.py")
+    for package in ("torchrec_qr", "launch", "benchmarks")
+    for path in (ROOT / package).rglob("*.py")
+    if package == "torchrec_qr" or ">>>" in path.read_text()
 )
 # What users import from.
 PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.cli.schema"}

@@ -1,31 +1,26 @@
 """The fingerprint tells apart what shapes do not."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from single_tables import bag_table, sequence_table
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from torchrec_qr import (
     ChineseRemainder,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingConfig,
     ExplicitPartitions,
     HashPartition,
     MixedRadix,
     QuotientRemainder,
 )
 from torchrec_qr.fingerprint import differences, fingerprint
-from torchrec_qr.partitions import PartitionSpec
 
 EXPLICIT = [[x % 4 for x in range(12)], [x // 4 for x in range(12)]]
 
 
-def config(partitions: PartitionSpec, num_embeddings: int = 12, **fields: Any) -> CompositionalEmbeddingBagConfig:
-    return CompositionalEmbeddingBagConfig(
-        **{"name": "t", "feature_names": ["f"], "embedding_dim": 8, "num_embeddings": num_embeddings} | fields,
-        partitions=partitions,
-    )
+config = partial(bag_table, num_embeddings=12)
 
 
 def map_hash(classes: list[list[int]]) -> int:
@@ -36,23 +31,29 @@ def map_hash(classes: list[list[int]]) -> int:
     ("table", "expected"),
     [
         # format, kind, grouping, operation, path_hidden, path_activation, map_hash, S, sizes, columns
-        (config(QuotientRemainder(num_collisions=4), 100), [1, 0, 1, 0, 0, 0, 0, 100, 25, 4, 8, 8]),
+        (config(QuotientRemainder(num_collisions=4), num_embeddings=100), [1, 0, 1, 0, 0, 0, 0, 100, 25, 4, 8, 8]),
         (
-            config(QuotientRemainder(num_collisions=4, grouping="adjacent"), 100, operation="add"),
+            config(QuotientRemainder(num_collisions=4, grouping="adjacent"), num_embeddings=100, operation="add"),
             [1, 0, 2, 1, 0, 0, 0, 100, 25, 4, 8, 8],
         ),
         (
-            config(MixedRadix(sizes=[25, 4]), 100, operation="concat", embedding_dim=12, partition_dims=[8, 4]),
+            config(
+                MixedRadix(sizes=[25, 4]),
+                num_embeddings=100,
+                operation="concat",
+                embedding_dim=12,
+                partition_dims=[8, 4],
+            ),
             [1, 1, 0, 2, 0, 0, 0, 100, 25, 4, 8, 4],
         ),
         (
-            config(ChineseRemainder(sizes=[25, 4]), 100, operation="path", embedding_dim=4),
+            config(ChineseRemainder(sizes=[25, 4]), num_embeddings=100, operation="path", embedding_dim=4),
             [1, 2, 0, 3, 0, 0, 0, 100, 25, 4, 4, 20],
         ),
         (
             config(
                 QuotientRemainder(num_collisions=4),
-                100,
+                num_embeddings=100,
                 operation="path",
                 embedding_dim=4,
                 path_hidden=2,
@@ -60,7 +61,7 @@ def map_hash(classes: list[list[int]]) -> int:
             ),
             [1, 0, 1, 3, 2, 2, 0, 100, 25, 4, 4, 22],
         ),
-        (config(HashPartition(rows=7), 100), [1, 4, 0, 0, 0, 0, 0, 100, 7, 8]),
+        (config(HashPartition(rows=7), num_embeddings=100), [1, 4, 0, 0, 0, 0, 0, 100, 7, 8]),
     ],
 )
 def test_values_are_those_of_the_checkpoint_format(table: Any, expected: list[int]) -> None:
@@ -80,7 +81,7 @@ def test_an_explicit_map_counts_by_content_whatever_its_dtype() -> None:
 
 
 def test_what_does_not_change_the_meaning_of_rows_does_not_count() -> None:
-    own = fingerprint(config(QuotientRemainder(num_collisions=4), 100))
+    own = fingerprint(config(QuotientRemainder(num_collisions=4), num_embeddings=100))
     for fields in (
         {"name": "other", "feature_names": ["g"]},
         {"data_type": DataType.BF16},
@@ -89,19 +90,17 @@ def test_what_does_not_change_the_meaning_of_rows_does_not_count() -> None:
         {"pooling": PoolingType.MEAN},
         {"path_activation": "tanh"},
     ):
-        assert torch.equal(fingerprint(config(QuotientRemainder(num_collisions=4), 100, **fields)), own), fields
+        assert torch.equal(
+            fingerprint(config(QuotientRemainder(num_collisions=4), num_embeddings=100, **fields)), own
+        ), fields
     linear = [
-        fingerprint(config(QuotientRemainder(num_collisions=4), 100, operation="path", path_activation=a))
+        fingerprint(
+            config(QuotientRemainder(num_collisions=4), num_embeddings=100, operation="path", path_activation=a)
+        )
         for a in ("relu", "tanh")
     ]
     assert torch.equal(*linear)  # no hidden layer, no activation
-    sequence = CompositionalEmbeddingConfig(
-        name="t",
-        feature_names=["f"],
-        num_embeddings=100,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=4),
-    )
+    sequence = sequence_table(QuotientRemainder(num_collisions=4))
     assert torch.equal(fingerprint(sequence), own)
 
 
@@ -138,7 +137,7 @@ SWAPPED = [EXPLICIT[0], [2 - c for c in EXPLICIT[1]]]
         ),
         (
             config(MixedRadix(sizes=[4, 3])),
-            config(MixedRadix(sizes=[4, 3, 1]), 11),
+            config(MixedRadix(sizes=[4, 3, 1]), num_embeddings=11),
             [
                 "num_embeddings: saved 12, here 11",
                 "sizes: saved [4, 3], here [4, 3, 1]",

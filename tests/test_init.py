@@ -1,11 +1,13 @@
 """Initial values: the composed embedding has the moments of the full table, 0 and 1/(3S)."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from batches import batch
+from single_tables import bag_table, sequence_table
 from torch import Tensor
 from torchrec import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
@@ -15,7 +17,6 @@ from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     HashPartition,
     MixedRadix,
     QuotientRemainder,
@@ -27,11 +28,7 @@ from torchrec_qr.partitions import PartitionSpec
 SEEDS = 64
 
 
-def config(partitions: PartitionSpec, num_embeddings: int = 10_000, **fields: Any) -> CompositionalEmbeddingBagConfig:
-    return CompositionalEmbeddingBagConfig(
-        **{"name": "t", "feature_names": ["f"], "embedding_dim": 8, "num_embeddings": num_embeddings} | fields,
-        partitions=partitions,
-    )
+config = partial(bag_table, num_embeddings=10_000)
 
 
 class Moments:
@@ -93,7 +90,7 @@ def test_composed_moments_are_those_of_the_full_table(
     shape: str, operation: str, init: str, data_type: DataType
 ) -> None:
     spec, num_ids, dim = SHAPES[shape]
-    table = config(spec, num_ids, embedding_dim=dim, operation=operation, init=init, data_type=data_type)
+    table = config(spec, num_embeddings=num_ids, embedding_dim=dim, operation=operation, init=init, data_type=data_type)
     partitions = table.bound_partitions
     variance = 1 / (3 * num_ids)
     composed, parts = sampled(table, ids_of(num_ids, 2048))
@@ -208,7 +205,7 @@ def values(module: torch.nn.Module) -> list[Tensor]:
 def test_a_seed_gives_the_same_values_however_the_module_is_built(fields: dict[str, Any]) -> None:
     def tables() -> list[EmbeddingBagConfig]:
         plain = EmbeddingBagConfig(name="plain", num_embeddings=9, embedding_dim=4, feature_names=["g"])
-        return [config(QuotientRemainder(num_collisions=30), 1000, **fields), plain]
+        return [config(QuotientRemainder(num_collisions=30), num_embeddings=1000, **fields), plain]
 
     torch.manual_seed(7)
     built = CompositionalEmbeddingBagCollection(tables=tables())
@@ -227,30 +224,27 @@ def test_a_seed_gives_the_same_values_however_the_module_is_built(fields: dict[s
 
     meta = CompositionalEmbeddingBagCollection(tables=tables(), device=torch.device("meta"))
     meta.to_empty(device="cpu")
+    assert meta.device.type == "cpu"
     torch.manual_seed(7)
     meta.reset_parameters()
     assert all(map(torch.equal, values(meta), expected))
+    name = "embedding_bags.t.fingerprint"
+    assert torch.equal(meta.state_dict()[name], built.state_dict()[name])
 
 
 @pytest.mark.parametrize("fields", ALL, ids=str)
 def test_sequences_start_as_bags_do(fields: dict[str, Any]) -> None:
     partitions = QuotientRemainder(num_collisions=30)
     torch.manual_seed(7)
-    bags = CompositionalEmbeddingBagCollection(tables=[config(partitions, 1000, **fields)])
+    bags = CompositionalEmbeddingBagCollection(tables=[config(partitions, num_embeddings=1000, **fields)])
     torch.manual_seed(7)
-    sequences = CompositionalEmbeddingCollection(
-        tables=[
-            CompositionalEmbeddingConfig(
-                name="t", feature_names=["f"], num_embeddings=1000, embedding_dim=8, partitions=partitions, **fields
-            )
-        ]
-    )
+    sequences = CompositionalEmbeddingCollection(tables=[sequence_table(partitions, num_embeddings=1000, **fields)])
     assert all(map(torch.equal, values(sequences), values(bags)))
 
 
 def test_one_init_fn_fills_all_partitions_and_a_list_one_each() -> None:
     same = CompositionalEmbeddingBagCollection(
-        tables=[config(QuotientRemainder(num_collisions=7), 100, init_fn=torch.nn.init.ones_)]
+        tables=[config(QuotientRemainder(num_collisions=7), num_embeddings=100, init_fn=torch.nn.init.ones_)]
     )
     assert [w.unique().tolist() for w in values(same)] == [[1.0], [1.0]]
 
@@ -261,7 +255,7 @@ def test_one_init_fn_fills_all_partitions_and_a_list_one_each() -> None:
         torch.nn.init.constant_(w, 3.0)
 
     each = CompositionalEmbeddingBagCollection(
-        tables=[config(QuotientRemainder(num_collisions=7), 100, init_fn=[halves, threes])]
+        tables=[config(QuotientRemainder(num_collisions=7), num_embeddings=100, init_fn=[halves, threes])]
     )
     assert [w.unique().tolist() for w in values(each)] == [[0.5], [3.0]]
     assert each(batch({"f": [[0, 99]]}))["f"].tolist() == [[3.0] * 8]
@@ -308,7 +302,7 @@ def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
 
 
 def test_rows_beyond_one_chunk_are_drawn_too() -> None:
-    table = config(QuotientRemainder(num_collisions=1), 1_300_000, embedding_dim=4)
+    table = config(QuotientRemainder(num_collisions=1), num_embeddings=1_300_000, embedding_dim=4)
     weight = torch.full((1_300_000, 4), math.nan)
     init_partition(table, 0, weight)
     bound = 1 / math.sqrt(1_300_000)

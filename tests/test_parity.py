@@ -11,15 +11,14 @@ from cases import Kind, configs, kind_of, oracle_of, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from roundings import allowances, assert_agrees
+from single_tables import bag_table, sequence_table
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
 )
 from torchrec_qr.ops.cpu_library import without_kernels
 
@@ -73,6 +72,7 @@ def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: Bags, s
     flat = [x for bag in bags for x in bag]
     assert out.lengths().tolist() == [len(bag) for bag in bags]
     assert out.weights().tolist() == flat
+    assert out.values().dtype == torch.float32
     table = oracle_of(config, kind, ec.embeddings["t"])
     expected = torch.stack([table.embed(x) for x in flat]) if flat else torch.zeros(0, config.embedding_dim).double()
     grad = torch.empty(expected.shape).uniform_(0.5, 2, generator=torch.Generator().manual_seed(seed))
@@ -92,13 +92,11 @@ def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: Bags, s
 def test_what_roundings_are_allowed_tells_right_from_wrong(kernels: bool, operation: str, data_type: DataType) -> None:
     """Wrong are: another row of one partition for one id, an id left out, MEAN by one id too many."""
     kind = kind_of("mixed_radix", 3)
-    config = CompositionalEmbeddingBagConfig(
-        name="t",
-        num_embeddings=100,
+    config = bag_table(
+        kind.partitions,
         embedding_dim=12,
         feature_names=["f_t"],
         data_type=data_type,
-        partitions=kind.partitions,
         operation=operation,
         pooling=PoolingType.MEAN,
     )
@@ -161,18 +159,15 @@ def mixed_tables() -> tuple[list[EmbeddingBagConfig], dict[str, Kind]]:
     qr, crt = kind_of("strided", 2), kind_of("chinese_remainder", 3)
     return [
         EmbeddingBagConfig(name="plain", num_embeddings=100, embedding_dim=6, feature_names=["f0", "f1"]),
-        CompositionalEmbeddingBagConfig(
-            name="t_qr", num_embeddings=100, embedding_dim=8, feature_names=["f2", "f0"], partitions=qr.partitions
-        ),
+        bag_table(qr.partitions, name="t_qr", feature_names=["f2", "f0"]),
         EmbeddingBagConfig(
             name="plain_mean", num_embeddings=100, embedding_dim=4, feature_names=["f3"], pooling=PoolingType.MEAN
         ),
-        CompositionalEmbeddingBagConfig(
+        bag_table(
+            crt.partitions,
             name="t_crt",
-            num_embeddings=100,
             embedding_dim=16,
             feature_names=["f1"],
-            partitions=crt.partitions,
             operation="concat",
             partition_dims=[8, 4, 4],
             pooling=PoolingType.MEAN,
@@ -214,14 +209,7 @@ def test_mixed_collection_agrees_with_oracle(data: st.DataObject, weighted: bool
 @given(bags=BAGS)
 def test_feature_generation_keeps_partitions_apart(bags: Bags) -> None:
     tables, kinds = mixed_tables()
-    tables[3] = CompositionalEmbeddingBagConfig(
-        name="t_crt",
-        num_embeddings=100,
-        embedding_dim=8,
-        feature_names=["f1"],
-        partitions=kinds["t_crt"].partitions,
-        pooling=PoolingType.MEAN,
-    )
+    tables[3] = bag_table(kinds["t_crt"].partitions, name="t_crt", feature_names=["f1"], pooling=PoolingType.MEAN)
     ebc = FeatureGenerationEmbeddingBagCollection(tables=tables)
     out = ebc(batch({f"f{i}": bags for i in range(4)}))
     assert out.keys() == [
@@ -242,9 +230,7 @@ def test_sequences_of_mixed_tables_of_different_dims() -> None:
     ec = CompositionalEmbeddingCollection(
         tables=[
             EmbeddingConfig(name="plain", num_embeddings=100, embedding_dim=4, feature_names=["f0"]),
-            CompositionalEmbeddingConfig(
-                name="t", num_embeddings=100, embedding_dim=8, feature_names=["f1", "f0"], partitions=qr.partitions
-            ),
+            sequence_table(qr.partitions, feature_names=["f1", "f0"]),
         ]
     )
     randomize(ec, 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchrec.fx
 from batches import batch
+from single_tables import bag_table
 from small_collections import (
     BATCH,
     OPERATIONS,
@@ -25,7 +26,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
+from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels
 
@@ -84,14 +85,7 @@ def _traced_computes_the_same(
 
 @pytest.mark.parametrize("trace", [traced_by_torch, traced_by_torchrec])
 def test_a_traced_collection_weights_and_divides(trace: Callable[[nn.Module], torch.fx.GraphModule]) -> None:
-    table = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f", "g"],
-        num_embeddings=100,
-        embedding_dim=8,
-        partitions=partitions_of("strided"),
-        pooling=PoolingType.MEAN,
-    )
+    table = bag_table(partitions_of("strided"), feature_names=["f", "g"], pooling=PoolingType.MEAN)
     ebc = CompositionalEmbeddingBagCollection(tables=[table], is_weighted=True)
     traced = trace(ebc)
     for per_feature in (BATCH, OTHER_BATCH):

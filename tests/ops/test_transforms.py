@@ -2,30 +2,23 @@
 
 import pytest
 import torch
+from single_tables import bag_table
 from torch import Tensor
 from torch.autograd import forward_ad
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagCollection, QuotientRemainder
 from torchrec_qr.modules.table import CompositionalTable
 from torchrec_qr.ops.arguments import Batch, DenseGradient
 from torchrec_qr.ops.lookup import stepped_lookup
 
-BATCH = KeyedJaggedTensor(["a"], torch.tensor([3, 7, 7, 19, 0]), lengths=torch.tensor([2, 0, 3]))
+BATCH = KeyedJaggedTensor(["f"], torch.tensor([3, 7, 7, 19, 0]), lengths=torch.tensor([2, 0, 3]))
 
 
 def collection(operation: str, data_type: DataType = DataType.FP32) -> CompositionalEmbeddingBagCollection:
     torch.manual_seed(0)
-    config = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["a"],
-        num_embeddings=20,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=4),
-        operation=operation,  # type: ignore[arg-type]
-        data_type=data_type,
-    )
+    config = bag_table(QuotientRemainder(num_collisions=4), num_embeddings=20, operation=operation, data_type=data_type)
     return CompositionalEmbeddingBagCollection(tables=[config])
 
 
