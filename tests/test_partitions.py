@@ -141,17 +141,6 @@ def test_rows_stay_inside_the_tables_for_any_integer() -> None:
         assert (found < torch.tensor(partitions.sizes)).all()
 
 
-def test_values_by_hand() -> None:
-    ids = torch.tensor([0, 1, 4, 9])
-    assert QuotientRemainder(num_collisions=3).bind(10).sizes == (4, 3)
-    assert QuotientRemainder(num_collisions=3).bind(10).rows(ids).tolist() == [[0, 0], [1, 0], [0, 1], [1, 2]]
-    adjacent = QuotientRemainder(num_collisions=3, grouping="adjacent").bind(10)
-    assert adjacent.rows(ids).tolist() == [[0, 0], [0, 1], [1, 1], [3, 0]]
-    assert MixedRadix(sizes=[2, 5]).bind(10).rows(ids).tolist() == [[0, 0], [1, 0], [0, 2], [1, 4]]
-    assert ChineseRemainder(sizes=[2, 5]).bind(10).rows(ids).tolist() == [[0, 0], [1, 1], [0, 4], [1, 4]]
-    assert HashPartition(rows=4).bind(10).rows(ids).tolist() == [[0], [1], [0], [1]]
-
-
 # --- every id apart ---
 
 
