@@ -13,6 +13,7 @@ from torchx.specs.finder import ComponentValidationException
 from torchx_job import ROOT, dryrun, torchx, without_id
 
 from benchmarks.step_suites import SUITES
+from launch.train import main
 
 DEMO = ("--config", "configs/demo.yaml")
 
@@ -250,13 +251,15 @@ def test_the_config_goes_along_with_the_workspace(workspace: Path) -> None:
         )
 
 
-def test_a_url_is_no_folder_of_runs() -> None:
+def test_a_url_is_no_folder_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
     expected = "--runs s3://bucket/runs: a URL; allowed: a folder that all nodes see"
     assert refusal("local_cwd", "dlrm", *DEMO, "--runs", "s3://bucket/runs") == expected
-    command = [sys.executable, "-m", "launch.train", *DEMO, "--runs", "s3://bucket/runs"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "argument --runs: s3://bucket/runs is a URL; allowed: a folder that all nodes see." in done.stderr
+    with pytest.raises(SystemExit) as caught:
+        main([*DEMO, "--runs", "s3://bucket/runs"])
+    assert caught.value.code == 2
+    assert (
+        "argument --runs: s3://bucket/runs is a URL; allowed: a folder that all nodes see." in capsys.readouterr().err
+    )
     assert not Path("s3:").exists()
 
 

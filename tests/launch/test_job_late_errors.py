@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from launch.data.loader import Data
@@ -62,12 +61,11 @@ def splits(folder: Path) -> list[str]:
     return [line["split"] for line in metrics(folder / "demo")] if (folder / "demo" / "metrics.jsonl").exists() else []
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_no_checkpoint_has_them(tmp_path: Path, who: int) -> None:
-    fail = partial(fail_in_forward, who=who, number=3)
+def test_no_checkpoint_has_them(tmp_path: Path) -> None:
+    fail = partial(fail_in_forward, who=1, number=3)
     ranks = start(tmp_path, *with_set(*SMALL, "train.checkpoint_every=2", "train.max_steps=6"), prepare=fail)
     assert ranks.exit_codes(timeout=60) == [1, 1]
-    assert f"IndexError: {TEXT}" in ranks.outputs[who].read_text()
+    assert f"IndexError: {TEXT}" in ranks.outputs[1].read_text()
     folder = tmp_path / "demo" / "checkpoints"
     assert {p.name for p in folder.glob("step_*")} == {"step_2"}
     assert (folder / "step_2" / "whole.json").exists()

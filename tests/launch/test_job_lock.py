@@ -41,15 +41,6 @@ def test_a_second_job_is_refused_on_every_rank_and_touches_nothing(tmp_path: Pat
     assert not list(root.parent.glob("demo.*"))
 
 
-def test_a_job_goes_on_at_once_where_one_was_killed(tmp_path: Path) -> None:
-    first = start(tmp_path, *FOUR)
-    root = tmp_path / "demo"
-    first.wait_until(lambda: any(line["step"] == 6 for line in metrics(root)))
-    first.kill()
-    assert "continues at step" in run(tmp_path, *FOUR)
-    assert metrics(root)[-1]["split"] == "test"
-
-
 def tell(ranks: Ranks, number: signal.Signals) -> None:
     for process in ranks:
         os.kill(process.pid or 0, number)

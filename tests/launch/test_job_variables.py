@@ -95,8 +95,8 @@ def test_a_job_on_this_host_has_them(tmp_path: Path) -> None:
 
 
 def test_the_script_of_slurm_gives_them_to_the_job(tmp_path: Path) -> None:
-    job = (*DEMO, "--env", ENV, "--python", str(printing(tmp_path)))
-    request = dryrun("slurm", "dlrm", *job, cfg={"partition": "gpus", "time": "60"}).request
+    job = ("--env", ENV, "--python", str(printing(tmp_path)))
+    request = dryrun("slurm", "bench", *job, cfg={"partition": "gpus", "time": "60"}).request
     script = tmp_path / "script"
     script.write_text(request.materialize())
     (tmp_path / "srun").write_text(_SRUN)
@@ -121,8 +121,7 @@ os.execvp(command[0], command)
 
 @pytest.mark.slow
 def test_the_pods_of_kubernetes_have_them() -> None:
-    job = (*DEMO, "--image", "i", "--mounts", "type=volume,src=runs,dst=/runs", "--runs", "/runs", "--env", ENV)
-    request = dryrun("kubernetes", "dlrm", *job, cfg={"queue": "default"}).request
+    request = dryrun("kubernetes", "bench", "--image", "i", "--env", ENV, cfg={"queue": "default"}).request
     (task,) = request.resource["spec"]["tasks"]
     (container,) = task["template"].spec.containers
     given = {variable.name: variable.value for variable in container.env}

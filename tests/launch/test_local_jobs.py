@@ -43,17 +43,6 @@ def test_torchrun_alone_trains(unbroken: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchx_runs_the_same_job_and_shows_it(unbroken: Path, tmp_path: Path) -> None:
-    code, output = output_of(*dlrm("-s local_cwd", tmp_path, "-j", "1x2"))
-    assert code == 0, output
-    assert metrics(tmp_path / "demo") == metrics(unbroken)
-    lines = output.splitlines()
-    assert any(re.match(r"dlrm/0 \[0\] .* 26 tables", line) for line in lines)
-    assert sum(bool(re.match(rf"dlrm/0 \[0\] \|#* *\| +\d+/{SMALL_STEPS}  logloss", line)) for line in lines) == 13
-    assert any(re.match(r"dlrm/0 \[0\] test AUC +0\.\d{4}", line) for line in lines)
-
-
-@pytest.mark.slow
 def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -67,12 +56,17 @@ def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_whose_rank_dies_comes_to_the_same_end(unbroken: Path, tmp_path: Path) -> None:
+def test_a_job_whose_rank_dies_comes_to_the_same_end_and_is_shown(unbroken: Path, tmp_path: Path) -> None:
     output = output_though_rank_1_dies("-s local_cwd", tmp_path)
     (resumed,) = re.findall(r"continues at step (\d+), from (\S+)", output)
     assert resumed[0] in ("30", "40", "50", "60")
     assert resumed[1] == str(tmp_path / "demo" / "checkpoints" / f"step_{resumed[0]}")
     assert metrics(tmp_path / "demo") == metrics(unbroken)
+    lines = output.splitlines()
+    assert any(re.match(r"dlrm/0 \[0\] .* 26 tables", line) for line in lines)
+    shown = [re.match(rf"dlrm/0 \[0\] \|#* *\| +(\d+)/{SMALL_STEPS}  logloss", line) for line in lines]
+    assert {int(found[1]) for found in shown if found} == set(range(5, SMALL_STEPS, 5))
+    assert any(re.match(r"dlrm/0 \[0\] test AUC +0\.\d{4}", line) for line in lines)
 
 
 def test_the_exception_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:

@@ -64,13 +64,6 @@ def test_quiet_prints_validations_and_the_summary(tmp_path: Path) -> None:
     assert lines[-1].split() == ["run", str(tmp_path / "demo")]
 
 
-def test_a_name_of_a_run_that_ended_is_free_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        printed = run(tmp_path, *with_set(*SMALL, "train.max_steps=2"), world_size=1)
-    assert "is now" in printed
-    assert metrics(tmp_path / "demo") == metrics(tmp_path / "demo.1")
-
-
 def test_training_ends_at_the_auc_that_was_asked_for(tmp_path: Path) -> None:
     run(tmp_path, *with_set(*SMALL, "train.eval_every=2", "train.stop_at_auc=0.3"), world_size=1)
     assert [(line["step"], line["split"]) for line in metrics(tmp_path / "demo")] == [

@@ -1,9 +1,6 @@
 """Which of kernels and PyTorch looks tables up, and how that is said; what the library does to the process."""
 
-import os
-import re
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,50 +9,34 @@ import torch
 from torchrec_qr.ops import cpu_library
 from torchrec_qr.ops.backends import cpu
 
-SCRIPT = """
-import sys, warnings
-from pathlib import Path
-import torch
-from torchrec_qr.ops import cpu_library
-from torchrec_qr.ops.backends import cpu
-cpu_library._PATH = Path(sys.argv[1])
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    print([cpu.available() for _ in range(3)], len(caught), *(w.message for w in caught))
-print(cpu_library.status())
-"""
+
+def warnings_of_three_lookups() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [cpu.available() for _ in range(3)] == [False] * 3
+    return [str(w.message) for w in caught]
 
 
-def run(code: str, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "they were not built"), (b"not a library", "they could not be loaded")]
+)
+def test_without_a_library_one_warning_and_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, why: str
+) -> None:
+    path = tmp_path / "kernels.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(cpu_library, "_PATH", path)
+    (warning,) = warnings_of_three_lookups()
+    assert warning.startswith("torchrec_qr looks tables up with PyTorch, ")
+    assert why in warning
+    assert cpu_library.status().startswith(f"PyTorch, several times slower than the kernels: {why}")
 
 
-def test_without_a_library_one_warning_and_pytorch(tmp_path: Path) -> None:
-    first, status = run(SCRIPT, str(tmp_path / "none.so")).splitlines()
-    assert re.match(r"\[False, False, False\] 1 torchrec_qr looks tables up with PyTorch.*were not built", first)
-    assert status.startswith("PyTorch, several times slower than the kernels: they were not built")
-
-
-def test_a_library_that_does_not_load(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.so"
-    broken.write_bytes(b"not a library")
-    first, status = run(SCRIPT, str(broken)).splitlines()
-    assert first.startswith("[False, False, False] 1 ")
-    assert "could not be loaded" in status
-
-
-def test_switched_off_without_a_warning() -> None:
-    first, status = run(SCRIPT, str(cpu_library._PATH), **{cpu_library.VARIABLE: "off"}).splitlines()
-    assert first == "[False, False, False] 0"
-    assert status == f"PyTorch ({cpu_library.VARIABLE}=off)"
+def test_switched_off_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu_library.VARIABLE, "off")
+    assert warnings_of_three_lookups() == []
+    assert cpu_library.status() == f"PyTorch ({cpu_library.VARIABLE}=off)"
 
 
 def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
