@@ -1,4 +1,4 @@
-"""What interrupts a job, and how it goes on."""
+"""A job that was interrupted goes on from its last checkpoint."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.launch.jobs import SMALL, Ranks, run, start, with_set
-from tests.run_metrics import metrics
+from tests.run_metrics import forget_the_end, metrics
 
 FOUR = with_set(*SMALL, "train.checkpoint_every=4", "train.eval_every=4")  # steps a checkpoint; 11 steps in all
 
@@ -46,7 +46,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_as_a_shell_says(
 ) -> None:
     ranks = start(tmp_path, *FOUR)
     ranks.wait_until(lambda: any(line["step"] == 2 for line in metrics(tmp_path / "demo")))
-    os.kill(ranks.processes[1].pid or 0, number)  # one rank is told; all end at the same step
+    os.kill(ranks.processes[1].pid or 0, number)  # one rank gets the signal; all end at the same step
     assert ranks.exit_codes(timeout=30) == [code, code]
     assert checkpoints(tmp_path)
     assert "continues at step" in run(tmp_path, *FOUR)
@@ -96,7 +96,7 @@ def _kill_while_writing(ranks: Ranks, folder: Path) -> int:
 
 def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path: Path, unbroken: Path) -> None:
     run(tmp_path, *FOUR, "--set=train.max_steps=4")
-    (tmp_path / "demo" / "metrics.jsonl").write_text(_without_test((tmp_path / "demo" / "metrics.jsonl").read_text()))
+    forget_the_end(tmp_path / "demo")
     ranks = start(tmp_path, *FOUR, max_file_bytes=50_000)
     assert 0 not in ranks.exit_codes()
     for output in ranks.outputs:
@@ -107,10 +107,6 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path:
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
-def _without_test(lines: str) -> str:
-    return "".join(line for line in lines.splitlines(keepends=True) if '"test"' not in line)
-
-
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     # The same rows a step: so the step count means the same.
@@ -119,13 +115,12 @@ def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int,
         return with_set("data.generator.rows=6000", *sizes, "train.checkpoint_every=10", "train.log_every=5")
 
     stop = "--set=train.max_steps=10"
-    path = tmp_path / "demo" / "metrics.jsonl"
     validations = []
     for world_size in (before, after):
         # The second job has no step left to do: what it validates is what it has loaded.
         printed = run(tmp_path, *steps(world_size), stop, world_size=world_size)
         validations += [line for line in metrics(tmp_path / "demo") if line.pop("split") == "validation"]
-        path.write_text(_without_test(path.read_text()))
+        forget_the_end(tmp_path / "demo")
     assert "continues at step 10" in printed
     assert validations[1] == pytest.approx(validations[0], rel=1e-5)
     run(tmp_path, *steps(after), world_size=after)
@@ -137,8 +132,7 @@ def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int,
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run(tmp_path, *FOUR, "--set=train.max_steps=4", world_size=1)
-    path = tmp_path / "demo" / "metrics.jsonl"
-    path.write_text(_without_test(path.read_text()))
+    forget_the_end(tmp_path / "demo")
     change = with_set("tables[0].partitions.num_collisions=5", "model.top_mlp=[128,32]")
     ranks = start(tmp_path, *FOUR, *change, world_size=1)
     assert ranks.exit_codes() == [1]

@@ -15,7 +15,7 @@ from launch.data.loader import open_data
 from launch.data.meaning import Meaning
 from tests.launch.jobs import run, start, with_set
 from tests.launch.parquet_job import config, rows, write
-from tests.run_metrics import metrics
+from tests.run_metrics import forget_the_end, metrics
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "validation.parquet", rows(1000, seed=3))
     job = config(folder, train_files=["day_*.parquet"], validation_files=["validation.parquet"])
     run(folder, *with_set("train.max_steps=10"), config=job)
-    lines = folder / "t" / "metrics.jsonl"
-    lines.write_text("".join(line for line in lines.read_text().splitlines(keepends=True) if '"test"' not in line))
+    forget_the_end(folder / "t")
     return folder
 
 
@@ -66,8 +65,7 @@ def test_a_new_day_before_a_restart_changes_no_row(again: Path) -> None:
     job = read_job(again / "job.yaml")
     kept = Meaning.read(again / "t")
     assert Meaning.of_job(job, open_data(job, 0, 1).splits.train).hash != kept.hash  # what a new run would get
-    # At the last step nothing is trained: the same rows are validated through the map that the run kept.
-    lines = again / "t" / "metrics.jsonl"
+    # Nothing is trained after the last step: the same rows are validated through the map that the run kept.
     whole = again / "t" / "checkpoints" / "step_10" / "whole.json"
     whole.write_text(json.dumps({**json.loads(whole.read_text()), "validated": 5}))
     shutil.rmtree(again / "t" / "best")
@@ -75,7 +73,6 @@ def test_a_new_day_before_a_restart_changes_no_row(again: Path) -> None:
     assert "continues at step 10" in printed
     assert new.exists()
     assert validated(again)[10] == before
-    assert lines.exists()
     assert Meaning.read(again / "t").hash == kept.hash
 
 
@@ -114,7 +111,7 @@ def test_another_vocabulary_file_is_refused_and_the_runs_own_is_not(again: Path)
 
 
 def test_a_map_that_is_not_the_checkpoints_is_refused(again: Path) -> None:
-    """Both files of the map are of another run, and fit together: only the checkpoint's hash tells."""
+    """Both files of the map are of another run, and fit together: only the checkpoint's hash shows that."""
     kept = Meaning.read(again / "t")
     assert kept.vocabularies is not None
     turned = tuple(Vocabulary(v.values[::-1]) for v in kept.vocabularies)

@@ -1,10 +1,11 @@
-"""What the planner chooses: balance, data-parallel where that is cheaper, constraints, and no worse than TorchRec's."""
+"""The planner's choices: balance, data-parallel where that is cheaper, constraints, and no worse than TorchRec's."""
 
 from typing import Any
 
 import pytest
 import torch
 from planner_models import SHARDED, collection, mlperf, only, plain, planner, qr, sharders, table
+from single_tables import sequence_table
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -14,7 +15,6 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from benchmarks.planner_scale import zipf
 from torchrec_qr import (
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     ExplicitPartitions,
     QuotientRemainder,
 )
@@ -48,7 +48,7 @@ def test_work_is_balanced_without_data_parallel(ranks: int) -> None:
 
 
 def replicated(num_collisions: int, num_embeddings: int, ranks: int = 16) -> tuple[set[str], float, float]:
-    """What tables of a size all become, and what one costs a rank replicated and sharded at best."""
+    """Returns the sharding types of equal tables, and the cost of one on a rank, replicated and sharded at best."""
     tables = [qr(f"t{i}", num_embeddings, num_collisions) for i in range(ranks)]
     estimated = planner(ranks, 8, without_fixed_costs=True).propose(collection(tables), sharders())
     choices = estimated.tables[0].choices
@@ -58,7 +58,7 @@ def replicated(num_collisions: int, num_embeddings: int, ranks: int = 16) -> tup
 
 
 def test_data_parallel_is_chosen_exactly_where_it_is_cheaper() -> None:
-    # More collisions, fewer rows to reduce; the embeddings that travel stay.
+    # With more collisions fewer rows are reduced, and equal embeddings travel.
     low, high = 2, 3000
     while high - low > 1:
         middle = (low + high) // 2
@@ -114,12 +114,12 @@ def test_what_a_sharder_would_refuse_is_not_planned() -> None:
 
 def test_sequences_are_planned_with_one_width_of_columns() -> None:
     tables = [
-        CompositionalEmbeddingConfig(
+        sequence_table(
+            QuotientRemainder(num_collisions=4),
             name=name,
             feature_names=[f"f_{name}"],
             num_embeddings=1_000_000,
             embedding_dim=dim,
-            partitions=QuotientRemainder(num_collisions=4),
         )
         for name, dim in (("narrow", 64), ("wide", 128))
     ]
