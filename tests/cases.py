@@ -47,9 +47,10 @@ def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True) -> t
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Values of order one and either sign, so that a wrong row, sign or factor shows.
+    """Sets values of order one and either sign, so that a wrong row, sign or factor shows.
 
-    MLPs of a path a quarter of that: where tanh saturates, fp32 loses its slope, and K - 1 of them in a row overflow.
+    MLPs of a path get a quarter of that, because fp32 loses the slope of a tanh that saturates, and K - 1 of them
+    would overflow.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

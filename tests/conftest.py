@@ -1,16 +1,16 @@
-"""What every test starts from: few threads, seeded generators, and Hypothesis examples that CI can repeat."""
+"""Every test starts with few threads, seeded generators, and Hypothesis examples that CI can repeat."""
 
 import os
 from typing import Any
 
-# Before torch is imported: with pytest-xdist, workers times threads would exceed the cores.
+# This must come before torch is imported: with pytest-xdist, workers times threads would exceed the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import settings
 
-# A busy machine is slow, not wrong. In CI a failure must be the change's own: the same examples each time.
+# A busy machine is slow, not wrong. CI runs the same examples each time, so that a failure there is the change's own.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,4 +1,4 @@
-"""What a compositional collection computes, in float64 and a few obvious lines. Imports nothing from the library."""
+"""The values of a compositional collection, in float64 and a few obvious lines. Imports nothing from the library."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""How far a table's results may be from the oracle's: what roundings to the storage type come to, and fp32's own.
+"""A bound on how far a table's results may be from the oracle's, by roundings to the storage type and to fp32.
 
-A sum whose terms, and itself, are rounded n times on the way is off by at most ((1 + u)^n - 1) · Σ|terms|, with u the
-unit roundoff of the type: 2^-11 of fp16, 2^-8 of bf16.
+A sum that is rounded n times on the way is off by at most ((1 + u)^n - 1) · Σ|terms|. The unit roundoff u is 2^-11 for
+fp16 and 2^-8 for bf16.
 """
 
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec_qr.modules.table import CompositionalTable
 from torchrec_qr.ops.backends import cpu
 
-# Of what is computed in fp32: relative, and relative to a tenth of the largest value, or to .3, where terms of order
-# one cancel (`cases.randomize`).
+# The allowance for fp32 is relative to the value, plus to a tenth of the largest one, or to 0.3 if that is more: terms
+# of order one cancel (`cases.randomize`).
 _FP32 = 1e-5
 
 
 class Allowances(NamedTuple):
-    """By how much storage roundings may move each value of the output, and of the gradients."""
+    """Bounds on how much storage roundings move each value of the output and of the gradients."""
 
     output: Tensor | float
     partitions: list[Tensor]
@@ -40,8 +40,8 @@ def allowances(
 ) -> Allowances:
     """Returns the allowances of a batch, whose ids' weights and output's gradient are positive.
 
-    The kernels round once, a gradient that they return. PyTorch's lookups, which take their place, round what passes
-    in and out of them, and the gradient of a row once per id that selects it, as they add up in the storage type.
+    The kernels round only the gradients that they return. PyTorch's lookups round their inputs and outputs. They also
+    round the gradient of a row once per id that selects it, because they add up in the storage type.
     """
     by_kernels = config.operation != "path" and cpu.available()
     pooled_lookups = not by_kernels and pooled and config.operation in ("add", "concat")

@@ -1,4 +1,4 @@
-"""What the tests of the YAML sections share."""
+"""Helpers of the tests of the YAML sections."""
 
 from pathlib import Path
 from typing import Any

@@ -64,7 +64,7 @@ def outputs(module: Any, per_feature: dict[str, Bags]) -> list[Tensor]:
 
 
 def gradients(module: nn.Module, results: list[Tensor]) -> list[Tensor]:
-    """With respect to all parameters, of Σ c · output with c = 1, 2, 3, … so that a permutation shows."""
+    """Gradients of Σ c · output for all parameters, with c = 1, 2, 3, … so that a permutation shows."""
     total = torch.stack([(out * torch.arange(1, out.numel() + 1).view(out.shape)).sum() for out in results]).sum()
     return list(torch.autograd.grad(total, list(module.parameters())))
 

@@ -107,7 +107,7 @@ def test_unchecked_closed_forms_stay_inside_their_tables(pooled: bool, kind: str
     partitions = PARTITIONS[kind].bind(S)
     for row, size in zip(partitions.rows(torch.tensor(BAD_IDS)).unbind(1), partitions.sizes, strict=True):
         assert 0 <= int(row.min()) <= int(row.max()) < size
-    # On a CPU the lookup itself checks the bounds of rows.
+    # The lookup itself checks the bounds of rows on a CPU.
     assert bool(lookup(BAD_IDS).isfinite().all())
 
 
@@ -261,7 +261,7 @@ def test_a_config_checks_its_spec_and_names_the_table(spec: Any, error: type[Exc
             ["weight_init_max=1.0", "-weight_init_min", "init='balanced'"],
         ),
     ],
-    # Without addresses: processes of pytest-xdist must agree on the names of tests.
+    # Leave out addresses, because processes of pytest-xdist must agree on the names of tests.
     ids=lambda given: re.sub(r" at 0x\w+", "", str(given)),
 )
 def test_configs(fields: dict[str, Any], parts: list[str]) -> None:

@@ -17,7 +17,7 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("*.py")
     if package == "torchrec_qr" or ">>>" in path.read_text()
 )
-# What users import from.
+# Users import from these.
 PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.cli.schema"}
 
 

@@ -34,7 +34,7 @@ UNDEFINED = "raise ImportError('/site/fbgemm_gpu_py.so: undefined symbol: _ZN3c1
 
 
 class Environment:
-    """An empty virtual environment, in which distributions can be placed as pip would: metadata and modules."""
+    """An empty virtual environment, into which distributions are written as pip would: metadata and modules."""
 
     def __init__(self, path: Path) -> None:
         venv.create(path, symlinks=True)
@@ -75,7 +75,7 @@ def environment(tmp_path: Path) -> Environment:
 
 
 def problems_of(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """Returns the problems that a run reported, having checked that its exit code says the same."""
+    """Returns the problems that a run reported. Checks that its exit code agrees."""
     problems = [line.removeprefix("PROBLEM: ") for line in result.stdout.splitlines() if line.startswith("PROBLEM: ")]
     assert result.stderr == ""
     assert result.returncode == bool(problems)
@@ -105,7 +105,7 @@ def test_nothing_installed(environment: Environment) -> None:
 
 
 def test_fitting_stack(environment: Environment) -> None:
-    # What a module prints while it is imported is none of the doctor's words.
+    # The doctor hides what a module prints while it is imported.
     environment.place_fitting(fbgemm_source="import os; print('loading'); os.system('echo loaded')")
     result = environment.doctor()
     assert problems_of(result) == []
@@ -300,7 +300,7 @@ def test_a_wrong_version_comes_before_a_missing_compiler(environment: Environmen
 
 
 def _run_pip(stack: Stack, command: str) -> Stack:
-    """What the stack is after one ``pip`` command, as far as FBGEMM, torch and TorchRec go."""
+    """Returns the stack after one ``pip`` command, which may change FBGEMM, torch and TorchRec."""
     _, action, *arguments = shlex.split(command)
     names = [argument for argument in arguments if not argument.startswith("-")]
     if action == "uninstall":

@@ -1,4 +1,4 @@
-"""The fingerprint tells apart what shapes do not."""
+"""Fingerprints differ where two tables of equal shapes differ in meaning."""
 
 from functools import partial
 from typing import Any

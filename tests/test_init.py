@@ -297,7 +297,7 @@ def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
         init_tables(table)
         main, other = table.weights()
         assert (main.dtype, other.dtype) == (dtype, torch.float32)
-        # 1 + N(0, .01²) has a few dozen values in bf16.
+        # 1 + N(0, 0.01²) has a few dozen values in bf16.
         assert other.unique().numel() > 0.9 * other.numel()
 
 

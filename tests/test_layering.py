@@ -46,7 +46,7 @@ def violations(unit: str, source: str, package: str) -> list[str]:
         top, *rest = name.split(".")
         if top == "launch":
             wrong.append(f"imports {name}: launch is the application, which uses the library and not the reverse")
-        # What the package itself exports comes from any layer: only names without a layer of their own may be taken.
+        # The package itself exports names of any layer, so that a module may take only `__version__` from it.
         if top == "torchrec_qr" and rest and rest[0] != "__version__":
             target = rest[0]
             if target not in LEVEL:

@@ -1,4 +1,4 @@
-"""What a TorchRec user does with a module: storage types, state dicts, devices, copies, batches of every form."""
+"""Modules behave as TorchRec's do: storage types, state dicts, devices, copies, batches of every form."""
 
 import copy
 import io
@@ -260,7 +260,7 @@ def test_outputs_regroup() -> None:
     one, two = module(batch(BATCH)), collection(partitions_of("explicit"), seed=1)(batch(BATCH))
     both = KeyedTensor(
         keys=["f2", "g2"], length_per_key=two.length_per_key(), values=two.values()
-    )  # regroup wants distinct keys
+    )  # regroup requires distinct keys
     first, second = KeyedTensor.regroup([one, both], [["g", "f2"], ["f"]])
     assert torch.equal(first, torch.cat([one["g"], two["f"]], dim=1))
     assert torch.equal(second, one["f"])
@@ -309,7 +309,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("operation", ["add", "concat", "mult"])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_no_tensor_of_a_row_per_id_is_made(kernels: bool, operation: str, weighted: bool) -> None:
-    """By the kernels never; by PyTorch where composition and sum commute."""
+    """The kernels never make one; PyTorch makes none if composition and sum commute."""
     if kernels and not cpu.available():
         pytest.skip("the CPU kernels are not built")
     n, dim = 4000, 64

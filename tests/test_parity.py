@@ -112,7 +112,7 @@ def test_what_roundings_are_allowed_tells_right_from_wrong(kernels: bool, operat
         allowed = allowances(config, kind, module, bags, weights, grad)
 
     def agree(rows_of: oracle.RowsOf, factors: torch.Tensor) -> list[bool]:
-        """Whether output, gradients of partitions and of weights are those of another choice of rows and weights."""
+        """Compares output and gradients of partitions and weights with those of another choice of rows and weights."""
         table = oracle_of(config, Kind("", kind.partitions, kind.num_embeddings, rows_of), module)
         exact = (weights.detach() * factors).double().requires_grad_()
         expected = table.pool(bags, per_bag(exact, bags))

@@ -1,4 +1,4 @@
-"""What rows each kind of partitions selects, that the arithmetic is exact, and that no two ids share all rows."""
+"""Each kind of partitions selects its rows by exact arithmetic, and no two ids share all rows."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from torchrec_qr.partitions import (
 )
 
 GROUPINGS = ("strided", "adjacent")
-# Either side of where float32 loses integers, where int32 ends, and where the supported ids end.
+# Tests look at both sides of these: float32 loses integers, int32 ends, the supported ids end.
 EDGES = (2**24, 2**31, 2**40 - 1)
 PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
 
@@ -69,7 +69,7 @@ def rows(partitions: BoundPartitions, ids: list[int]) -> list[tuple[int, ...]]:
 
 
 def all_unique(partitions: ClosedForm) -> bool:
-    """By exhaustion: every row in its table, and no two ids with the same rows."""
+    """Looks at all ids: every row is in its table, and no two ids have the same rows."""
     codes = torch.zeros(1, dtype=torch.int64)
     for row, size in zip(partitions.class_rows(torch.arange(partitions.num_embeddings)), partitions.sizes, strict=True):
         if row.min() < 0 or row.max() >= size:
@@ -341,7 +341,7 @@ def test_kinds_are_those_of_yaml() -> None:
 
 
 class WithPartitions(nn.Module):
-    """As a collection uses partitions; the explicit map is moved along as a buffer if asked."""
+    """Uses partitions as a collection does; with ``buffer`` the explicit map moves along."""
 
     def __init__(self, partitions: BoundPartitions, buffer: bool = False) -> None:
         super().__init__()

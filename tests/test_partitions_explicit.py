@@ -153,7 +153,7 @@ def test_another_number_of_ids_is_refused() -> None:
 
 @given(st.integers(1, 4), st.integers(1, 40), st.sampled_from([2, 3, 2**15, 2**31, 2**40 - 1]), st.data())
 def test_finds_the_first_id_that_shares_all_classes(count: int, num_ids: int, top: int, data: st.DataObject) -> None:
-    """Against a dict, with classes so large that their product overflows int64 among them."""
+    """A dict finds the same ids. Some classes are so large that their product overflows int64."""
     few = st.one_of(st.integers(0, 2), st.integers(max(0, top - 3), top))
     ids = data.draw(st.lists(st.tuples(*[few] * count), min_size=num_ids, max_size=num_ids))
     seen: dict[Sequence[int], int] = {}
@@ -169,7 +169,7 @@ def test_finds_the_first_id_that_shares_all_classes(count: int, num_ids: int, to
 
 
 def test_overflowing_codes_are_no_false_alarm() -> None:
-    """With sizes of 2^32 the first two of four classes would be multiplied by 2^96 and 2^64, so lost from an int64."""
+    """A code of sizes 2^32 multiplies the first two of four classes by 2^96 and 2^64, so that an int64 loses them."""
     top = 2**32 - 1
     classes = [[0, 1, 0, top], [0, 0, 1, top], [0, 0, 0, top], [0, 0, 0, top]]
     partitions = ExplicitPartitions(classes).bind(4)

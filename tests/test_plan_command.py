@@ -1,4 +1,4 @@
-"""``torchrec-qr plan``: what it prints, what it writes, and what it says of errors."""
+"""``torchrec-qr plan``: the text that it prints, the file that it writes, and its errors."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_the_plan_is_printed_in_100_columns(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_command_runs_from_what_is_installed(small: str, tmp_path: Path) -> None:
-    """From the files that a wheel has, by its entry point, beside neither the sources nor ``launch``."""
+    """It has the files of a wheel and its entry point, but neither the sources nor ``launch``."""
     lib = tmp_path / "lib"
     build = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(lib)]
     subprocess.run(build, cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""What is wrong in ``QREmbeddingBag`` of facebookresearch/dlrm, and in others that follow it, is right here."""
+"""Defects of ``QREmbeddingBag`` of facebookresearch/dlrm, and of others that follow it, do not occur here."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def test_quotients_of_large_ids_are_exact() -> None:
 
 @pytest.mark.parametrize("grouping", ["strided", pytest.param("adjacent", marks=pytest.mark.slow)])
 def test_a_table_of_40_million_rows_keeps_all_quotients_and_remainders(grouping: Any) -> None:
-    """Of these, float32 gets 6,611,392 quotients wrong, loses 805,695 pairs and leaves the table twice."""
+    """Quotients in float32 are wrong for 6,611,392 of these ids, lose 805,695 pairs and leave the table twice."""
     num_ids, chunk = 40_000_000, 4_000_000
     partitions = QuotientRemainder(num_collisions=4, grouping=grouping).bind(num_ids)
     assert partitions.sizes == (10_000_000, 4)

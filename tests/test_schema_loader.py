@@ -1,4 +1,4 @@
-"""The strict loader and YAML files: what they take, that nothing is lost on the way, what every mistake is told."""
+"""The strict loader and YAML files: what they take, that nothing is lost on the way, the error of each mistake."""
 
 import math
 import pickle

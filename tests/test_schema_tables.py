@@ -1,4 +1,4 @@
-"""The ``tables:`` section: what it builds, the way back, and what every mistake is told."""
+"""The ``tables:`` section: what it builds, the way back, and the error of each mistake."""
 
 import dataclasses
 import re

@@ -58,7 +58,7 @@ class Model(nn.Module):
 def test_tracers_record_the_lookup_as_one_call(
     pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule], kernels: bool
 ) -> None:
-    """One per table, of which one is plain, on every backend: the device decides on that at run time."""
+    """There is one call per table, of which one is plain, whatever the backend, which the device decides later."""
     if kernels and not cpu.available():
         pytest.skip("the CPU kernels are not built")
     with nullcontext() if kernels else without_kernels():

@@ -39,7 +39,7 @@ def measure(argv: list[str], before: Callable[[], None] | None) -> int:
 
 
 def report(path: Path, world_size: int, suite: str) -> dict[str, Any]:
-    """The first row of each variant; all are checked, as is what the report says of the job."""
+    """Returns the first row of each variant. Checks all rows, and the fields of the report that describe the job."""
     found = json.loads(path.read_text())
     assert (found["suite"], found["world_size"]) == (suite, world_size)
     assert (found["backend"], found["device"]) == ("gloo", "cpu")

@@ -113,7 +113,7 @@ def _losses_of(cell: Cell, rank: int) -> list[float]:
     out = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        # In fp64, so that one bit of one value moves the loss.
+        # The loss is in fp64, so that one bit of one value moves it.
         loss = (model(_batch(tables, cell.weighted, 100 * step + rank)).double() - 0.5).square().mean()
         loss.backward()
         optimizer.step()

@@ -12,7 +12,7 @@ NUM_DENSE, NUM_FEATURES = 13, 26
 
 
 def click_rows(random: Generator, n: int, missing: float = 0.2) -> Rows:
-    """Rows in Criteo's form; the first id of row i is i, by which the tests know it."""
+    """Rows in Criteo's form; the first id of row i is i, by which tests recognise it."""
     dense = np.floor(random.normal(5, 20, (n, NUM_DENSE))).astype(np.float32)
     dense[random.random(dense.shape) < missing] = np.nan
     ids = random.integers(0, 2**32, (n, NUM_FEATURES))

@@ -1,4 +1,4 @@
-"""The script of docs/cluster.md for `srun` starts ranks that know of one another."""
+"""The script of docs/cluster.md for `srun` starts ranks that find one another."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from tests.run_metrics import metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
-# What Slurm's programs do here: two tasks on one node, told their numbers; and the node's name.
+# Slurm's `srun`, for this test: it starts two tasks on one node, each with its number.
 SRUN = """#!/bin/bash
 shift  # --kill-on-bad-exit
 export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2

@@ -1,4 +1,4 @@
-"""What the components ask of each scheduler, and what they refuse before anything is submitted."""
+"""The components' requests to each scheduler, and what they refuse before anything is submitted."""
 
 import os
 import shlex

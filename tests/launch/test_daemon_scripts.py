@@ -1,4 +1,4 @@
-"""Scripts that root runs: no folder of somebody else's, and no process that only has the number of another."""
+"""Scripts that root runs use no folder of another user, and end no process that only has the number of theirs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""npy, npz and Parquet: the rows that were written come back, from any range, and malformed files say so."""
+"""npy, npz and Parquet: the rows that were written come back, from any range, and malformed files are errors."""
 
 from collections.abc import Sequence
 from pathlib import Path

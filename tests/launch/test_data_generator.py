@@ -1,4 +1,4 @@
-"""The generator: rows by position alone, ids by their law, and a signal of which the best AUC is known."""
+"""The generator: a row depends on its position alone, ids follow their law, and the signal's best AUC is right."""
 
 import time
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_the_demo_leaves_room_above_dense_features_most_of_it_in_large_tables() 
     assert isinstance(source, GeneratorSource)
     source.read(0, 200_000, BadRows("error"))
     assert time.perf_counter() - started < 30
-    # Without what tables of more than 10,000 rows add, little of the distance is left.
+    # Tables of more than 10,000 rows add most of the distance: little is left without them.
     large = np.array(job.rows_of_features()) > 10_000
     blocks = [source._block(i) for i in range(10)]
     labels = np.concatenate([b.rows.labels for b in blocks])

@@ -1,4 +1,4 @@
-"""The job's YAML: overrides, round trips, and what each mistake is told."""
+"""The job's YAML: overrides, round trips, and the error of each mistake."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what it is told where there is none for it. None of this needs a GPU."""
+"""A rank takes a GPU of its own, or an error names what it sees. No test here needs a GPU."""
 
 import socket
 from datetime import timedelta

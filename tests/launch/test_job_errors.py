@@ -1,4 +1,4 @@
-"""How a job tells an error: a line for a person, a file for torchelastic, and on demand where in the code it was."""
+"""A job reports an error in a line for a person, in a file for torchelastic, and on demand with a traceback."""
 
 import json
 import os

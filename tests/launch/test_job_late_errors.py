@@ -1,6 +1,6 @@
 """Errors that a GPU reports steps later end the job before anything is saved or reported of the steps in between.
 
-A CPU has no such errors: the checks are put into the queue by hand, as a GPU's are that nobody has looked at yet.
+A CPU has no such errors: the tests put checks into the queue, like those of a GPU that have not arrived yet.
 """
 
 from functools import partial

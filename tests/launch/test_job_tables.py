@@ -43,7 +43,7 @@ def losses(runs: Path, sharding: str, data_type: str) -> list[float]:
 
 @pytest.mark.parametrize("sharding", ["data_parallel", "table_wise"])
 def test_half_precision_tables_train_wherever_they_lie(tmp_path: Path, sharding: str) -> None:
-    """By Adagrad, whose eps of 1e-8 is 0 in fp16: stepped in fp16, a row without a gradient becomes NaN."""
+    """Adagrad's eps of 1e-8 is 0 in fp16: stepped in fp16, a row without a gradient would become NaN."""
     # Values start otherwise than those of TorchRec's own tables, so that losses are near one another and not equal.
     expected = losses(tmp_path / "fp32", sharding, "fp32")
     assert len(expected) == 3

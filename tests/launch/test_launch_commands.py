@@ -23,7 +23,7 @@ def test_the_component_takes_it(command: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
     (at,) = (i for i, word in enumerate(words) if word.startswith("launch/components.py:"))
-    # On this host, where neither GPUs nor a cluster are: what concerns those is tested in test_components.py.
+    # This host has neither GPUs nor a cluster; test_components.py tests what concerns those.
     component = words[at].partition(":")[2]
     request = dryrun("local_cwd", component, *words[at + 1 :], "--env", "CUDA_VISIBLE_DEVICES=-1").request
     nodes, ranks = words[words.index("-j") + 1].split("x")

@@ -66,8 +66,8 @@ def test_a_table_that_cannot_be_allocated_is_named(sharding_type: str) -> None:
         "rank 0, placing the model: out of memory: table 'hash', partition 0, 256.0 TiB wanted of cpu, which has "
     )
     assert "Tables of this rank, largest first, values alone: hash 256.0 TiB, plain 12.5 KiB, qr " in job_says
-    for remedy in ("planner.constraints", "compression", "num_embeddings", "train.batch_size", "torchrec-qr plan"):
-        assert remedy in job_says.partition("These would fit: ")[2]
+    for suggestion in ("planner.constraints", "compression", "num_embeddings", "train.batch_size", "torchrec-qr plan"):
+        assert suggestion in job_says.partition("These would fit: ")[2]
     assert library_says.startswith(f"table 'hash', partition 0: {(ROWS, 64)} of float32 wants 256.0 TiB of cpu, which ")
 
 

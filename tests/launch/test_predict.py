@@ -182,7 +182,7 @@ def test_weights_are_whole_tensors_in_a_public_format(ended: Path) -> None:
 
 
 def test_a_run_starts_from_the_weights_of_another(ended: Path, tmp_path: Path) -> None:
-    """At a learning rate of next to nothing it validates as the other run, though its own rows would map otherwise."""
+    """With a tiny learning rate it validates as the other run does, though its own rows would map otherwise."""
     write(tmp_path / "later.parquet", rows(2000, seed=2, shift=20))
     write(tmp_path / "new.parquet", rows(NEW, seed=5))
     files: dict[str, Any] = {"train_files": ["later.parquet"], "validation_files": ["new.parquet"]}

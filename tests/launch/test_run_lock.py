@@ -1,4 +1,4 @@
-"""Who may write to a run's folder: what is said of a lock's holder, and who of several that want it gets it."""
+"""One job at a time may write to a run's folder: errors name the lock's holder, and one of several gets it."""
 
 import json
 import multiprocessing as mp
@@ -186,7 +186,7 @@ def contend(root: Path, ready: threading.Barrier, ended: threading.Barrier) -> N
         code = 0
     except RunInUseError:
         code = 3
-    ended.wait()  # nobody releases, or dies, before all have tried
+    ended.wait()  # no process releases, or dies, before all have tried
     if code == 0:
         lock.require()
     os._exit(code)

@@ -16,7 +16,12 @@ H100 = Card("NVIDIA H100 80GB HBM3", 85_520_809_984)
         ("h100", 80.0, H100, 85_520_809_984 / GIB),
         ("h100", 40.0, H100, 40.0),
         ("a100", None, H100, 85_520_809_984 / GIB),
-        ("h100", None, Card("NVIDIA H200", 141 * GIB), 80.0),  # what the config says, though there is more
+        (
+            "h100",
+            None,
+            Card("NVIDIA H200", 141 * GIB),
+            80.0,
+        ),  # the config's memory, though the card has more
         ("h100", None, Card("NVIDIA H100 PCIe", 72 * GIB), 72.0),  # nine tenths
         ("h100", 20.0, Card("NVIDIA L4", 22 * GIB), 20.0),
     ],

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert test["best_possible_auc"] > test["dense_only_auc"] + 0.08
     for name in ("test AUC", "best possible AUC", "dense only AUC", "normalized entropy", "samples/s"):
         assert name in printed
-    assert "##" in printed  # progress, though nobody watches
+    assert "##" in printed  # progress, though there is no terminal
 
 
 def test_quiet_prints_validations_and_the_summary(tmp_path: Path) -> None:

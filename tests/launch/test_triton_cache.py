@@ -1,4 +1,4 @@
-"""Triton's cache lies where the job says, in a folder of each node that nobody else can write."""
+"""Triton's cache lies in the job's folder for it, with a folder for each node that no other user can write."""
 
 import os
 import socket

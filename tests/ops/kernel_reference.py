@@ -1,4 +1,4 @@
-"""What a stepped lookup does, in float64 and a few obvious lines: compose, weight, pool and step."""
+"""The reference of a stepped lookup, in float64 and a few obvious lines: compose, weight, pool and step."""
 
 import math
 import random
@@ -20,7 +20,7 @@ from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 
-# Of partitions with more rows than a batch has ids: most stay untouched.
+# These partitions have more rows than a batch has ids, so that most rows stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
 LR, EPS = 0.02, 1e-4
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
@@ -39,7 +39,7 @@ def update_of(rule: UpdateRule, weight: Tensor, lr: float = LR, t: int = 1, fill
 
 
 def widths_of(operation: str, dim: int, k: int) -> list[int]:
-    """Under ``concat`` uneven ones, of which the first has ``dim`` columns."""
+    """Returns uneven widths under ``concat``, of which the first is ``dim``."""
     return [dim, 4, 8, 12][:k] if operation == "concat" else [dim] * k
 
 
@@ -80,7 +80,7 @@ class StepCase:
             for j, (rows, width) in enumerate(zip(partitions.sizes, self.widths, strict=True)):
                 w = torch.empty(rows, width).uniform_(0.5, 1.5, generator=generator)
                 w *= torch.empty(rows, width).bernoulli_(0.5, generator=generator).mul(2).sub(1)
-                # As the configs store: in less than fp32 only the first.
+                # Configs store only the first partition in less than fp32.
                 self.stored.append(w.to(self.dtype if j == 0 else torch.float32).requires_grad_())
         self.exact = [w.detach().double().requires_grad_() for w in self.stored]
         self.states = [zero_state(self.rule, w, torch.float32) for w in self.stored]
@@ -113,7 +113,7 @@ class StepCase:
         return bags
 
     def run(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """One step of both: outputs, and gradients of the batch's weights, of the kernels and of the reference."""
+        """Steps both. Returns output and reference output, then the gradient of the ids' weights and its reference."""
         bags = self.batch(step)
         lengths = torch.tensor([[len(bag) for bag in of] for of in bags])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
@@ -140,7 +140,7 @@ class StepCase:
         return out.detach(), expected.detach(), *gradients
 
     def look_up(self, ids: Tensor, offsets: Tensor, id_weights: Tensor | None, step: int) -> Tensor:
-        """The output, whose backward steps; overridden by tests of kernels that are not registered for a CPU."""
+        """Returns the output, whose backward steps. Tests of kernels for another device override it."""
         batch = Batch(ids, offsets, id_weights, True)
         return stepped_lookup(self.tables, self.stored, batch, lambda: self.updates(step))
 

@@ -1,4 +1,4 @@
-"""Which of kernels and PyTorch looks tables up, and how that is said; what the library does to the process."""
+"""Kernels or PyTorch look tables up, the status names which, and the library leaves the process as it was."""
 
 import warnings
 from pathlib import Path

@@ -79,7 +79,7 @@ def test_untouched_rows_do_not_move(rule: str) -> None:
 
 @pytest.mark.parametrize("operation", ["mult", "concat"])
 def test_rows_that_do_not_fit_the_sort_keys(operation: str) -> None:
-    """Then what is sorted is a place in the batch, and rows and bags are looked up from there."""
+    """The backward then sorts places in the batch, and looks rows and bags up from there."""
     train(StepCase("vast", 4, operation=operation, rule="adagrad", weighted=True), 2e-5)
 
 
@@ -125,8 +125,10 @@ def test_bitwise_the_same_again(threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_conversions_are_torch_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every value of 16 bits is widened exactly, and a step of nothing rounds it back to itself, bit for bit; values
-    between two of them go to the nearest, ties to even."""
+    """Every value of 16 bits is widened exactly, and a step of zero rounds it back to itself, bit for bit.
+
+    Values between two of them go to the nearest, ties to even.
+    """
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     stored = bits.view(dtype).view(-1, 64).clone()
     rows = torch.arange(stored.shape[0])

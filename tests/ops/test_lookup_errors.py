@@ -1,4 +1,4 @@
-"""Bad input to the operators: errors that say what was given, in either direction, and never a read outside."""
+"""Bad input to the operators: an error names what was given, in either direction, and no address outside is read."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_offsets_that_do_not_cover_the_ids(offsets: Tensor, message: str) -> Non
     tables, weights = one_table()
     with pytest.raises(ValueError, match=message):
         look_up(tables, weights, ints(0, 1, 2), offsets, None, True)
-    # Of the backward alone, which is given what the forward never saw.
+    # The backward checks its own offsets, which no forward has seen here.
     out = torch.zeros(max(offsets.numel() - 1, 0), 4)
     with pytest.raises(ValueError, match=message):
         lookup_gradients_op(out, weights, [], ints(0, 1, 2), offsets, None, tables.text, True, [True], False)

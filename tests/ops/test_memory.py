@@ -1,4 +1,4 @@
-"""What a step takes of memory, and memory that steps hand on to one another."""
+"""The memory that a step takes, and memory that steps hand on to one another."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ print((kib("VmPeak") - before) * 1024)
     [(4, 10, 20_000), *(pytest.param(447, *c, marks=pytest.mark.slow) for c in ((10, 20_000), (1, 200_000)))],
 )
 def test_a_step_takes_output_and_unique_rows(m: int, hot: int, bags: int) -> None:
-    """And 16 bytes an id, to sort them; of (N, K, D) floats, which are 98 MiB here, there is no trace."""
+    """It also takes 16 bytes an id, to sort them, but no (N, K, D) floats, which are 98 MiB here."""
     if not available():
         pytest.skip("the CPU kernels are not built")
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""After the warm-up, the steps of a job compile nothing. None of this needs a GPU: see `warm_up_case`."""
+"""The steps of a job compile nothing after the warm-up. No test here needs a GPU: see `warm_up_case`."""
 
 import json
 import os

@@ -72,7 +72,7 @@ def planner(
 
 
 def mlperf() -> tuple[list[Any], dict[str, ParameterConstraints]]:
-    """The tables of DLRM-DCNv2 under quotient-remainder, and their multi-hot sizes."""
+    """Returns the tables of DLRM-DCNv2 under quotient-remainder, and how many ids a bag of each has."""
     return list(read_tables(MLPERF)), read_planner(MLPERF).parameter_constraints()
 
 

@@ -1,4 +1,4 @@
-"""What a plan takes beside the work of its tables, and that the search sees it."""
+"""A plan takes time beside the work of its tables, and the search counts it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Plans that cannot be: what is said of them, and that what is said to help does help."""
+"""Plans that cannot be: the error names why, and each suggestion in it does help."""
 
 import inspect
 import re
@@ -24,19 +24,19 @@ def test_a_table_that_fits_nowhere_is_named_with_what_would_help() -> None:
     only = {"big": ParameterConstraints(sharding_types=["table_wise"])}
     tables = [plain("big", 40_000_000), plain("small", 1000)]
     message = message_of(tables, planner(4, 2, memory_gib=16, batch_size=512, constraints=only))
-    first, *remedies = message.splitlines()
+    first, *suggestions = message.splitlines()
     # Values and Adagrad's state: 2 · 40e6 · 512 bytes; 85 % of 16 GiB are for tables.
     assert first.startswith("no plan fits: table 'big' needs 38.15 GiB of memory on a rank, and the ranks have left ")
     assert "13.60 GiB (ranks 0-3)" in first
-    assert remedies[0] == "what would help, cheapest first:"
-    assert remedies[1] == "  1. another sharding type: column_wise for table 'big'"
+    assert suggestions[0] == "what would help, cheapest first:"
+    assert suggestions[1] == "  1. another sharding type: column_wise for table 'big'"
     found = re.fullmatch(
         r"  2\. more compression: QuotientRemainder\(num_collisions=(\d+)\) for table 'big', which is "
         r"40,000,000 ids in 40,000,000 rows \(1\.0×\) now",
-        remedies[2],
+        suggestions[2],
     )
     assert found is not None
-    assert len(remedies) == 3  # more ranks help no table that lies on one
+    assert len(suggestions) == 3  # more ranks help no table that lies on one
     collisions = int(found[1])
     same = planner(4, 2, memory_gib=16, batch_size=512, constraints=only)
     assert len(same.plan(collection([qr("big", 40_000_000, collisions), tables[1]]), sharders()).plan[""]) == 2  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_parts_of_torchrecs_planner_are_refused_with_what_to_use_instead(argumen
     planner(2, **{argument: None})
     with pytest.raises(ValueError, match=rf"{argument}=7; allowed: None; .*{said}"):
         planner(2, **{argument: 7})
-    # All of TorchRec's arguments are known: those of this version that are not refused are taken.
+    # Every argument of TorchRec's planner is either refused or taken.
     taken = {"self", "topology", "batch_size", "storage_reservation", "constraints", "debug"}
     of_torchrec = set(inspect.signature(EmbeddingShardingPlanner.__init__).parameters) - taken
     for name in of_torchrec:

@@ -17,7 +17,7 @@ CONSTRAINTS = ParameterConstraints(sharding_types=TYPES, pooling_factors=[7.0], 
 
 
 def options_of(config: Any, is_weighted: bool = False, device: str = "h100") -> dict[str, Option]:
-    """By sharding type; of column splits the one that TorchRec makes."""
+    """Returns an option by sharding type. Columns are split as TorchRec splits them."""
     made = planner(16, 8, device)
     (found,) = find_tables(collection([config], is_weighted), sharders(), {config.name: CONSTRAINTS})
     options = Enumerator(made._topology, made._estimator(made._topology), 1e12).options(found)

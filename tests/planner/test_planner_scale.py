@@ -26,7 +26,7 @@ def test_a_table_has_no_more_to_look_at_on_a_thousand_ranks_than_on_a_hundred() 
     configs, constraints = zipf(200)
 
     def costs(nodes: int) -> int:
-        """What an estimate is made for: distinct shards of all options."""
+        """Returns how many estimates are made: one for each distinct shard of all options."""
         made = planner(8 * nodes, 8, batch_size=512, constraints=constraints)
         enumerator = Enumerator(made._topology, made._estimator(made._topology), 68 * 2**30)
         tables = find_tables(collection(configs), sharders(), constraints)

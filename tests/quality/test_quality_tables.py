@@ -13,7 +13,7 @@ from torchrec_qr.cli.schema import TableSpec, load
 # Roughly Criteo's: a few large tables, some of thousands of rows, and many small ones.
 ROWS = dict(zip("abcdefghij", (53_718, 49_113, 28_554, 12_994, 8302, 3981, 1297, 523, 145, 4), strict=True))
 LOGICAL = sum(ROWS.values()) * DIM
-# Of the compressions, the largest that these tables can have; of other methods 60.
+# The largest compression that these tables can have under a method; under the others it is 60.
 LARGEST = {"hash": 250, "mixed_radix_3": 250, "chinese_remainder_3": 250, "path_16": 4, "path_64": 4}
 METHODS = [m for m in get_args(Method) if m not in ("full", "natural")]
 
