@@ -11,6 +11,7 @@ import venv
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -26,10 +27,7 @@ class _Operators:
 class ops:
     fbgemm = _Operators
 """
-CPU_BUILD = (
-    "from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n"
-)
-CUDA_BUILD = CPU_BUILD.replace("cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'")
+BUILD = "from typing import Optional\n__version__ = {!r}\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
 UNDEFINED = "raise ImportError('/site/fbgemm_gpu_py.so: undefined symbol: _ZN3c104impl12PyObjectSlotC1Ev')"
 
 
@@ -50,13 +48,24 @@ class Environment:
             (self._site / module).mkdir()
             (self._site / module / "__init__.py").write_text(source)
 
-    def place_fitting(self, fbgemm: str = "fbgemm-gpu-cpu", fbgemm_source: str = "", torchrec_source: str = "") -> None:
-        """Places torch 2.13.0, FBGEMM 1.8.0 and TorchRec 1.8.0."""
-        build = CPU_BUILD if fbgemm.endswith("cpu") else CUDA_BUILD
-        self.place("torch", "2.13.0", torch=TORCH)
-        (self._site / "torch" / "version.py").write_text(build)
-        self.place(fbgemm, "1.8.0", fbgemm_gpu=fbgemm_source)
-        self.place("torchrec", "1.8.0", torchrec=torchrec_source)
+    def place_stack(
+        self,
+        torch: str = "2.13.0",
+        fbgemm: str = "1.8.0",
+        torchrec: str = "1.8.0",
+        cuda: bool = False,
+        torch_source: str = TORCH,
+        fbgemm_source: str | None = "",
+        torchrec_source: str = "",
+    ) -> None:
+        """Writes distributions of the three versions, by default a trio that fits; no module if its source is None."""
+        self.place("torch", torch, torch=torch_source)
+        if "+" not in torch:
+            build = BUILD.format(torch, "'13.0'" if cuda else None)
+            (self._site / "torch" / "version.py").write_text(build)
+        modules = {} if fbgemm_source is None else {"fbgemm_gpu": fbgemm_source}
+        self.place("fbgemm-gpu" if cuda else "fbgemm-gpu-cpu", fbgemm, **modules)
+        self.place("torchrec", torchrec, torchrec=torchrec_source)
 
     def doctor(self, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs ``torchrec-qr doctor`` here; without PATH, so that the machine's own GPU plays no part."""
@@ -106,7 +115,7 @@ def test_nothing_installed(environment: Environment) -> None:
 
 def test_fitting_stack(environment: Environment) -> None:
     # The doctor hides what a module prints while it is imported.
-    environment.place_fitting(fbgemm_source="import os; print('loading'); os.system('echo loaded')")
+    environment.place_stack(fbgemm_source="import os; print('loading'); os.system('echo loaded')")
     result = environment.doctor()
     assert problems_of(result) == []
     assert [line.split() for line in result.stdout.splitlines()[2:5]] == [
@@ -122,18 +131,14 @@ def test_fitting_stack(environment: Environment) -> None:
 
 
 def test_newer_trio_that_fits_by_its_numbers(environment: Environment) -> None:
-    environment.place("torch", "2.15.1", torch=TORCH)
-    environment.place("fbgemm-gpu", "1.10.0", fbgemm_gpu="")
-    environment.place("torchrec", "1.10.2", torchrec="")
+    environment.place_stack("2.15.1", "1.10.0", "1.10.2")
     result = environment.doctor()
     assert problems_of(result) == []
     assert result.stdout.splitlines()[-2].endswith("fit together (by their numbers; this trio is not tested).")
 
 
 def test_fbgemm_of_another_torch(environment: Environment) -> None:
-    environment.place("torch", "2.13.0+cpu", torch=TORCH)
-    environment.place("fbgemm-gpu-cpu", "1.9.0", fbgemm_gpu=UNDEFINED)
-    environment.place("torchrec", "1.8.0", torchrec="")
+    environment.place_stack("2.13.0+cpu", "1.9.0", fbgemm_source=UNDEFINED)
     result = environment.doctor()
     assert problems_of(result) == [
         "torch 2.13.0+cpu, fbgemm-gpu-cpu 1.9.0 and torchrec 1.8.0 do not fit together. "
@@ -143,18 +148,8 @@ def test_fbgemm_of_another_torch(environment: Environment) -> None:
     assert re.search(r"^torchrec +1\.8\.0 +not tried$", result.stdout, re.MULTILINE)
 
 
-def test_torchrec_of_another_fbgemm(environment: Environment) -> None:
-    environment.place("torch", "2.14.1+cpu", torch=TORCH)
-    environment.place("fbgemm-gpu-cpu", "1.9.0", fbgemm_gpu="")
-    environment.place("torchrec", "1.8.0", torchrec="")
-    assert problems_of(environment.doctor()) == [
-        "torch 2.14.1+cpu, fbgemm-gpu-cpu 1.9.0 and torchrec 1.8.0 do not fit together. "
-        "Run: pip install --no-deps torchrec==1.9.2"
-    ]
-
-
 def test_both_fbgemm_distributions(environment: Environment) -> None:
-    environment.place_fitting()
+    environment.place_stack()
     environment.place("fbgemm-gpu", "1.8.0")
     assert problems_of(environment.doctor()) == [
         "fbgemm-gpu 1.8.0 and fbgemm-gpu-cpu 1.8.0 are both installed, and overwrite each other's files. "
@@ -162,89 +157,86 @@ def test_both_fbgemm_distributions(environment: Environment) -> None:
     ]
 
 
-def test_cuda_fbgemm_beside_cpu_torch(environment: Environment) -> None:
-    environment.place("torch", "2.13.0+cpu", torch=TORCH)
-    environment.place("fbgemm-gpu", "1.8.0", fbgemm_gpu=UNDEFINED)
-    environment.place("torchrec", "1.8.0", torchrec="")
-    assert problems_of(environment.doctor()) == [
-        "fbgemm-gpu 1.8.0 is built for CUDA, and torch 2.13.0+cpu without. "
-        "Run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0"
-    ]
-
-
 REINSTALL = "pip install --force-reinstall --no-deps"
 
 
 @pytest.mark.parametrize(
-    ("source", "problem"),
+    ("stack", "problem"),
     [
         pytest.param(
-            UNDEFINED,
+            {"torch": "2.14.1+cpu", "fbgemm": "1.9.0"},
+            "torch 2.14.1+cpu, fbgemm-gpu-cpu 1.9.0 and torchrec 1.8.0 do not fit together. "
+            "Run: pip install --no-deps torchrec==1.9.2",
+            id="torchrec-of-another-fbgemm",
+        ),
+        pytest.param(
+            {"torch": "2.13.0+cpu", "cuda": True, "fbgemm_source": UNDEFINED},
+            "fbgemm-gpu 1.8.0 is built for CUDA, and torch 2.13.0+cpu without. "
+            "Run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0",
+            id="cuda-fbgemm-beside-cpu-torch",
+        ),
+        pytest.param(
+            {"torch": "2.13.0+cpu", "torch_source": "import ctypes; ctypes.CDLL('libtorch_cpu.so')"},
+            "torch lacks libtorch_cpu.so, a part of the stack itself. Run: pip install --force-reinstall torch==2.13.0",
+            id="torch-is-reinstalled-with-its-libraries",
+        ),
+        pytest.param(
+            {"fbgemm_source": None},
+            "fbgemm_gpu is listed as installed, but its files are not there. "
+            f"Run: {REINSTALL} fbgemm-gpu-cpu==1.8.0 && {REINSTALL} torchrec==1.8.0",
+            id="files-are-gone",
+        ),
+        pytest.param(
+            {"cuda": True, "fbgemm_source": UNDEFINED},
             "fbgemm_gpu was built for another build of PyTorch than torch 2.13.0 (/site/fbgemm_gpu_py.so: undefined "
             f"symbol: _ZN3c104impl12PyObjectSlotC1Ev). Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
             id="undefined-symbol",
         ),
         pytest.param(
-            "import ctypes; ctypes.CDLL('libcudart.so.99')",
+            {"cuda": True, "fbgemm_source": "import ctypes; ctypes.CDLL('libcudart.so.99')"},
             "fbgemm-gpu needs CUDA's libcudart.so.99, which is not on this machine. For a machine without a GPU "
             "run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0",
             id="missing-cuda-library",
         ),
         pytest.param(
-            "import ctypes; ctypes.CDLL('libgone.so.1')",
+            {"cuda": True, "fbgemm_source": "import ctypes; ctypes.CDLL('libgone.so.1')"},
             "fbgemm_gpu needs the shared library libgone.so.1, which is not on this machine: install the system "
             "package that has it (libgomp.so.1: apt-get install libgomp1).",
             id="missing-system-library",
         ),
         pytest.param(
-            "import torch; del torch.ops.fbgemm.asynchronous_complete_cumsum",
+            {"cuda": True, "fbgemm_source": "import torch; del torch.ops.fbgemm.asynchronous_complete_cumsum"},
             "fbgemm_gpu imports, but its operators did not load (type object '_Operators' has no attribute "
             f"'asynchronous_complete_cumsum'). Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
             id="operators-not-loaded",
         ),
         pytest.param(
-            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            {"cuda": True, "fbgemm_source": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"},
             "importing fbgemm_gpu killed Python (SIGSEGV), as libraries of different builds do. "
             f"Run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
             id="crash",
         ),
         pytest.param(
-            "raise RuntimeError('operator torchvision::nms does not exist\\nlong story')",
+            {
+                "cuda": True,
+                "fbgemm_source": "raise RuntimeError('operator torchvision::nms does not exist\\nlong story')",
+            },
             "importing fbgemm_gpu raised RuntimeError: operator torchvision::nms does not exist. "
             f"To install it anew, run: {REINSTALL} fbgemm-gpu==1.8.0 torchrec==1.8.0",
             id="other-error",
         ),
     ],
 )
-def test_import_that_fails_though_versions_fit(environment: Environment, source: str, problem: str) -> None:
-    environment.place_fitting("fbgemm-gpu", fbgemm_source=source)
+def test_a_stack_that_does_not_work(environment: Environment, stack: dict[str, Any], problem: str) -> None:
+    environment.place_stack(**stack)
     assert problems_of(environment.doctor()) == [problem]
-
-
-def test_torch_itself_is_reinstalled_with_its_libraries(environment: Environment) -> None:
-    environment.place("torch", "2.13.0+cpu", torch="import ctypes; ctypes.CDLL('libtorch_cpu.so')")
-    environment.place("fbgemm-gpu-cpu", "1.8.0", fbgemm_gpu="")
-    environment.place("torchrec", "1.8.0", torchrec="")
-    assert problems_of(environment.doctor()) == [
-        "torch lacks libtorch_cpu.so, a part of the stack itself. Run: pip install --force-reinstall torch==2.13.0"
-    ]
 
 
 @pytest.mark.parametrize(("module", "package"), [*TORCHREC_NEEDS.items(), ("typing_inspect", "typing-inspect")])
 def test_torchrec_without_its_requirements(environment: Environment, module: str, package: str) -> None:
-    environment.place_fitting(torchrec_source=f"import {module}.part")
+    environment.place_stack(torchrec_source=f"import {module}.part")
     assert problems_of(environment.doctor()) == [
         f"torchrec needs the module {module}, which is not installed. Run: pip install {package}"
-    ]
-
-
-def test_files_of_an_installed_distribution_are_gone(environment: Environment) -> None:
-    environment.place("torch", "2.13.0+cpu", torch=TORCH)
-    environment.place("fbgemm-gpu-cpu", "1.8.0")
-    environment.place("torchrec", "1.8.0", torchrec="")
-    assert problems_of(environment.doctor()) == [
-        "fbgemm_gpu is listed as installed, but its files are not there. "
-        f"Run: {REINSTALL} fbgemm-gpu-cpu==1.8.0 && {REINSTALL} torchrec==1.8.0"
     ]
 
 
@@ -268,7 +260,7 @@ def _on_gpu(result: subprocess.CompletedProcess[str]) -> str | None:
 
 
 def test_a_gpu_without_a_compiler_is_a_problem(environment: Environment, tmp_path: Path) -> None:
-    environment.place_fitting("fbgemm-gpu")
+    environment.place_stack(cuda=True)
     assert problems_of(environment.doctor(_programs(tmp_path, "nvidia-smi"))) == [NO_COMPILER]
     result = environment.doctor(_programs(tmp_path, "gcc"))
     assert problems_of(result) == []
@@ -276,7 +268,7 @@ def test_a_gpu_without_a_compiler_is_a_problem(environment: Environment, tmp_pat
 
 
 def test_a_cuda_build_without_a_gpu_is_told_what_one_would_lack(environment: Environment, tmp_path: Path) -> None:
-    environment.place_fitting("fbgemm-gpu")
+    environment.place_stack(cuda=True)
     result = environment.doctor()
     assert problems_of(result) == []
     assert _on_gpu(result) == f"{NO_COMPILER}."
@@ -285,16 +277,14 @@ def test_a_cuda_build_without_a_gpu_is_told_what_one_would_lack(environment: Env
 
 
 def test_a_cpu_build_needs_no_compiler(environment: Environment) -> None:
-    environment.place_fitting()
+    environment.place_stack()
     result = environment.doctor()
     assert problems_of(result) == []
     assert _on_gpu(result) is None
 
 
 def test_a_wrong_version_comes_before_a_missing_compiler(environment: Environment, tmp_path: Path) -> None:
-    environment.place("torch", "2.13.0", torch=TORCH)
-    environment.place("fbgemm-gpu", "1.9.0", fbgemm_gpu="")
-    environment.place("torchrec", "1.8.0", torchrec="")
+    environment.place_stack(fbgemm="1.9.0", cuda=True)
     (problem,) = problems_of(environment.doctor(_programs(tmp_path, "nvidia-smi")))
     assert "do not fit together" in problem
 
