@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click_rows import click_rows, tsv_lines, write_tsv
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.data.criteo_tsv import tsv_source
@@ -23,6 +23,7 @@ def with_field(i: int, text: str) -> str:
     return "\t".join(fields)
 
 
+@settings(max_examples=30)
 @given(
     label=st.sampled_from("01"),
     dense=st.lists(

@@ -106,7 +106,11 @@ def test_each_optimizer_trains(tmp_path: Path, optimizer: str) -> None:
     dense = "sgd" if optimizer == "sgd" else "adam"
     names = (f"optimizer.sparse.name={optimizer}", f"optimizer.dense.name={dense}", "optimizer.dense.lr=0.005")
     names += ("train.bf16=true",) if optimizer == "amsgrad" else ()
-    run(tmp_path, *with_set(*SMALL, *names, "train.grad_clip=1.0", "schedule.kind=poly", "schedule.decay_steps=10"))
+    run(
+        tmp_path,
+        *with_set(*SMALL, *names, "train.grad_clip=1.0", "schedule.kind=poly", "schedule.decay_steps=10"),
+        world_size=1,
+    )
     lines = [line for line in metrics(tmp_path / "demo") if line["split"] == "train"]
     assert lines[-1]["logloss"] < lines[0]["logloss"]
     assert lines[-1]["lr"] < lines[0]["lr"]
