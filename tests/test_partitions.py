@@ -329,17 +329,6 @@ def test_repr_rebuilds_a_closed_form(spec: PartitionSpec) -> None:
     assert spec.bind(5).class_map is None
 
 
-def test_kinds_are_those_of_yaml() -> None:
-    assert [spec.kind for spec in spec_of_each_kind()] == [
-        "quotient_remainder",
-        "quotient_remainder",
-        "mixed_radix",
-        "chinese_remainder",
-        "hash",
-        "explicit",
-    ]
-
-
 class WithPartitions(nn.Module):
     """Uses partitions as a collection does; with ``buffer`` the explicit map moves along."""
 

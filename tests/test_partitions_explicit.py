@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_qr.partitions import ExplicitPartitions, MixedRadix, QuotientRemainder
+from torchrec_qr.partitions import ExplicitPartitions
 
 # {0, 1, 2, 3, 4} = {0} {1, 3, 4} {2} = {0, 1, 3} {2, 4} = {0, 3} {1, 2, 4}: arXiv:1909.02107, section 3.
 PAPER_EXAMPLE = [[0, 1, 2, 1, 1], [0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
@@ -49,23 +49,12 @@ def test_quotients_and_remainders_by_different_numbers_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         ExplicitPartitions(classes).bind(1000)
-    with pytest.raises(ValueError, match=r"\[10, 5\] with product 50: ids 0 and 50 would share all rows"):
-        MixedRadix(sizes=[10, 5]).bind(1000)
 
 
 def test_unused_classes_are_allowed() -> None:
     partitions = ExplicitPartitions([[7, 0, 7], [0, 0, 1]]).bind(3)
     assert partitions.sizes == (8, 2)
     assert partitions.rows(torch.tensor([2, 1], dtype=torch.int32)).tolist() == [[7, 1], [0, 0]]
-
-
-@pytest.mark.parametrize("grouping", ["strided", "adjacent"])
-def test_the_rows_of_a_closed_form_as_a_map(grouping: str) -> None:
-    closed = QuotientRemainder(num_collisions=7, grouping=grouping).bind(1000)
-    ids = torch.arange(1000)
-    explicit = ExplicitPartitions(closed.rows(ids).T).bind(1000)
-    assert explicit.sizes == closed.sizes
-    assert torch.equal(explicit.rows(ids), closed.rows(ids))
 
 
 def test_a_map_on_the_ids_device_takes_the_place_of_the_own_one() -> None:
