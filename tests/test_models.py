@@ -1,13 +1,15 @@
-"""Collections inside TorchRec's models, unchanged, against the same models over ``nn.Embedding`` lookups by hand."""
+"""Collections inside TorchRec's models, unchanged, against the same models over lookups of the oracle."""
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from batches import Bags, batch
-from cases import Kind, kind_of
+from cases import Kind, kind_of, oracle_of
+from oracle import OracleTable
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
@@ -58,37 +60,37 @@ def tables(operations: bool = True) -> list[EmbeddingBagConfig]:
     ]
 
 
-class HandExpanded(EmbeddingBagCollectionInterface):
-    """The same lookups with one ``nn.Embedding`` per partition, id by id and bag by bag."""
+class Expanded(EmbeddingBagCollectionInterface):
+    """The outputs of a collection by tables of the oracle, id by id and bag by bag, in float64."""
 
-    def __init__(self, collection: CompositionalEmbeddingBagCollection) -> None:
+    def __init__(self, collection: CompositionalEmbeddingBagCollection, operations: bool) -> None:
         super().__init__()
         self.configs = collection.embedding_bag_configs()
-        self.logical = tables(operations=not isinstance(collection, FeatureGenerationEmbeddingBagCollection))
-        self.generated = isinstance(collection, FeatureGenerationEmbeddingBagCollection)
-        self.embeddings = nn.ModuleDict()
-        for name, module in collection.embedding_bags.items():
-            self.embeddings[name] = nn.ModuleList(
-                nn.Embedding.from_pretrained(p.detach().clone(), freeze=False) for p in module.parameters()
-            )
+        self.leaves: list[Tensor] = []
+        # An output's name, its feature, and what computes it.
+        self.outputs: list[tuple[str, str, OracleTable]] = []
+        for config in tables(operations):
+            module, kind = collection.embedding_bags[config.name], kinds().get(config.name)
+            if kind is None:
+                table = OracleTable(lambda x: (x,), [module.weight.detach().double().requires_grad_()], "add")
+            else:
+                table = oracle_of(config, kind, module)
+            self.leaves += table.weights
+            for feature in config.feature_names:
+                if operations or kind is None:
+                    self.outputs.append((feature, feature, table))
+                    continue
+                for j, weight in enumerate(table.weights):
+                    rows_of = partial(row_of_partition, kind, j)
+                    part = OracleTable(rows_of, [weight], "add", table.pooling)
+                    self.outputs.append((f"{feature}.partition_{j}", feature, part))
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        outputs: dict[str, Tensor] = {}
-        for table in self.logical:
-            for feature in table.feature_names:
-                lengths = features[feature].lengths().tolist()
-                bags = [ids.tolist() for ids in features[feature].values().split(lengths)]
-                parts = [[self.parts(table, x) for x in bag] for bag in bags]
-                if self.generated and table.name != "plain":
-                    for j in range(len(self.embeddings[table.name])):
-                        outputs[f"{feature}.partition_{j}"] = pool(table, [[p[j] for p in bag] for bag in parts])
-                else:
-                    outputs[feature] = pool(table, [[compose(table, p) for p in bag] for bag in parts])
-        return KeyedTensor(list(outputs), [D] * len(outputs), torch.cat(list(outputs.values()), dim=1))
-
-    def parts(self, table: EmbeddingBagConfig, x: int) -> list[Tensor]:
-        rows = kinds()[table.name].rows_of(x) if table.name != "plain" else (x,)
-        return [e(torch.tensor(r)) for e, r in zip(self.embeddings[table.name], rows, strict=True)]
+        pooled = []
+        for _, feature, table in self.outputs:
+            bags = features[feature].values().split(features[feature].lengths().tolist())
+            pooled.append(table.pool([ids.tolist() for ids in bags]))
+        return KeyedTensor([name for name, _, _ in self.outputs], [D] * len(pooled), torch.cat(pooled, dim=1).float())
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         return self.configs
@@ -97,22 +99,8 @@ class HandExpanded(EmbeddingBagCollectionInterface):
         return False
 
 
-def compose(table: EmbeddingBagConfig, parts: list[Tensor]) -> Tensor:
-    operation = getattr(table, "operation", "add")
-    if operation == "concat":
-        return torch.cat(parts)
-    if operation == "mult":
-        return torch.stack(parts).prod(0)
-    if operation == "add":
-        return torch.stack(parts).sum(0)
-    x, mlp = parts
-    w1, b1, w2, b2 = mlp.split([4 * D, 4, D * 4, D])
-    return w2.view(D, 4) @ (w1.view(4, D) @ x + b1).relu() + b2
-
-
-def pool(table: EmbeddingBagConfig, bags: list[list[Tensor]]) -> Tensor:
-    sums = [torch.stack(bag).sum(0) / (len(bag) if table.pooling == PoolingType.MEAN else 1) for bag in bags]
-    return torch.stack(sums)
+def row_of_partition(kind: Kind, j: int, x: int) -> tuple[int]:
+    return (kind.rows_of(x)[j],)
 
 
 def dlrm(collection: Any) -> nn.Module:
@@ -171,13 +159,14 @@ def loss_of(model: nn.Module, data: tuple[Tensor, KeyedJaggedTensor, Tensor]) ->
     ("collection", "operations"),
     [(CompositionalEmbeddingBagCollection, True), (FeatureGenerationEmbeddingBagCollection, False)],
 )
-def test_models_train_as_over_hand_expanded_lookups(
+def test_models_train_as_over_the_oracles_lookups(
     collection: type[CompositionalEmbeddingBagCollection], operations: bool, build: Callable[[Any], nn.Module]
 ) -> None:
     torch.manual_seed(0)
     sparse, data = collection(tables=tables(operations)), toy_batch()
     model = build(sparse)
-    expanded = build(HandExpanded(sparse))
+    expanded_sparse = Expanded(sparse, operations)
+    expanded = build(expanded_sparse)
     expanded.load_state_dict({k: v for k, v in model.state_dict().items() if "embedding_bag" not in k}, strict=False)
 
     first, expected = loss_of(model, data), loss_of(expanded, data)
@@ -185,11 +174,11 @@ def test_models_train_as_over_hand_expanded_lookups(
 
     first.backward()
     expected.backward()
-    others = [p for name, p in expanded.named_parameters() if "embeddings." in name]
     own = [p for name, p in model.named_parameters() if "embedding_bags." in name]
-    assert len(own) == len(others) == 10
-    for p, q in zip(own, others, strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6 * float(q.grad.abs().max()))
+    assert len(own) == len(expanded_sparse.leaves) == 10
+    for p, q in zip(own, expanded_sparse.leaves, strict=True):
+        assert q.grad is not None
+        torch.testing.assert_close(p.grad, q.grad.float(), rtol=1e-4, atol=1e-6 * float(q.grad.abs().max()))
 
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
