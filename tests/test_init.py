@@ -109,7 +109,7 @@ def test_composed_moments_are_those_of_the_full_table(
 
 
 def expected_moments(operation: str, init: str, main: bool, k: int, variance: float) -> tuple[float, float]:
-    """Mean and variance of a partition's entries, from the design's table."""
+    """Returns the mean and the variance of a partition's entries."""
     if operation == "concat" or (init != "balanced" and main):
         return 0, variance
     if (init, operation) == ("unit", "mult"):

@@ -125,15 +125,6 @@ def test_malformed_lines(tmp_path: Path, line: str, problem: str) -> None:
     assert bad_lines(source_of(file, text, on_bad_row="skip")) == (2, f"{file}:3: {problem}", [1, 0, 1, 0, 1])
 
 
-def test_an_open_quote_loses_its_own_line_alone(tmp_path: Path) -> None:
-    lines = [GOOD] * 500
-    for i in (3, 4, 250, 499):
-        lines[i] = '7,1,"a,5,0.5'
-    count, _, weights = bad_lines(source_of(tmp_path / "a.csv", HEADER + "\n".join(lines) + "\n", on_bad_row="skip"))
-    assert count == 4
-    assert [i for i, weight in enumerate(weights) if weight == 0] == [3, 4, 250, 499]
-
-
 @given(
     table=st.lists(
         st.tuples(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=6), st.integers(0, 1)),
