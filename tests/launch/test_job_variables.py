@@ -119,7 +119,6 @@ os.execvp(command[0], command)
 """
 
 
-@pytest.mark.slow
 def test_the_pods_of_kubernetes_have_them() -> None:
     request = dryrun("kubernetes", "bench", "--image", "i", "--env", ENV, cfg={"queue": "default"}).request
     (task,) = request.resource["spec"]["tasks"]
