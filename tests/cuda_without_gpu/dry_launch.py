@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from torchrec_qr.ops.triton_kernels import launcher
+from torchrec_qr.ops.triton_kernels import launcher, launches
 
 
 class _Utils:
@@ -97,6 +97,12 @@ class DryLaunches:
             self.launches[kernel.fn.__name__] += 1
             if not all(type(size) is int for size in grid):
                 raise AssertionError(f"{kernel.fn.__name__}: a grid of {grid}; allowed: integers of the host")
+            for name, given in zip(kernel.arg_names, args, strict=False):
+                is_own = isinstance(given, torch.Tensor) and name not in launcher._FROM_CALLERS
+                if is_own and given.data_ptr() % launches.WIDEST_READ:
+                    raise AssertionError(
+                        f"{kernel.fn.__name__}: {name} at {given.data_ptr():#x}; allowed: multiples of 16"
+                    )
             return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
         def counted_compilation(kernel: Any, key: Any, signature: Any, device: int, *args: Any, **kwargs: Any) -> Any:

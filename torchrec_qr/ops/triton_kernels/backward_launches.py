@@ -192,7 +192,8 @@ class _Ranges(NamedTuple):
 def _ranges(d: Descriptors, batch: Batch, cuts: Cuts) -> _Ranges:
     device, n, num_tables = d.entries.device, batch.ids.numel(), len(d.tables)
     count = (triton.cdiv(n, cuts.chunk * BLOCK_RANGES.value) + num_tables) * BLOCK_RANGES.value
-    bounds = torch.empty(2, num_tables + 1, dtype=torch.int32, device=device)
+    # Each begins where 16 bytes do, as kernels take it.
+    bounds = torch.empty(2, triton.cdiv(num_tables + 1, 4) * 4, dtype=torch.int32, device=device)
     stride = triton.cdiv(max(d.widths), SUMS_ALIGN.value) * SUMS_ALIGN.value
     shares = torch.empty(2, count, stride, device=device)
     launch(
