@@ -18,8 +18,8 @@ endif
 PYTHON ?=
 # `make test PYTEST_ARGS="tests/test_doctor.py -x"`
 PYTEST_ARGS ?=
-# The tests of a file stay in one process, because several share a program that runs for a minute.
-PARALLEL ?= -n 2 --dist loadfile
+# Three processes keep two cores busy, because tests wait for those that they start. The tests of a file stay in one, because several share a program that runs for a minute.
+PARALLEL ?= -n 3 --dist loadfile
 # Of `make train`. Two ranks, or one for the only GPU; the CPU set is not held to the number of GPUs.
 CONFIG ?= configs/demo.yaml
 RANKS ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -n 2 | wc -l),2)
