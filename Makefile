@@ -18,7 +18,8 @@ endif
 PYTHON ?=
 # `make test PYTEST_ARGS="tests/test_doctor.py -x"`
 PYTEST_ARGS ?=
-# Three processes keep two cores busy, because tests wait for those that they start. The tests of a file stay in one, because several share a program that runs for a minute.
+# Three processes keep two cores busy, because tests wait for those that they start. The tests of a file stay in one,
+# because several share a program that runs for a minute.
 PARALLEL ?= -n 3 --dist loadfile
 # Of `make train`. Two ranks, or one for the only GPU; the CPU set is not held to the number of GPUs.
 CONFIG ?= configs/demo.yaml
