@@ -88,7 +88,7 @@ class Tbe(Variant):
 
 
 class DlrmBag(Variant):
-    """As users of dlrm's QR bag run it: two ``nn.EmbeddingBag(sparse=True)`` per feature, pooled and then multiplied,
+    """Users of dlrm's QR bag run it so: two ``nn.EmbeddingBag(sparse=True)`` per feature, pooled and then multiplied,
     SGD on sparse gradients; in each process for itself, its whole batch, with no communication."""
 
     pools_first = True

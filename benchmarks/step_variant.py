@@ -13,7 +13,7 @@ class Variant:
     """One way to look up, compose, pool and step. ``traffic`` is what a planner takes into account."""
 
     compresses = True
-    # Whether it multiplies pooled rows, which for several ids a bag is not what the others compute.
+    # True if it multiplies pooled rows, which differs from the others for several ids a bag.
     pools_first = False
     divides_by_ranks = True  # or each rank trains tables of its own, alone
     plan: dict[str, int]  # how many tables have which sharding type

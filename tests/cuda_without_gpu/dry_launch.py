@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from torchrec_qr.ops.triton_kernels import launcher, launches
+from torchrec_qr.ops.triton_kernels import launcher
+from torchrec_qr.ops.triton_kernels.device_tables import WIDEST_READ
 
 
 class _Utils:
@@ -99,7 +100,7 @@ class DryLaunches:
                 raise AssertionError(f"{kernel.fn.__name__}: a grid of {grid}; allowed: integers of the host")
             for name, given in zip(kernel.arg_names, args, strict=False):
                 is_own = isinstance(given, torch.Tensor) and name not in launcher._FROM_CALLERS
-                if is_own and given.data_ptr() % launches.WIDEST_READ:
+                if is_own and given.data_ptr() % WIDEST_READ:
                     raise AssertionError(
                         f"{kernel.fn.__name__}: {name} at {given.data_ptr():#x}; allowed: multiples of 16"
                     )

@@ -99,7 +99,7 @@ def _result(call: Call, function: Callable[..., Any], args: tuple[Any, ...]) -> 
 
 
 def _globals_of_torchrec() -> Iterator[tuple[ModuleType, str, Any]]:
-    """By which TorchRec remembers groups of processes, and what it has settled with the other ranks of the first."""
+    """TorchRec remembers groups of processes by these, and what it has settled with the other ranks of the first."""
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("torchrec."):
             values = list(vars(module).items())
@@ -111,7 +111,7 @@ def _functions() -> Iterator[tuple[str, Any]]:
     for module_name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and module_name.startswith(_WATCHED):
             for name, value in list(vars(module).items()):
-                # By type, because some objects warn when they are asked for their class.
+                # Compare types, because some objects warn when code reads their class.
                 if issubclass(type(value), type) and value.__module__ == module_name:
                     yield from ((f"{module_name}.{name}.{n}", v) for n, v in vars(value).items() if callable(v))
                 if callable(value):

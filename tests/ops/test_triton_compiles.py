@@ -94,7 +94,7 @@ def compiled(case: Case, architecture: int) -> Any:
         fixed["id_weights"] = None
     signature = {n: "constexpr" if n in fixed else TYPE_OF.get(n, "i32") for n in names}
     options = {"num_warps": case.num_warps}
-    # As a launch compiles it: memory that PyTorch allocates is aligned, and of other arguments their types are known.
+    # A launch compiles it so: memory that PyTorch allocates is aligned, and other arguments have their types alone.
     aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") and n not in launcher._FROM_CALLERS]
     source = ASTSource(case.kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

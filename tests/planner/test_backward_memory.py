@@ -66,5 +66,5 @@ def test_bytes_are_those_that_are_allocated(
     counted = backward_bytes(config, ids, 0, dim)
     # A table begins with a block of ranges of its own, which is not counted.
     assert claimed.bytes <= counted + 2 * 32 * 4 * dim + 64
-    # What sorting takes for itself is counted, and seen on a GPU alone.
+    # The memory that sorting takes for itself is counted, and is seen on a GPU alone.
     assert counted - claimed.bytes <= 32 * ids

@@ -26,7 +26,7 @@ from torchrec_qr.ops.arguments import (
 )
 from torchrec_qr.ops.description import Description, TableLayout
 from torchrec_qr.ops.triton_kernels import backward_launches, launches
-from torchrec_qr.ops.triton_kernels.device_tables import Descriptors, Stored, describe
+from torchrec_qr.ops.triton_kernels.device_tables import WIDEST_READ, Descriptors, Stored, describe
 from torchrec_qr.ops.update_rules import NUMBERS, Update
 
 _NO_NUMBERS = [0.0] * len(NUMBERS)
@@ -59,21 +59,17 @@ def backward(
     """
     with _current(weights[0].device):
         _begin(weights[0].device)
-        known = batch.kept is not None and bool(batch.kept) and batch.kept[0].key == _key(tables, weights)
-        call: _Call = batch.kept[0] if batch.kept and known else _Call(tables, weights, batch)
+        of_forward: _Call | None = batch.kept[0] if batch.kept else None
+        known = of_forward is not None and of_forward.key == _key(tables, weights)
+        call = of_forward if of_forward is not None and known else _Call(tables, weights, batch)
         out_gradient = call.checked(out_gradient)
-        dense = [_zeros(w) if isinstance(o, DenseGradient) else None for w, o in zip(weights, outcomes, strict=True)]
         of_ids = None
         if id_weights_need_gradient:
             of_ids = launches.gradient_of_weights(call.found.descriptors, call.batch, out_gradient)
-        call.step(weights, out_gradient, outcomes, dense)
+        dense = call.step(weights, out_gradient, outcomes)
         if not known:  # else the forward has told, or will tell, what is wrong with the batch
             call.done()
     return Gradients(dense, of_ids)
-
-
-def _zeros(weight: Tensor) -> Tensor:
-    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch, outcomes: list[Outcome]) -> None:
@@ -89,8 +85,7 @@ def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch
         if batch.weights is not None:
             launches.gradient_of_weights(call.found.descriptors, call.batch, out_gradient)
         call.batch.failure.fill_(launches.OFFSET_FAILURE)  # kernels then step nothing
-        dense = [_zeros(w) if isinstance(o, DenseGradient) else None for w, o in zip(weights, outcomes, strict=True)]
-        call.step(weights, out_gradient, outcomes, dense)
+        call.step(weights, out_gradient, outcomes)
 
 
 def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
@@ -112,7 +107,7 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
 def _aligned(gradient: Tensor) -> Tensor:
     """The gradient in fp32 and, as kernels read several numbers at once, where PyTorch's memory begins or like that."""
     gradient = gradient.to(torch.float32).contiguous()
-    return gradient if gradient.data_ptr() % launches.WIDEST_READ == 0 else gradient.clone()
+    return gradient if gradient.data_ptr() % WIDEST_READ == 0 else gradient.clone()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -195,10 +190,9 @@ class _Call:
         found = of_tables.get(self.key)
         if found is None:
             offsets = check_call(tables, weights, batch)
-            if len(of_tables) == _KEPT:
-                del of_tables[next(iter(of_tables))]
             stored, maps = list(map(Stored.of, weights)), list(map(Stored.of, tables.class_maps))
-            found = of_tables[self.key] = _Found(describe(tables, stored, maps, device), {})
+            found = _Found(describe(tables, stored, maps, device), {})
+            _keep(of_tables, self.key, found)
         else:
             offsets = check_batch(tables, batch, device)
         self.found, self._device = found, device
@@ -216,10 +210,8 @@ class _Call:
         else:
             check_later(self.batch.failure, self._check.raise_failure)
 
-    def step(
-        self, weights: list[Tensor], out_gradient: Tensor, outcomes: list[Outcome], dense: list[Tensor | None]
-    ) -> None:
-        """Steps rows, and writes dense gradients."""
+    def step(self, weights: list[Tensor], out_gradient: Tensor, outcomes: list[Outcome]) -> list[Tensor | None]:
+        """Steps rows, and returns the dense gradient of each weight that has one."""
         key = tuple(map(_outcome_key, outcomes))
         stepping = self.found.stepping.get(key)
         if stepping is None:
@@ -228,27 +220,37 @@ class _Call:
             rules = [of if isinstance(of, int) else of[0] for of in key]
             states = [list(o.state.values()) if isinstance(o, Update) else [] for o in outcomes]
             stepping = backward_launches.stepping_of(weights, rules, states, self.found.descriptors)
-            if len(self.found.stepping) == _KEPT:
-                del self.found.stepping[next(iter(self.found.stepping))]
-            self.found.stepping[key] = stepping
+            _keep(self.found.stepping, key, stepping)
+        dense = [
+            torch.zeros(w.shape, dtype=w.dtype, device=w.device) if isinstance(o, DenseGradient) else None
+            for w, o in zip(weights, outcomes, strict=True)
+        ]
         touched = [o.touched if isinstance(o, DenseGradient) else None for o in outcomes]
         step = backward_launches.Step(dense, touched, _numbers(outcomes))
         backward_launches.step_looked_up_rows(self.found.descriptors, self.batch, out_gradient, stepping, step)
+        return dense
 
 
 class _Found(NamedTuple):
-    """What was derived from tables whose weights lie at some place, and how they are stepped, by `_outcome_key`."""
+    """Descriptors of tables whose weights lie at some place, and how these are stepped, by `_outcome_key`."""
 
     descriptors: Descriptors
     stepping: dict[Any, backward_launches.Stepping]
 
 
 _described: WeakKeyDictionary[Description, dict[Any, _Found]] = WeakKeyDictionary()
-_KEPT = 16  # of a description: weights that move leave entries behind
+_KEPT = 16  # of a description, because weights that move leave entries behind
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keeps a value, and drops the oldest if there are many."""
+    if len(kept) == _KEPT:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 def _key(tables: Description, weights: list[Tensor]) -> Any:
-    """Where and how weights and class maps lie, and the stream.
+    """Returns the places and types of weights and class maps, and the stream.
 
     The stream is part of the key, because a copy on one stream is not ordered before its use on another, and the memory
     of an entry that is dropped goes back to the stream that it was allocated on.

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..description import MAX_PARTITIONS
 from . import steps as step_fields
 from .device_tables import TYPES, WIDEST_READ, Descriptors, Stored, on_device
 from .launcher import launch
@@ -20,7 +21,6 @@ from .sums import SUMS_ALIGN, sum_ranges
 
 NOTHING, GRADIENT = step_fields.NOTHING.value, step_fields.GRADIENT.value
 _MAX_INT32 = 2**31 - 1
-_MAX_PARTITIONS = 4
 
 
 class Cuts(NamedTuple):
@@ -48,7 +48,7 @@ class _StepKernel(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """What one launch sums: partition ``target`` of the K of a group's tables, under one kernel of steps."""
+    """A launch sums partition ``target`` of the K of a group's tables, under one kernel of steps."""
 
     group: int
     target: int
@@ -56,11 +56,15 @@ class _Sum(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """Partitions of one number whose rows are summed in one go: all that wait for their step, or all that do not."""
+    """Partitions of one number whose rows are summed in one go: all that wait for their step, or all that do not.
+
+    ``step_groups``: the kernels that step these rows.
+    """
 
     number: int
     last: bool
     sums: list[_Sum]
+    step_groups: list[int]
     entry_of: tuple[int, ...]  # `Descriptors.entry_of` of the number, without partitions that are not stepped
 
 
@@ -100,7 +104,7 @@ def stepping_of(
 
 
 class Step(NamedTuple):
-    """What is new in a step: per weight the dense gradient to write and the mask to mark, if any; and all numbers."""
+    """A step brings, per weight, the dense gradient to write and the mask to mark, if any; and all numbers."""
 
     dense: list[Tensor | None]
     touched: list[Tensor | None]
@@ -151,27 +155,26 @@ def step_looked_up_rows(
         return
     described = _described(stepping, step, d.entries.device)
     ranges, keys = _ranges(d, batch, cuts), _keys(d, batch, out_gradient)
-    waiting: list[RowSums] = []
+    waiting: list[tuple[RowSums, list[int]]] = []
     for of in stepping.passes:
         sums = None if of.last else _room(d.keys[of.number], batch.ids.numel(), ranges.heads)
         _sum(of, d, batch, out_gradient, described, ranges, keys, sums, cuts)
         if sums is not None:
-            waiting.append(sums)
-    for own in waiting:
-        _step_waiting(own, described)
+            waiting.append((sums, of.step_groups))
+    for own, step_groups in waiting:
+        _step_waiting(own, step_groups, described)
 
 
 def step_summed_rows(row_sums: RowSums, stepping: Stepping, step: Step) -> None:
     """Steps every row of ``row_sums`` once; writes its dense gradient, and marks it, if there is memory for that."""
-    _step_waiting(row_sums, _described(stepping, step, row_sums.sums.device))
+    _step_waiting(row_sums, stepping.of_weights, _described(stepping, step, row_sums.sums.device))
 
 
-def _step_waiting(own: RowSums, step: _DescribedStep) -> None:
+def _step_waiting(own: RowSums, step_groups: list[int], step: _DescribedStep) -> None:
     stride, count = own.sums.stride(0), own.rows.numel()
     align = gcd(WIDEST_READ // 4, stride)
-    for group, kernel in enumerate(step.kernels):
-        if kernel.RULE == NOTHING:
-            continue
+    for group in step_groups:
+        kernel = step.kernels[group]
         tile = tile_of(kernel.WIDTH)
         arguments = (own.rows, own.weights, own.sums, step.weights, step.numbers, group, count, stride)
         fixed = (*kernel, align, tile.lanes, tile.block_d)
@@ -213,7 +216,7 @@ class _Keys(NamedTuple):
     starts: Tensor
 
     def padded(self) -> list[Tensor | None]:
-        return [*self.of_numbers, *[None] * (_MAX_PARTITIONS - len(self.of_numbers))]
+        return [*self.of_numbers, *[None] * (MAX_PARTITIONS - len(self.of_numbers))]
 
 
 def _key_type(count: int) -> torch.dtype:
@@ -241,7 +244,8 @@ def _passes(d: Descriptors, wanted: list[bool], step_group: list[int]) -> Iterat
     """Those that wait come first, because a last pass changes the rows that they read."""
     for last in (False, True):
         for number in range(len(d.keys)):
-            sums = []
+            sums: list[_Sum] = []
+            step_groups: dict[int, None] = {}
             for index, group in enumerate(d.groups):
                 target = group.target(number)
                 if target is not None and group.is_last(number) == last:
@@ -249,8 +253,9 @@ def _passes(d: Descriptors, wanted: list[bool], step_group: list[int]) -> Iterat
                     own = dict.fromkeys(step_group[w] for w in of_tables if wanted[w])
                     # Of rows that wait, one launch sums all, however they are stepped.
                     sums += [_Sum(index, target, of) for of in (own if last else [*own][:1])]
+                    step_groups |= own
             if sums:
-                yield _Pass(number, last, sums, _only(d, number, wanted))
+                yield _Pass(number, last, sums, [*step_groups], _only(d, number, wanted))
 
 
 def _sum(
@@ -271,19 +276,21 @@ def _sum(
     by_key = int(d.keys[of.number] <= batch.ids.numel())
     shares = ranges.heads, ranges.tails, *(sums or (None, None, None))
     bounds = ranges.first_block, ranges.first_id, batch.failure
+    of_ids = (*keys.padded(), keys.starts, batch.weights)
+    launched = []
     for s in of.sums:
         kernel, step = d.groups[s.group].kernel, steps.kernels[s.step_group]
-        tile = tile_of(kernel.WIDTH)
-        of_ids = (*keys.padded(), keys.starts, batch.weights)
         described = (d.entries, entry_of, *bounds, steps.weights, steps.numbers, s.group, s.step_group)
+        launched.append((kernel, s.target, (of.last, step.RULE, step.ALIGN, step.STATE_ALIGN), described))
+    for kernel, target, stepped, described in launched:
+        tile = tile_of(kernel.WIDTH)
         launch(
             sum_ranges,
             (ranges.number // tile.lanes, 1),
             (*shares, out_gradient, sorted_keys, order, *of_ids, *described, num_tables, stride, by_key),
             (
-                *(kernel.K, kernel.WIDTH, kernel.TYPES, kernel.ALIGN, kernel.MULT, s.target, d.out_align),
-                *(batch.weights is not None, of.last, step.RULE, step.ALIGN, step.STATE_ALIGN),
-                *(cuts.chunk, tile.lanes, tile.block_d),
+                *(kernel.K, kernel.WIDTH, kernel.TYPES, kernel.ALIGN, kernel.MULT, target, d.out_align),
+                *(batch.weights is not None, *stepped, cuts.chunk, tile.lanes, tile.block_d),
             ),
             tile.warps,
         )
@@ -296,18 +303,15 @@ def _sum(
         (cuts.chunk, cuts.super, tile.lanes, tile.block_d),
         tile.warps,
     )
-    for s in of.sums:
-        kernel, step = d.groups[s.group].kernel, steps.kernels[s.step_group]
+    for kernel, target, stepped, described in launched:
         tile = tile_of(kernel.WIDTH)
-        described = (d.entries, entry_of, *bounds, steps.weights, steps.numbers, s.group, s.step_group)
         launch(
             sum_long_rows,
             (ranges.number, 1),
             (*shares, sorted_keys, *described, num_tables, stride, by_key),
             (
-                *(kernel.WIDTH, (kernel.TYPES >> (2 * s.target)) & 3, s.target),
-                *(of.last, step.RULE, step.ALIGN, step.STATE_ALIGN),
-                *(cuts.chunk, cuts.super, tile.lanes, tile.block_d),
+                *(kernel.WIDTH, (kernel.TYPES >> (2 * target)) & 3, target),
+                *(*stepped, cuts.chunk, cuts.super, tile.lanes, tile.block_d),
             ),
             tile.warps,
         )

@@ -13,7 +13,6 @@ from .launcher import launch
 from .occurrences import BLOCK_RANGES
 
 NO_FAILURE, OFFSET_FAILURE = id_rows.NO_FAILURE.value, id_rows.OFFSET_FAILURE.value
-WIDEST_READ = id_rows.WIDEST_READ.value
 _MOST_IDS = 2**31 - 2**16  # positions of 32 bits, beyond which a program may have a few thousand more
 
 
@@ -21,7 +20,7 @@ class Batch(NamedTuple):
     """ids (N,), offsets (F·B + 1,) if ``pooled`` else (F + 1,), weights (N,) fp32 or None: contiguous, on the device.
 
     flat_starts: not pooled, per entry s: its columns of id n begin at s + n · D in the output. failure: see `report` in
-    `rows`.
+    `id_rows`.
     """
 
     ids: Tensor
@@ -93,11 +92,14 @@ _TILE = 256
 _MOST_TILES, _MANY_PROGRAMS = 8, 4096
 
 
-def tile_of(width: int, most_lanes: int = BLOCK_RANGES.value) -> Tile:
-    """At most 16 lanes: of more in a loop over rows of few columns, Triton 3.6.0 and 3.7.1 fail to compile some tables,
-    because a pass that removes conversions of layouts leaves a load with a mask of another layout."""
+def tile_of(width: int) -> Tile:
+    """Returns a tile of at most 16 lanes, the ranges of a block.
+
+    Triton 3.6.0 and 3.7.1 fail to compile a loop over more rows of few columns for some tables, because a pass that
+    removes conversions of layouts leaves a load with a mask of another layout.
+    """
     block = triton.next_power_of_2(width)
-    lanes = max(1, min(most_lanes, _TILE // block))
+    lanes = max(1, min(BLOCK_RANGES.value, _TILE // block))
     return Tile(lanes, block, max(1, lanes * block // _TILE))
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .id_rows import ENTRY_FIELDS, GROUP, KEY_BASE, PARTITION_FIELDS, PARTITIONS, ROWS, WEIGHT_INDEX
 from .launcher import kernel
-from .occurrences import BLOCK_RANGES, table_of_block
+from .occurrences import BLOCK_RANGES, positions_of_range, table_of_block
 from .steps import STEP_GROUP, WEIGHT_FIELDS
 from .sums import SUMS_ALIGN, finish_row
 
@@ -44,8 +44,7 @@ def sum_supers(
     if block >= tl.load(first_block + num_tables):
         return
     table = table_of_block(first_block, block, num_tables)
-    begin, end = tl.load(first_id + table), tl.load(first_id + table + 1)
-    start = begin + (first - tl.load(first_block + table) * BLOCK_RANGES) * CHUNK
+    begin, end, start = positions_of_range(first_block, first_id, table, first, CHUNK)
     after = start + SUPER * CHUNK
     if (start == begin) | (after >= end):
         return
@@ -98,8 +97,7 @@ def sum_long_rows(
     if block >= tl.load(first_block + num_tables):
         return
     table = table_of_block(first_block, block, num_tables)
-    begin, end = tl.load(first_id + table), tl.load(first_id + table + 1)
-    start = begin + (of_range - tl.load(first_block + table) * BLOCK_RANGES) * CHUNK
+    begin, end, start = positions_of_range(first_block, first_id, table, of_range, CHUNK)
     after = start + CHUNK
     if after >= end:
         return

@@ -149,6 +149,13 @@ def blocks_of_tables(
 
 
 @triton.jit
+def positions_of_range(first_block, first_id, table, of_range, CHUNK: tl.constexpr):
+    """The positions [begin, end) of a table's ids, and the first of a range of it."""
+    begin, end = tl.load(first_id + table), tl.load(first_id + table + 1)
+    return begin, end, begin + (of_range - tl.load(first_block + table) * BLOCK_RANGES) * CHUNK
+
+
+@triton.jit
 def table_of_block(first_block, block, num_tables):
     """The table that a block is of: the last of those that begin with it or before."""
     table = block * 0

@@ -27,7 +27,7 @@ CORRECTION1 = tl.constexpr(4)
 CORRECTION2 = tl.constexpr(5)
 MAX_GRADIENT = tl.constexpr(6)
 NUMBERS = tl.constexpr(7)
-# Rules: `torchrec_qr.ops.arguments.RULES`.
+# Rules: `torchrec_qr.ops.update_rules`, by `number`.
 NOTHING = tl.constexpr(-1)
 GRADIENT = tl.constexpr(0)
 SGD = tl.constexpr(1)

@@ -33,7 +33,7 @@ from .id_rows import (
     load_rows,
 )
 from .launcher import kernel
-from .occurrences import BLOCK_RANGES, keys_of, table_of_block
+from .occurrences import BLOCK_RANGES, keys_of, positions_of_range, table_of_block
 from .steps import STEP_GROUP, WEIGHT_FIELDS, step_described
 
 # Rows of ``sums``, ``heads`` and ``tails`` begin at multiples of so many floats.
@@ -192,9 +192,8 @@ def sum_ranges(
         if tl.load(weight + STEP_GROUP) != step_group:
             return
     offset = tl.load(entry + OFFSET)
-    begin, end = tl.load(first_id + table), tl.load(first_id + table + 1)
+    begin, end, first_start = positions_of_range(first_block, first_id, table, first_range, CHUNK)
     of_range = first_range + tl.arange(0, LANES)
-    first_start = begin + (first_range - tl.load(first_block + table) * BLOCK_RANGES) * CHUNK
     start = first_start + tl.arange(0, LANES) * CHUNK
     columns = tl.arange(0, BLOCK_D)
     has_column = (columns < WIDTH)[None, :]
@@ -206,8 +205,8 @@ def sum_ranges(
     began_before = exists & (start > begin) & (key == key_before)
     goes_on = began_before & (start < begin)
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
-    # Of a step of the walk, rows and gradients are read. Where they lie was read in the step before, and the number of
-    # the id in the one before that, so that no step waits for reads that follow from one another.
+    # A step of the walk reads rows and gradients. The step before has read where they lie, and the one before that the
+    # number of the id, so that no step waits for reads that follow from one another.
     n = tl.load(order + start, mask=exists, other=0).to(tl.int32)
     place = tl.load(starts + n, mask=exists, other=0)
     other_0, other_1, other_2 = keys_of_others(n, exists, keys_0, keys_1, keys_2, keys_3, K, TARGET, MULT)
