@@ -4,12 +4,12 @@ import multiprocessing as mp
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,8 @@ _FORKED = mp.get_context("forkserver")
 _FORKED.set_forkserver_preload(["torchrec_qr.distributed", "torchrec.distributed.model_parallel"])
 # Start ranks with a GPU afresh, because CUDA does not survive a fork from a process that has counted the devices.
 _CONTEXTS: dict[str, Any] = {"cpu": _FORKED, "cuda": mp.get_context("spawn")}
+
+_SECONDS_UNTIL_A_DEATH_SHOWS = 1.0
 
 
 @dataclass
@@ -90,8 +92,8 @@ def run_ranks(
         return results
     finally:
         if not (shared and succeeded):
-            for rank in ranks:
-                rank.end()
+            for process in ranks:
+                process.end()
 
 
 def _start(device: str) -> _Rank:
@@ -125,9 +127,21 @@ def _results(ranks: list[_Rank], deadline: float) -> list[Any]:
             try:
                 failed, value = connection.recv()
             except EOFError:
-                ranks[rank].process.join()
-                raise RuntimeError(f"rank {rank} died with exit code {ranks[rank].process.exitcode}") from None
+                _raise_death(rank, ranks)
             if failed:
+                _raise_a_death(pending.values(), ranks)
                 raise AssertionError(f"rank {rank} of {len(ranks)}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in sorted(results)]
+
+
+def _raise_a_death(pending: Iterable[int], ranks: list[_Rank]) -> None:
+    """Raises the death of a rank, because it breaks the connections of the others, and their errors may come first."""
+    ranks_of = {ranks[rank].process.sentinel: rank for rank in pending}
+    for sentinel in wait(list(ranks_of), timeout=_SECONDS_UNTIL_A_DEATH_SHOWS):
+        _raise_death(ranks_of[sentinel], ranks)
+
+
+def _raise_death(rank: int, ranks: list[_Rank]) -> NoReturn:
+    ranks[rank].process.join()
+    raise RuntimeError(f"rank {rank} died with exit code {ranks[rank].process.exitcode}") from None
