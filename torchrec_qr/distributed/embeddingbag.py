@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,26 @@ from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 
 
+class _Means(NamedTuple):
+    """How pooled features are divided.
+
+    Args:
+        features (Tensor): (F,) the position of each in the batch.
+        is_mean (Tensor): (F, 1) whether its pooling is MEAN.
+        columns (Tensor): (ΣD,) the feature that each column of the output is of.
+    """
+
+    features: Tensor
+    is_mean: Tensor
+    columns: Tensor
+
+
 @dataclass
 class CompositionalContext(EmbeddingBagCollectionContext):
-    """Adds the number of ids of every bag (F, B), which MEAN pooling divides by."""
+    """Adds the number of ids of every bag (F, B), which MEAN pooling divides by, and how it divides."""
 
     bag_sizes: Tensor | None = None
+    means: _Means | None = None
 
     def record_stream(self, stream: torch.Stream) -> None:
         super().record_stream(stream)
@@ -47,12 +62,13 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
 
     def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
         configs: Any = self._configs
-        self._mean_names = {
-            name
+        self._config_of = {
+            name: config
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
-            if isinstance(config, CompositionalEmbeddingBagConfig) and config.pooling == PoolingType.MEAN
             for name in names
         }
+        self._has_mean = any(map(_is_mean, configs))
+        self._means: dict[Any, _Means] = {}
 
     @classmethod
     def create_embedding_bag_sharding(
@@ -76,10 +92,10 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
 
     def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
         features = checked_features(features)
-        if self._mean_names:
+        if self._has_mean:
             sizes = features.lengths().view(len(features.keys()), -1)
-            index = {key: i for i, key in enumerate(features.keys())}
-            ctx.bag_sizes = sizes[[index[name.split("@")[0]] for name in self._embedding_names]]
+            ctx.means = self._means_of(features.keys(), sizes.device)
+            ctx.bag_sizes = sizes.index_select(0, ctx.means.features)
         return super().input_dist(ctx, features)
 
     def output_dist(self, ctx: CompositionalContext, output: list[Tensor]) -> Any:  # type: ignore[override]
@@ -96,10 +112,23 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         return CompositionalEmbeddingBagCollection
 
     def _with_mean(self, ctx: CompositionalContext, awaitable: Any) -> Any:
-        if ctx.bag_sizes is not None:
-            is_mean = [name in self._mean_names for name in self._embedding_names]
-            awaitable.callbacks.append(partial(_divide, ctx.bag_sizes, is_mean))
+        if ctx.bag_sizes is not None and ctx.means is not None:
+            awaitable.callbacks.append(partial(_divide, ctx.bag_sizes, ctx.means))
         return awaitable
+
+    def _means_of(self, keys: list[str], device: torch.device) -> _Means:
+        """Returns what batches of these keys share, made once, because a copy to a GPU makes the host wait."""
+        found = self._means.get((device, *keys))
+        if found is None:
+            index = {key: i for i, key in enumerate(keys)}
+            configs = [self._config_of[name] for name in self._embedding_names]
+            columns = [i for i, config in enumerate(configs) for _ in range(config.embedding_dim)]
+            found = self._means[device, *keys] = _Means(
+                torch.tensor([index[name.split("@")[0]] for name in self._embedding_names], device=device),
+                torch.tensor([[_is_mean(config)] for config in configs], device=device),
+                torch.tensor(columns, device=device),
+            )
+        return found
 
 
 class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[CompositionalEmbeddingBagCollection]):
@@ -122,13 +151,15 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
     _shardings = POOLED_SHARDINGS
 
 
-def _divide(bag_sizes: Tensor, is_mean: list[bool], pooled: KeyedTensor) -> KeyedTensor:
+def _is_mean(config: Any) -> bool:
+    return isinstance(config, CompositionalEmbeddingBagConfig) and config.pooling == PoolingType.MEAN
+
+
+def _divide(bag_sizes: Tensor, means: _Means, pooled: KeyedTensor) -> KeyedTensor:
     """Divides the features of MEAN pooling in (B, ΣD) by the ids of their bags (features, B), or by 1 if empty."""
-    mean = torch.tensor(is_mean, device=bag_sizes.device).unsqueeze(1)
-    divisors = torch.where(mean, bag_sizes.clamp(min=1), 1).T
-    dims = torch.tensor(pooled.length_per_key(), device=bag_sizes.device)
+    divisors = torch.where(means.is_mean, bag_sizes.clamp(min=1), 1).T.to(pooled.values().dtype)
     return KeyedTensor(
         keys=pooled.keys(),
         length_per_key=pooled.length_per_key(),
-        values=pooled.values() / divisors.repeat_interleave(dims, dim=1, output_size=sum(pooled.length_per_key())),
+        values=pooled.values() / divisors.index_select(1, means.columns),
     )
