@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fake_memory import INTEGERS, Memory
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import (
@@ -55,7 +56,6 @@ _VIEWS_AND_CLAIMS = """
 """
 _FREE = frozenset(_VIEWS_AND_CLAIMS.split())
 _DRAWN = {"uniform_", "normal_", "bernoulli_", "random_", "exponential_"}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 class DevicePointerOnHostError(AssertionError):
@@ -124,53 +124,6 @@ class Devices:
         return -1 if index < 0 else int(self._library.exchange_device(index))
 
 
-class Memory:
-    """Addresses and integer values of fake tensors, by their storages.
-
-    A storage that is freed may come again under the same number; whoever makes a tensor writes its values.
-    """
-
-    def __init__(self) -> None:
-        self._address_of: dict[int, int] = {}
-        self._values_of: dict[int, Tensor] = {}
-        self._pinned: set[int] = set()
-
-    def address(self, tensor: Tensor) -> int:
-        key = tensor.untyped_storage()._cdata
-        base = self._address_of.setdefault(key, 0x7F0000000000 + len(self._address_of) * (1 << 30))
-        return base + tensor.storage_offset() * tensor.element_size()
-
-    def values(self, tensor: Tensor) -> Tensor:
-        """The values as a tensor on the CPU that shares its memory with those of views; ones where none are known."""
-        with no_dispatch():
-            if tensor.dtype not in _INTEGERS:
-                return torch.ones(tensor.shape, dtype=tensor.dtype)
-            known = self._values_of.get(tensor.untyped_storage()._cdata)
-            if known is None or known.dtype != tensor.dtype:
-                known = torch.ones(_extent(tensor), dtype=tensor.dtype)
-                self._values_of[tensor.untyped_storage()._cdata] = known
-            return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    def write(self, tensor: Tensor, values: Tensor) -> None:
-        """Gives a tensor, whose storage is its own, its values; unless a kernel of the CPU gives it another shape."""
-        if values.shape != tensor.shape:
-            return
-        with no_dispatch():
-            known = torch.ones(_extent(tensor), dtype=tensor.dtype)
-            known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(values)
-            self._values_of[tensor.untyped_storage()._cdata] = known
-
-    def forget(self, tensor: Tensor) -> None:
-        self._values_of.pop(tensor.untyped_storage()._cdata, None)
-        self._pinned.discard(tensor.untyped_storage()._cdata)
-
-    def pin(self, tensor: Tensor) -> None:
-        self._pinned.add(tensor.untyped_storage()._cdata)
-
-    def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._pinned
-
-
 class Recorder(TorchDispatchMode):
     """Notes what a step costs the host, and computes integers beside."""
 
@@ -220,7 +173,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         fake = self._mode.from_tensor(tensor)
-        if fake.dtype in _INTEGERS:
+        if fake.dtype in INTEGERS:
             self._memory.write(fake, tensor)
         return fake
 
@@ -275,12 +228,12 @@ class Recorder(TorchDispatchMode):
             to_host = name == "_to_copy" and t.device.type == "cpu" and tensors[0].device.type == "cuda"
             if kwargs.get("pin_memory") or (to_host and kwargs.get("non_blocking")):
                 self._memory.pin(t)
-        if not any(isinstance(t, Tensor) and t.dtype in _INTEGERS for t in (*made, *mutated)):
+        if not any(isinstance(t, Tensor) and t.dtype in INTEGERS for t in (*made, *mutated)):
             return out
         if values is None:
             values = self._values(func, args, kwargs)
         for t, v, is_new in zip(made, pytree.tree_leaves(values), new, strict=True):
-            if is_new and t.dtype in _INTEGERS and isinstance(v, Tensor):
+            if is_new and t.dtype in INTEGERS and isinstance(v, Tensor):
                 self._memory.write(t, v)
         return out
 
@@ -297,7 +250,7 @@ class Recorder(TorchDispatchMode):
 
     def _exchanged(self, name: str, args: Any) -> None:
         """Writes the integers that this rank, the first, receives where all ranks have the same batch."""
-        if name not in ("alltoall_base_", "_allgather_base_") or args[0].dtype not in _INTEGERS:
+        if name not in ("alltoall_base_", "_allgather_base_") or args[0].dtype not in INTEGERS:
             return  # a reduction leaves masks and sums as the rank's own
         out, given, group = args[:3]
         own = self._memory.values(given)
@@ -306,11 +259,6 @@ class Recorder(TorchDispatchMode):
                 own = own.split(args[4] or len(own) // dist.ProcessGroup.unbox(group).size())[0]
             if out.numel():
                 self._memory.values(out).copy_(own.repeat(out.numel() // own.numel()))
-
-
-def _extent(tensor: Tensor) -> int:
-    """How many numbers a tensor's storage holds."""
-    return max(int(tensor.untyped_storage().nbytes()) // tensor.element_size(), 1)
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
