@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.launch.jobs import DEMO, SMALL
 from tests.run_metrics import metrics
 
@@ -22,6 +24,7 @@ wait $first && wait $second
 """
 
 
+@pytest.mark.slow
 def test_the_script_for_srun(tmp_path: Path) -> None:
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)
     with socket.socket() as free:

@@ -40,7 +40,9 @@ def test_a_job_whose_rank_was_killed_continues_bit_for_bit(tmp_path: Path, unbro
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_writes_a_checkpoint_and_ends_as_a_shell_says(
     number: int, code: int, tmp_path: Path, unbroken: Path
 ) -> None:

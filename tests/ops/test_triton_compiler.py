@@ -68,10 +68,12 @@ def test_the_first_lookup_names_a_missing_compiler(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_first_lookup_names_a_compiler_that_is_named_and_not_there(tmp_path: Path) -> None:
     assert "lacks a C compiler (CC=/opt/icc is not there)." in first_lookup(tmp_path, "", CC="/opt/icc")
 
 
+@pytest.mark.slow
 def test_the_first_lookup_names_a_missing_header(tmp_path: Path) -> None:
     path = program(tmp_path, "gcc", "exit 1")
     said = first_lookup(tmp_path, path, include=Path("/nowhere"))
@@ -79,6 +81,7 @@ def test_the_first_lookup_names_a_missing_header(tmp_path: Path) -> None:
     assert "(/nowhere/Python.h is not there). Debian, Ubuntu: apt-get install python3-dev" in said
 
 
+@pytest.mark.slow
 def test_another_error_stays_as_it_is(tmp_path: Path) -> None:
     assert first_lookup(tmp_path, program(tmp_path, "gcc", "exit 1")).startswith("CalledProcessError: ")
 

@@ -62,7 +62,6 @@ def hot_rows_of_every_shape() -> None:
     """Small cuts, and rows that end on them, one before and one after; whole supers, of one row and of several."""
     lengths = [1, 3, 4, 5, 8, 9, 7, 16, 40, 1, 1, 2, 33, 24, 8, 64]
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    ids = rows
     weights = [torch.randn(len(lengths), 4), torch.randn(1, 4)]
     partitions = PartitionLayout(4, 1, len(lengths)), PartitionLayout(4, len(lengths), 1)
     gradient = torch.randn(len(rows), 4)
@@ -72,15 +71,16 @@ def hot_rows_of_every_shape() -> None:
         of_rows = torch.zeros(len(lengths), 4, dtype=torch.float64)
         of_rows.index_add_(0, rows, (gradient * factors[0]).double())
         expected = of_rows, (gradient * factors[1]).double().sum(0, keepdim=True)
-        for order in (torch.arange(len(rows)), torch.randperm(len(rows))):
-            for cuts in (backward_launches.Cuts(4, 2), backward_launches.Cuts(8, 4), backward_launches.Cuts(4, 32)):
-                batch = launches.batch_of(d, ids[order], ints(0, len(rows)), None, False)
-                dense = [torch.zeros_like(w) for w in weights]
-                stepping = backward_launches.stepping_of(weights, [backward_launches.GRADIENT] * 2, [[], []], d)
-                step = backward_launches.Step(list(dense), [None, None], [0.0] * 14)
-                backward_launches.step_looked_up_rows(d, batch, gradient[order].flatten(), stepping, step, cuts)
-                for actual, exact in zip(dense, expected, strict=True):
-                    assert_near(actual, exact, 1e-5, f"{operation}, {cuts}")
+        in_order, mixed = torch.arange(len(rows)), torch.randperm(len(rows))
+        for order, (chunk, supers) in ((in_order, (4, 2)), (mixed, (8, 4)), (mixed, (4, 32))):
+            cuts = backward_launches.Cuts(chunk, supers)
+            batch = launches.batch_of(d, rows[order], ints(0, len(rows)), None, False)
+            dense = [torch.zeros_like(w) for w in weights]
+            stepping = backward_launches.stepping_of(weights, [backward_launches.GRADIENT] * 2, [[], []], d)
+            step = backward_launches.Step(list(dense), [None, None], [0.0] * 14)
+            backward_launches.step_looked_up_rows(d, batch, gradient[order].flatten(), stepping, step, cuts)
+            for actual, exact in zip(dense, expected, strict=True):
+                assert_near(actual, exact, 1e-5, f"{operation}, {cuts}")
 
 
 QR = (PartitionLayout(8, 1, 5), PartitionLayout(8, 5, 3))
