@@ -12,7 +12,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica
 from torchrec_qr.ops.backends import triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.update_rules import Update
@@ -78,6 +78,12 @@ class Tables:
             gradient = torch.zeros_like(out)
             triton.backward(self.tables, self.weights, batch, gradient, self.outcomes, self.weighted)
 
+    def step_replicas(self) -> None:
+        """Steps the weights as replicas."""
+        updates = [outcome for outcome in self.outcomes if isinstance(outcome, Update)]
+        pairs = zip(self.weights, updates, strict=True)
+        triton.update_replicas([Replica(weight, torch.zeros(weight.shape), update) for weight, update in pairs])
+
 
 def costs_of(dry: DryLaunches, number: int) -> dict[str, dict[str, dict[str, int]]]:
     """Launches of a step, and compilations of the first step, the second, and of steps of other batches."""
@@ -111,7 +117,9 @@ def every_kernel(architecture: int) -> Callable[[DryLaunches], dict[str, Any]]:
     def run(dry: DryLaunches) -> dict[str, Any]:
         dry.architecture = architecture
         dry.launches.clear()
-        Tables(number=1, weighted=True).step(bags=2100, hot=1)
+        tables = Tables(number=1, weighted=True)
+        tables.step(bags=2100, hot=1)
+        tables.step_replicas()
         return {"launched": sorted(dry.launches)}
 
     return run

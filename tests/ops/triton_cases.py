@@ -34,6 +34,7 @@ OTHERS = (
     "sequences",
     "codes",
     "rows_given",
+    "replicas_given",
     "any_id",
     "ids_out_of_range",
     "offsets_that_do_not_cover_the_ids",
@@ -43,7 +44,7 @@ OTHERS = (
 )
 NAMES = [*STEPS, *OTHERS]
 # Those that compare with the CPU kernels, which are not on every machine.
-AGAINST_CPU = ("dense_gradients_and_touched_rows", "sequences", "codes", "rows_given")
+AGAINST_CPU = ("dense_gradients_and_touched_rows", "sequences", "codes", "rows_given", "replicas_given")
 
 
 def step(case: dict[str, Any]) -> None:

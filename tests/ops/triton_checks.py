@@ -9,7 +9,7 @@ from kernel_reference import RULES, StepCase, one_table, rule_of, train, update_
 from near import assert_near
 from torch import Tensor
 
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica
 from torchrec_qr.ops.backends import cpu, triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
@@ -156,6 +156,33 @@ def rows_given() -> None:
             results.append([weight, *update.state.values()])
         for actual, expected in zip(results[1], results[0], strict=True):
             assert_near(actual, expected, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
+
+
+def replicas_given() -> None:
+    """Rows that were looked up move, or those with a gradient, of two widths in one call; masks are cleared."""
+    for rule in ("sgd", "rowwise_adagrad", "adagrad", "adam", "amsgrad"):
+        given: list[Replica] = []
+        expected: list[list[torch.Tensor]] = []
+        for rows, width, dtype in ((5, 8, torch.float16), (70, 8, torch.float16), (3, 12, torch.float32)):
+            weight, gradient = torch.randn(rows, width).to(dtype), torch.randn(rows, width)
+            gradient[::2] = 0
+            update = update_of(rule_of(rule, max_gradient=0.5), weight, lr=0.1, fill=0.5)
+            masks = [None, None]
+            stepped = gradient.ne(0).any(dim=1)
+            if update.rule.counts_steps:
+                stepped = torch.arange(rows) % 3 == 0
+                masks = [stepped.to(torch.uint8), (torch.arange(rows) % 6 == 0).to(torch.uint8)]
+            given.append(Replica(weight, gradient, update, *masks))
+            state = {name: value.clone() for name, value in update.state.items()}
+            copied = Replica(weight.clone(), gradient, update._replace(state=state))
+            picked = stepped.nonzero().squeeze(1)
+            cpu.update_rows(copied.weight, picked, gradient[picked], copied.update)
+            expected.append([copied.weight, *state.values()])
+        triton.update_replicas(given)
+        for replica, exact in zip(given, expected, strict=True):
+            for actual, of in zip([replica.weight, *replica.update.state.values()], exact, strict=True):
+                assert_near(actual, of, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
+            assert replica.mask is None or not replica.mask.any()
 
 
 def any_id() -> None:

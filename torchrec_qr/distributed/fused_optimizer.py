@@ -10,7 +10,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 
 from torchrec_qr.distributed.stored_partition import StoredPartition
-from torchrec_qr.ops.dispatch import kernels_step, update_rows
+from torchrec_qr.ops.arguments import Replica
+from torchrec_qr.ops.dispatch import kernels_step, update_replicas, update_rows
 from torchrec_qr.ops.out_of_memory import named_zeros
 from torchrec_qr.ops.update_rules import Update, UpdateRule
 
@@ -85,24 +86,22 @@ class RowOptimizer(FusedOptimizer):
         return shown
 
     @torch.no_grad()
-    def update_replica(self, leaf: Tensor, grad: Tensor) -> None:
-        """Steps the rows of a replica by their gradients ``grad`` (rows, columns), unless it is frozen."""
-        touched = self.touched_of.get(leaf)
-        # Step rows with a gradient alone, because without one they move only under rules that count steps.
-        stepped = grad.ne(0).any(dim=1) if touched is None else touched.bool()
-        if touched is not None:
-            touched.zero_()
+    def replica(self, leaf: Tensor, gradient: Tensor, looked_up: Tensor | None) -> Replica | None:
+        """Returns the next step of a replica, and counts it; None if it is frozen or the rate is 0.
+
+        Args:
+            leaf (Tensor): (rows, columns), the replica.
+            gradient (Tensor): (rows, columns) fp32, of all ranks.
+            looked_up (Tensor | None): `touched_of` the leaf, of all ranks.
+        """
+        mask = self.touched_of.get(leaf)
         update = self.begin_step(leaf)
         if update is None:
-            return
-        if leaf.is_cuda and kernels_step(leaf):
-            # Pass all rows, and -1 for those that stay, because the host would wait for the number of rows.
-            rows = torch.arange(len(stepped), device=leaf.device).where(stepped, -1)
-        else:
-            rows = stepped.nonzero().squeeze(1)
-            grad = grad.index_select(0, rows)
+            if mask is not None:
+                mask.zero_()
+            return None
         # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
-        update_rows(leaf.data, rows, grad, update)
+        return Replica(leaf.data, gradient, update, looked_up, mask)
 
     def begin_step(self, tensor: Tensor) -> Update | None:
         """Returns the next step of a leaf, and counts it; None if the leaf is frozen or the rate is 0."""
@@ -118,8 +117,10 @@ class RowOptimizer(FusedOptimizer):
     def warm_up(self, tensor: Tensor) -> None:
         """Compiles the step of a replica on a GPU."""
         if tensor.is_cuda and kernels_step(tensor):
-            no_row, gradients = torch.full((1,), -1, device=tensor.device), torch.zeros_like(tensor.data[:1])
-            update_rows(tensor.data, no_row, gradients, self.same_step(tensor))
+            # No row has a gradient, or has been looked up.
+            gradient = torch.zeros(tensor.shape, device=tensor.device)
+            mask = self.touched_of.get(tensor)
+            step_replicas([Replica(tensor.data, gradient, self.same_step(tensor), mask, mask)])
 
     @property
     def rule_name(self) -> str:
@@ -135,6 +136,21 @@ class RowOptimizer(FusedOptimizer):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         pass
+
+
+@torch.no_grad()
+def step_replicas(replicas: Sequence[Replica]) -> None:
+    """Steps the rows of replicas that have been looked up, or have a gradient if without one they stay."""
+    on_gpu = [r for r in replicas if r.weight.is_cuda and kernels_step(r.weight)]
+    if on_gpu:
+        update_replicas(on_gpu)
+    for r in replicas:
+        if not (r.weight.is_cuda and kernels_step(r.weight)):
+            stepped = r.gradient.ne(0).any(dim=1) if r.looked_up is None else r.looked_up
+            rows = stepped.nonzero().squeeze(1)
+            if r.mask is not None:
+                r.mask.zero_()
+            update_rows(r.weight, rows, r.gradient.index_select(0, rows), r.update)
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
 from torchrec_qr.distributed.customized_kernel import is_fused, layout_of
-from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer
+from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer, step_replicas
 from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.stored_partition import StoredPartition
 
@@ -116,7 +116,9 @@ def step_alone(module: nn.Module) -> None:
 
 def _step_alone(optimizer: RowOptimizer, leaf: Tensor) -> None:
     assert leaf.grad is not None
-    optimizer.update_replica(leaf, leaf.grad)
+    replica = optimizer.replica(leaf, leaf.grad.float().contiguous(), optimizer.touched_of.get(leaf))
+    if replica is not None:
+        step_replicas([replica])
     leaf.grad = None
 
 
@@ -127,11 +129,11 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
     summed = buffer.float()
     first = buffer.storage_offset()
     gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in bucket.gradients()]
-    for p, grad in zip(parameters, gradients, strict=True):
-        if reduction.average or p not in optimizers:
-            grad.div_(reduction.pg.size())
-    masks = [optimizers[p].touched_of[p] for p in parameters if p in optimizers and p in optimizers[p].touched_of]
-    touched = torch.cat(masks) if masks else None
+    plain = [grad for p, grad in zip(parameters, gradients, strict=True) if p not in optimizers]
+    for averaged in [summed] if reduction.average else plain:
+        averaged.div_(reduction.pg.size())
+    masks = {p: optimizers[p].touched_of[p] for p in parameters if p in optimizers and p in optimizers[p].touched_of}
+    touched = torch.cat(list(masks.values())) if masks else None
     touched_work = None
     if touched is not None:
         touched_work = dist.all_reduce(touched, dist.ReduceOp.MAX, group=reduction.pg, async_op=True)
@@ -140,14 +142,14 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
         for tensor in (summed, touched):
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        looked_up: dict[Tensor, Tensor] = {}
         if touched is not None:
             assert touched_work is not None
             touched_work.wait()
-            for mask, reduced in zip(masks, touched.split([m.numel() for m in masks]), strict=True):
-                mask.copy_(reduced)
-        for p, grad in zip(parameters, gradients, strict=True):
-            if p in optimizers:
-                optimizers[p].update_replica(p, grad)
+            looked_up = dict(zip(masks, touched.split([m.numel() for m in masks.values()]), strict=True))
+        fused = [(p, grad) for p, grad in zip(parameters, gradients, strict=True) if p in optimizers]
+        replicas = [optimizers[p].replica(p, grad, looked_up.get(p)) for p, grad in fused]
+        step_replicas([replica for replica in replicas if replica is not None])
         return buffer if summed is buffer else buffer.copy_(summed)
 
     # Chain to this future, because NCCL's futures are complete at once. Its callback runs on a stream that waits for

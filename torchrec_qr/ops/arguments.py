@@ -47,6 +47,24 @@ class DenseGradient(NamedTuple):
 Outcome = Update | DenseGradient | None
 
 
+class Replica(NamedTuple):
+    """A replica and its step.
+
+    Args:
+        weight: (R_j, D_j).
+        gradient: (R_j, D_j) fp32, of all ranks.
+        update: the step.
+        looked_up: (R_j,) uint8, not 0 where a rank has looked up a row; None: rows whose gradient is not 0 are stepped.
+        mask: (R_j,) uint8, where this rank's lookups are marked, which the step clears; None if ``looked_up`` is.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    update: Update
+    looked_up: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class Gradients(NamedTuple):
     """What a backward returns: the gradient of each weight that has a `DenseGradient`, and that of the batch's weights,
     (N,) fp32, if it is needed; else None."""
@@ -180,6 +198,24 @@ def check_step(weight: Tensor, rows: Tensor, gradients: Tensor) -> None:
         raise ValueError(
             f"rows on {rows.device} with gradients on {gradients.device}; allowed: {weight.device}, as the weight"
         )
+
+
+def check_replica(replica: Replica) -> None:
+    """Raises a ValueError if the tensors of a replica do not fit its weight."""
+    weight, gradient = replica.weight, replica.gradient
+    check_state(replica.update, weight)
+    _check_rows_apart("weight", weight)
+    fits = gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.device == weight.device
+    if gradient.shape != weight.shape or not fits:
+        raise ValueError(
+            f"a gradient of shape {tuple(gradient.shape)}, {gradient.dtype} on {gradient.device}; allowed: contiguous, "
+            f"{tuple(weight.shape)}, torch.float32 on {weight.device}, as the replica"
+        )
+    for mask in (replica.looked_up, replica.mask):
+        if (mask is not None) != replica.update.rule.counts_steps:
+            raise ValueError(f"{type(replica.update.rule).__name__} with mask {mask}; allowed: two if it counts steps")
+        if mask is not None:
+            _check_touched(mask, weight)
 
 
 def check_outcome(outcome: Outcome, weight: Tensor) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from torchrec_qr.ops.arguments import Replica
 from torchrec_qr.ops.backends import Backend, cpu
 from torchrec_qr.ops.description import MAX_WIDTH, Description
 from torchrec_qr.ops.transforms import is_transformed
@@ -66,3 +67,11 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
         kernels_on(weight.device).update_rows(weight, rows, gradients, update)
     else:
         update.step(weight, rows, gradients)
+
+
+def update_replicas(replicas: list[Replica]) -> None:
+    """Steps replicas on a GPU that `kernels_step`, in one launch where they are alike."""
+    from torchrec_qr.ops.backends import triton
+
+    load_driver()
+    triton.update_replicas(replicas)

@@ -17,15 +17,17 @@ from torchrec_qr.ops.arguments import (
     DenseGradient,
     Gradients,
     Outcome,
+    Replica,
     check_batch,
     check_call,
     check_out_gradient,
     check_outcome,
+    check_replica,
     check_state,
     check_step,
 )
 from torchrec_qr.ops.description import Description, TableLayout
-from torchrec_qr.ops.triton_kernels import backward_launches, launches
+from torchrec_qr.ops.triton_kernels import backward_launches, launches, replica_launches
 from torchrec_qr.ops.triton_kernels.device_tables import WIDEST_READ, Descriptors, Stored, describe
 from torchrec_qr.ops.update_rules import NUMBERS, Update
 
@@ -102,6 +104,21 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
         sums = backward_launches.RowSums(gradients, rows.contiguous(), of_first)
         stepping = backward_launches.stepping_of([weight], [update.rule.number], [list(update.state.values())])
         backward_launches.step_summed_rows(sums, stepping, backward_launches.Step([None], [None], update.numbers()))
+
+
+def update_replicas(replicas: list[Replica]) -> None:
+    """Steps the rows of replicas, all on one device, that have been looked up or have a gradient that is not 0."""
+    device = replicas[0].weight.device
+    key = tuple([_replica_key(r) for r in replicas])
+    stepping = _replicas.get(key)
+    if stepping is None:
+        for r in replicas:
+            check_replica(r)
+        stepping = replica_launches.replica_stepping_of(replicas)
+        _keep(_replicas, key, stepping, most=_REPLICAS_KEPT)
+    with _current(device):
+        _refuse_capture(device)
+        replica_launches.step_all(replicas, stepping)
 
 
 def _aligned(gradient: Tensor) -> Tensor:
@@ -242,9 +259,13 @@ _described: WeakKeyDictionary[Description, dict[Any, _Found]] = WeakKeyDictionar
 _KEPT = 16  # of a description, because weights that move leave entries behind
 
 
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+_replicas: dict[Any, replica_launches.ReplicaStepping] = {}
+_REPLICAS_KEPT = 256  # of a process, because each bucket of a model has one
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int = _KEPT) -> None:
     """Keeps a value, and drops the oldest if there are many."""
-    if len(kept) == _KEPT:
+    if len(kept) == most:
         del kept[next(iter(kept))]
     kept[key] = value
 
@@ -271,6 +292,11 @@ def _outcome_key(outcome: Outcome) -> Any:
     touched = outcome.touched
     # A mask that does not fit gets a key of its own, which is then checked.
     return backward_launches.GRADIENT if touched is None else (backward_launches.GRADIENT, *_place(touched)[1:])
+
+
+def _replica_key(replica: Replica) -> Any:
+    masks = [None if mask is None else _place(mask) for mask in (replica.looked_up, replica.mask)]
+    return _place(replica.weight), _place(replica.gradient), *masks, _outcome_key(replica.update)
 
 
 def _numbers(outcomes: list[Outcome]) -> list[float]:

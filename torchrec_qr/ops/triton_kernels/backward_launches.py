@@ -119,7 +119,8 @@ class _DescribedStep(NamedTuple):
     numbers: Tensor
 
 
-def _described(stepping: Stepping, step: Step, device: torch.device) -> _DescribedStep:
+def step_on_device(stepping: Stepping, step: Step, device: torch.device) -> _DescribedStep:
+    """Brings to the device what kernels read of a step."""
     fields = stepping.fields
     if any(t is not None for t in (*step.dense, *step.touched)):
         fields = fields.copy()
@@ -130,15 +131,16 @@ def _described(stepping: Stepping, step: Step, device: torch.device) -> _Describ
     stream = stream_of(device)
     return _DescribedStep(
         stepping.kernels,
-        _kept(tuple(fields), torch.int64, device, stream),
-        _kept(tuple(step.numbers), torch.float32, device, stream),
+        kept_on_device(tuple(fields), torch.int64, device, stream),
+        kept_on_device(tuple(step.numbers), torch.float32, device, stream),
     )
 
 
 # The stream is part of the key, because a copy on one stream is not ordered before its use on another. Replicated
 # partitions are stepped on the streams of a pool, in turn.
 @lru_cache(maxsize=1024)
-def _kept(numbers: tuple[int | float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+def kept_on_device(numbers: tuple[int | float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+    """Returns numbers on the device, which many steps share."""
     return on_device(numbers, dtype, device)
 
 
@@ -153,7 +155,7 @@ def step_looked_up_rows(
     """Steps every row that was looked up once, by its summed gradient, which is of the values before the step."""
     if not batch.ids.numel():
         return
-    described = _described(stepping, step, d.entries.device)
+    described = step_on_device(stepping, step, d.entries.device)
     ranges, keys = _ranges(d, batch, cuts), _keys(d, batch, out_gradient)
     waiting: list[tuple[RowSums, list[int]]] = []
     for of in stepping.passes:
@@ -167,7 +169,7 @@ def step_looked_up_rows(
 
 def step_summed_rows(row_sums: RowSums, stepping: Stepping, step: Step) -> None:
     """Steps every row of ``row_sums`` once; writes its dense gradient, and marks it, if there is memory for that."""
-    _step_waiting(row_sums, stepping.of_weights, _described(stepping, step, row_sums.sums.device))
+    _step_waiting(row_sums, stepping.of_weights, step_on_device(stepping, step, row_sums.sums.device))
 
 
 def _step_waiting(own: RowSums, step_groups: list[int], step: _DescribedStep) -> None:
@@ -271,7 +273,7 @@ def _sum(
 ) -> None:
     sorted_keys, order = torch.sort(keys.of_numbers[of.number], stable=True)
     device = d.entries.device
-    entry_of = _kept(of.entry_of, torch.int32, device, stream_of(device))
+    entry_of = kept_on_device(of.entry_of, torch.int32, device, stream_of(device))
     stride, num_tables = ranges.heads.stride(0), len(d.tables)
     by_key = int(d.keys[of.number] <= batch.ids.numel())
     shares = ranges.heads, ranges.tails, *(sums or (None, None, None))
