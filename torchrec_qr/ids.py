@@ -79,10 +79,7 @@ def _jagged_by_feature(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
 
 def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
     """Returns ``ids`` (N,) as int64, brought into [0, S) by the policy of ``space`` (see `bags_of`)."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"table {space.table!r}, feature {space.feature!r}: ids have dtype {ids.dtype}; allowed: int32, int64"
-        )
+    check_type(ids, space)
     # Cast before any arithmetic, because an S above 2^31 overflows int32.
     ids = ids.to(torch.int64)
     match space.out_of_range:
@@ -96,6 +93,14 @@ def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
             low, high = torch.stack(ids.aminmax()).tolist()
             raise_if_outside(low, high, space)
     return ids
+
+
+def check_type(ids: Tensor, space: IdSpace) -> None:
+    """Raises TypeError unless ids are integers."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"table {space.table!r}, feature {space.feature!r}: ids have dtype {ids.dtype}; allowed: int32, int64"
+        )
 
 
 def _clamped_with_deferred_error(ids: Tensor, space: IdSpace) -> Tensor:

@@ -12,7 +12,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica, SentFeature
 from torchrec_qr.ops.backends import triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.update_rules import Update
@@ -120,6 +120,8 @@ def every_kernel(architecture: int) -> Callable[[DryLaunches], dict[str, Any]]:
         tables = Tables(number=1, weighted=True)
         tables.step(bags=2100, hot=1)
         tables.step_replicas()
+        fields = triton.fields_of_sent([SentFeature(NUM_IDS, "error")])
+        triton.send_ids(fields, torch.zeros(4, dtype=torch.int64), torch.arange(5), 4, lambda number: None)
         return {"launched": sorted(dry.launches)}
 
     return run

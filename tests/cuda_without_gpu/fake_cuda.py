@@ -45,7 +45,8 @@ LIBRARIES = {package: _folder(package) for package in ("torchrec_qr", "torchrec"
 LAUNCHERS = tuple(LIBRARIES["torchrec_qr"] + part for part in ("ops/backends/triton.py", "ops/triton_kernels/"))
 
 SYNC, BLOCKING, LAUNCH, COLLECTIVE = "host synchronisations", "blocking copies", "launches", "collectives"
-KINDS = (SYNC, BLOCKING, LAUNCH, COLLECTIVE)
+CALL = "dispatcher calls"
+KINDS = (SYNC, BLOCKING, LAUNCH, COLLECTIVE, CALL)
 
 # Operations that neither launch nor wait: views, and memory that is only claimed.
 _VIEWS_AND_CLAIMS = """
@@ -60,6 +61,10 @@ _DRAWN = {"uniform_", "normal_", "bernoulli_", "random_", "exponential_"}
 
 class DevicePointerOnHostError(AssertionError):
     """The host asks for the address of device memory, which only the Triton backend may, to hand it on."""
+
+
+# Kernels whose first argument are ids, which become 0, because every table has that one.
+_WRITE_IDS = ("send_ids",)
 
 
 class WrongDeviceError(AssertionError):
@@ -165,6 +170,8 @@ class Recorder(TorchDispatchMode):
                 out = args[0].clone()
             self._memory.pin(out)
             return out
+        if name != "device":  # which only a fake tensor asks of the dispatcher
+            self._counts.add(CALL, name)
         self._note(name, args, kwargs, tensors)
         return self._run(func, args, kwargs, tensors)
 
@@ -304,7 +311,7 @@ class FakeCuda:
         FakeTensor.record_stream = lambda tensor, stream: None
 
     def _install_devices(self) -> None:
-        counts, devices = self.counts, self.devices
+        counts, devices, memory = self.counts, self.devices, self.memory
 
         class Event:
             """Is complete as soon as it is asked; who waits without asking waits for the device."""
@@ -342,6 +349,9 @@ class FakeCuda:
             placed = {t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
             if placed != {torch.device("cuda", devices.current())}:
                 raise WrongDeviceError(f"{name}: tensors on {placed}; launched on cuda:{devices.current()}")
+            if name in _WRITE_IDS:
+                with no_dispatch():
+                    memory.write(args[0], torch.zeros(args[0].shape, dtype=args[0].dtype))
 
         cuda: Any = torch.cuda
         cuda.current_device = devices.current

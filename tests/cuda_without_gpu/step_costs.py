@@ -52,6 +52,10 @@ def condensed(costs: Costs, by_place: bool) -> dict[str, int]:
     for library, kinds in costs.items():
         for kind, places in kinds.items():
             waits = kind in ("host synchronisations", "blocking copies")
+            if kind == "dispatcher calls":
+                if library == OWN:
+                    out[f"{library}, {kind}, in all"] = sum(places.values())
+                continue
             own = library == OWN and (waits or by_place)
             if own or (waits and by_place):
                 out |= {f"{library}, {kind}, {place}": n for place, n in places.items()}

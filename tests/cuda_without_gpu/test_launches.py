@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import dry_steps
 
-from torchrec_qr.ops.triton_kernels import backward_launches, launches, replica_launches
+from torchrec_qr.ops.triton_kernels import backward_launches, id_launches, launches, replica_launches
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -28,7 +28,8 @@ def results() -> dict[str, Any]:
 def test_every_kernel_binds_and_compiles(results: dict[str, Any], architecture: int) -> None:
     result = results[f"every kernel for sm_{architecture}"]
     assert "error" not in result, result["error"]
-    text = "".join(Path(str(module.__file__)).read_text() for module in (launches, backward_launches, replica_launches))
+    modules = launches, backward_launches, replica_launches, id_launches
+    text = "".join(Path(str(module.__file__)).read_text() for module in modules)
     assert result["launched"] == sorted(set(re.findall(r"launch\(\s*(\w+),", text)))
 
 

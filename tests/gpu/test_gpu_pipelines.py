@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr import raise_pending
-from torchrec_qr.distributed import sharding
+from torchrec_qr.distributed import prepared_ids
 
 
 @pytest.mark.parametrize("setup", OF_SEVERAL, ids=str)
@@ -39,13 +39,13 @@ class Unsynchronised(TrainPipelineSparseDist[Batch, Any]):
     """In TorchRec's input dist the host waits, for numbers of ids that ranks exchange. In ours, within, it may not."""
 
     def start_sparse_data_dist(self, *args: Any) -> None:
-        prepare = sharding._PrepareIds.__call__
+        prepare = prepared_ids.PrepareIds.__call__
 
         def prepare_without_waiting(*args: Any) -> Any:
             with synchronisation("error"):
                 return prepare(*args)
 
-        with synchronisation("default"), patch.object(sharding._PrepareIds, "__call__", prepare_without_waiting):
+        with synchronisation("default"), patch.object(prepared_ids.PrepareIds, "__call__", prepare_without_waiting):
             super().start_sparse_data_dist(*args)
 
     def wait_sparse_data_dist(self, *args: Any) -> None:

@@ -35,6 +35,8 @@ OTHERS = (
     "codes",
     "rows_given",
     "replicas_given",
+    "ids_that_are_sent",
+    "ids_that_are_refused",
     "any_id",
     "ids_out_of_range",
     "offsets_that_do_not_cover_the_ids",

@@ -9,7 +9,7 @@ from kernel_reference import RULES, StepCase, one_table, rule_of, train, update_
 from near import assert_near
 from torch import Tensor
 
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica, SentFeature
 from torchrec_qr.ops.backends import cpu, triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
 from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
@@ -183,6 +183,49 @@ def replicas_given() -> None:
             for actual, of in zip([replica.weight, *replica.update.state.values()], exact, strict=True):
                 assert_near(actual, of, 1e-3 if actual.dtype == torch.float16 else 1e-5, rule)
             assert replica.mask is None or not replica.mask.any()
+
+
+def ids_that_are_sent() -> None:
+    """Each feature by its own policy and code; the code's base row is the id's, and its inverse the id."""
+    num_ids, base = 1000, torch.arange(1000) * 7 % 1000 % 40
+    codes = {
+        "strided": CodeLayout(4, 1, 300, 0),
+        "adjacent": CodeLayout(7, 7, 143, 0),
+        "wide": CodeLayout(1000, 0, 0, 0),
+        "narrow": CodeLayout(1000, 0, 0, 0),
+    }
+    maps = {"wide": base, "narrow": base.to(torch.int32)}
+    allowed = {"clamp": lambda x: min(max(x, 0), num_ids - 1), "wrap": lambda x: x % num_ids}
+    for dtype in (torch.int64, torch.int32):
+        features = [SentFeature(num_ids, policy) for policy in ("unchecked", "clamp", "wrap")]
+        features += [SentFeature(num_ids, p, codes[kind], maps.get(kind)) for p in allowed for kind in codes]
+        of_feature = [-5, 0, 999, 1000, 2**31 - 1, *range(0, 999, 3)]
+        ids, bags = ints(*of_feature * len(features)).to(dtype), len(of_feature) // 2
+        offsets = torch.cat([torch.arange(0, len(ids), len(of_feature)).view(-1, 1) + ints(*range(bags))]).flatten()
+        offsets = torch.cat([offsets, ints(len(ids))])
+        fields = triton.fields_of_sent(features)
+        sent = triton.send_ids(fields, ids, offsets, len(of_feature), pytest.fail).view(len(features), -1)
+        assert sent.dtype == torch.int64
+        for feature, actual in zip(features, sent, strict=True):
+            expected = list(map(allowed.get(feature.out_of_range, int), of_feature))
+            if feature.code is None:
+                assert actual.tolist() == expected
+                continue
+            stride, size = feature.code.stride or 1, feature.code.size or num_ids
+            of_map = feature.class_map
+            rows = [x // stride % size for x in expected] if of_map is None else of_map[expected].tolist()
+            assert (actual // feature.code.per_row).tolist() == rows
+            assert feature.code.ids_of(actual).tolist() == expected
+
+
+def ids_that_are_refused() -> None:
+    """The first id outside its table is the one that is reported; nothing is read past the end of a map."""
+    features = [SentFeature(9, "unchecked"), SentFeature(5, "error", CodeLayout(5, 0, 0, 0), torch.arange(5) % 2)]
+    fields = triton.fields_of_sent(features)
+    for bad in (-1, 5, 2**62, -(2**63)):
+        refused: list[int] = []
+        triton.send_ids(fields, ints(bad, 4, 4, bad, bad), ints(0, 2, 5), 3, refused.append)
+        assert refused == [3]
 
 
 def any_id() -> None:

@@ -100,8 +100,7 @@ class RowOptimizer(FusedOptimizer):
             if mask is not None:
                 mask.zero_()
             return None
-        # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
-        return Replica(leaf.data, gradient, update, looked_up, mask)
+        return Replica(leaf, gradient, update, looked_up, mask)
 
     def begin_step(self, tensor: Tensor) -> Update | None:
         """Returns the next step of a leaf, and counts it; None if the leaf is frozen or the rate is 0."""
@@ -150,7 +149,8 @@ def step_replicas(replicas: Sequence[Replica]) -> None:
             rows = stepped.nonzero().squeeze(1)
             if r.mask is not None:
                 r.mask.zero_()
-            update_rows(r.weight, rows, r.gradient.index_select(0, rows), r.update)
+            # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
+            update_rows(r.weight.data, rows, r.gradient.index_select(0, rows), r.update)
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):

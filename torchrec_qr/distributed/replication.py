@@ -127,8 +127,10 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
     parameters = bucket.parameters()
     # Sum in fp32, because a sum in the storage type stops to grow, and may overflow in fp16.
     summed = buffer.float()
-    first = buffer.storage_offset()
-    gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in bucket.gradients()]
+    gradients = bucket.gradients()
+    if summed is not buffer:
+        first = buffer.storage_offset()
+        gradients = [summed[g.storage_offset() - first :][: g.numel()].view_as(g) for g in gradients]
     plain = [grad for p, grad in zip(parameters, gradients, strict=True) if p not in optimizers]
     for averaged in [summed] if reduction.average else plain:
         averaged.div_(reduction.pg.size())

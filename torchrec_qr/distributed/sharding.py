@@ -5,12 +5,11 @@
 """
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.embedding_sharding import (
     BaseEmbeddingDist,
     BaseSparseFeaturesDist,
@@ -32,15 +31,9 @@ from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.customized_kernel import layout_or_none
-from torchrec_qr.distributed.layout import RowCode, ShardLayout
 from torchrec_qr.distributed.lookup_kernel import PooledLookup, SequenceLookup
 from torchrec_qr.distributed.pooled_all_to_all import without_copies
-from torchrec_qr.ids import IdSpace, bounded_ids, raise_if_outside
-from torchrec_qr.late_errors import raise_pending
-from torchrec_qr.ops.backends import cpu
-from torchrec_qr.ops.description import kernels_have
-from torchrec_qr.ops.dispatch import available
-from torchrec_qr.partitions.class_map import class_map_on
+from torchrec_qr.distributed.prepared_ids import PrepareIds
 
 
 class _Compositional:
@@ -48,7 +41,7 @@ class _Compositional:
 
     def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
         input_dist: BaseSparseFeaturesDist[KeyedJaggedTensor] = super().create_input_dist(device)  # type: ignore[misc]
-        prepare = _PrepareIds(self._feature_tables(), device or self._device)  # type: ignore[attr-defined]
+        prepare = PrepareIds(self._feature_tables(), device or self._device)  # type: ignore[attr-defined]
         input_dist.register_forward_pre_hook(lambda _, args: (prepare(args[0]), *args[1:]))
         return input_dist
 
@@ -61,7 +54,7 @@ class _Compositional:
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Returns the features of the input dist, with the ids of compositional tables in range."""
-        return _PrepareIds(self._feature_tables(), features.device(), encode=False)(features)
+        return PrepareIds(self._feature_tables(), features.device(), encode=False)(features)
 
     def create_lookup(
         self,
@@ -103,77 +96,6 @@ class _Compositional:
         return [t for group in groups for t in group.embedding_tables for _ in t.feature_names]
 
 
-class _PrepareIds:
-    """Brings the ids of compositional tables into range, and, if ``encode``, encodes those of split rows."""
-
-    def __init__(self, tables: list[ShardedEmbeddingTable], device: torch.device | None, encode: bool = True) -> None:
-        self._tables = [layout_or_none(t) for t in tables]
-        self._encode = encode
-        self._class_maps: dict[str, Tensor] = {}
-        for at in self._tables:
-            if encode and at is not None and at.splits_rows:
-                class_map = class_map_on(at.config.bound_partitions, device)
-                if class_map is not None:
-                    self._class_maps[at.config.name] = class_map
-
-    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        if not any(self._tables):
-            return features
-        raise_pending(wait=False)
-        values = features.values()
-        if values.dtype == torch.int64 and all(self._is_only_checked(at, values.device) for at in self._tables):
-            if values.device.type == "cpu":
-                self._check(features)
-            return features
-        starts = features.offset_per_key()
-        ids = []
-        # Prepare a feature once, because it comes once for each column shard of its table.
-        prepared: dict[tuple[str, str], Tensor] = {}
-        for (start, end), feature, at in zip(pairwise(starts), features.keys(), self._tables, strict=True):
-            if at is None:
-                # Use one type for all features, because row codes may need int64.
-                ids.append(values[start:end].to(torch.int64))
-                continue
-            key = (at.config.name, feature)
-            if key not in prepared:
-                prepared[key] = self._prepare(values[start:end], feature, at)
-            ids.append(prepared[key])
-        return KeyedJaggedTensor(
-            keys=features.keys(),
-            values=torch.cat(ids),
-            weights=features.weights_or_none(),
-            lengths=features.lengths(),
-            offsets=features.offsets(),
-            stride=features.stride(),
-            length_per_key=features.length_per_key(),
-        )
-
-    def _is_only_checked(self, at: ShardLayout | None, device: torch.device) -> bool:
-        """Returns whether the ids of a feature need a check at most."""
-        if at is None:
-            return True
-        if (self._encode and at.splits_rows) or at.config.out_of_range not in ("error", "unchecked"):
-            return False
-        if device.type == "cpu":
-            return cpu.available()
-        # Check nothing on a GPU, because the kernels check each id.
-        return available(device) and kernels_have(at.config.operation, at.config.partition_columns)
-
-    def _check(self, features: KeyedJaggedTensor) -> None:
-        """Checks all ids of a batch on a CPU in one pass."""
-        bounds = cpu.id_bounds(features.values(), features.offset_per_key())
-        for at, feature, (low, high) in zip(self._tables, features.keys(), bounds, strict=True):
-            if at is not None and at.config.out_of_range == "error" and low <= high:
-                raise_if_outside(low, high, _id_space(at, feature))
-
-    def _prepare(self, ids: Tensor, feature: str, at: ShardLayout) -> Tensor:
-        config = at.config
-        ids = bounded_ids(ids, _id_space(at, feature))
-        if not self._encode or not at.splits_rows:
-            return ids
-        return RowCode(config).encode(ids, self._class_maps.get(config.name))
-
-
 def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any, ...]) -> None:
     """Raises on all ranks if gloo cannot gather the gradients. Every rank has all sizes."""
     context = args[1] if len(args) > 1 else None
@@ -184,10 +106,6 @@ def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any,
             "tables whose rows are split from batches of different sizes; allowed: batches of one size, such as by "
             "padding or leaving out the last one, NCCL, or another sharding type"
         )
-
-
-def _id_space(at: ShardLayout, feature: str) -> IdSpace:
-    return IdSpace(at.config.name, feature, at.config.num_embeddings, at.config.out_of_range)
 
 
 def _with_compositional(sharding: type[Any]) -> type[Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops.description import MAX_WIDTH, Description
+from torchrec_qr.ops.description import MAX_WIDTH, CodeLayout, Description
 from torchrec_qr.ops.update_rules import Update
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -32,6 +32,22 @@ class Batch(NamedTuple):
     pooled: bool
     starts: Sequence[int] | None = None
     kept: list[Any] | None = None
+
+
+class SentFeature(NamedTuple):
+    """A feature whose ids are sent to other ranks.
+
+    Args:
+        num_ids: S.
+        out_of_range: the policy for ids outside [0, S), as in `torchrec_qr.ids`.
+        code: the row codes that are sent in place of ids, of first row 0; None: ids are sent.
+        class_map: (S,) int32 or int64, the base row of each id, if the code has no closed form.
+    """
+
+    num_ids: int
+    out_of_range: str
+    code: CodeLayout | None = None
+    class_map: Tensor | None = None
 
 
 class DenseGradient(NamedTuple):

@@ -1,12 +1,12 @@
 """The choice between kernels and PyTorch, by device, type and operation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from torchrec_qr.ops.arguments import Replica
+from torchrec_qr.ops.arguments import Replica, SentFeature
 from torchrec_qr.ops.backends import Backend, cpu
 from torchrec_qr.ops.description import MAX_WIDTH, Description
 from torchrec_qr.ops.transforms import is_transformed
@@ -75,3 +75,31 @@ def update_replicas(replicas: list[Replica]) -> None:
 
     load_driver()
     triton.update_replicas(replicas)
+
+
+class SendIds:
+    """Prepares the ids of a batch on a GPU for sending, in one launch.
+
+    Args:
+        features (Sequence[SentFeature]): the features of each batch, in order.
+    """
+
+    def __init__(self, features: Sequence[SentFeature]) -> None:
+        from torchrec_qr.ops.backends import triton
+
+        load_driver()
+        self._features = list(features)  # their class maps must live
+        self._fields = triton.fields_of_sent(self._features)
+
+    def __call__(self, ids: Tensor, offsets: Tensor, most_ids: int, raise_at: Callable[[int], None]) -> Tensor:
+        """Returns what is sent of ids (N,), as int64.
+
+        Args:
+            ids (Tensor): (N,) int32 or int64, feature after feature.
+            offsets (Tensor): (F·B + 1,) of their bags.
+            most_ids (int): the number of ids of the feature with most.
+            raise_at (Callable[[int], None]): raises the error of the id of a number, which a later call calls.
+        """
+        from torchrec_qr.ops.backends import triton
+
+        return triton.send_ids(self._fields, ids, offsets, most_ids, raise_at)

@@ -4,6 +4,7 @@ What the kernels refuse (ids out of range, offsets that are none) adds nothing t
 exception, which is the CPU kernels' own, once the verdict has reached the host: see `torchrec_qr.late_errors`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,10 +28,11 @@ from torchrec_qr.ops.arguments import (
     check_step,
 )
 from torchrec_qr.ops.description import Description, TableLayout
-from torchrec_qr.ops.triton_kernels import backward_launches, launches, replica_launches
+from torchrec_qr.ops.triton_kernels import backward_launches, id_launches, launches, replica_launches
 from torchrec_qr.ops.triton_kernels.device_tables import WIDEST_READ, Descriptors, Stored, describe
 from torchrec_qr.ops.update_rules import NUMBERS, Update
 
+fields_of_sent = id_launches.fields_of
 _NO_NUMBERS = [0.0] * len(NUMBERS)
 
 
@@ -121,6 +123,22 @@ def update_replicas(replicas: list[Replica]) -> None:
         replica_launches.step_all(replicas, stepping)
 
 
+def send_ids(
+    fields: tuple[int, ...], ids: Tensor, offsets: Tensor, most_ids: int, raise_at: Callable[[int], None]
+) -> Tensor:
+    """See `torchrec_qr.ops.dispatch.SendIds`."""
+    with _current(ids.device):
+        sent = id_launches.send(fields, ids, offsets, most_ids)
+
+        def check(verdict: Tensor) -> None:
+            number = int(verdict)
+            if number != launches.NO_FAILURE:
+                raise_at(number)
+
+        _check_when_known(sent.failure, check)
+    return sent.ids
+
+
 def _aligned(gradient: Tensor) -> Tensor:
     """The gradient in fp32 and, as kernels read several numbers at once, where PyTorch's memory begins or like that."""
     gradient = gradient.to(torch.float32).contiguous()
@@ -136,6 +154,14 @@ def _begin(device: torch.device) -> None:
     """Refuses a call that cannot be, and raises what an earlier one has left."""
     _refuse_capture(device)
     raise_pending(wait=False)
+
+
+def _check_when_known(failure: Tensor, check: Callable[[Tensor], None]) -> None:
+    """Calls ``check`` at once if kernels are interpreted, or else when the verdict of a GPU has arrived."""
+    if failure.device.type == "cpu":
+        check(failure)
+    else:
+        check_later(failure, check)
 
 
 def _refuse_capture(device: torch.device) -> None:
@@ -221,11 +247,7 @@ class _Call:
         return _aligned(out_gradient)
 
     def done(self) -> None:
-        """Has what failed raised: at once, if kernels are interpreted, or when the verdict of a GPU has arrived."""
-        if self.batch.failure.device.type == "cpu":
-            self._check.raise_failure(self.batch.failure)
-        else:
-            check_later(self.batch.failure, self._check.raise_failure)
+        _check_when_known(self.batch.failure, self._check.raise_failure)
 
     def step(self, weights: list[Tensor], out_gradient: Tensor, outcomes: list[Outcome]) -> list[Tensor | None]:
         """Steps rows, and returns the dense gradient of each weight that has one."""
@@ -238,14 +260,29 @@ class _Call:
             states = [list(o.state.values()) if isinstance(o, Update) else [] for o in outcomes]
             stepping = backward_launches.stepping_of(weights, rules, states, self.found.descriptors)
             _keep(self.found.stepping, key, stepping)
-        dense = [
-            torch.zeros(w.shape, dtype=w.dtype, device=w.device) if isinstance(o, DenseGradient) else None
-            for w, o in zip(weights, outcomes, strict=True)
-        ]
+        dense = _dense_gradients(weights, outcomes)
         touched = [o.touched if isinstance(o, DenseGradient) else None for o in outcomes]
         step = backward_launches.Step(dense, touched, _numbers(outcomes))
         backward_launches.step_looked_up_rows(self.found.descriptors, self.batch, out_gradient, stepping, step)
         return dense
+
+
+def _dense_gradients(weights: list[Tensor], outcomes: list[Outcome]) -> list[Tensor | None]:
+    """Returns zeros for each weight that has a dense gradient, in memory that is filled by one launch per type."""
+    dense: list[Tensor | None] = [None] * len(weights)
+    of_types: dict[torch.dtype, list[int]] = {}
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, DenseGradient):
+            of_types.setdefault(weights[i].dtype, []).append(i)
+    for dtype, members in of_types.items():
+        # Begin each where kernels can read and write several numbers at once.
+        apart = WIDEST_READ // dtype.itemsize
+        sizes = [-(-weights[i].numel() // apart) * apart for i in members]
+        pieces = torch.zeros(sum(sizes), dtype=dtype, device=weights[0].device).split(sizes)
+        for i, piece in zip(members, pieces, strict=True):
+            own = piece if len(piece) == weights[i].numel() else piece[: weights[i].numel()]
+            dense[i] = own.view(weights[i].shape)
+    return dense
 
 
 class _Found(NamedTuple):
