@@ -204,7 +204,7 @@ def calibrated(hosts: int, rounds: int = 9, of_lookups: str | None = None) -> Ha
     link = link_constants(rounds, base)
     if of_lookups is None:
         constants = {**asdict(base), **lookup_constants(rounds, link["link_gb_s"])}
-        base = Hardware(**{**constants, "compose_factor": 0.0, "source": "this host"})
+        base = Hardware(**{**constants, "source": "this host"})
         # Anew, with what a shard and a replica take here.
         link = link_constants(rounds, base)
     measured: dict[str, Any] = dict(link)

@@ -2,7 +2,7 @@
 
 TorchRec's own estimators estimate plain tables, except optimizer state, which is what FBGEMM and the dense optimizer
 hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``), with three
-differences. An id reads and composes K rows. Ranks reduce the replicas beside a split base partition. Memory counts
+differences. An id reads K rows. Ranks reduce the replicas beside a split base partition. Memory counts
 the stored partitions. A compositional table of one partition costs as much as a plain table of its rows.
 """
 
@@ -181,7 +181,6 @@ class Estimator:
         moved = (
             id_bytes * (2 if table.is_weighted else 1)
             + looked_up * _row_bytes(table, start, stop, by_columns) * self.hardware.lookup_factor
-            + looked_up * width * 4 * (config.num_partitions - 1) * self.hardware.compose_factor
             + rows_out * width * forward_size
         )
         penalty = _narrow_penalty(width) if by_columns else 1.0

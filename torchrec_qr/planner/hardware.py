@@ -37,7 +37,6 @@ class Hardware:
             collectives, and their preparation.
         replication_ms (float): ms to reduce the replicas of a sharding type, whatever the bytes.
         lookup_factor (float): the cost of a byte that a compositional lookup reads, relative to a plain one.
-        compose_factor (float): float32 values moved through memory per composed value: 0 for a fused kernel.
         concat_factor (float): bytes moved per byte of pooled output, if several sharding types share a module: the
             forward concatenates their columns, and the backward splits the gradient.
         replica_factor (float): bytes moved per byte of a replica's gradient, to fill, reduce, scan and apply it.
@@ -63,7 +62,6 @@ class Hardware:
     sharding_ms: float
     replication_ms: float
     lookup_factor: float
-    compose_factor: float
     concat_factor: float
     replica_factor: float
     replica_ms: float
@@ -165,7 +163,6 @@ def all_reduce_passes(world_size: int, local_world_size: int) -> float:
 
 _FUSED: dict[str, Any] = {
     "lookup_factor": 1.0,
-    "compose_factor": 0.0,
     "concat_factor": 4.0,  # one read and one write, forward and backward
     "replica_factor": 9.22,  # TorchRec's factor for its own data-parallel tables
     "replica_ms": 0.0,
@@ -197,7 +194,6 @@ HARDWARE = MappingProxyType(
                 sharding_ms=3.5,
                 replication_ms=3.2,
                 lookup_factor=0.45,
-                compose_factor=0.0,
                 concat_factor=0.8,
                 replica_factor=3.8,
                 replica_ms=0.27,
