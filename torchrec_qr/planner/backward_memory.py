@@ -6,7 +6,7 @@ from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.distributed.layout import stored_columns
 
 # `torchrec_qr.ops.triton_kernels.backward_launches` allocates these.
-_IDS_PER_RANGE, _WAITING_BYTES, _SORTED_BYTES = 32, 12, 50
+IDS_PER_RANGE, WAITING_BYTES, _SORTED_BYTES = 32, 12, 50
 
 
 def backward_bytes(config: CompositionalConfig, ids: float, start: int, stop: int) -> int:
@@ -37,8 +37,8 @@ def backward_bytes(config: CompositionalConfig, ids: float, start: int, stop: in
     partitions = config.bound_partitions
     spans = [stored_columns(config, j, start, stop) for j in range(len(partitions.sizes))]
     widths = [b - a for a, b in spans]
-    total = _SORTED_BYTES * ids + 2 * ids / _IDS_PER_RANGE * 4 * max(widths)
+    total = _SORTED_BYTES * ids + 2 * ids / IDS_PER_RANGE * 4 * max(widths)
     for j, size in enumerate(partitions.sizes):
         if config.operation == "mult" and j != partitions.main:
-            total += min(ids, size) * (4 * widths[j] + _WAITING_BYTES)
+            total += min(ids, size) * (4 * widths[j] + WAITING_BYTES)
     return math.ceil(total)

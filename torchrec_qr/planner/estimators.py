@@ -1,9 +1,10 @@
 """The bytes and milliseconds of a table's shards under every sharding type.
 
 TorchRec's own estimators estimate plain tables, except optimizer state, which is what FBGEMM and the dense optimizer
-hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``), with three
-differences. An id reads K rows. Ranks reduce the replicas beside a split base partition. Memory counts
-the stored partitions. A compositional table of one partition costs as much as a plain table of its rows.
+hold. Compositional tables follow TorchRec's formulas (``torchrec.distributed.planner.estimator``), with four
+differences. An id reads K rows. On a GPU, rows of partitions that fit in the cache cost nothing, and each partition has
+a backward of its own. Ranks reduce the replicas beside a split base partition. Memory counts the stored partitions.
+A compositional table of one partition that the cache does not hold costs as much as a plain table of its rows.
 """
 
 import math
@@ -38,10 +39,11 @@ from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ShardingType
 
 from torchrec_qr.configs import CompositionalConfig
-from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, stored_columns
+from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT
 from torchrec_qr.planner.backward_memory import backward_bytes
 from torchrec_qr.planner.costs import NO_COST, Cost
 from torchrec_qr.planner.hardware import Hardware, all_reduce_passes
+from torchrec_qr.planner.lookup_traffic import backward_traffic, read_partitions
 from torchrec_qr.planner.sharder_view import comm_sizes, sharder_view
 from torchrec_qr.planner.storage import (
     DENSE,
@@ -64,7 +66,6 @@ _OFFLOADED = frozenset(
     for k in EmbeddingComputeKernel
     if k not in (EmbeddingComputeKernel.DENSE, EmbeddingComputeKernel.FUSED, EmbeddingComputeKernel.QUANT)
 )
-_MIN_LOOKUP_COLUMNS = 32
 
 
 class Estimator:
@@ -178,15 +179,24 @@ class Estimator:
         forward_size, backward_size = self._comm_sizes(table, sharding_type)
 
         id_bytes = math.ceil(looked_up * BIGINT_DTYPE)
-        moved = (
-            id_bytes * (2 if table.is_weighted else 1)
-            + looked_up * _row_bytes(table, start, stop, by_columns) * self.hardware.lookup_factor
-            + rows_out * width * forward_size
-        )
+        ids_in = id_bytes * (2 if table.is_weighted else 1)
+        cache_bytes = self.hardware.l2_mib * 2**20
+        read = read_partitions(table, share, start, stop, pad=by_columns, cache_bytes=cache_bytes)
+        in_memory = [part for part in read if not part.is_cached]
+        row_bytes = sum(part.row_bytes for part in in_memory)
+        moved = ids_in + looked_up * row_bytes * self.hardware.lookup_factor + rows_out * width * forward_size
         penalty = _narrow_penalty(width) if by_columns else 1.0
         # Use one bandwidth, because one kernel looks up replicas and shards, whatever the plan calls it.
         forward = moved * penalty / self._fused_bandwidth
-        backward = forward * self.topology.bwd_compute_multiplier
+        if self._on_cpu:
+            backward = forward * self.topology.bwd_compute_multiplier
+        else:
+            # Count each partition in memory as a plain table of its rows, because its rows are summed by themselves.
+            columns = sum(part.columns for part in in_memory)
+            of_plain = len(in_memory) * ids_in + looked_up * row_bytes + rows_out * columns * forward_size
+            beside = backward_traffic(read, looked_up, table.is_weighted, config.operation == "mult")
+            backward = of_plain * penalty * self.topology.bwd_compute_multiplier + beside
+            backward /= self._fused_bandwidth
         if table.is_weighted:
             backward *= self.topology.weighted_feature_bwd_compute_multiplier
             backward += forward * WEIGHTED_KERNEL_MULTIPLIER
@@ -357,15 +367,3 @@ def _narrow_penalty(columns: int) -> float:
     if columns >= FULL_BLOCK_EMB_DIM:
         return 1.0
     return HALF_BLOCK_PENALTY if columns >= FULL_BLOCK_EMB_DIM // 2 else QUARTER_BLOCK_PENALTY
-
-
-def _row_bytes(table: PlannedTable, start: int, stop: int, at_least: bool) -> int:
-    """Returns the bytes read per id: a row of every partition that the columns come from."""
-    assert table.config is not None
-    total = 0
-    for j, (_, _, dtype) in enumerate(table.partitions):
-        a, b = stored_columns(table.config, j, start, stop)
-        if b > a:
-            columns = max(b - a, _MIN_LOOKUP_COLUMNS) if at_least else b - a
-            total += columns * dtype.itemsize
-    return total

@@ -28,6 +28,7 @@ class Hardware:
         compute_device (str): TorchRec's name of the device, ``"cpu"`` or ``"cuda"``.
         memory_gib (float): a rank's memory for tables.
         memory_gb_s (float): the bandwidth at which lookups read that memory.
+        l2_mib (float): the cache that holds partitions while they are looked up. With 0, rows are read from memory.
         intra_gb_s (float): the bandwidth of a rank to the others of its node, each way.
         inter_gb_s (float): the bandwidth of a rank to other nodes, each way.
         overlap_mib (float): the largest message of an all-to-all that a rank sends while it receives. gloo sends larger
@@ -55,6 +56,7 @@ class Hardware:
     compute_device: str
     memory_gib: float
     memory_gb_s: float
+    l2_mib: float
     intra_gb_s: float
     inter_gb_s: float
     overlap_mib: float
@@ -187,6 +189,7 @@ HARDWARE = MappingProxyType(
                 compute_device="cpu",
                 memory_gib=128.0,
                 memory_gb_s=5.5,
+                l2_mib=0.0,
                 intra_gb_s=2.5,
                 inter_gb_s=0.12,
                 overlap_mib=0.7,
@@ -200,14 +203,16 @@ HARDWARE = MappingProxyType(
                 shard_ms=0.1,
                 source="gloo on loopback, one thread per rank; between hosts 1 Gbit/s",
             ),
-            Hardware("a100", "cuda", 80.0, 2039.0, 300.0, 25.0, source=_NVIDIA, **_NCCL, **_FUSED),
-            Hardware("h100", "cuda", 80.0, 3350.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
-            Hardware("h200", "cuda", 141.0, 4800.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            # NVIDIA's papers on the Ampere and Hopper architectures give the caches. The H200 has the H100's chip.
+            Hardware("a100", "cuda", 80.0, 2039.0, 40.0, 300.0, 25.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h100", "cuda", 80.0, 3350.0, 50.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
+            Hardware("h200", "cuda", 141.0, 4800.0, 50.0, 450.0, 50.0, source=_NVIDIA, **_NCCL, **_FUSED),
         )
     }
 )
 
-# The factors beside a topology that a user passes: its own bandwidths, and no cost that TorchRec does not count.
+# The factors beside a topology that a user passes: its own bandwidths, the H100's cache, and no fixed costs, because
+# TorchRec counts none.
 _OF_TOPOLOGY = replace(
     HARDWARE["h100"],
     name="topology",
