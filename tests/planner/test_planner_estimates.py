@@ -7,6 +7,7 @@ import torch
 from planner_models import collection, plain, planner, qr, sharders, table
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+from torchrec.types import DataType
 
 from torchrec_qr import ExplicitPartitions, HashPartition
 from torchrec_qr.planner.enumerators import COLUMN_SPLIT, Enumerator, Option
@@ -81,6 +82,15 @@ def test_replicas_beside_split_rows_are_reduced_on_every_rank() -> None:
         assert everywhere.parameters == everywhere.optimizer == 1000 * 128 * 4
         assert everywhere.reduce_ms > 0
     assert options_of(config)["table_wise"].everywhere.memory == 0
+
+
+def test_gradients_of_replicas_are_reduced_in_fp32_on_a_gpu_whatever_they_store() -> None:
+    full, half = (
+        options_of(qr("t", 10_000_000, data_type=data_type))["data_parallel"].blocks[0].shards[0].cost
+        for data_type in (DataType.FP32, DataType.FP16)
+    )
+    assert half.parameters == full.parameters - 2_500_000 * 128 * 2
+    assert half.reduce_ms == full.reduce_ms
 
 
 def test_explicit_maps_are_counted_where_they_are_needed() -> None:

@@ -50,6 +50,7 @@ from torchrec_qr.planner.storage import (
     FUSED,
     MakeOptimizer,
     OptimizerState,
+    Stored,
     class_map_bytes,
     replicated_storage,
     shard_storage,
@@ -131,7 +132,7 @@ class Estimator:
             buffers=buffers + (size if is_replicated else 0),
             lookup_ms=lookup_ms,
             comms_ms=comms_ms,
-            reduce_ms=self.reduce_ms(size, len(stored)) if is_replicated else 0.0,
+            reduce_ms=self.reduce_ms(stored) if is_replicated else 0.0,
         )
 
     def everywhere(self, table: PlannedTable, sharding_type: str, kernel: str) -> Cost:
@@ -148,20 +149,22 @@ class Estimator:
             optimizer=self._state.of_compositional(table, kernel, stored),
             maps=maps,
             buffers=size,
-            reduce_ms=self.reduce_ms(size, len(stored)),
+            reduce_ms=self.reduce_ms(stored),
         )
 
     def _has_map_everywhere(self, sharding_type: str) -> bool:
         """Returns whether every rank has the class map: in a process on a CPU, or to encode the ids of split rows."""
         return self._on_cpu or sharding_type in ROW_SPLIT
 
-    def reduce_ms(self, size: float, replicas: int) -> float:
-        """Returns the milliseconds to all-reduce and apply ``size`` bytes of gradients of a number of replicas."""
+    def reduce_ms(self, replicas: Stored) -> float:
+        """Returns the milliseconds to all-reduce the gradients of replicas, and to apply them."""
+        # A GPU's sums have 4 bytes per value, whatever the replicas store. A CPU's factors are per byte stored.
+        size = value_bytes(replicas) if self._on_cpu else 4 * sum(rows * columns for rows, columns, _ in replicas)
         world, local = self.topology.world_size, self.topology.local_world_size
         bandwidth = self.topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
         passes = size * all_reduce_passes(world, local) / bandwidth
         applied = size * self.hardware.replica_factor / self._dense_bandwidth
-        return passes + applied + replicas * self.hardware.replica_ms
+        return passes + applied + len(replicas) * self.hardware.replica_ms
 
     def _work(
         self, table: PlannedTable, config: CompositionalConfig, sharding_type: str, start: int, stop: int
