@@ -43,6 +43,7 @@ from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
 )
+from torchrec_qr.ops.triton_kernels.backward_launches import kept_on_device
 
 NUM_IDS, DIM, BAGS = 100, 16, 8
 FEATURES = {"first": ["a", "b"], "second": ["c"], "plain": ["d"]}
@@ -159,6 +160,7 @@ def run(cuda: FakeCuda, case: DeviceCase) -> dict[str, dict[str, dict[str, int]]
     tables, unsharded = configs(case), case.sharding == UNSHARDED
     logical = None if unsharded else collection(case, tables, torch.device("meta"))
     cuda.devices.with_events.clear()
+    kept_on_device.cache_clear()  # of what the cases before have brought to the device
     with cuda.tensors():
         try:
             module = collection(case, tables, device) if logical is None else sharded(case, logical, device)

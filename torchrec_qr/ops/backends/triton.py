@@ -332,8 +332,12 @@ def _outcome_key(outcome: Outcome) -> Any:
 
 
 def _replica_key(replica: Replica) -> Any:
-    masks = [None if mask is None else _place(mask) for mask in (replica.looked_up, replica.mask)]
-    return _place(replica.weight), _place(replica.gradient), *masks, _outcome_key(replica.update)
+    """What the stepping of a replica depends on; not where its gradient lies, which may be new at every step."""
+    given = [None if t is None else _place(t)[1:] for t in (replica.gradient, replica.looked_up, replica.mask)]
+    return (
+        *(_place(replica.weight), replica.gradient.data_ptr() % WIDEST_READ, *given),
+        _outcome_key(replica.update),
+    )
 
 
 def _numbers(outcomes: list[Outcome]) -> list[float]:

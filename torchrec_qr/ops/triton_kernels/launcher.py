@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 # Tensors that a caller gives, which may begin anywhere. The others are made here, where PyTorch aligns them.
-_FROM_CALLERS = ("ids", "offsets", "id_weights", "rows")
+_FROM_CALLERS = ("ids", "offsets", "id_weights", "rows", "gradients_of_replicas", "looked_up")
 
 
 def kernel(numbers: str) -> Callable[[Callable[..., Any]], Any]:

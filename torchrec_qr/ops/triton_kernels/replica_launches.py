@@ -23,7 +23,8 @@ class _Form(NamedTuple):
 
 
 class ReplicaStepping(NamedTuple):
-    """How replicas are stepped, as long as their weights, states and gradients lie where they do.
+    """How replicas are stepped, as long as their weights and states lie where they do, and gradients at multiples of
+    the same numbers of bytes.
 
     ``forms``: of each kernel of ``stepping``; ``most_rows``: of its replicas.
     """
@@ -52,17 +53,21 @@ def step_all(replicas: list[Replica], of: ReplicaStepping) -> None:
     device = replicas[0].weight.device
     none: list[Tensor | None] = [None] * len(replicas)
     step = step_on_device(of.stepping, Step(none, none, [x for r in replicas for x in r.update.numbers()]), device)
+    gradients = replicas[0].gradient
+    looked_up = next((r.looked_up for r in replicas if r.looked_up is not None), None)
+    first = gradients.data_ptr(), 0 if looked_up is None else looked_up.data_ptr()
     fields: list[int] = []
     for r in replicas:
-        masks = [0 if mask is None else mask.data_ptr() for mask in (r.looked_up, r.mask)]
-        fields += [r.weight.shape[0], r.gradient.data_ptr(), *masks]
+        fields += [r.weight.shape[0], (r.gradient.data_ptr() - first[0]) // 4]
+        fields += [0 if r.looked_up is None else r.looked_up.data_ptr() - first[1]]
+        fields += [0 if r.mask is None else r.mask.data_ptr()]
     on_device = kept_on_device(tuple(fields), torch.int64, device, stream_of(device))
     for group, (kernel, form, rows) in enumerate(zip(step.kernels, of.forms, of.most_rows, strict=True)):
         tile = tile_of(kernel.WIDTH)
         launch(
             step_replicas,
             (triton.cdiv(rows, tile.lanes), len(replicas)),
-            (on_device, step.weights, step.numbers, group),
+            (on_device, gradients, looked_up, step.weights, step.numbers, group),
             (*kernel, *form, tile.lanes, tile.block_d),
             tile.warps,
         )

@@ -2,14 +2,13 @@
 
 import triton.language as tl
 
-from .id_rows import pointer_to
 from .launcher import kernel
 from .steps import STEP_GROUP, WEIGHT_FIELDS, step_described
 
 # Positions in a replica's descriptor, int64; addresses are those of the device.
 ROWS = tl.constexpr(0)
-GRADIENT = tl.constexpr(1)  # (R_j, D_j) fp32
-LOOKED_UP = tl.constexpr(2)  # (R_j,) uint8, of the rows that any rank has looked up; 0: those with a gradient
+GRADIENT = tl.constexpr(1)  # (R_j, D_j) begins so many floats after ``gradients_of_replicas``
+LOOKED_UP = tl.constexpr(2)  # (R_j,) begins so many bytes after ``looked_up``
 MASK = tl.constexpr(3)  # (R_j,) uint8, of the rows that this rank has looked up since the last step
 REPLICA_FIELDS = tl.constexpr(4)
 
@@ -17,6 +16,8 @@ REPLICA_FIELDS = tl.constexpr(4)
 @kernel("step_group")
 def step_replicas(
     replicas,
+    gradients_of_replicas,
+    looked_up,
     weights,
     numbers,
     step_group,
@@ -32,6 +33,8 @@ def step_replicas(
 ):
     """Steps the rows of replica ``program_id(1)`` that have been looked up, or have a gradient that is not zero.
 
+    ``gradients_of_replicas`` (fp32) and ``looked_up`` begin where those of the first replica do. ``looked_up`` (uint8,
+    if MASKED) is not 0 where any rank has looked up a row. GRADIENT_ALIGN: of the gradients of all, in bytes.
     Weights of other groups (rule, width, type) are left to their own launches.
     """
     number = tl.program_id(1)
@@ -45,11 +48,12 @@ def step_replicas(
         columns = tl.arange(0, BLOCK_D)
         mask = has_row[:, None] & (columns < WIDTH)[None, :]
         begin = tl.multiple_of(row * WIDTH, WIDTH & -WIDTH)
-        of_replica = pointer_to(tl.load(replica + GRADIENT), 0, GRADIENT_ALIGN)
+        after = tl.multiple_of(tl.load(replica + GRADIENT), GRADIENT_ALIGN // 4)
+        of_replica = tl.multiple_of(gradients_of_replicas, GRADIENT_ALIGN) + after
         gradient = tl.load(of_replica + (begin[:, None] + columns[None, :]), mask=mask, other=0.0)
         if MASKED:
-            looked_up = tl.load(replica + LOOKED_UP).to(tl.pointer_type(tl.uint8))
-            has_row &= tl.load(looked_up + row, mask=has_row, other=0) != 0
+            of_rows = looked_up + tl.load(replica + LOOKED_UP) + row
+            has_row &= tl.load(of_rows, mask=has_row, other=0) != 0
             own = tl.load(replica + MASK).to(tl.pointer_type(tl.uint8))
             tl.store(own + row, (row * 0).to(tl.uint8), mask=has_row)
         else:
