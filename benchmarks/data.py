@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from benchmarks.machine import about
 from launch.config import Job
 from launch.data.errors import BadRows
-from launch.data.generator import GeneratorSource
+from launch.data.generator import GeneratedRows
 from launch.data.loader import open_data
 from launch.data.rows import Rows
+from launch.data.source import RowSource
 from launch.sections import CRITEO_DENSE, CRITEO_FEATURES, GeneratorSection
 from torchrec_qr.cli.schema import load
 
@@ -37,9 +38,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="writes the figures to this file")
     arguments = parser.parse_args()
     section = GeneratorSection(rows=arguments.rows)
-    rows = GeneratorSource(section, [_TABLE_ROWS] * len(CRITEO_FEATURES), CRITEO_DENSE).read(
-        0, arguments.rows, BadRows("error")
-    )
+    generated = GeneratedRows(section, [_TABLE_ROWS] * len(CRITEO_FEATURES), CRITEO_DENSE)
+    rows = RowSource([generated]).read(0, arguments.rows, BadRows("error"))
     with tempfile.TemporaryDirectory() as name:
         formats = dict(_written(Path(name), rows))
         formats["generator"] = {"format": "generator", "generator": {"rows": arguments.rows}}

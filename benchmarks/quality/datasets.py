@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from benchmarks.quality.cells import Order
 from launch.data import preprocess
 from launch.data.errors import BadRows
-from launch.data.generator import GeneratorSource
+from launch.data.generator import GeneratedRows
 from launch.data.rows import Array
+from launch.data.source import RowSource
 from launch.data.split import boundaries
 from launch.sections import CRITEO_FEATURES, GeneratorSection
 
@@ -175,11 +176,11 @@ def _generated(prefix: Path, kind: str) -> dict[str, Any]:
     """Ids by a power law, the most frequent first, whose effects on the logit are independent of one another."""
     generated = _GENERATED.get(kind) or _of_largest(int(float(kind)))
     section = GeneratorSection(rows=generated.rows, zipf=generated.zipf, ids_strength=generated.strength)
-    source = GeneratorSource(section, generated.sizes, _GENERATOR_DENSE, generated.ids_per_bag)
-    rows = source.read(0, generated.rows, BadRows("error"))
+    file = GeneratedRows(section, generated.sizes, _GENERATOR_DENSE, generated.ids_per_bag)
+    rows = RowSource([file]).read(0, generated.rows, BadRows("error"))
     _save(prefix, rows.dense, rows.ids, rows.labels, generated.ids_per_bag)
     train_rows, test = boundaries(generated.rows, (6 / 7, 1 / 14, 1 / 14))
-    known = source.known_quality(test, generated.rows)
+    known = file.known_quality(test, generated.rows)
     return {"rows": {f"cat_{i}": s for i, s in enumerate(generated.sizes)}, "train_rows": train_rows, **known}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launch.data.delimited import DelimitedFile
 from launch.data.errors import OnBadRow
-from launch.data.source import SequentialSource
+from launch.data.source import RowSource
 from launch.data.validity import BINARY, Labels
 from launch.sections import CRITEO_DENSE, CRITEO_FEATURES, CsvSection
 
@@ -16,9 +16,7 @@ _COLUMNS = CsvSection(
 )
 
 
-def tsv_source(
-    paths: Sequence[str | Path], labels: Labels = BINARY, on_bad_row: OnBadRow = "error"
-) -> SequentialSource:
+def tsv_source(paths: Sequence[str | Path], labels: Labels = BINARY, on_bad_row: OnBadRow = "error") -> RowSource:
     """Returns the rows of the files, one after the other.
 
     If labels are optional, a file whose first line has 39 columns, as Kaggle's ``test.txt``, has no labels.
@@ -26,4 +24,4 @@ def tsv_source(
     Raises:
         DataError: see `launch.data.delimited.DelimitedFile`.
     """
-    return SequentialSource([DelimitedFile(path, _COLUMNS, labels, on_bad_row) for path in paths])
+    return RowSource([DelimitedFile(path, _COLUMNS, labels, on_bad_row) for path in paths])

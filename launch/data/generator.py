@@ -1,15 +1,14 @@
 """Rows in Criteo's form with a planted signal, whose true probabilities are computed."""
 
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from launch.auc import auc
-from launch.data.errors import BadRows
-from launch.data.rows import Array, Rows, concat
+from launch.data.rows import Array, Rows
 from launch.data.shards import BLOCK
+from launch.data.source import Block
 from launch.sections import GeneratorSection
 
 LARGE = 10_000  # rows above which a table holds most of the signal
@@ -18,8 +17,8 @@ _DENSE_CENTRE = 1.5  # of log(1 + x)
 _MISSING = 0.1
 
 
-class GeneratorSource:
-    """Rows that depend on the seed and their own position alone, so that any rank makes its part.
+class GeneratedRows:
+    """Rows, as a `BlockFile`, that depend on the seed and their own position alone, so that any rank makes its part.
 
     logit = bias + σ_d · u · t + Σ_f s_f · Σ_h z(f, id_fh) / √H_f, label ~ Bernoulli(sigmoid(logit)), where t is the
     dense features as the model sees them (log1p, 0 if missing), centred; u a random unit vector; z(f, id) ~ N(0, 1),
@@ -33,8 +32,7 @@ class GeneratorSource:
         ids_per_row (Sequence[int] | None): ids per row of each feature; default: one.
     """
 
-    random_access = True
-    empty: Sequence[str] = ()
+    name = "generator"
 
     def __init__(
         self,
@@ -43,7 +41,7 @@ class GeneratorSource:
         dense_features: int,
         ids_per_row: Sequence[int] | None = None,
     ) -> None:
-        self._section = section
+        self._section, self.num_rows = section, section.rows
         self._dense_features = dense_features
         self._ids_per_row = tuple(ids_per_row or (1,) * len(table_rows))
         self._rows_of_column = np.repeat(np.array(table_rows, np.float64), self._ids_per_row)
@@ -52,36 +50,23 @@ class GeneratorSource:
         self._strengths /= np.sqrt(np.repeat(np.array(self._ids_per_row), self._ids_per_row))
         direction = np.random.default_rng([section.seed, 1]).standard_normal(dense_features)
         self._direction = direction / np.linalg.norm(direction)
-        self._last: tuple[int, _Generated] | None = None
 
-    @property
-    def num_rows(self) -> int:
-        return self._section.rows
-
-    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
-        parts = []
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            first = block * BLOCK
-            parts.append(self._block(block).rows.cut(max(start - first, 0), min(stop - first, BLOCK)))
-        return concat(parts)
+    def blocks(self, start: int) -> Generator[Block, None, None]:
+        for first in range(start // BLOCK * BLOCK, self.num_rows, BLOCK):
+            rows = self.block(first // BLOCK).rows
+            yield rows.cut(max(start - first, 0), min(self.num_rows - first, BLOCK)), {}
 
     def location(self, row: int) -> str:
         return f"generator:{row + 1}"
 
     def quoted(self, row: int, feature: int) -> str:
         first = sum(self._ids_per_row[:feature])
-        rows = self._block(row // BLOCK).rows
+        rows = self.block(row // BLOCK).rows
         return str(rows.ids[row % BLOCK, first : first + self._ids_per_row[feature]].tolist())
-
-    def close(self) -> None:
-        """Does nothing: there is no file."""
-
-    def reopened(self) -> "GeneratorSource":
-        return copy(self)  # which replaces, and never changes, the block that it shares
 
     def known_quality(self, start: int, stop: int) -> dict[str, float]:
         """Returns the AUC on rows [start, stop) of the true logit, which only luck exceeds, and of its dense part."""
-        blocks = [self._block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
+        blocks = [self.block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
         labels, logits, dense = (
             np.concatenate(arrays)[start % BLOCK :][: stop - start]
             for arrays in zip(*((b.rows.labels, b.logits, b.dense_part) for b in blocks), strict=True)
@@ -92,12 +77,9 @@ class GeneratorSource:
         """Returns what each id (B, ΣH) adds to the true logit."""
         return _normal_by_hash(ids, self._feature_of_column, self._section.seed) * self._strengths
 
-    def _block(self, block: int) -> "_Generated":
-        if self._last is None or self._last[0] != block:
-            self._last = block, self._generate(np.random.default_rng([self._section.seed, 0, block]))
-        return self._last[1]
-
-    def _generate(self, random: np.random.Generator) -> "_Generated":
+    def block(self, number: int) -> "Generated":
+        """Returns rows [4096 · number, 4096 · (number + 1))."""
+        random = np.random.default_rng([self._section.seed, 0, number])
         normal = random.standard_normal((BLOCK, self._dense_features), np.float32)
         dense = np.floor(np.expm1(normal + _DENSE_CENTRE))  # some are -1, as in Criteo's I2
         dense[random.random(dense.shape, np.float32) < _MISSING] = np.nan
@@ -108,11 +90,13 @@ class GeneratorSource:
         logits = self._section.bias + dense_part + self.effects(ids).sum(1)
         labels = random.random(BLOCK) * (1 + np.exp(-logits)) < 1
         rows = Rows(labels.astype(np.float32), dense.astype(np.float32), ids, self._ids_per_row)
-        return _Generated(rows, logits, dense_part)
+        return Generated(rows, logits, dense_part)
 
 
 @dataclass(frozen=True)
-class _Generated:
+class Generated:
+    """A block of rows, their true logits, and the dense part of those."""
+
     rows: Rows
     logits: Array
     dense_part: Array

@@ -10,7 +10,7 @@ import numpy as np
 from launch.data.batch import Batch, BatchMaker
 from launch.data.dense import transformed
 from launch.data.errors import BadRows
-from launch.data.generator import GeneratorSource
+from launch.data.generator import GeneratedRows
 from launch.data.id_mapping import IdMapping
 from launch.data.meaning import Meaning
 from launch.data.prefetch import Prefetched, mapped
@@ -95,9 +95,8 @@ class Data:
     def known_quality(self) -> dict[str, float]:
         """Returns ``best_possible_auc`` and ``dense_only_auc`` of the test split; nothing, if no generator made it."""
         test = self.splits.test
-        if not isinstance(test.source, GeneratorSource):
-            return {}
-        return test.source.known_quality(test.start, test.stop)
+        generated = test.source.files[0]
+        return generated.known_quality(test.start, test.stop) if isinstance(generated, GeneratedRows) else {}
 
     def _start(self, what: _Pass, skip: int) -> Batches:
         bad_rows = BadRows(self._section.on_bad_row)

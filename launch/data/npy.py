@@ -1,23 +1,30 @@
 """MLPerf's binary click logs, mapped into memory: npy files of dense features, ids and labels, npz of multi-hot ids."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from launch.data.errors import BadRows, DataError, readable
-from launch.data.rows import Array, Rows, concat
-from launch.data.source import Files
+from launch.data.errors import DataError, readable
+from launch.data.rows import Array
+from launch.data.shards import BLOCK
+from launch.data.source import Block, RowSource
 from launch.data.validity import BINARY, Labels, Validity
 
 _DENSE, _LABELS, _ONE_HOT, _MULTI_HOT = "_dense.npy", "_labels.npy", "_sparse.npy", "_sparse_multi_hot.npz"
 
 
-class NpySource(Files["_NpyFiles"]):
-    """Rows of files with common prefixes, one prefix after the other.
+def npy_source(
+    prefixes: Sequence[str | Path],
+    num_features: int,
+    dense_features: int,
+    ids_per_row: Sequence[int] | None = None,
+    labels: Labels = BINARY,
+) -> RowSource:
+    """Returns the rows of files with common prefixes, one prefix after the other.
 
     A prefix ``day_0`` has ``day_0_dense.npy`` (N, dense features) and ``day_0_labels.npy`` (N,) or (N, 1). Ids are in
     ``day_0_sparse_multi_hot.npz``, whose array "f" (N, H_f) has those of feature f, or in ``day_0_sparse.npy`` (N, F).
@@ -31,45 +38,19 @@ class NpySource(Files["_NpyFiles"]):
         ids_per_row (Sequence[int] | None): H_f that the files must have; default: any.
         labels (Labels): how they are read; if they are optional, ``day_0_labels.npy`` may be missing.
 
-    Attributes:
-        empty (list[str]): prefixes of the files that have no rows.
-
     Raises:
         DataError: a file is missing, unreadable, or of another shape or type; no file has any row.
     """
-
-    random_access = True
-
-    def __init__(
-        self,
-        prefixes: Sequence[str | Path],
-        num_features: int,
-        dense_features: int,
-        ids_per_row: Sequence[int] | None = None,
-        labels: Labels = BINARY,
-    ) -> None:
-        validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels)
-        super().__init__([_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes])
-        for file in self._files:
-            for allowed, where in ((ids_per_row, "data.multi_hot"), (self._files[0].ids_per_row, self._files[0].name)):
-                if allowed is not None and file.ids_per_row != tuple(allowed):
-                    problem = f"{list(file.ids_per_row)} ids per feature; allowed: {list(allowed)}, as {where}"
-                    raise DataError(file.name, problem)
-
-    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
-        parts = []
-        for file, end in zip(self._files, self._ends, strict=True):
-            first = end - file.num_rows
-            a, b = max(start - first, 0), min(stop - first, file.num_rows)
-            if a < b:
-                parts.append(file.read(a, b, bad_rows))
-        return concat(parts)
-
-    def close(self) -> None:
-        """Does nothing: the files are mapped into memory."""
-
-    def reopened(self) -> "NpySource":
-        return self  # it has no read position
+    validity = Validity("label", [f"dense {i}" for i in range(dense_features)], labels)
+    files = [_NpyFiles(str(prefix), num_features, validity) for prefix in prefixes]
+    source = RowSource(files, random_access=True)
+    with_rows = [file for file in files if file.num_rows]
+    for file in with_rows:
+        for allowed, where in ((ids_per_row, "data.multi_hot"), (with_rows[0].ids_per_row, with_rows[0].name)):
+            if allowed is not None and file.ids_per_row != tuple(allowed):
+                problem = f"{list(file.ids_per_row)} ids per feature; allowed: {list(allowed)}, as {where}"
+                raise DataError(file.name, problem)
+    return source
 
 
 class _NpyFiles:
@@ -93,18 +74,19 @@ class _NpyFiles:
             _check(prefix + _ONE_HOT, self._ids[0], (n, num_features), "iu")
             self.ids_per_row = (1,) * num_features
 
-    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+    def blocks(self, start: int) -> Generator[Block, None, None]:
+        for first in range(start, self.num_rows, BLOCK):
+            yield self._block(first, min(first + BLOCK, self.num_rows))
+
+    def _block(self, start: int, stop: int) -> Block:
         part = slice(start, stop)
         parts = [_signed(ids[part]) for ids in self._ids]
         ids = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         with np.errstate(over="ignore"):  # an infinite value is a fault of its row
             dense = self._dense[part].astype(np.float32)
-        rows, problems = self._validity.block(
+        return self._validity.block(
             np.asarray(self._labels[part]), dense, ids, self.ids_per_row, None, {}, partial(self._value, start)
         )
-        for i in sorted(problems):
-            bad_rows.report(self.location(start + i), problems[i])
-        return rows
 
     def _value(self, start: int, i: int, column: str) -> str:
         """Returns what stands in a column of row ``start + i``."""

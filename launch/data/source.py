@@ -1,10 +1,10 @@
-"""Sources of rows: each has a number of rows, and reads any range of them."""
+"""Rows of files: any range of them is read from one or more blocks."""
 
 import bisect
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from launch.data.errors import BadRows, DataError
 from launch.data.rows import Rows, concat
@@ -14,30 +14,19 @@ from launch.data.rows import Rows, concat
 Block = tuple[Rows, dict[int, str]]
 
 
-class RowSource(Protocol):
-    """Rows 0..num_rows-1 in a fixed order. Two threads must not read it at once: each takes one from `reopened`."""
+class BlockFile(Protocol):
+    """Rows in a fixed order that are read from some row on: those of a file, or generated ones."""
 
     @property
-    def empty(self) -> Sequence[str]:
-        """Names of the files that have no rows, and are left out."""
-        ...
+    def name(self) -> str: ...
 
     @property
     def num_rows(self) -> int:
         """Number of rows, malformed ones included."""
         ...
 
-    @property
-    def random_access(self) -> bool:
-        """True if any range is as cheap to read as the next one."""
-        ...
-
-    def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
-        """Returns rows [start, stop), reporting the malformed ones.
-
-        Raises:
-            DataError: the file cannot be read, or ``bad_rows`` refuses a row.
-        """
+    def blocks(self, start: int) -> Generator[Block, None, None]:
+        """Yields the rows from ``start`` on, in blocks of any size."""
         ...
 
     def location(self, row: int) -> str:
@@ -48,90 +37,45 @@ class RowSource(Protocol):
         """Returns the ids of a feature as they stand in the file; may be slow."""
         ...
 
-    def close(self) -> None:
-        """Closes the files that `read` has left open."""
-        ...
 
-    def reopened(self) -> "RowSource":
-        """Returns the same source with a read position of its own."""
-        ...
+class RowSource:
+    """The rows of files, one file after the other, each read in blocks: cheap to read on from the last position.
 
+    Two threads must not read it at once: each takes one from `reopened`.
 
-class RowFile(Protocol):
-    """A file of rows, whose methods mean what those of a `RowSource` do."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def num_rows(self) -> int: ...
-
-    def location(self, row: int) -> str: ...
-
-    def quoted(self, row: int, feature: int) -> str: ...
-
-
-class BlockFile(RowFile, Protocol):
-    """A file that is read from some row on, in blocks."""
-
-    def blocks(self, start: int) -> Generator[Block, None, None]:
-        """Yields the rows from ``start`` on, in blocks of any size."""
-        ...
-
-
-F = TypeVar("F", bound=RowFile)
-
-
-class Files(Generic[F]):
-    """Files with rows, one after the other.
+    Args:
+        files (Sequence[BlockFile]): of which those without rows are left out.
+        random_access (bool): whether any range is as cheap to read as the next one.
 
     Attributes:
         empty (list[str]): names of the files that have no rows.
+        num_rows (int): of all files.
 
     Raises:
         DataError: no file has any row.
     """
 
-    def __init__(self, files: Sequence[F]) -> None:
-        self.empty: Sequence[str] = [file.name for file in files if file.num_rows == 0]
-        self._files = [file for file in files if file.num_rows]
-        if not self._files:
+    def __init__(self, files: Sequence[BlockFile], random_access: bool = False) -> None:
+        self.random_access = random_access
+        self.empty = [file.name for file in files if file.num_rows == 0]
+        self.files = [file for file in files if file.num_rows]
+        if not self.files:
             raise DataError(self.empty[0], "empty" if len(files) == 1 else f"empty, and so are all {len(files)} files")
-        self._ends = list(accumulate(file.num_rows for file in self._files))
-
-    @property
-    def num_rows(self) -> int:
-        return self._ends[-1]
-
-    def location(self, row: int) -> str:
-        file, row = self._place(row)
-        return file.location(row)
-
-    def quoted(self, row: int, feature: int) -> str:
-        file, row = self._place(row)
-        return file.quoted(row, feature)
-
-    def _place(self, row: int) -> tuple[F, int]:
-        """Returns the file of a row, and its number in it."""
-        i = bisect.bisect_right(self._ends, row)
-        return self._files[i], row - (self._ends[i - 1] if i else 0)
-
-
-class SequentialSource(Files[BlockFile]):
-    """One file after the other, each read in blocks: cheap to read on from the last position, not to jump about."""
-
-    random_access = False
-
-    def __init__(self, files: Sequence[BlockFile]) -> None:
-        super().__init__(files)
+        self._ends = list(accumulate(file.num_rows for file in self.files))
+        self.num_rows = self._ends[-1]
         self._position = 0
         self._blocks: Generator[Block, None, None] | None = None
         self._rest: Block | None = None
 
     def read(self, start: int, stop: int, bad_rows: BadRows) -> Rows:
+        """Returns rows [start, stop), reporting the malformed ones.
+
+        Raises:
+            DataError: the file cannot be read, or ``bad_rows`` refuses a row.
+        """
         if self._blocks is None or start != self._position:
             self.close()
-            self._blocks = _blocks_from(self._files, start)
+            self._blocks = _blocks_from(self.files, start)
         self._position = -1  # unknown, if this fails
         parts: list[Rows] = []
         row = start
@@ -149,13 +93,30 @@ class SequentialSource(Files[BlockFile]):
         self._position = stop
         return concat(parts)
 
+    def location(self, row: int) -> str:
+        """Returns ``file:line`` of a row."""
+        file, row = self._place(row)
+        return file.location(row)
+
+    def quoted(self, row: int, feature: int) -> str:
+        """Returns the ids of a feature as they stand in the file; may be slow."""
+        file, row = self._place(row)
+        return file.quoted(row, feature)
+
     def close(self) -> None:
+        """Closes the files that `read` has left open."""
         if self._blocks is not None:
             self._blocks.close()
         self._blocks = self._rest = None
 
-    def reopened(self) -> "SequentialSource":
-        return SequentialSource(self._files)
+    def reopened(self) -> "RowSource":
+        """Returns the same rows with a read position of its own."""
+        return RowSource(self.files, self.random_access)
+
+    def _place(self, row: int) -> tuple[BlockFile, int]:
+        """Returns the file of a row, and its number in it."""
+        i = bisect.bisect_right(self._ends, row)
+        return self.files[i], row - (self._ends[i - 1] if i else 0)
 
 
 def _blocks_from(files: Sequence[BlockFile], start: int) -> Generator[Block, None, None]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from launch.data.criteo_tsv import tsv_source
 from launch.data.delimited import DelimitedFile
 from launch.data.errors import DataError
-from launch.data.generator import GeneratorSource
-from launch.data.npy import NpySource
+from launch.data.generator import GeneratedRows
+from launch.data.npy import npy_source
 from launch.data.parquet import ParquetFile
-from launch.data.source import RowSource, SequentialSource
+from launch.data.source import RowSource
 from launch.data.validity import Labels
 from launch.sections import CsvSection, DataSection
 
@@ -55,8 +55,8 @@ def open_splits(section: DataSection, table_rows: Sequence[int]) -> Splits:
         DataError: a file is missing, unreadable, empty or not what it should be; too few rows for three splits.
     """
     if section.format == "generator":
-        generator = GeneratorSource(section.generator, table_rows, section.dense_features, section.multi_hot)
-        return _by_time(generator, section.split)
+        generated = GeneratedRows(section.generator, table_rows, section.dense_features, section.multi_hot)
+        return _by_time(RowSource([generated], random_access=True), section.split)
     if section.files:
         return _by_time(opened_files(section, section.files), section.split)
     train, validation = opened_files(section, section.train_files), opened_files(section, section.validation_files)
@@ -138,14 +138,14 @@ def opened_files(section: DataSection, paths: Sequence[str], optional_labels: bo
     labels = Labels(optional_labels, section.label_above)
     if section.format == "npy":
         prefixes = expanded(paths, "_dense.npy" if optional_labels else "_labels.npy")
-        return NpySource(prefixes, len(section.features), section.dense_features, section.multi_hot, labels)
+        return npy_source(prefixes, len(section.features), section.dense_features, section.multi_hot, labels)
     files = expanded(paths)
     if section.columns is None:
         return tsv_source(files, labels, section.on_bad_row)
     columns = replace(section.columns, ids=section.id_columns())
     if isinstance(columns, CsvSection):
-        return SequentialSource([DelimitedFile(file, columns, labels, section.on_bad_row) for file in files])
-    return SequentialSource([ParquetFile(file, columns, labels) for file in files])
+        return RowSource([DelimitedFile(file, columns, labels, section.on_bad_row) for file in files])
+    return RowSource([ParquetFile(file, columns, labels) for file in files])
 
 
 def _whole(name: str, source: RowSource) -> Split:

@@ -12,10 +12,10 @@ from click_rows import NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
 
 from launch.data.errors import BadRows, DataError
 from launch.data.id_values import ALLOWED_TYPES
-from launch.data.npy import NpySource
+from launch.data.npy import npy_source
 from launch.data.parquet import ParquetFile
 from launch.data.rows import MISSING, Rows
-from launch.data.source import SequentialSource
+from launch.data.source import RowSource
 from launch.data.validity import BINARY, Labels
 from launch.sections import ParquetSection
 
@@ -45,7 +45,7 @@ def write_multi_hot(prefix: Path, rows: Rows, save: Any = np.savez) -> str:
 def test_npy_of_several_files(tmp_path: Path) -> None:
     rows = click_rows(np.random.default_rng(0), 100)
     prefixes = [write_npy(tmp_path / "day_0", rows.cut(0, 30)), write_npy(tmp_path / "day_1", rows.cut(30, 100))]
-    source = NpySource(prefixes, NUM_FEATURES, NUM_DENSE)
+    source = npy_source(prefixes, NUM_FEATURES, NUM_DENSE)
     assert source.num_rows == 100
     for start, stop in [(0, 100), (10, 20), (29, 31), (50, 100)]:
         assert_same_rows(source.read(start, stop, BadRows("error")), rows.cut(start, stop))
@@ -59,48 +59,48 @@ def test_multi_hot_npz(tmp_path: Path, save: Any) -> None:
         np.float32([1, 0, 1]), random.random((3, 2), np.float32), random.integers(0, 9, (3, 6), np.int32), (3, 1, 2)
     )
     prefix = write_multi_hot(tmp_path / "day_0", rows, save)
-    source = NpySource([prefix], 3, 2, ids_per_row=(3, 1, 2))
+    source = npy_source([prefix], 3, 2, ids_per_row=(3, 1, 2))
     assert_same_rows(source.read(1, 3, BadRows("error")), rows.cut(1, 3))
     with pytest.raises(DataError, match=r"day_0: \[3, 1, 2\] ids per feature; allowed: \[3, 2, 2\], as data.multi_hot"):
-        NpySource([prefix], 3, 2, ids_per_row=(3, 2, 2))
+        npy_source([prefix], 3, 2, ids_per_row=(3, 2, 2))
     with pytest.raises(DataError, match=r"day_0_sparse_multi_hot.npz: no array 3; it has 0, 1, 2"):
-        NpySource([prefix], 4, 2)
+        npy_source([prefix], 4, 2)
 
 
 def test_npy_files_that_cannot_be_used(tmp_path: Path) -> None:
     rows = click_rows(np.random.default_rng(0), 10)
     prefix = write_npy(tmp_path / "a", rows)
     with pytest.raises(DataError, match=r"b_dense.npy: no such file"):
-        NpySource([str(tmp_path / "b")], NUM_FEATURES, NUM_DENSE)
+        npy_source([str(tmp_path / "b")], NUM_FEATURES, NUM_DENSE)
     with pytest.raises(DataError, match=r"a_dense.npy: shape \(10, 13\); allowed: \(10, 12\)"):
-        NpySource([prefix], NUM_FEATURES, 12)
+        npy_source([prefix], NUM_FEATURES, 12)
     with pytest.raises(DataError, match=r"a_sparse.npy: shape \(10, 26\); allowed: \(10, 25\)"):
-        NpySource([prefix], 25, NUM_DENSE)
+        npy_source([prefix], 25, NUM_DENSE)
     file = tmp_path / "a_sparse.npy"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"a_sparse.npy: not npy, or corrupt"):
-        NpySource([prefix], NUM_FEATURES, NUM_DENSE)
+        npy_source([prefix], NUM_FEATURES, NUM_DENSE)
     np.save(file, rows.ids.astype(np.float32))
     with pytest.raises(DataError, match=r"a_sparse.npy: type float32; allowed: integers"):
-        NpySource([prefix], NUM_FEATURES, NUM_DENSE)
+        npy_source([prefix], NUM_FEATURES, NUM_DENSE)
     write_npy(tmp_path / "a", rows)
     np.save(tmp_path / "a_labels.npy", np.array([0, 1, 0, 0, 7, 0, 0, 0, 0, 1]))
     with pytest.raises(DataError, match="a:5: label is 7; allowed: 0, 1"):
-        NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 10, BadRows("error"))
-    assert NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(3, 6, BadRows("skip")).weights.tolist() == [1, 0, 1]  # type: ignore[union-attr]
+        npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(3, 10, BadRows("error"))
+    assert npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(3, 6, BadRows("skip")).weights.tolist() == [1, 0, 1]  # type: ignore[union-attr]
     rows.dense[2, 4] = np.inf
     write_npy(tmp_path / "a", rows)
     with pytest.raises(DataError, match="a:3: dense 4 is inf; allowed: a finite number or nothing"):
-        NpySource([prefix], NUM_FEATURES, NUM_DENSE).read(0, 10, BadRows("error"))
+        npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(0, 10, BadRows("error"))
 
 
 def test_npy_files_without_rows_are_left_out(tmp_path: Path) -> None:
     rows = click_rows(np.random.default_rng(0), 10)
     prefixes = [write_npy(tmp_path / "a", rows.cut(0, 0)), write_npy(tmp_path / "b", rows)]
-    source = NpySource(prefixes, NUM_FEATURES, NUM_DENSE)
+    source = npy_source(prefixes, NUM_FEATURES, NUM_DENSE)
     assert (source.empty, source.num_rows, source.location(0)) == ([prefixes[0]], 10, f"{prefixes[1]}:1")
     with pytest.raises(DataError, match=r"/a: empty"):
-        NpySource(prefixes[:1], NUM_FEATURES, NUM_DENSE)
+        npy_source(prefixes[:1], NUM_FEATURES, NUM_DENSE)
 
 
 def test_npy_labels_by_threshold_and_ids_of_64_bits(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_npy_labels_by_threshold_and_ids_of_64_bits(tmp_path: Path) -> None:
     np.save(tmp_path / "a_labels.npy", np.float32([1, 3.5, 5]))
     ids = np.full((3, NUM_FEATURES), 2**64 - 5, np.uint64)
     np.save(tmp_path / "a_sparse.npy", ids)
-    source = NpySource([prefix], NUM_FEATURES, NUM_DENSE, labels=Labels(above=3.5))
+    source = npy_source([prefix], NUM_FEATURES, NUM_DENSE, labels=Labels(above=3.5))
     read = source.read(0, 3, BadRows("error"))
     assert read.labels.tolist() == [0, 0, 1]
     assert set(read.ids.reshape(-1).tolist()) == {-5}
@@ -123,16 +123,16 @@ def test_multi_hot_ids_of_several_types_stay_integers(tmp_path: Path, other: Any
     write_multi_hot(prefix, rows)
     large = np.array([[2**53 + 1], [2**64 - 1]], np.uint64)
     np.savez(f"{prefix}_sparse_multi_hot.npz", **{"0": large, "1": np.array([[5], [6]], other)})
-    read = NpySource([prefix], 2, NUM_DENSE).read(0, 2, BadRows("error"))
+    read = npy_source([prefix], 2, NUM_DENSE).read(0, 2, BadRows("error"))
     assert read.ids.dtype == np.int64
     assert read.ids.tolist() == [[2**53 + 1, 5], [-1, 6]]
 
 
 def parquet_source(
     files: Sequence[Path], label: str, dense: Sequence[str], ids: Sequence[str], hexadecimal: Sequence[str] = ()
-) -> SequentialSource:
+) -> RowSource:
     columns = ParquetSection(label, tuple(dense), tuple(ids), tuple(hexadecimal))
-    return SequentialSource([ParquetFile(file, columns, BINARY) for file in files])
+    return RowSource([ParquetFile(file, columns, BINARY) for file in files])
 
 
 def parquet_table(rows: Rows, kind: str) -> pa.Table:

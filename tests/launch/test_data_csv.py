@@ -21,7 +21,7 @@ from launch.data.delimited import DelimitedFile
 from launch.data.errors import BadRows, DataError, OnBadRow
 from launch.data.id_values import hash_of_text, id_values
 from launch.data.rows import MISSING
-from launch.data.source import SequentialSource
+from launch.data.source import RowSource
 from launch.data.validity import BINARY, Labels
 from launch.sections import CsvSection
 from torchrec_qr.cli.schema import ConfigError
@@ -30,7 +30,7 @@ COLUMNS = CsvSection("clicked", ("price",), ("user", "shop"))
 HEADER = "user,clicked,ignored,shop,price\n"
 
 
-def source_of(path: Path, content: str | bytes, columns: CsvSection = COLUMNS, **options: Any) -> SequentialSource:
+def source_of(path: Path, content: str | bytes, columns: CsvSection = COLUMNS, **options: Any) -> RowSource:
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     dialect = {k: options.pop(k) for k in ("delimiter", "quoted", "nulls", "names") if k in options}
@@ -39,11 +39,11 @@ def source_of(path: Path, content: str | bytes, columns: CsvSection = COLUMNS, *
 
 def opened(
     paths: Sequence[Path], columns: CsvSection, labels: Labels = BINARY, on_bad_row: OnBadRow = "error"
-) -> SequentialSource:
-    return SequentialSource([DelimitedFile(path, columns, labels, on_bad_row) for path in paths])
+) -> RowSource:
+    return RowSource([DelimitedFile(path, columns, labels, on_bad_row) for path in paths])
 
 
-def bad_lines(source: SequentialSource) -> tuple[int, str | None, list[float]]:
+def bad_lines(source: RowSource) -> tuple[int, str | None, list[float]]:
     """Number of bad rows, the first, and the weights of all."""
     bad = BadRows("skip")
     rows = source.read(0, source.num_rows, bad)

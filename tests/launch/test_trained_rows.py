@@ -1,8 +1,9 @@
 """Malformed rows that were trained are counted once for each batch, since ranks wait for one another there."""
 
 from launch.data.errors import BadRows
-from launch.data.generator import GeneratorSource
+from launch.data.generator import GeneratedRows
 from launch.data.loader import Batches
+from launch.data.source import RowSource
 from launch.data.split import Split
 from launch.sections import GeneratorSection
 from launch.skipped_rows import SkippedRows
@@ -21,7 +22,7 @@ class Counted(SkippedRows):
 
 
 def test_a_checkpoint_after_a_line_of_the_log_counts_no_second_time() -> None:
-    split = Split("train", GeneratorSource(GeneratorSection(rows=64), [10], 1), 0, 64)
+    split = Split("train", RowSource([GeneratedRows(GeneratorSection(rows=64), [10], 1)]), 0, 64)
     counted = Counted()
     rows = TrainedRows(split, counted, "skip")
     batches = Batches(lambda: iter(()), 1)
