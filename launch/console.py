@@ -8,7 +8,7 @@ from rich.table import Table
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.types import ParameterSharding
 
-from torchrec_qr import CompositionalEmbeddingBagConfig
+from torchrec_qr.configs import stored_shapes
 
 _MIB = 2**20
 _COLUMNS = 100  # of a log
@@ -112,10 +112,9 @@ def _model_table(tables: Sequence[EmbeddingBagConfig], shardings: Mapping[str, P
 
 def _sizes(table: EmbeddingBagConfig) -> tuple[int, int, int, int]:
     """Returns logical and physical rows, and logical and stored values."""
-    rows, values = table.num_embeddings, table.num_embeddings * table.embedding_dim
-    if isinstance(table, CompositionalEmbeddingBagConfig):
-        return rows, table.physical_rows, values, table.num_parameters
-    return rows, rows, values, values
+    shapes, rows = stored_shapes(table), table.num_embeddings
+    stored = sum(shape.rows * shape.columns for shape in shapes)
+    return rows, sum(shape.rows for shape in shapes), rows * table.embedding_dim, stored
 
 
 def _cells(rows: int, stored_rows: int, values: int, stored_values: int) -> tuple[str, ...]:

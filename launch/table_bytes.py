@@ -9,7 +9,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
-from torchrec_qr.configs import DTYPES
+from torchrec_qr.configs import stored_shapes
 from torchrec_qr.distributed.layout import ShardLayout
 
 
@@ -33,16 +33,13 @@ def _tables(module: nn.Module) -> list[EmbeddingBagConfig]:
 
 
 def _bytes_of(table: EmbeddingBagConfig, sharding_type: str, shards: list[Any], rank: int) -> int:
-    if not isinstance(table, CompositionalEmbeddingBagConfig):
-        values = table.num_embeddings * table.embedding_dim
-        if sharding_type != "data_parallel":
-            values = _values(shards, rank)
-        return values * DTYPES[table.data_type].itemsize
     total = 0
-    for j, (rows, columns) in enumerate(zip(table.bound_partitions.sizes, table.partition_columns, strict=True)):
-        of_partition = ShardLayout(table, sharding_type, shards).stored_shards(j)
+    for j, (rows, columns, dtype) in enumerate(stored_shapes(table)):
+        of_partition = None if sharding_type == "data_parallel" else shards
+        if isinstance(table, CompositionalEmbeddingBagConfig):
+            of_partition = ShardLayout(table, sharding_type, shards).stored_shards(j)
         values = rows * columns if of_partition is None else _values(of_partition, rank)
-        total += values * DTYPES[table.partition_data_types[j]].itemsize
+        total += values * dtype.itemsize
     return total
 
 

@@ -279,6 +279,21 @@ def is_compositional(config: BaseEmbeddingConfig | None) -> TypeGuard[Compositio
     return isinstance(config, CompositionalEmbeddingBagConfig | CompositionalEmbeddingConfig)
 
 
+def stored_shapes(config: BaseEmbeddingConfig) -> list[PartitionShape]:
+    """Returns what a table stores: the shape and the type of each partition, or of the one tensor of a plain table.
+
+    Args:
+        config (BaseEmbeddingConfig): of a plain or compositional table.
+
+    Example:
+        >>> [tuple(shape) for shape in stored_shapes(EmbeddingBagConfig(num_embeddings=100, embedding_dim=8))]
+        [(100, 8, torch.float32)]
+    """
+    if is_compositional(config):
+        return config.partition_shapes
+    return [PartitionShape(config.num_embeddings, config.embedding_dim, DTYPES[config.data_type])]
+
+
 def check_allowed(config: BaseEmbeddingConfig, field: str, allowed: Sequence[object]) -> None:
     """Checks a field of a plain or compositional table.
 

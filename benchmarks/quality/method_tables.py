@@ -6,8 +6,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from benchmarks.quality.cells import Cell
-from torchrec_qr import ChineseRemainder, CompositionalEmbeddingBagConfig, MixedRadix, QuotientRemainder
+from torchrec_qr import ChineseRemainder, MixedRadix, QuotientRemainder
 from torchrec_qr.cli.schema import TableSpec, load
+from torchrec_qr.configs import stored_shapes
 
 DIM = 16
 _PATH_HIDDEN = {"path_16": 16, "path_64": 64}
@@ -58,10 +59,8 @@ def tables_of(cell: Cell, rows: Mapping[str, int], natural: Mapping[str, str] | 
 
 def parameters_of(table: Mapping[str, Any]) -> int:
     """Returns Σ_j |P_j| · columns of partition j of an entry of ``tables:``."""
-    config = load(TableSpec, dict(table)).build()
-    if isinstance(config, CompositionalEmbeddingBagConfig):
-        return config.num_parameters
-    return config.num_embeddings * config.embedding_dim
+    shapes = stored_shapes(load(TableSpec, dict(table)).build())
+    return sum(shape.rows * shape.columns for shape in shapes)
 
 
 def _sized(cell: Cell, rows: Mapping[str, int]) -> dict[str, Sized]:

@@ -27,6 +27,7 @@ from launch.train import trained
 from launch.waits import Waits
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig
 from torchrec_qr.cli.schema import load
+from torchrec_qr.configs import stored_shapes
 
 _AMSGRAD_RATE = 1e-3  # PyTorch's default, as in the paper
 _EPS = 1e-10
@@ -72,7 +73,7 @@ def run(cell: Cell, seed: int, folder: Path, given: Path, device: torch.device) 
         "best_epoch": round(best_step / opened.batches_per_epoch, 2),
         "parameters": stored,
         "compression": round(logical / stored, 3),
-        "rows": sum(map(_rows, configs)),
+        "rows": sum(shape.rows for config in configs for shape in stored_shapes(config)),
         "mib": round(4 * stored / 2**20, 3),
         "cpu_ms_per_step": round(trainer.speed.cpu_us_per_sample * job.train.batch_size / 1000, 2),
     }
@@ -100,8 +101,3 @@ def _initialised(cell: Cell, config: EmbeddingBagConfig) -> EmbeddingBagConfig:
         return replace(config, init=cell.init)
     # The reference passes √(1/S) where it means a bound on both sides.
     return replace(config, init_fn=partial(nn.init.uniform_, a=config.num_embeddings**-0.5, b=1.0))
-
-
-def _rows(config: EmbeddingBagConfig) -> int:
-    compositional = isinstance(config, CompositionalEmbeddingBagConfig)
-    return int(config.physical_rows if compositional else config.num_embeddings)  # type: ignore[attr-defined]

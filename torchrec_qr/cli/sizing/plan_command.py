@@ -11,7 +11,7 @@ from torchrec_qr.cli.schema import ConfigError
 from torchrec_qr.cli.sizing.least_compression import as_yaml, fit
 from torchrec_qr.cli.sizing.plan_report import Totals, as_json, as_text, compared
 from torchrec_qr.cli.sizing.sized_job import VARIANTS, Sizing, Tables, read_sizing
-from torchrec_qr.configs import DTYPES, CompositionalEmbeddingBagConfig
+from torchrec_qr.configs import stored_shapes
 from torchrec_qr.planner import EstimatedPlan
 
 
@@ -117,20 +117,9 @@ def _write(
 
 
 def _parameters(tables: Tables) -> int:
-    return sum(
-        t.num_parameters if isinstance(t, CompositionalEmbeddingBagConfig) else t.num_embeddings * t.embedding_dim
-        for t in tables
-    )
+    return sum(rows * columns for table in tables for rows, columns, _ in stored_shapes(table))
 
 
 def _bytes(tables: Tables) -> int:
-    total = 0
-    for t in tables:
-        if isinstance(t, CompositionalEmbeddingBagConfig):
-            for rows, columns, data_type in zip(
-                t.bound_partitions.sizes, t.partition_columns, t.partition_data_types, strict=True
-            ):
-                total += rows * columns * DTYPES[data_type].itemsize
-        else:
-            total += t.num_embeddings * t.embedding_dim * DTYPES[t.data_type].itemsize
-    return total
+    shapes = (shape for table in tables for shape in stored_shapes(table))
+    return sum(rows * columns * dtype.itemsize for rows, columns, dtype in shapes)
