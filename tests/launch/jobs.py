@@ -82,9 +82,7 @@ def start(
 def start_ranks(main: Callable[[], Any], folder: Path, world_size: int, max_file_bytes: int = 0) -> Ranks:
     """Starts processes that call ``main`` and exit with what it returns. Each has the variables of a rank."""
     folder.mkdir(exist_ok=True, parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = Ranks([], [folder / f"output_{rank}.txt" for rank in range(world_size)])
     for rank in range(world_size):
         environment = {
@@ -111,8 +109,22 @@ def run(folder: Path, *arguments: str, **how: Any) -> str:
     return ranks.text()
 
 
+def refused(folder: Path, *arguments: str, **how: Any) -> list[str]:
+    """Runs a job that must end by an error on every rank; returns what each printed, without a traceback."""
+    ranks = start(folder, *arguments, **how)
+    codes = ranks.exit_codes()
+    assert codes == [1] * len(codes), ranks.text()
+    assert "--traceback" in arguments or "Traceback" not in ranks.text()
+    return [output.read_text() for output in ranks.outputs]
+
+
 def with_set(*assignments: str) -> tuple[str, ...]:
     return tuple(f"--set={assignment}" for assignment in assignments)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def _train(argv: list[str], prepare: Callable[[int], None] | None) -> None:

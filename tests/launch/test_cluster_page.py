@@ -2,14 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import DEMO, SMALL
+from tests.launch.jobs import DEMO, SMALL, free_port
 from tests.run_metrics import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +26,11 @@ wait $first && wait $second
 @pytest.mark.slow
 def test_the_script_for_srun(tmp_path: Path) -> None:
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings = " ".join(f"--set={s}" for s in (*SMALL, "train.max_steps=2"))
     for before, after in (
         ("configs/mlperf_dcnv2_qr.yaml", f"{DEMO} {settings}"),
         ("/shared/runs", f"{tmp_path}/runs"),
-        ("MASTER_PORT=29500", f"MASTER_PORT={port}"),
+        ("MASTER_PORT=29500", f"MASTER_PORT={free_port()}"),
         ("LOCAL_WORLD_SIZE=8", "LOCAL_WORLD_SIZE=2"),
         ("exec python", f"exec {sys.executable}"),
     ):

@@ -37,6 +37,9 @@ def test_shipped_configs_load_build_and_come_back(file: Path, tmp_path: Path) ->
     written = tmp_path / "config.yaml"
     written.write_text(write_job(job))
     assert read_job(written) == job
+    short = dump(job, defaults=False)
+    assert load(Job, short) == job
+    assert "prefetch" not in short["data"]
     configs = build_tables(job.tables, file.parent)
     model = build_model(job.model, configs, torch.device("meta"))
     embeddings = [p for name, p in model.named_parameters() if "embedding_bags" in name]
@@ -221,11 +224,3 @@ def test_an_override_is_checked_as_the_file_is(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(sections()))
     with pytest.raises(ConfigError, match=r"job.yaml: train.batch_sise: unknown key; did you mean 'batch_size'\?"):
         read_job(file, ["train.batch_sise=3"])
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_a_job_without_its_defaults_is_short_and_loads_as_the_same(file: Path) -> None:
-    job = read_job(file)
-    short = dump(job, defaults=False)
-    assert load(Job, short) == job
-    assert "prefetch" not in short["data"]

@@ -1,6 +1,5 @@
 """A rank takes a GPU of its own, or an error names what it sees. No test here needs a GPU."""
 
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from launch.devices import DeviceError, check_own_gpus, check_started_by_launcher, compare_gpus, device_index
-from launch.process_group import group_arguments, start_process_group
+from launch.process_group import start_process_group
 from launch.sections import TrainSection
+from tests.launch.jobs import free_port
 
 FIRST_OF_SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
 
@@ -66,13 +66,6 @@ def test_gpus_of_one_number_on_two_nodes_are_two() -> None:
     check_own_gpus(["GPU-1 of node a", "GPU-1 of node b"])
 
 
-def test_nccl_is_told_its_device_and_gloo_is_not() -> None:
-    timeout = timedelta(minutes=7)
-    of_gpu = {"backend": "nccl", "timeout": timeout, "device_id": torch.device("cuda", 5)}
-    assert group_arguments(torch.device("cuda", 5), timeout) == of_gpu
-    assert group_arguments(torch.device("cpu"), timeout) == {"backend": "gloo", "timeout": timeout}
-
-
 def started(rank: int, world_size: int, port: int) -> tuple[Any, ...]:
     import os
 
@@ -85,11 +78,8 @@ def started(rank: int, world_size: int, port: int) -> tuple[Any, ...]:
 
 
 def test_ranks_meet_by_their_environment_with_the_time_out_of_the_job() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     expected = [("cpu", rank, 2, "gloo", timedelta(seconds=45)) for rank in range(2)]
-    assert run_ranks(started, 2, port) == expected
+    assert run_ranks(started, 2, free_port()) == expected
 
 
 def test_tasks_of_slurm_that_do_not_know_of_one_another_are_refused() -> None:

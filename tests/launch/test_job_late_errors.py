@@ -3,15 +3,17 @@
 A CPU has no such errors: the tests put checks into the queue, like those of a GPU that have not arrived yet.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from launch.data.loader import Data
 from launch.task import TrainTask
-from tests.launch.jobs import SMALL, start, with_set
+from tests.launch.jobs import SMALL, refused, with_set
 from tests.run_metrics import metrics
 from torchrec_qr import late_errors
 
@@ -57,39 +59,28 @@ def fail_in_test(rank: int) -> None:
     Data.test = failing  # type: ignore[method-assign]
 
 
-def splits(folder: Path) -> list[str]:
-    return [line["split"] for line in metrics(folder / "demo")] if (folder / "demo" / "metrics.jsonl").exists() else []
-
-
 def test_no_checkpoint_has_them(tmp_path: Path) -> None:
     fail = partial(fail_in_forward, who=1, number=3)
-    ranks = start(tmp_path, *with_set(*SMALL, "train.checkpoint_every=2", "train.max_steps=6"), prepare=fail)
-    assert ranks.exit_codes(timeout=60) == [1, 1]
-    assert f"IndexError: {TEXT}" in ranks.outputs[1].read_text()
+    _, text = refused(tmp_path, *with_set(*SMALL, "train.checkpoint_every=2", "train.max_steps=6"), prepare=fail)
+    assert f"IndexError: {TEXT}" in text
     folder = tmp_path / "demo" / "checkpoints"
     assert {p.name for p in folder.glob("step_*")} == {"step_2"}
     assert (folder / "step_2" / "whole.json").exists()
 
 
-def test_no_validation_is_reported_with_them(tmp_path: Path) -> None:
-    fail = partial(fail_in_forward, who=0, number=3)
-    ranks = start(tmp_path, *with_set(*SMALL, "train.eval_every=4"), world_size=1, prepare=fail)
-    assert ranks.exit_codes(timeout=60) == [1]
-    assert f"IndexError: {TEXT}" in ranks.text()
-    assert splits(tmp_path) == ["train", "train"]
-    assert not (tmp_path / "demo" / "best").exists()
-
-
-def test_the_last_step_of_training_is_not_left_out(tmp_path: Path) -> None:
-    fail = partial(fail_in_forward, who=0, number=4)
-    ranks = start(tmp_path, *with_set(*SMALL, "train.max_steps=4"), world_size=1, prepare=fail)
-    assert ranks.exit_codes(timeout=60) == [1]
-    assert f"IndexError: {TEXT}" in ranks.text()
-    assert splits(tmp_path) == ["train", "train"]
-
-
-def test_nor_is_the_test_pass(tmp_path: Path) -> None:
-    ranks = start(tmp_path, *with_set(*SMALL, "train.max_steps=2"), world_size=1, prepare=fail_in_test)
-    assert ranks.exit_codes(timeout=60) == [1]
-    assert f"IndexError: {TEXT}" in ranks.text()
-    assert splits(tmp_path) == ["train", "validation"]
+@pytest.mark.parametrize(
+    ("setting", "fail", "splits"),
+    [
+        ("train.eval_every=4", partial(fail_in_forward, who=0, number=3), ["train", "train"]),
+        ("train.max_steps=4", partial(fail_in_forward, who=0, number=4), ["train", "train"]),
+        ("train.max_steps=2", fail_in_test, ["train", "validation"]),
+    ],
+    ids=["before a validation", "in the last step", "in the test pass"],
+)
+def test_no_evaluation_is_reported_with_them(
+    tmp_path: Path, setting: str, fail: Callable[[int], None], splits: list[str]
+) -> None:
+    (text,) = refused(tmp_path, *with_set(*SMALL, setting), world_size=1, prepare=fail)
+    assert f"IndexError: {TEXT}" in text
+    assert [line["split"] for line in metrics(tmp_path / "demo")] == splits
+    assert (tmp_path / "demo" / "best").exists() == ("validation" in splits)

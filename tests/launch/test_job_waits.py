@@ -2,7 +2,6 @@
 
 from datetime import timedelta
 from time import monotonic
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from launch.config import read_job
 from launch.sections import TrainSection
-from launch.waits import GLOO_TIMEOUT, NCCL_TIMEOUT, Waits, step_timeout
+from launch.waits import Waits
 from tests.launch.jobs import DEMO
 from torchrec_qr.cli.schema import ConfigError
 
@@ -35,6 +34,8 @@ def raise_and_restore(rank: int, world_size: int) -> None:
     with pytest.raises(KeyError), waits.patient():
         raise KeyError
     assert timeouts() == {timedelta(seconds=30)}
+    # A long time-out of a step holds in patient sections too.
+    assert Waits(TrainSection(timeout_minutes=90), CPU).slow == timedelta(minutes=90)
 
 
 def test_a_patient_section_raises_the_time_outs_of_all_groups_and_restores_them() -> None:
@@ -59,28 +60,6 @@ def late_in_both(rank: int, world_size: int) -> float:
 def test_who_is_late_is_waited_for_in_a_patient_section_and_not_after_it() -> None:
     waited, _ = run_ranks(late_in_both, 2)
     assert 0.9 < waited < 30
-
-
-@pytest.mark.parametrize(
-    ("given", "device", "expected"),
-    [
-        ({}, "cpu", GLOO_TIMEOUT),
-        ({}, "cuda", NCCL_TIMEOUT),
-        ({"timeout_minutes": 3.0}, "cuda", timedelta(minutes=3)),
-        ({"timeout_minutes": 0.1}, "cpu", timedelta(seconds=6)),
-    ],
-)
-def test_the_time_out_of_a_step(given: dict[str, Any], device: str, expected: timedelta) -> None:
-    assert step_timeout(TrainSection(**given), torch.device(device)) == expected
-
-
-def test_a_long_time_out_of_a_step_holds_in_patient_sections_too() -> None:
-    (slow,) = run_ranks(slow_of_ninety, 1)
-    assert slow == timedelta(minutes=90)
-
-
-def slow_of_ninety(rank: int, world_size: int) -> timedelta:
-    return Waits(TrainSection(timeout_minutes=90), CPU).slow
 
 
 @pytest.mark.parametrize("key", ["timeout_minutes", "slow_timeout_minutes"])

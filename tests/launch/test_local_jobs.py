@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from pathlib import Path
 from time import monotonic
 
@@ -12,6 +11,8 @@ from click_rows import click_rows, tsv_lines, write_tsv
 from numpy.random import default_rng
 from run_metrics import metrics
 from torchx_job import SMALL, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, started
+
+from tests.launch.jobs import free_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -44,9 +45,7 @@ def test_torchrun_alone_trains(unbroken: Path) -> None:
 
 @pytest.mark.slow
 def test_two_nodes_on_this_host(unbroken: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    code, output = output_of(*dlrm("-s local_cwd", tmp_path, "-j", "2x1", "--rdzv_port", str(port)))
+    code, output = output_of(*dlrm("-s local_cwd", tmp_path, "-j", "2x1", "--rdzv_port", str(free_port())))
     assert code == 0, output
     # Nodes of one rank get another plan: other initial weights, and sums in another order.
     last, expected = metrics(tmp_path / "demo")[-1], metrics(unbroken)[-1]

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from launch.data.errors import DataError
 from launch.data.id_mapping import Vocabulary
 from launch.data.loader import open_data
 from launch.data.meaning import Meaning
-from tests.launch.jobs import run, start, with_set
+from tests.launch.jobs import refused, run, with_set
 from tests.launch.parquet_job import config, rows, write
 from tests.run_metrics import forget_the_end, metrics
 
@@ -89,10 +88,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_the_meaning_is_refused_on_every_rank(again: Path, change: str) -> None:
     before = {path: path.read_bytes() for path in (again / "t").glob("*.*") if not path.name.startswith("lock.")}
-    ranks = start(again, *with_set(change), config=again / "job.yaml")
-    assert ranks.exit_codes() == [1, 1]
-    for output in ranks.outputs:
-        text = output.read_text()
+    for text in refused(again, *with_set(change), config=again / "job.yaml"):
         assert f"{again / 't'}: its stored rows would get another meaning" in text
         assert CHANGES[change] in text
     assert {path: path.read_bytes() for path in before} == before
@@ -103,9 +99,8 @@ def test_another_vocabulary_file_is_refused_and_the_runs_own_is_not(again: Path)
     other = again / "other.npz"
     with np.load(own) as arrays:
         np.savez(other, user=arrays["user"][::-1], shop=arrays["shop"])
-    ranks = start(again, *with_set(f"data.vocabulary={other}"), config=again / "job.yaml", world_size=1)
-    assert ranks.exit_codes() == [1]
-    assert "vocabulary.sha256: saved" in ranks.text()
+    (text,) = refused(again, *with_set(f"data.vocabulary={other}"), config=again / "job.yaml", world_size=1)
+    assert "vocabulary.sha256: saved" in text
     printed = run(again, *with_set(f"data.vocabulary={own}", "train.max_steps=11"), config=again / "job.yaml")
     assert "continues at step 10" in printed
 
@@ -116,24 +111,19 @@ def test_a_map_that_is_not_the_checkpoints_is_refused(again: Path) -> None:
     assert kept.vocabularies is not None
     turned = tuple(Vocabulary(v.values[::-1]) for v in kept.vocabularies)
     job = read_job(again / "job.yaml")
-    described: dict[str, Any] = {**kept.described}
-    other = Meaning(described, turned)
-    other.write(again / "t")
+    Meaning({**kept.described}, turned).write(again / "t")
     with pytest.raises(DataError, match=r"vocabulary\.npz: its values have the SHA-256"):
         Meaning.read(again / "t")
     write(again / "day_0.parquet", rows(4000, seed=1, shift=20))
     Meaning.of_job(job, open_data(job, 0, 1).splits.train).write(again / "t")
-    ranks = start(again, config=again / "job.yaml")
-    assert ranks.exit_codes() == [1, 1]
-    for output in ranks.outputs:
-        assert "step_10: its rows have the meaning" in output.read_text()
+    for text in refused(again, config=again / "job.yaml"):
+        assert "step_10: its rows have the meaning" in text
 
 
 def test_a_checkpoint_without_a_map_is_refused(again: Path) -> None:
     (again / "t" / "meaning.json").unlink()
-    ranks = start(again, config=again / "job.yaml")
-    assert ranks.exit_codes() == [1, 1]
-    assert f"{again / 't' / 'meaning.json'}: no such file" in ranks.text()
+    for text in refused(again, config=again / "job.yaml"):
+        assert f"{again / 't' / 'meaning.json'}: no such file" in text
 
 
 def test_a_run_without_a_checkpoint_makes_its_map_anew(again: Path) -> None:
