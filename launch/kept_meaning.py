@@ -1,9 +1,8 @@
 """One meaning of stored rows on all ranks: rank 0 sees to it, and the others read it from the run's folder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from launch.config import Job
 from launch.data.errors import DataError
@@ -34,14 +33,8 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
         DataError: on every rank; what is kept, or the job's data, cannot be read.
         RunFolderError: on every rank; the map cannot be written.
     """
-    outcome: str | Exception = ""
-    if dist.get_rank() == 0:
-        try:
-            with writing_errors_named(folder.root / "meaning.json"):
-                outcome = _settled(job, folder, waits, build).hash
-        except (MeaningError, DataError, ConfigError, RunFolderError) as error:
-            outcome = error
-    of_rank_0 = from_rank_0(outcome, waits.group)
+    settle = partial(_settled, job, folder, waits, build)
+    of_rank_0 = from_rank_0(settle, waits.group, MeaningError, DataError, ConfigError, RunFolderError, OSError)
     meaning = Meaning.read(folder.root)
     if meaning.hash != of_rank_0:
         raise MeaningError(
@@ -51,8 +44,8 @@ def agreed_meaning(job: Job, folder: RunFolder, waits: Waits, build: Callable[[]
     return meaning
 
 
-def _settled(job: Job, folder: RunFolder, waits: Waits, build: Callable[[], Meaning]) -> Meaning:
-    """Returns the meaning of the run's rows, and sees that the run's folder has it."""
+def _settled(job: Job, folder: RunFolder, waits: Waits, build: Callable[[], Meaning]) -> str:
+    """Returns the hash of the meaning of the run's rows, and sees that the run's folder has that meaning."""
     kept = None if job.train.init_from is None else Path(job.train.init_from).expanduser()
     if Checkpoints(folder.checkpoints, 1, waits).latest() is not None:
         kept = folder.root
@@ -62,5 +55,6 @@ def _settled(job: Job, folder: RunFolder, waits: Waits, build: Callable[[], Mean
         meaning = Meaning.read(kept)
         meaning.check(job, kept)
     if kept != folder.root:
-        meaning.write(folder.root)
-    return meaning
+        with writing_errors_named(folder.root / "meaning.json"):
+            meaning.write(folder.root)
+    return meaning.hash

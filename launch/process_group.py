@@ -1,8 +1,9 @@
 """The processes of a job, as torchrun, TorchX or nobody started them."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,11 +56,21 @@ def group_arguments(device: torch.device, timeout: timedelta) -> dict[str, Any]:
     return arguments | ({"device_id": device} if device.type == "cuda" else {})
 
 
-def from_rank_0(outcome: T | Exception, group: dist.ProcessGroup) -> T:
-    """Returns rank 0's ``outcome`` on every rank, or raises it if it is an error. All ranks must call it."""
-    outcomes = [outcome]
+def from_rank_0(action: Callable[[], T], group: dist.ProcessGroup, *errors: type[Exception]) -> T:
+    """Returns on every rank what ``action`` returns on rank 0, or raises its error. All ranks must call it.
+
+    Args:
+        action (Callable[[], T]): called on rank 0 alone.
+        group (ProcessGroup): of all ranks, on the hosts.
+        errors (type[Exception]): those that reach every rank.
+    """
+    outcomes: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcomes = [action()]
+        except errors as error:
+            outcomes = [error]
     dist.broadcast_object_list(outcomes, src=0, group=group)
     if isinstance(outcomes[0], Exception):
-        # Let rank 0 raise its own error, because that has a traceback.
-        raise outcome if isinstance(outcome, Exception) else outcomes[0]
-    return outcomes[0]
+        raise outcomes[0]
+    return cast(T, outcomes[0])

@@ -70,13 +70,7 @@ class RunFolder:
         Raises:
             RunInUseError: another job has taken it; on every rank.
         """
-        lost = None
-        try:
-            if self._writes:
-                self._lock.require()
-        except RunInUseError as error:
-            lost = error
-        from_rank_0(lost, group)
+        from_rank_0(lambda: self._lock.require(), group, RunInUseError)
 
     def write_text(self, name: str, text: str) -> None:
         if self._writes:
@@ -134,14 +128,9 @@ class RunFolder:
 
 def opened_by_all(root: Path, rank: int, group: dist.ProcessGroup) -> RunFolder:
     """Returns the folder of a run, or raises on every rank what rank 0 met. All ranks must call it."""
-    outcome: RunFolder | Exception
-    try:
-        outcome = RunFolder(root, rank)
-    except (RunFolderError, ValueError) as error:
-        outcome = error
-    from_rank_0(outcome if isinstance(outcome, Exception) else None, group)
-    assert isinstance(outcome, RunFolder)
-    return outcome
+    of_rank_0: list[RunFolder] = []
+    from_rank_0(lambda: of_rank_0.append(RunFolder(root, rank)), group, RunFolderError, ValueError)
+    return of_rank_0[0] if of_rank_0 else RunFolder(root, rank)
 
 
 @contextmanager
