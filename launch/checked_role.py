@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torchx import specs
@@ -91,16 +92,13 @@ def _check_runs(role: CheckedRole, scheduler: str) -> None:
             "see" + (", in one of --mounts" if scheduler == "kubernetes" else "")
         )
     mounted = [mount.dst_path for mount in role.mounts if hasattr(mount, "dst_path")]
-    if scheduler == "kubernetes" and not any(_is_within(role.runs, path) for path in mounted):
+    runs = Path(os.path.normpath(role.runs))
+    if scheduler == "kubernetes" and not any(runs.is_relative_to(os.path.normpath(path)) for path in mounted):
         listed = ", ".join(mounted) or "none"
         raise ComponentValidationException(
             f"--runs {role.runs}: not in one of --mounts ({listed}), so it would go with the container. Allowed: a "
             "path in a mount, as --mounts type=volume,src=CLAIM,dst=/runs"
         )
-
-
-def _is_within(path: str, folder: str) -> bool:
-    return os.path.commonpath([os.path.normpath(path), os.path.normpath(folder)]) == os.path.normpath(folder)
 
 
 def _check_shared_gpus(role: CheckedRole, request: Any) -> None:

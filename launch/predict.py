@@ -10,7 +10,7 @@ and log loss.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from launch.config import read_job
+from launch.data.batch import Batch
 from launch.data.errors import BadRows, DataError, OnBadRow
-from launch.data.loader import Batches, Data
+from launch.data.loader import Data
 from launch.data.meaning import Meaning, MeaningError
 from launch.data.split import Split, Splits, opened_files
 from launch.job_tables import job_tables
@@ -80,17 +81,12 @@ class Run:
         rows = Split("test", source, 0, source.num_rows)
         return Data(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
 
-    def scores(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields logits, labels (NaN if there is none) and weights (0 of a malformed row), in the order of rows.
-
-        Rows that the last batch lacks are in it with weight 0.
-        """
-        with batches, torch.no_grad():
-            for batch in batches:
-                _, predicted = self._task(batch.to(self._device))
-                raise_pending()
-                logits, labels, weights = (tensor.float().cpu() for tensor in predicted)
-                yield logits, labels, weights
+    @torch.no_grad()
+    def scored(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns logits, labels (NaN if there is none) and weights (0 of a malformed row, and of padding)."""
+        _, predicted = self._task(batch.to(self._device))
+        raise_pending()
+        return tuple(tensor.float().cpu() for tensor in predicted)
 
 
 @dataclass(frozen=True)
@@ -128,9 +124,9 @@ def predict(
     part = out.with_name(f"{out.name}.part")
     batches = data.test()
     try:
-        with pq.ParquetWriter(part, _SCHEMA) as writer:
-            for x, y, weights in opened.scores(batches):
-                x, y, weights = x[:left], y[:left], weights[:left]
+        with pq.ParquetWriter(part, _SCHEMA) as writer, batches:
+            for batch in batches:
+                x, y, weights = (tensor[:left] for tensor in opened.scored(batch))
                 left -= len(x)
                 malformed = weights.numpy() == 0
                 columns = [pa.array(c.numpy(), pa.float32(), mask=malformed) for c in (x, x.double().sigmoid().float())]

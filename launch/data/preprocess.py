@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from launch.data.criteo_tsv import tsv_source
@@ -91,13 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         source = tsv_source(expanded(arguments.files), on_bad_row=arguments.on_bad_row)
         vocabulary_rows = max(1, round(source.num_rows * arguments.vocabulary_share))
-        bars = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f} %"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*bars, console=console) as progress:
+        with Progress(console=console) as progress:
             counts, vocabularies, bad = preprocess(
                 source, arguments.out, vocabulary_rows, arguments.min_count, arguments.on_bad_row, progress
             )
