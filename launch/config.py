@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from launch.overrides import override
 from launch.sections import DataSection, ModelConfig, OptimizersSection, ScheduleSection, TrainSection
 from torchrec_qr.cli.schema import ConfigError, PlannerSpec, TableSpec, dump, load, read_yaml
 from torchrec_qr.cli.schema.config_error import errors_in_file
+from torchrec_qr.cli.schema.key_paths import copied, places
+from torchrec_qr.cli.schema.yaml_file import read_value
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def features_of(table: TableSpec) -> tuple[str, ...]:
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Returns the job of a YAML file, its values overridden by ``overrides`` (see `launch.overrides`).
+    """Returns the job of a YAML file, its values overridden by ``overrides``; see `override`.
 
     Raises:
         ConfigError: all errors together, each with the key's path and what is allowed; an unknown key with the nearest
@@ -106,6 +108,30 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     sections = read_yaml(path)
     with errors_in_file(path):
         return load(Job, override(sections, overrides))
+
+
+def override(sections: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of ``sections`` with the values of ``assignments``, each ``path=value``, later ones winning.
+
+    It does not check keys and values, because `read_job` does.
+
+    Raises:
+        ConfigError: no ``=``, a value that is not YAML, or a path that leads nowhere: see `places`.
+
+    Example:
+        >>> job = {"model": {"embedding_dim": 16}, "tables": [{"embedding_dim": 16}, {"embedding_dim": 16}]}
+        >>> override(job, ["model.embedding_dim=32", "tables[*].embedding_dim=32", "optimizer.sparse.lr=1e-3"])
+        {'model': {'embedding_dim': 32}, 'tables': [{'embedding_dim': 32}, {'embedding_dim': 32}],
+         'optimizer': {'sparse': {'lr': 0.001}}}
+    """
+    result: dict[str, Any] = copied(sections)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError("", assignment, "KEY=VALUE, such as model.embedding_dim=32 or tables[0].pooling=mean")
+        for parent, key in places(result, path):
+            parent[key] = read_value(path, text)
+    return result
 
 
 def write_job(job: Job) -> str:

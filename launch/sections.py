@@ -10,6 +10,7 @@ from torchrec_qr.distributed.fused_params import OptimizerName
 
 Positive = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
 
 CRITEO_DENSE = 13
 CRITEO_FEATURES = tuple(f"cat_{i}" for i in range(26))
@@ -125,11 +126,7 @@ class DataSection:
 
     format: Literal["generator", "criteo_tsv", "npy", "parquet", "csv"] = "generator"
     files: tuple[str, ...] = ()
-    split: tuple[Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]] = (
-        6 / 7,
-        1 / 14,
-        1 / 14,
-    )
+    split: tuple[Share, Share, Share] = (6 / 7, 1 / 14, 1 / 14)
     train_files: tuple[str, ...] = ()
     validation_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
@@ -347,7 +344,7 @@ class TrainSection:
     log_every: Positive = 100
     checkpoint_every: NotNegative = 0
     seed: NotNegative = 0
-    stop_at_auc: Annotated[float, Range(0, 1)] | None = None
+    stop_at_auc: Share | None = None
     patience: Positive | None = None
     grad_clip: Annotated[float, Range(above=0)] | None = None
     bf16: bool = False

@@ -21,11 +21,10 @@ from launch.run_checkpoints import Checkpoints
 from launch.run_folder import RunFolder
 from launch.saved_model import SavedModel
 from launch.schedule import Schedule
-from launch.skipped_rows import SkippedRows
+from launch.skipped_rows import SkippedRows, TrainedRows
 from launch.speed import Speed
 from launch.task import NonFiniteLossError, Predicted, TrainTask
 from launch.termination import Terminated, Termination
-from launch.trained_rows import TrainedRows
 from launch.waits import Waits
 from launch.weights import write_weights
 from torchrec_qr import raise_pending

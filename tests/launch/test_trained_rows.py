@@ -6,8 +6,7 @@ from launch.data.loader import Batches
 from launch.data.source import RowSource
 from launch.data.split import Split
 from launch.sections import GeneratorSection
-from launch.skipped_rows import SkippedRows
-from launch.trained_rows import TrainedRows
+from launch.skipped_rows import SkippedRows, TrainedRows
 
 
 class Counted(SkippedRows):
