@@ -42,7 +42,7 @@ def run() -> int:
     problem = version_problem(stack) or (failure and explain(failure, stack))
     # A missing compiler is a problem if there is a GPU, and a note if torch could use one.
     for_gpu, gpu = stack.torch_build not in ("", "CPU"), shutil.which("nvidia-smi") is not None
-    on_gpu = lookup_on_gpu() if for_gpu or gpu else None
+    on_gpu = _lookup_on_gpu() if for_gpu or gpu else None
     if for_gpu and gpu and what_is_missing():
         problem = problem or on_gpu
     if problem:
@@ -52,32 +52,21 @@ def run() -> int:
     print(f"OK: {described(stack)} fit together ({how}).")
     if on_gpu:
         print(f"Lookups on a GPU: {on_gpu}.")
-    print(f"Lookups on a CPU: {lookup_on_cpu()}.")
+    print(f"Lookups on a CPU: {_lookup_on_cpu()}.")
     return 0
 
 
-def lookup_on_gpu() -> str:
-    """Returns what looks tables up on a GPU, or what that lacks on this machine.
-
-    Example:
-        >>> from torchrec_qr.cli import doctor
-        >>> doctor.lookup_on_gpu()  # doctest: +SKIP
-        "Triton's kernels, whose driver is compiled by /usr/bin/gcc"
-    """
+def _lookup_on_gpu() -> str:
+    """Returns what looks tables up on a GPU, or what that lacks on this machine."""
     if missing := what_is_missing():
         return f"Triton compiles its driver at the first lookup on a GPU, and lacks {missing}"
     return f"Triton's kernels, whose driver is compiled by {c_compiler()}"
 
 
-def lookup_on_cpu() -> str:
+def _lookup_on_cpu() -> str:
     """Returns what looks tables up on a CPU: the kernels and their instruction set, or PyTorch and why.
 
     A process of its own answers, after the import of torch, because the library takes torch's OpenMP.
-
-    Example:
-        >>> from torchrec_qr.cli import doctor
-        >>> doctor.lookup_on_cpu()  # doctest: +SKIP
-        'kernels (avx512)'
     """
     asked = subprocess.run(
         [sys.executable, "-c", "import torch; from torchrec_qr.ops import cpu_library; print(cpu_library.status())"],
