@@ -69,29 +69,26 @@ def test_multi_hot_npz(tmp_path: Path, save: Any) -> None:
 
 def test_npy_files_that_cannot_be_used(tmp_path: Path) -> None:
     rows = click_rows(np.random.default_rng(0), 10)
-    prefix = write_npy(tmp_path / "a", rows)
-    with pytest.raises(DataError, match=r"b_dense.npy: no such file"):
-        npy_source([str(tmp_path / "b")], NUM_FEATURES, NUM_DENSE)
-    with pytest.raises(DataError, match=r"a_dense.npy: shape \(10, 13\); allowed: \(10, 12\)"):
-        npy_source([prefix], NUM_FEATURES, 12)
-    with pytest.raises(DataError, match=r"a_sparse.npy: shape \(10, 26\); allowed: \(10, 25\)"):
-        npy_source([prefix], 25, NUM_DENSE)
-    file = tmp_path / "a_sparse.npy"
+    prefix, file = write_npy(tmp_path / "a", rows), tmp_path / "a_sparse.npy"
+
+    def refuses(problem: str, prefix: str = prefix, features: int = NUM_FEATURES, dense: int = NUM_DENSE) -> None:
+        with pytest.raises(DataError, match=problem):
+            npy_source([prefix], features, dense).read(0, 10, BadRows("error"))
+
+    refuses(r"b_dense.npy: no such file", prefix=str(tmp_path / "b"))
+    refuses(r"a_dense.npy: shape \(10, 13\); allowed: \(10, 12\)", dense=12)
+    refuses(r"a_sparse.npy: shape \(10, 26\); allowed: \(10, 25\)", features=25)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"a_sparse.npy: not npy, or corrupt"):
-        npy_source([prefix], NUM_FEATURES, NUM_DENSE)
+    refuses(r"a_sparse.npy: not npy, or corrupt")
     np.save(file, rows.ids.astype(np.float32))
-    with pytest.raises(DataError, match=r"a_sparse.npy: type float32; allowed: integers"):
-        npy_source([prefix], NUM_FEATURES, NUM_DENSE)
+    refuses(r"a_sparse.npy: type float32; allowed: integers")
     write_npy(tmp_path / "a", rows)
     np.save(tmp_path / "a_labels.npy", np.array([0, 1, 0, 0, 7, 0, 0, 0, 0, 1]))
-    with pytest.raises(DataError, match="a:5: label is 7; allowed: 0, 1"):
-        npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(3, 10, BadRows("error"))
+    refuses("a:5: label is 7; allowed: 0, 1")
     assert npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(3, 6, BadRows("skip")).weights.tolist() == [1, 0, 1]  # type: ignore[union-attr]
     rows.dense[2, 4] = np.inf
     write_npy(tmp_path / "a", rows)
-    with pytest.raises(DataError, match="a:3: dense 4 is inf; allowed: a finite number or nothing"):
-        npy_source([prefix], NUM_FEATURES, NUM_DENSE).read(0, 10, BadRows("error"))
+    refuses("a:3: dense 4 is inf; allowed: a finite number or nothing")
 
 
 def test_npy_files_without_rows_are_left_out(tmp_path: Path) -> None:
@@ -204,25 +201,21 @@ def test_parquet_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert message(x=[1.0, np.inf]) == ":2: x is inf; allowed: a finite number or nothing"
     assert message(x=[1e300, 1.0]) == ":1: x is 1e+300; allowed: a finite number or nothing"
     assert message(x=["1", "2"]) == ": column 'x' is of type string; allowed: numbers"
-    with pytest.raises(DataError, match="column 'a' is of type string; allowed: numbers"):
-        parquet_source([file], "label", ["a"], ["a"])
+
+    def refuses(problem: str, file: Path = file, dense: str = "x", ids: str = "a") -> None:
+        with pytest.raises(DataError, match=problem):
+            parquet_source([file], "label", [dense], [ids])
+
+    refuses("column 'a' is of type string; allowed: numbers", dense="a")
     pq.write_table(pa.table([pa.array([1, 0])] * 4, names=["label", "x", "a", "a"]), file)
-    with pytest.raises(DataError, match=r"a.parquet: 2 columns are called 'a'; allowed: one"):
-        parquet_source([file], "label", ["x"], ["a"])
+    refuses(r"a.parquet: 2 columns are called 'a'; allowed: one")
     pq.write_table(pa.table({"label": [1, 0], "x": [1, 2], "a": ["ff", "1"]}), file)
-    with pytest.raises(DataError, match="no column 'b'; it has label, x, a"):
-        parquet_source([file], "label", ["x"], ["b"])
-    with pytest.raises(DataError, match=r"none.parquet: no such file"):
-        parquet_source([tmp_path / "none.parquet"], "label", ["x"], ["a"])
+    refuses("no column 'b'; it has label, x, a", ids="b")
+    refuses(r"none.parquet: no such file", file=tmp_path / "none.parquet")
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a.parquet: not Parquet, or corrupt"):
-        parquet_source([file], "label", ["x"], ["a"])
-    pq.write_table(
-        pa.table({"label": pa.array([], pa.int32()), "x": pa.array([], pa.int32()), "a": pa.array([], pa.int32())}),
-        file,
-    )
-    with pytest.raises(DataError, match=r"a.parquet: empty"):
-        parquet_source([file], "label", ["x"], ["a"])
+    refuses(r"a.parquet: not Parquet, or corrupt")
+    pq.write_table(pa.table({name: pa.array([], pa.int32()) for name in ("label", "x", "a")}), file)
+    refuses(r"a.parquet: empty")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real Criteo sample is not beside this checkout")

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def opened(
     paths: Sequence[Path], columns: CsvSection, labels: Labels = BINARY, on_bad_row: OnBadRow = "error"
 ) -> RowSource:
     return RowSource([DelimitedFile(path, columns, labels, on_bad_row) for path in paths])
+
+
+def refusal(path: Path, content: str | bytes) -> str:
+    with pytest.raises(DataError) as caught:
+        source_of(path, content)
+    return str(caught.value).removeprefix(str(path))
 
 
 def bad_lines(source: RowSource) -> tuple[int, str | None, list[float]]:
@@ -149,11 +156,7 @@ def test_any_text_as_python_writes_it(
 
 
 def test_files_are_looked_at_before_they_are_read(tmp_path: Path) -> None:
-    def message(content: str | bytes, **options: Any) -> str:
-        with pytest.raises(DataError) as caught:
-            source_of(tmp_path / "a.csv", content, **options)
-        return str(caught.value).removeprefix(str(tmp_path / "a.csv"))
-
+    message = partial(refusal, tmp_path / "a.csv")
     assert message("user,clicked,shop,price,user\n") == ": empty"
     assert message("") == ": empty"
     assert message("\n\n\r\n") == ": empty"
@@ -285,11 +288,7 @@ def test_values_that_are_no_numbers_beside_those_that_are(tmp_path: Path) -> Non
 
 
 def test_files_that_are_no_tables_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def message(content: str, **options: Any) -> str:
-        with pytest.raises(DataError) as caught:
-            source_of(tmp_path / "a.csv", content, **options)
-        return str(caught.value).removeprefix(str(tmp_path / "a.csv"))
-
+    message = partial(refusal, tmp_path / "a.csv")
     misled = ":1: a line with a carriage return or an open quote"
     assert message((HEADER + GOOD).replace("\n", "\r") + "\r") == misled  # a Macintosh of old wrote it
     assert message("us\rer" + HEADER + GOOD) == misled

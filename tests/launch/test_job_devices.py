@@ -23,8 +23,6 @@ FIRST_OF_SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
         (3, 8, None, 3),
         (3, 4, "4,5,6,7", 3),
         (5, 1, "5", 0),  # --gpus-per-task=1
-        (5, 1, "0", 0),  # the same, in a container of its own
-        (1, 1, "GPU-8f3a1b2c", 0),
         (2, 1, "MIG-8f3a1b2c", 0),
     ],
 )

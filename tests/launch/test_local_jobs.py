@@ -6,7 +6,6 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-import yaml
 from click_rows import click_rows, tsv_lines, write_tsv
 from numpy.random import default_rng
 from run_metrics import metrics
@@ -38,9 +37,6 @@ def test_torchrun_alone_trains(unbroken: Path) -> None:
     assert last["ne"] < 0.9
     logged = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert all(line["samples_per_s"] > 0 for line in logged if line["split"] != "validation")
-    assert yaml.safe_load((unbroken / "config.yaml").read_text())["train"]["batch_size"] == 128
-    assert "cat_0" in (unbroken / "plan.txt").read_text()
-    assert list((unbroken / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.slow
