@@ -4,8 +4,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launch.config import Job
 from launch.data.meaning import MeaningError
 from launch.differences import differences
@@ -26,14 +24,11 @@ class SavedModel:
         parallel (Parallel): model and optimizers.
         meaning (str): the hash of the `launch.data.meaning.Meaning` of the run's rows.
         meaning_file (Path): its file, for messages.
-        device (torch.device): of this rank.
         waits (Waits): of the job.
     """
 
-    def __init__(
-        self, job: Job, parallel: Parallel, meaning: str, meaning_file: Path, device: torch.device, waits: Waits
-    ) -> None:
-        self._parallel, self._device, self._waits = parallel, device, waits
+    def __init__(self, job: Job, parallel: Parallel, meaning: str, meaning_file: Path, waits: Waits) -> None:
+        self._parallel, self._waits = parallel, waits
         self._model: Any = parallel.model
         self._meaning, self._meaning_file = meaning, meaning_file
         rules = {"sparse": job.optimizer.sparse.name, "dense": job.optimizer.dense.name}
@@ -116,4 +111,4 @@ class SavedModel:
         return {"model": self._model.state_dict(), **optimizers}
 
     def _memory(self, checkpoint: Path) -> AbstractContextManager[None]:
-        return tables_named(f"loading {checkpoint}", self._parallel.held, self._device)
+        return tables_named(f"loading {checkpoint}", self._parallel.held, self._model.device)

@@ -136,7 +136,7 @@ def trained(
             warm_up(parallel.model)
     plan = output.tables(tables, parallel.shardings)
     with profiled(folder.root, profile) as profiler:
-        trainer = Trainer(job, task, parallel, data, folder, output, device, waits, profiler)
+        trainer = Trainer(job, task, parallel, data, folder, output, waits, profiler)
         checkpoint = trainer.resume()
         if checkpoint is not None:
             output.say(f"continues at step {trainer.step}, from {checkpoint}")

@@ -43,7 +43,6 @@ class Trainer:
         data (Data): of this rank.
         folder (RunFolder): of the run.
         output (Output): what a person sees.
-        device (torch.device): of this rank.
         waits (Waits): of the job.
         profiler (torch.profiler.profile | None): steps along; default: none.
 
@@ -62,17 +61,16 @@ class Trainer:
         data: Data,
         folder: RunFolder,
         output: Output,
-        device: torch.device,
         waits: Waits,
         profiler: torch.profiler.profile | None = None,
     ) -> None:
         self._job, self._task, self._parallel, self._data = job, task, parallel, data
-        self._folder, self._output, self._device, self._profiler = folder, output, device, profiler
-        self._waits = waits
+        self._folder, self._output, self._waits, self._profiler = folder, output, waits, profiler
+        self._device = parallel.model.device
         self._checkpoints = Checkpoints(folder.checkpoints, kept=2, waits=waits)
         self._best_checkpoint = Checkpoints(folder.best, kept=1, waits=waits)
         meaning_file = folder.root / "meaning.json"
-        self.saved_model = SavedModel(job, parallel, data.meaning.hash, meaning_file, device, waits)
+        self.saved_model = SavedModel(job, parallel, data.meaning.hash, meaning_file, waits)
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
         self._termination = Termination(waits.group, lambda: folder.lost)
         self.step, self.speed = 0, Speed()
