@@ -1,6 +1,7 @@
 """The folder of a run, ``runs/<name>/``: metrics as JSON lines and TensorBoard events, the plan, the config."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -146,7 +147,5 @@ def writing_errors_named(path: Path) -> Iterator[None]:
 
 
 def _free(root: Path) -> Path:
-    number = 1
-    while os.path.lexists(root.with_name(f"{root.name}.{number}")):
-        number += 1
-    return root.with_name(f"{root.name}.{number}")
+    names = (root.with_name(f"{root.name}.{number}") for number in itertools.count(1))
+    return next(path for path in names if not os.path.lexists(path))

@@ -162,7 +162,9 @@ class RunLock:
         except FileNotFoundError:
             numbers = []
         if numbers and numbers[-1] > self._number:
-            holder = _holder(self._root / f"lock.{numbers[-1]}")
+            holder = None
+            with contextlib.suppress(OSError):
+                holder = _parsed((self._root / f"lock.{numbers[-1]}").read_text())
             self._lost = f"{self._root} is in use by another job, which took it over: {holder or 'not known yet'}"
         elif self._number not in numbers:
             self._lost = f"{self._root}: its lock.{self._number} was removed while this job was using it"
@@ -265,12 +267,6 @@ def job_name(environment: Mapping[str, str]) -> str:
 
 def _numbers(folder: Path | int) -> list[int]:
     return sorted(int(match[1]) for name in os.listdir(folder) if (match := _NAME.fullmatch(name)))
-
-
-def _holder(path: Path) -> Holder | None:
-    with contextlib.suppress(OSError):
-        return _parsed(path.read_text())
-    return None
 
 
 def _parsed(text: str) -> Holder | None:
