@@ -97,9 +97,7 @@ SIZED: list[tuple[dict[str, Any], PartitionSpec, tuple[int, ...]]] = [
 def base_dir(tmp_path: Path) -> Path:
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps" / "classes.npy", CLASSES)
-    np.save(tmp_path / "maps" / "floats.npy", CLASSES.astype(np.float32))
     np.save(tmp_path / "maps" / "short.npy", CLASSES[:, :999])
-    np.save(tmp_path / "maps" / "equal.npy", CLASSES % 30)
     np.savez(tmp_path / "maps" / "two.npz", CLASSES, CLASSES)
     (tmp_path / "maps" / "text.npy").write_text("no array")
     return tmp_path
@@ -240,11 +238,6 @@ def test_errors_of_tables(entry: dict[str, Any], message: str) -> None:
             ": table 't': ExplicitPartitions: num_embeddings must be 999, the ids of file 'BASE/maps/short.npy', "
             "got 1000",
         ),
-        ({"kind": "explicit", "file": "maps/floats.npy"}, ": table 't': ExplicitPartitions: classes must have one of "),
-        (
-            {"kind": "explicit", "file": "maps/equal.npy"},
-            ": table 't': ExplicitPartitions: classes must be complementary",
-        ),
     ],
 )
 def test_errors_of_partitions(base_dir: Path, partitions: dict[str, Any], message: str) -> None:
@@ -275,51 +268,13 @@ def test_tables_of_a_larger_config(base_dir: Path) -> None:
         build_tables(specs, base_dir / "maps")
 
 
-def test_a_file_builds_the_configs_that_code_builds(base_dir: Path) -> None:
-    file = written(
-        base_dir,
-        """
-learning_rate: 0.1
-tables:
-  - name: t_user
-    feature_names: [user, seen_by]
-    num_embeddings: 1_000
-    embedding_dim: 16
-    pooling: mean
-    data_type: fp16
-    partitions: {kind: quotient_remainder, num_collisions: 4, grouping: adjacent}
-  - name: t_item
-    num_embeddings: 1_000
-    embedding_dim: 16
-    partitions: {kind: explicit, file: maps/classes.npy}
-    operation: concat
-    partition_dims: [12, 4]
-  - {name: t_country, num_embeddings: 250, embedding_dim: 8}
-planner: {topology: 1x2}
-""",
-    )
-    in_code = [
-        CompositionalEmbeddingBagConfig(
-            name="t_user",
-            feature_names=["user", "seen_by"],
-            num_embeddings=1000,
-            embedding_dim=16,
-            pooling=PoolingType.MEAN,
-            data_type=DataType.FP16,
-            partitions=QuotientRemainder(num_collisions=4, grouping="adjacent"),
-        ),
-        CompositionalEmbeddingBagConfig(
-            name="t_item",
-            feature_names=["t_item"],
-            num_embeddings=1000,
-            embedding_dim=16,
-            partitions=ExplicitPartitions(file=str(base_dir / "maps" / "classes.npy")),
-            operation="concat",
-            partition_dims=[12, 4],
-        ),
-        EmbeddingBagConfig(name="t_country", feature_names=["t_country"], num_embeddings=250, embedding_dim=8),
-    ]
-    assert [fields_of(config) for config in read_tables(file)] == [fields_of(config) for config in in_code]
+def test_a_file_of_classes_is_relative_to_the_file_that_names_it(base_dir: Path) -> None:
+    entries = [table(partitions={"kind": "explicit", "file": "maps/classes.npy"}), table() | {"name": "u"}]
+    sections = {"learning_rate": 0.1, "tables": entries, "planner": {"topology": "1x2"}}
+    explicit, plain = read_tables(written(base_dir, yaml.safe_dump(sections)))
+    assert explicit.partitions == ExplicitPartitions(file=str(base_dir / "maps" / "classes.npy"))  # type: ignore[union-attr]
+    in_code = EmbeddingBagConfig(name="u", feature_names=["u"], num_embeddings=1000, embedding_dim=16)
+    assert fields_of(plain) == fields_of(in_code)
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
