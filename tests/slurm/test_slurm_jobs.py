@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 from run_metrics import metrics
 from torchx_job import ROOT, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, torchx
+
+from tests.launch.jobs import free_port
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -24,11 +25,6 @@ def logs() -> Iterator[None]:
     yield
     for file in ROOT.glob("slurm-*"):
         file.unlink()
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def test_one_node_of_two_ranks(unbroken: Path) -> None:
 
 
 def test_two_nodes_of_one_rank(unbroken: Path, tmp_path: Path) -> None:
-    code, output = output_of(*dlrm(SLURM, tmp_path, "-j", "2x1", "--rdzv_port", free_port(), *SIZE))
+    code, output = output_of(*dlrm(SLURM, tmp_path, "-j", "2x1", "--rdzv_port", str(free_port()), *SIZE))
     assert code == 0, output
     (handle,) = set(re.findall(r"^slurm://torchx/(\d+)$", output, re.MULTILINE))
     last, expected = metrics(tmp_path / "demo")[-1], metrics(unbroken)[-1]
