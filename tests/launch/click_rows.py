@@ -2,13 +2,17 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 
+from launch.config import Job
 from launch.data.rows import MISSING, Rows
+from torchrec_qr.cli.schema import load
 
 NUM_DENSE, NUM_FEATURES = 13, 26
+FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 
 
 def click_rows(random: Generator, n: int, missing: float = 0.2) -> Rows:
@@ -48,3 +52,14 @@ def assert_same_rows(given: Rows, expected: Rows) -> None:
         assert (a is None) == (b is None), name
         if a is not None:
             np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def job(data: dict[str, Any], batch_size: int = 32, rows: int = 2**32, **train: Any) -> Job:
+    """A job on such rows, each of whose tables has so many rows."""
+    sections = {
+        "data": {"shuffle_rows": 300, "prefetch": 3, **data},
+        "model": {"bottom_mlp": [16]},
+        "tables": [{"name": feature, "num_embeddings": rows, "embedding_dim": 16} for feature in FEATURES],
+        "train": {"batch_size": batch_size, "eval_batch_size": 20, **train},
+    }
+    return load(Job, sections)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click_rows import NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
+from click_rows import FEATURES, NUM_DENSE, NUM_FEATURES, assert_same_rows, click_rows
 
 from launch.data.errors import BadRows, DataError
 from launch.data.id_values import ALLOWED_TYPES
@@ -21,7 +21,6 @@ from launch.sections import ParquetSection
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 DENSE = [f"int_{i}" for i in range(NUM_DENSE)]
-FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 
 
 def write_npy(prefix: Path, rows: Rows) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click_rows import NUM_DENSE, NUM_FEATURES, click_rows, tsv_lines, write_tsv
+from click_rows import FEATURES, NUM_DENSE, NUM_FEATURES, click_rows, job, tsv_lines, write_tsv
 
 from launch.config import Job
 from launch.data.errors import DataError
@@ -18,23 +18,7 @@ from launch.data.loader import Batch, Batches, Data, open_data
 from launch.data.rows import MISSING
 from torchrec_qr.cli.schema import dump, load
 
-FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 TRAIN, VALIDATION, N = 857, 929, 1000  # where validation and test begin
-
-
-def job(data: dict[str, Any], batch_size: int = 32, rows: int = 2**32, **train: Any) -> Job:
-    return load(
-        Job,
-        {
-            "data": {"shuffle_rows": 300, "prefetch": 3, **data},
-            "model": {"bottom_mlp": [16]},
-            "tables": [
-                {"name": feature, "num_embeddings": rows, "embedding_dim": 16}
-                for feature in data.get("features", FEATURES)
-            ],
-            "train": {"batch_size": batch_size, "eval_batch_size": 20, **train},
-        },
-    )
 
 
 def write(folder: Path, kind: str) -> dict[str, Any]:

@@ -2,27 +2,19 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click_rows import NUM_FEATURES, click_rows, tsv_lines, write_tsv
+from click_rows import NUM_FEATURES, click_rows, job, tsv_lines, write_tsv
 
-from launch.config import Job
-from launch.data.loader import open_data
+from launch.data.loader import Data, open_data
 from launch.data.preprocess import main
-from torchrec_qr.cli.schema import load
 
 
-def job(**data: object) -> Job:
-    tables = [{"name": f"cat_{i}", "num_embeddings": 40, "embedding_dim": 16} for i in range(NUM_FEATURES)]
-    given = {
-        "data": {"shuffle": False, **data},
-        "model": {"bottom_mlp": [16]},
-        "tables": tables,
-        "train": {"batch_size": 50},
-    }
-    return load(Job, given)
+def opened(**data: Any) -> Data:
+    return open_data(job({"shuffle": False, **data}, batch_size=50, rows=40), 0, 1)
 
 
 def lines_of(n: int) -> list[str]:
@@ -44,10 +36,10 @@ def test_binary_files_give_the_batches_of_the_text(tmp_path: Path, capsys: pytes
         "train_sparse.npy",
         "train_vocabulary.npz",
     ]
-    from_text = open_data(job(format="criteo_tsv", files=[str(text)], ids="vocabulary"), 0, 1)
+    from_text = opened(format="criteo_tsv", files=[str(text)], ids="vocabulary")
     vocabulary = f"{out}_vocabulary.npz"
-    with_file = open_data(job(format="criteo_tsv", files=[str(text)], ids="vocabulary", vocabulary=vocabulary), 0, 1)
-    binary = open_data(job(format="npy", files=[str(out)], ids="vocabulary"), 0, 1)
+    with_file = opened(format="criteo_tsv", files=[str(text)], ids="vocabulary", vocabulary=vocabulary)
+    binary = opened(format="npy", files=[str(out)], ids="vocabulary")
     for a, b, c in zip(from_text.train(0), with_file.train(0), binary.train(0), strict=True):
         for other in (b, c):
             assert torch.equal(a.sparse.values(), other.sparse.values())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torchmetrics.functional.classification import binary_auroc
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
@@ -22,7 +22,7 @@ from launch.parallel import parallelize
 from launch.schedule import Schedule
 from launch.sections import ScheduleSection
 from launch.task import NonFiniteLossError, TrainTask
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.cli.schema import build_tables, load
 
 CPU = torch.device("cpu")
@@ -87,16 +87,8 @@ def test_every_model_trains_on_two_ranks_with_clipped_layers() -> None:
     run_ranks(train_two_steps, 2)
 
 
-def collection(dim: int = 4) -> CompositionalEmbeddingBagCollection:
-    compressed = CompositionalEmbeddingBagConfig(
-        name="a",
-        feature_names=["a"],
-        num_embeddings=30,
-        embedding_dim=dim,
-        partitions=QuotientRemainder(num_collisions=5),
-    )
-    plain = [EmbeddingBagConfig(name=n, feature_names=[n], num_embeddings=30, embedding_dim=dim) for n in "bc"]
-    return CompositionalEmbeddingBagCollection(tables=[compressed, *plain])
+def collection() -> CompositionalEmbeddingBagCollection:
+    return CompositionalEmbeddingBagCollection(tables=build_tables(job("dcn").tables))
 
 
 def test_dcn_is_its_formula() -> None:
