@@ -89,6 +89,12 @@ REFERENCE = [
 ]
 # A rank of others, whose tables have replicas here.
 _ELSEWHERE = [DeviceCase(sharding, home="elsewhere") for sharding in ("table_wise", "table_row_wise")]
+# MLPs of more columns than the kernels step.
+_WIDE = [
+    DeviceCase(sharding, operation="path", optimizer=optimizer, hidden=64)
+    for sharding in ("table_wise", "row_wise", "data_parallel")
+    for optimizer in ("EXACT_ROWWISE_ADAGRAD", "ADAM")
+]
 # The current device is another.
 _OF_TWO_DEVICES = [
     DeviceCase(sharding, pooled, operation, device=1)
@@ -100,7 +106,7 @@ _OF_TWO_DEVICES = [
 
 def cases() -> list[DeviceCase]:
     """Every case once."""
-    every = [*REFERENCE, *_ELSEWHERE, *_OF_TWO_DEVICES, *_cases(True), *_cases(False)]
+    every = [*REFERENCE, *_ELSEWHERE, *_WIDE, *_OF_TWO_DEVICES, *_cases(True), *_cases(False)]
     # Unsharded collections have no fused optimizer.
     every = [replace(c, optimizer="EXACT_ADAGRAD") if c.sharding == UNSHARDED else c for c in every]
     return list({case.id: case for case in every}.values())

@@ -145,12 +145,18 @@ def step_replicas(replicas: Sequence[Replica]) -> None:
         update_replicas(on_gpu)
     for r in replicas:
         if not (r.weight.is_cuda and kernels_step(r.weight)):
-            stepped = r.gradient.ne(0).any(dim=1) if r.looked_up is None else r.looked_up
-            rows = stepped.nonzero().squeeze(1)
+            stepped = r.gradient.ne(0).any(dim=1) if r.looked_up is None else r.looked_up.bool()
+            gradient = r.gradient
+            if r.weight.is_cuda:
+                # Pass all rows, and -1 for those that stay, because the host would wait for the number of rows.
+                rows = torch.arange(len(stepped), device=stepped.device).where(stepped, -1)
+            else:
+                rows = stepped.nonzero().squeeze(1)
+                gradient = gradient.index_select(0, rows)
             if r.mask is not None:
                 r.mask.zero_()
             # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
-            update_rows(r.weight.data, rows, r.gradient.index_select(0, rows), r.update)
+            update_rows(r.weight.data, rows, gradient, r.update)
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):

@@ -56,6 +56,8 @@ def kernels_on(device: torch.device) -> Backend:
 def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
     """Steps ``rows`` (n,) int64, each once, of ``weight`` in place by their gradients (n, D_j).
 
+    On a GPU a row of -1 is none, so that a caller need not wait for the number of rows.
+
     Example:
         >>> from torchrec_qr.ops.update_rules import Sgd
         >>> weight = torch.ones(3, 4)
@@ -65,6 +67,8 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
     """
     if kernels_step(weight):
         kernels_on(weight.device).update_rows(weight, rows, gradients, update)
+    elif weight.is_cuda:
+        update.step_some(weight, rows, gradients)
     else:
         update.step(weight, rows, gradients)
 

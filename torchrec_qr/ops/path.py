@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrec_qr.ops.read_rows import Rows, read_rows
+from torchrec_qr.ops.read_rows import Rows, number_of_rows, read_rows
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
+# Fewer ids make no matrix product that is worth a launch's share of a GPU.
+_LEAST_BLOCK = 16
 
 
 def apply_class_mlps(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None, activation: str) -> Tensor:
@@ -29,12 +31,18 @@ def apply_class_mlps(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None,
         >>> apply_class_mlps(torch.tensor([[1.0, -3.0]]), double_plus_one, torch.tensor([0]), None, "relu")
         tensor([[ 3., -5.]])
     """
-    # Inputs sorted by class make one matrix product per class that occurs, with no (N, P) gather of MLPs.
+    # Only a CPU knows how many ids each class has, because elsewhere the host would wait for these numbers.
+    apply = _by_class if x.device.type == "cpu" else _by_blocks
+    return apply(x, mlps, classes, hidden, activation)
+
+
+def _by_class(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None, activation: str) -> Tensor:
+    """One matrix product per class that occurs, with no (N, P) gather of MLPs."""
     present, sorted_class, counts = classes.unique(return_inverse=True, return_counts=True)
     order = sorted_class.argsort(stable=True)
     used = read_rows(mlps, present)
     outputs = [
-        _mlp(inputs, flat, hidden, activation)
+        _mlp(inputs, flat, hidden, activation, F.linear)
         for inputs, flat in zip(x[order].split(counts.tolist()), used.unbind(0), strict=True)
     ]
     if not outputs:
@@ -43,10 +51,35 @@ def apply_class_mlps(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None,
     return torch.cat(outputs)[order.argsort()]
 
 
-def _mlp(x: Tensor, flat: Tensor, hidden: int | None, activation: str) -> Tensor:
-    dim = x.shape[1]
+def _by_blocks(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None, activation: str) -> Tensor:
+    """One batched matrix product over blocks of ids of one class, whose number follows from shapes.
+
+    A block has as many ids as an MLP has columns. Its MLP is gathered once a block, which is about D floats per id.
+    """
+    n, dim = x.shape
+    size = max(_LEAST_BLOCK, dim)
+    present = min(n, number_of_rows(mlps))
+    blocks = (n - present) // size + present  # at most, which is if all classes occur
+    in_order, order = classes.sort(stable=True)
+    rank = torch.arange(n, device=x.device) - torch.searchsorted(in_order, in_order)  # among the ids of its class
+    block = (rank % size == 0).cumsum(0) - 1
+    place = torch.empty_like(order).scatter_(0, order, block * size + rank % size)
+    # Blocks that stay empty have a class that occurs, because no other row may be read, and so be stepped.
+    of_blocks = read_rows(mlps, in_order[-1:].expand(blocks).scatter(0, block, in_order))
+    inputs = x.new_zeros(blocks * size, dim).index_copy(0, place, x).view(blocks, size, dim)
+    return _mlp(inputs, of_blocks, hidden, activation, _batched_linear).view(-1, dim).index_select(0, place)
+
+
+def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def _mlp(x: Tensor, flat: Tensor, hidden: int | None, activation: str, linear: Callable[..., Tensor]) -> Tensor:
+    """Applies one MLP (P,) to inputs (N, D), or by ``_batched_linear`` MLPs (M, P) to inputs (M, N, D)."""
+    dim = x.shape[-1]
     if hidden is None:
-        weight, bias = flat.split([dim * dim, dim])
-        return F.linear(x, weight.view(dim, dim), bias)
-    w1, b1, w2, b2 = flat.split([hidden * dim, hidden, dim * hidden, dim])
-    return F.linear(_ACTIVATIONS[activation](F.linear(x, w1.view(hidden, dim), b1)), w2.view(dim, hidden), b2)
+        weight, bias = flat.split([dim * dim, dim], dim=-1)
+        return linear(x, weight.unflatten(-1, (dim, dim)), bias)
+    w1, b1, w2, b2 = flat.split([hidden * dim, hidden, dim * hidden, dim], dim=-1)
+    inner = _ACTIVATIONS[activation](linear(x, w1.unflatten(-1, (hidden, dim)), b1))
+    return linear(inner, w2.unflatten(-1, (dim, hidden)), b2)

@@ -38,15 +38,20 @@ class RowReads:
         return leaf
 
     def summed(self) -> tuple[Tensor, Tensor]:
-        """Returns the rows (U,) that were read, ascending and each once, with their summed gradients (U, D) fp32."""
+        """Returns the rows (U,) that were read, ascending and each once, with their summed gradients (U, D) fp32.
+
+        On a GPU U is min(N, R), because the host would wait for how many there are. Rows of -1 fill the end.
+        """
         rows, gradients = self.rows[0], self.gradients[0]
         if len(self.rows) > 1:
             # The last read first, which is the order in which autograd adds gradients up.
             rows, gradients = torch.cat(self.rows[::-1]), torch.cat(self.gradients[::-1])
-        size = (self.weight.shape[0], gradients.shape[1])
-        # Its sums are in order, on a GPU too, where those of `index_add_` are not.
-        summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size, check_invariants=False).coalesce()
-        return summed.indices()[0], summed.values()
+        # Both ways add in order, unlike `index_add_` on a GPU.
+        if rows.device.type == "cpu":
+            size = (self.weight.shape[0], gradients.shape[1])
+            summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size, check_invariants=False).coalesce()
+            return summed.indices()[0], summed.values()
+        return _summed_without_wait(rows, gradients, min(len(rows), self.weight.shape[0]))
 
     def dense(self) -> Tensor:
         """Returns the gradient (R, D) of the weight in its type, rounded once."""
@@ -61,8 +66,22 @@ class RowReads:
         return total.to(self.weight.dtype)
 
 
+def _summed_without_wait(rows: Tensor, gradients: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Returns up to ``most`` unique rows, ascending and then -1, with their summed gradients (most, D)."""
+    in_order, order = rows.sort(stable=True)
+    number = in_order.diff(prepend=in_order[:1]).ne(0).cumsum(0)
+    unique = in_order.new_full((most,), -1).scatter_(0, number, in_order)
+    numbers = torch.empty_like(number).scatter_(0, order, number)
+    return unique, torch.ops.aten.embedding_dense_backward(gradients, numbers, most, -1, False)
+
+
 # A weight as such, whose gradient is of all rows, or its reads.
 Rows = Tensor | RowReads
+
+
+def number_of_rows(weight: Rows) -> int:
+    """Returns R of a weight (R, D)."""
+    return (weight.weight if isinstance(weight, RowReads) else weight).shape[0]
 
 
 class _ReadRows(torch.autograd.Function):

@@ -160,3 +160,18 @@ class Update(NamedTuple):
         weight.index_copy_(0, rows, new.to(weight.dtype))
         for name, value in of_rows.items():
             self.state[name].index_copy_(0, rows, value)
+
+    def step_some(self, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """As `step`, but a row of -1 is none, so that no host waits for the number of rows."""
+        if not len(rows):
+            return
+        # Let a row that is there take the place of those of -1, because it gets the same values however often it steps.
+        slots = torch.arange(len(rows), device=rows.device).where(rows >= 0, rows.argmax())
+        rows, grad = rows.index_select(0, slots), grad.index_select(0, slots)
+        any_row, rows = rows.amax() >= 0, rows.clamp(min=0)
+        of_rows = {name: value.index_select(0, rows) for name, value in self.state.items()}
+        old = weight.index_select(0, rows).float()
+        new = self.rule.step(old, grad.float(), of_rows, self.learning_rate, self.t)
+        weight.index_copy_(0, rows, new.where(any_row, old).to(weight.dtype))
+        for name, value in of_rows.items():
+            self.state[name].index_copy_(0, rows, value.where(any_row, self.state[name].index_select(0, rows)))

@@ -93,10 +93,7 @@ def launch_every_kernel(tables: Description, weights: list[Tensor], batch: Batch
 
 
 def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update) -> None:
-    """As `torchrec_qr.ops.backends.cpu.update_rows`, but a row of -1 is none, and nothing checks that others exist.
-
-    A caller need not wait for the number of rows: it may give every row, or -1 in its place.
-    """
+    """As `torchrec_qr.ops.dispatch.update_rows`, but nothing checks that rows exist."""
     check_step(weight, rows, gradients)
     check_state(update, weight)
     gradients = _aligned(gradients)
