@@ -18,6 +18,7 @@ UPDATE = ".venv/bin/python tests/cuda_without_gpu/step_costs.py"
 # Costs of other libraries than this depend on these versions.
 STACK = ("torch", "torchrec")
 OWN = "torchrec_qr"
+WAITS = ("host synchronisations", "blocking copies")
 
 Costs = dict[str, Any]
 
@@ -51,7 +52,7 @@ def condensed(costs: Costs, by_place: bool) -> dict[str, int]:
     out: dict[str, int] = {}
     for library, kinds in costs.items():
         for kind, places in kinds.items():
-            waits = kind in ("host synchronisations", "blocking copies")
+            waits = kind in WAITS
             if kind == "dispatcher calls":
                 # Whether a step brings anew to the device where tensors lie is for the allocator to decide.
                 if library == OWN:

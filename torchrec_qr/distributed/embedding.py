@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
+from torchrec_qr.distributed.unique_ids import unique_ids
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
 
 
@@ -59,23 +60,16 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
         Ids come into range first, because an id past the end of a table would count as one of the next.
         """
         shardings: list[Any] = list(self._sharding_type_to_sharding.values())
-        unique_of_all = []
-        for sharding, features in zip(shardings, input_feature_splits, strict=True):
-            bounded = sharding.bounded(features)
-            uniques, inverses, first = [], [], 0
-            for ids in bounded.values().split(bounded.length_per_key()):
-                unique, inverse = ids.unique(return_inverse=True)
-                uniques.append(unique)
-                inverses.append(inverse + first)
-                first += len(unique)
-            lengths = torch.zeros_like(bounded.lengths()).view(len(uniques), -1)
-            lengths[:, :1] = torch.tensor([[len(unique)] for unique in uniques], device=lengths.device)
-            ctx.input_features.append(bounded)
-            ctx.reverse_indices.append(torch.cat(inverses))
-            unique_of_all.append(
-                KeyedJaggedTensor(keys=bounded.keys(), values=torch.cat(uniques), lengths=lengths.view(-1))
-            )
-        return unique_of_all
+        bounded = [of.bounded(features) for of, features in zip(shardings, input_feature_splits, strict=True)]
+        # Join the features of all sharding types, because a GPU then waits once for how many ids are left.
+        unique, numbers = unique_ids(KeyedJaggedTensor.concat(bounded))
+        parts: list[KeyedJaggedTensor] = unique.split([len(features.keys()) for features in bounded])
+        first = 0
+        for of, part in zip(numbers.split([len(features.values()) for features in bounded]), parts, strict=True):
+            ctx.reverse_indices.append(of - first)
+            first += len(part.values())
+        ctx.input_features.extend(bounded)
+        return parts
 
 
 class CompositionalEmbeddingCollectionSharder(CompositionalSharder[CompositionalEmbeddingCollection]):
@@ -84,7 +78,8 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
     Args:
         fused_params (dict[str, Any] | None): see `CompositionalEmbeddingBagCollectionSharder`.
         qcomm_codecs_registry (dict[str, Any] | None): TorchRec's codecs of embeddings that ranks send.
-        use_index_dedup (bool): whether to look up each id of a batch once.
+        use_index_dedup (bool): whether to look up each id of a batch once, and to send its embedding once. The host
+            then waits in the input dist on a GPU, for how many ids are left.
 
     Example:
         >>> from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
