@@ -79,12 +79,13 @@ class Run:
         section = replace(section, on_bad_row=on_bad_row or section.on_bad_row)
         source = opened_files(section, files, optional_labels=True)
         rows = Split("test", source, 0, source.num_rows)
-        return Data(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning)
+        pinned = self._device.type == "cuda"
+        return Data(replace(self.job, data=section), Splits(rows, rows, rows), self.meaning, pinned=pinned)
 
     @torch.no_grad()
     def scored(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns logits, labels (NaN if there is none) and weights (0 of a malformed row, and of padding)."""
-        _, predicted = self._task(batch.to(self._device))
+        _, predicted = self._task(batch.to(self._device, non_blocking=True))
         raise_pending()
         return tuple(tensor.float().cpu() for tensor in predicted)
 

@@ -83,7 +83,8 @@ def _run(
     with waits.patient():
         tables = job_tables(job, config_folder)
         settle = partial(agreed_meaning, job, folder, waits)
-        data = open_data(job, dist.get_rank(), dist.get_world_size(), settle)
+        pinned = device.type == "cuda"
+        data = open_data(job, dist.get_rank(), dist.get_world_size(), settle, pinned)
     for name in data.splits.empty_files():
         output.note(f"{name} has no rows and is left out")
     output.note(

@@ -254,7 +254,7 @@ class Trainer:
         with self._memory(f"evaluating at step {self.step}"), torch.no_grad(), batches:
             for i, batch in enumerate(batches):
                 with self._patient_at(i == 0):
-                    _, predicted = model(batch.to(self._device))
+                    _, predicted = model(batch.to(self._device, non_blocking=True))
                 predictions.add(*predicted)
         model.train()
         raise_pending()

@@ -47,31 +47,35 @@ class Batch(Pipelineable):
 class BatchMaker:
     """Makes batches of rows whose ids and dense features are already as the model takes them.
 
+    The numbers of ids of each feature are in a batch on the host, because input dist would wait for them on a GPU.
+
     Args:
         features (Sequence[str]): names, in the order of the rows' features.
+        pinned (bool): whether batches are in pinned memory, from which a GPU copies them while the host goes on.
     """
 
-    def __init__(self, features: Sequence[str]) -> None:
-        self._features = list(features)
+    def __init__(self, features: Sequence[str], pinned: bool = False) -> None:
+        self._features, self._pinned = list(features), pinned
         self._lengths: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, rows: Rows) -> Batch:
         weights = (
             torch.ones(len(rows)) if rows.weights is None else torch.from_numpy(np.ascontiguousarray(rows.weights))
         )
-        return Batch(
+        batch = Batch(
             torch.from_numpy(np.ascontiguousarray(rows.dense)),
             self._sparse(rows),
             torch.from_numpy(np.ascontiguousarray(rows.labels)),
             weights,
         )
+        return batch.pin_memory() if self._pinned else batch
 
     def _sparse(self, rows: Rows) -> KeyedJaggedTensor:
         if rows.lengths is None and rows.weights is None:
             values, lengths = self._fixed_values(rows), self._fixed_lengths(len(rows), rows.ids_per_row)
         else:
             values, lengths = _ragged_sparse(rows)
-        return KeyedJaggedTensor(self._features, values, lengths=lengths, stride=len(rows))
+        return KeyedJaggedTensor(self._features, values, lengths=lengths, stride=len(rows)).sync()
 
     def _fixed_values(self, rows: Rows) -> Tensor:
         values = np.empty(rows.ids.size, np.int64)
@@ -88,7 +92,7 @@ class BatchMaker:
     def _fixed_lengths(self, num_rows: int, ids_per_row: tuple[int, ...]) -> Tensor:
         key = num_rows, ids_per_row
         if key not in self._lengths:
-            self._lengths[key] = torch.tensor(ids_per_row, dtype=torch.int64).repeat_interleave(num_rows)
+            self._lengths[key] = torch.tensor(ids_per_row, dtype=torch.int32).repeat_interleave(num_rows)
         return self._lengths[key]
 
 
@@ -101,4 +105,4 @@ def _ragged_sparse(rows: Rows) -> tuple[Tensor, Tensor]:
         counts = np.where(np.repeat(rows.weights > 0, rows.lengths.shape[1]), counts, 0)
     order = np.arange(len(counts)).reshape(rows.lengths.shape).T.reshape(-1)
     values = rows.ids[segments(starts, counts, order)].astype(np.int64)
-    return torch.from_numpy(values), torch.from_numpy(counts[order].astype(np.int64))
+    return torch.from_numpy(values), torch.from_numpy(counts[order].astype(np.int32))

@@ -60,14 +60,23 @@ class Data:
         meaning (Meaning): of the rows of tables.
         rank (int): of this process.
         world_size (int): W.
+        pinned (bool): whether batches are in pinned memory, as a GPU's should be.
     """
 
-    def __init__(self, job: "Job", splits: Splits, meaning: Meaning, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        job: "Job",
+        splits: Splits,
+        meaning: Meaning,
+        rank: int = 0,
+        world_size: int = 1,
+        pinned: bool = False,
+    ) -> None:
         self._section, self.splits, self.meaning = job.data, splits, meaning
         self._mapping = IdMapping(job.data.ids, job.data.features, job.rows_of_features(), meaning.vocabularies)
         self._batch_size, self._seed = job.train.batch_size, job.train.seed
         self._eval_batch_size = job.train.eval_batch_size or self._batch_size
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._pinned = rank, world_size, pinned
 
     @property
     def batches_per_epoch(self) -> int:
@@ -107,7 +116,7 @@ class Data:
 
     def _batches(self, what: _Pass, skip: int, bad_rows: BadRows, malformed: list[int]) -> Iterator[Batch]:
         size = what.batch_size
-        batch_of = BatchMaker(self._section.features)
+        batch_of = BatchMaker(self._section.features, self._pinned)
 
         def make(rows: Rows) -> Batch:
             malformed.append(0 if rows.weights is None else int(np.count_nonzero(rows.weights == 0)))
@@ -181,6 +190,7 @@ def open_data(
     rank: int,
     world_size: int,
     settle: Callable[[Callable[[], Meaning]], Meaning] = lambda build: build(),
+    pinned: bool = False,
 ) -> Data:
     """Opens the data of a job for one rank.
 
@@ -190,9 +200,10 @@ def open_data(
         world_size (int): W.
         settle (Callable[[Callable[[], Meaning]], Meaning]): returns the meaning of the run's rows; it gets what
             makes that of new rows. Default: that.
+        pinned (bool): see `Data`.
 
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, with file and line.
     """
     splits = open_splits(job.data, job.rows_of_features())
-    return Data(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size)
+    return Data(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size, pinned)

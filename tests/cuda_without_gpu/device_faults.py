@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import torchrec_qr
+from launch.data.batch import BatchMaker
+from launch.data.rows import Rows
 from torchrec_qr.ids import IdSpace, bounded_ids
 from torchrec_qr.ops.triton_kernels.occurrences import keys_of_ids
 
@@ -28,6 +31,14 @@ def _id_out_of_range() -> None:
     torchrec_qr.raise_pending()
 
 
+def _batch() -> None:
+    """A batch of the job's data, whose numbers of ids input dist reads."""
+    rows = Rows(np.zeros(4, np.float32), np.zeros((4, 2), np.float32), np.zeros((4, 3), np.int64), (1, 2))
+    features = BatchMaker(["f", "g"], pinned=True)(rows).to(HERE, non_blocking=True).sparse
+    assert features.dist_splits([1, 1]) == [[4, 4], [4, 8]]
+    assert features.offset_per_key() == [0, 4, 12]
+
+
 FAULTS: dict[str, Callable[[], object]] = {
     "an item": lambda: _ids().sum().item(),
     "a list": lambda: _ids().tolist(),
@@ -42,6 +53,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "a copy to the host below autograd": lambda: _below_autograd(torch.device("cpu")),
     "a copy of memory that is not pinned": lambda: torch.ones(2).to(HERE, non_blocking=True),
     "a copy of pinned memory": lambda: torch.ones(2).pin_memory().to(HERE, non_blocking=True),
+    "a batch of the loader": _batch,
     "an address on the host": lambda: _ids().data_ptr(),
     "a sum over devices": lambda: _ids() + torch.arange(4, device="cuda:1"),
     "a launch beside the current device": lambda: keys_of_ids[(1,)](torch.arange(4, device="cuda:1")),

@@ -132,8 +132,30 @@ def test_a_batch_holds_the_rows_of_the_file(tmp_path: Path) -> None:
         assert batch.sparse[feature].values().tolist() == expected
         assert batch.sparse[feature].lengths().tolist() == [1] * 32
     assert batch.sparse.values().dtype == torch.int64
+    assert batch.sparse.lengths().dtype == torch.int32
     moved = batch.to(torch.device("cpu"))
     assert moved.sparse.keys() == FEATURES
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_batches_are_pinned_for_a_gpu(tmp_path: Path, kind: str, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of each batch, those of rows that pad it too; ids are counted before that."""
+    addresses = set()
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        addresses.add(copy.data_ptr())
+        return copy
+
+    # There is no pinned memory without a GPU.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    batches = list(open_data(job(write(tmp_path, kind)), 0, 1, pinned=pinned).train(0))
+    for batch in batches:
+        tensors = (batch.dense, batch.labels, batch.weights, batch.sparse.values(), batch.sparse.lengths())
+        assert {tensor.data_ptr() in addresses for tensor in tensors} == {pinned}
+        assert batch.sparse.length_per_key_or_none() == [batch.sparse[f].values().numel() for f in FEATURES]
+    assert sorted(flat(numbers(batches))) == list(range(TRAIN))
 
 
 def test_lists_have_their_own_lengths(tmp_path: Path) -> None:
