@@ -88,10 +88,11 @@ class TrainedRows:
             self._counted = batch, self._skipped.count(self._train, self._bad_rows, of_rank, self._before)
         return self._counted[1]
 
-    def look_for_good(self, predictions: Predictions, device: torch.device) -> None:
+    def look_for_good(self, predictions: Predictions, device: torch.device, hosts: dist.ProcessGroup) -> None:
         """Finds out whether any row was good; all ranks must call it."""
         if not self.has_good:
-            self.has_good = predictions.gather(device)[0].numel() > 0
+            _, _, weights = predictions.gather(device, hosts)
+            self.has_good = bool((weights > 0).any())
 
     def require_good(self) -> None:
         """Raises DataError if no row was good."""

@@ -198,7 +198,7 @@ class Trainer:
 
     def _after_pass(self) -> None:
         self._trained.count(self._batch)
-        self._trained.look_for_good(self._window, self._device)
+        self._trained.look_for_good(self._window, self._device, self._waits.group)
         self._trained.require_good()
 
     def _after_step(self, pipeline: Any) -> None:
@@ -214,7 +214,7 @@ class Trainer:
             self._save()
 
     def _log_train(self) -> None:
-        q = quality(*self._window.gather(self._device))
+        q = quality(*self._window.gather(self._device, self._waits.group))
         skipped = self._trained.count(self._batch)
         self._trained.has_good |= q.samples > 0
         self._window = Predictions()
@@ -258,7 +258,7 @@ class Trainer:
                 predictions.add(*predicted)
         model.train()
         raise_pending()
-        q = quality(*predictions.gather(self._device))
+        q = quality(*predictions.gather(self._device, self._waits.group))
         skipped = self.skipped.count(split, batches.bad_rows, batches.bad_rows.count)
         batches.bad_rows.require_good(q.samples, f"the {split.name} split")
         return q, skipped
@@ -283,7 +283,7 @@ class Trainer:
         """Writes a checkpoint of this step; all ranks must call it."""
         raise_pending()  # an error of a GPU must not become a checkpoint
         self._folder.require(self._waits.group)
-        self._trained.look_for_good(self._window, self._device)
+        self._trained.look_for_good(self._window, self._device, self._waits.group)
         about = {
             "epoch": self._epoch,
             "batch": self._batch,

@@ -149,6 +149,7 @@ SEEN = {
     "a copy of memory that is not pinned": "blocking copies, to the device, by memory that is not pinned",
     "a copy of pinned memory": "",
     "a batch of the loader": "",
+    "metrics of a window": "host synchronisations, tolist",
     "an address on the host": "DevicePointerOnHostError",
     "a sum over devices": "cuda:0",
     "a launch beside the current device": "WrongDeviceError",

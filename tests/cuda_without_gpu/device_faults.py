@@ -1,4 +1,4 @@
-"""Faults that `fake_cuda` must see, each by itself: a broken recorder would be silent about all of them."""
+"""Faults that `fake_cuda` must see, each by itself, because a broken recorder would see none; and what has none."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from torch import Tensor
 import torchrec_qr
 from launch.data.batch import BatchMaker
 from launch.data.rows import Rows
+from launch.metrics import Predictions, quality
 from torchrec_qr.ids import IdSpace, bounded_ids
 from torchrec_qr.ops.triton_kernels.occurrences import keys_of_ids
 
@@ -39,6 +40,14 @@ def _batch() -> None:
     assert features.offset_per_key() == [0, 4, 12]
 
 
+def _metrics() -> None:
+    """Those of the predictions since the last line of metrics."""
+    predictions = Predictions()
+    for _ in range(2):
+        predictions.add(*torch.ones(3, 4, device=HERE))
+    quality(*predictions.gather(HERE))
+
+
 FAULTS: dict[str, Callable[[], object]] = {
     "an item": lambda: _ids().sum().item(),
     "a list": lambda: _ids().tolist(),
@@ -54,6 +63,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "a copy of memory that is not pinned": lambda: torch.ones(2).to(HERE, non_blocking=True),
     "a copy of pinned memory": lambda: torch.ones(2).pin_memory().to(HERE, non_blocking=True),
     "a batch of the loader": _batch,
+    "metrics of a window": _metrics,
     "an address on the host": lambda: _ids().data_ptr(),
     "a sum over devices": lambda: _ids() + torch.arange(4, device="cuda:1"),
     "a launch beside the current device": lambda: keys_of_ids[(1,)](torch.arange(4, device="cuda:1")),

@@ -206,7 +206,7 @@ def costs_or_error(cuda: FakeCuda, case: DeviceCase) -> dict[str, Any]:
 
 
 def seen(cuda: FakeCuda, call: Callable[[], object]) -> dict[str, str]:
-    """Returns for what a call waited, as the recorder saw it, or the error that it ended with."""
+    """Returns for what a call waited each time, as the recorder saw it, or the error that it ended with."""
     cuda.counts.clear()
     try:
         with cuda.tensors():
@@ -216,7 +216,9 @@ def seen(cuda: FakeCuda, call: Callable[[], object]) -> dict[str, str]:
     waits = ("host synchronisations", "blocking copies")
     return {
         "seen": "; ".join(
-            f"{kind}, {place.removeprefix('autograd ')}" for kind in waits for _, place in cuda.counts.of[kind]
+            f"{kind}, {place.removeprefix('autograd ')}"
+            for kind in waits
+            for _, place in cuda.counts.of[kind].elements()
         )
     }
 
