@@ -9,10 +9,8 @@ import pytest
 import torch
 from gpu_setups import OF_NCCL, OF_SEVERAL, Setup
 from ranks import own_device, run_ranks
-from sharded_model import tables
 from test_pipelines import Batch, batches, compare_pipelines, mixed_model
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_qr import raise_pending
 from torchrec_qr.distributed import prepared_ids
@@ -55,9 +53,7 @@ class Unsynchronised(TrainPipelineSparseDist[Batch, Any]):
 
 def steps_without_waiting(rank: int, world_size: int) -> int:
     """The number of pipelined steps that made the host wait nowhere else."""
-    # MEAN copies its divisors, and path reads the number of ids per class: both make the host wait, which is known.
-    configs = [c for c in tables() if c.pooling == PoolingType.SUM and getattr(c, "operation", "") != "path"]
-    model, optimizer = mixed_model(False, configs)
+    model, optimizer = mixed_model(False)
     # Pinned, and with the number of ids per feature, which TorchRec would read on the host.
     host = [batch.to(torch.device("cpu")) for batch in batches(rank, world_size, False)]
     data = iter([Batch(b.features.sync().pin_memory(), b.labels.pin_memory()) for b in host])
