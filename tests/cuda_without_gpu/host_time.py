@@ -1,8 +1,8 @@
 """Usage: ``.venv/bin/python tests/cuda_without_gpu/host_time.py [FILE.json]``.
 
-Measures how long the host takes for the operators of a step, forward and backward, of kernels that do nothing. Triton's
-own launcher and the driver come on top, about 5 µs a launch. It prints the median of repeats in ms, per number of tables
-and rule, and writes them to a file.
+Measures how long the host takes for the operators of a step, forward and backward, of kernels that do nothing. Add
+about 5 µs a launch for Triton's own launcher and the driver. It prints the median of repeats in ms, per number of
+tables and rule, and writes them to a file.
 """
 
 import json
