@@ -49,7 +49,9 @@ class RowReads:
         # Both ways add in order, unlike `index_add_` on a GPU.
         if rows.device.type == "cpu":
             size = (self.weight.shape[0], gradients.shape[1])
-            summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size, check_invariants=False).coalesce()
+            # Decide for every sparse tensor in here, because torch 2.11 warns of each whose checks nobody chose.
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):
+                summed = torch.sparse_coo_tensor(rows.unsqueeze(0), gradients, size).coalesce()
             return summed.indices()[0], summed.values()
         return _summed_without_wait(rows, gradients, min(len(rows), self.weight.shape[0]))
 
