@@ -18,6 +18,7 @@ from device_faults import FAULTS
 from device_refusals import CALLS
 from fake_cuda import FakeCuda
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from step_costs import WAITS
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import sharding_plan
@@ -213,11 +214,10 @@ def seen(cuda: FakeCuda, call: Callable[[], object]) -> dict[str, str]:
             call()
     except BaseException:
         return {"seen": traceback.format_exc()}
-    waits = ("host synchronisations", "blocking copies")
     return {
         "seen": "; ".join(
             f"{kind}, {place.removeprefix('autograd ')}"
-            for kind in waits
+            for kind in WAITS
             for _, place in cuda.counts.of[kind].elements()
         )
     }

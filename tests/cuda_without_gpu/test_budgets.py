@@ -43,7 +43,7 @@ def own(case: str, kind: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case: str) -> None:
-    for kind in ("host synchronisations", "blocking copies"):
+    for kind in step_costs.WAITS:
         assert sum(own(case, kind).values()) == WAITS, own(case, kind)
 
 

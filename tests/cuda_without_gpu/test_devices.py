@@ -45,13 +45,6 @@ def test_a_step_costs_what_the_table_says(measured: dict[str, Any], case: str) -
     step_costs.check(case, measured[case])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_host_waits_for_no_step(measured: dict[str, Any], case: str) -> None:
-    """One wait leaves the device idle until the host has launched the rest, so no table of costs may allow any."""
-    waits = tuple(f"{step_costs.OWN}, {kind}, " for kind in step_costs.WAITS)
-    assert [cost for cost in measured[case] if cost.startswith(waits)] == []
-
-
 @pytest.mark.parametrize(("call", "message"), REFUSED.items())
 def test_tensors_on_several_devices_are_refused_by_name(results: dict[str, Any], call: str, message: str) -> None:
     assert message in str(results[call]["error"])
