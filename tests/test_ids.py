@@ -6,7 +6,7 @@ from batches import batch
 from torchrec import KeyedJaggedTensor
 
 from torchrec_qr import raise_pending
-from torchrec_qr.ids import IdSpace, bags_of, bounded_ids
+from torchrec_qr.ids import IdSpace, arranged, bounded_ids
 
 
 def space(policy: str = "error", num_ids: int = 10, table: str = "t") -> IdSpace:
@@ -39,20 +39,52 @@ def test_the_given_ids_stay_as_they_are() -> None:
     assert ids.tolist() == [-1, 10]
 
 
-def test_bags_are_read_per_id_space_in_its_order() -> None:
-    kjt = batch({"f_a": [[1, 2], [3]], "f_b": [[], [4]]}, torch.tensor([0.5, 1.0, 2.0, 3.0]))
-    b, a = bags_of(kjt, [space(table="b"), space(table="a")], weighted=True)
-    assert (a.ids.tolist(), a.offsets.tolist(), a.lengths.tolist()) == ([1, 2, 3], [0, 2, 3], [2, 1])
-    assert (b.ids.tolist(), b.offsets.tolist(), b.lengths.tolist()) == ([4], [0, 0, 1], [0, 1])
-    assert a.weights is not None
-    assert a.weights.tolist() == [0.5, 1.0, 2.0]
-    assert bags_of(kjt, [space(table="a")], weighted=False)[0].weights is None
+WEIGHTED = {"f_a": [[1, 2], [3]], "f_b": [[], [4]]}
+
+
+def test_features_come_in_the_order_of_their_id_spaces() -> None:
+    kjt = batch(WEIGHTED, torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    spaces = [space(table="b"), space(table="a"), space(table="b")]
+    out = arranged(kjt, spaces, weighted=True, pooled=True)
+    assert out.keys() == ["f_b", "f_a", "f_b"]
+    assert (out.values().tolist(), out.lengths().tolist()) == ([4, 1, 2, 3, 4], [0, 1, 2, 1, 0, 1])
+    assert (out.weights().tolist(), out.length_per_key()) == ([3.0, 0.5, 1.0, 2.0, 3.0], [1, 3, 1])
+    assert arranged(kjt, [space(table="a")], weighted=False, pooled=True).weights_or_none() is None
+
+
+def test_a_batch_that_is_in_order_is_not_copied() -> None:
+    kjt = batch(WEIGHTED)
+    assert arranged(kjt, [space(table="a"), space(table="b")], weighted=False, pooled=True) is kjt
+
+
+def test_the_gradient_of_weights_goes_through_another_order() -> None:
+    weights = torch.tensor([0.5, 1.0, 2.0, 3.0], requires_grad=True)
+    out = arranged(batch(WEIGHTED, weights), [space(table="b"), space(table="a")], weighted=True, pooled=True)
+    out.weights().backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [2.0, 3.0, 4.0, 1.0]
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_features_of_fewer_bags_get_empty_ones_if_they_are_pooled(pooled: bool) -> None:
+    kjt = KeyedJaggedTensor(
+        keys=["f_a", "f_b"],
+        values=torch.tensor([1, 2, 3]),
+        lengths=torch.tensor([2, 0, 0, 1]),
+        stride_per_key_per_rank=[[1], [3]],
+        inverse_indices=(["f_a", "f_b"], torch.tensor([[0, 0, 0], [0, 1, 2]])),
+    )
+    out = arranged(kjt, [space(table="b"), space(table="a")], weighted=False, pooled=pooled)
+    assert out.values().tolist() == [3, 1, 2]
+    assert out.lengths().tolist() == ([0, 0, 1, 2, 0, 0] if pooled else [0, 0, 1, 2])
+    assert out.stride_per_key() == ([3, 3] if pooled else [3, 1])
 
 
 def test_a_batch_without_samples() -> None:
-    kjt = KeyedJaggedTensor(["f_t"], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64))
-    (bags,) = bags_of(kjt, [space()], weighted=False)
-    assert (bags.ids.tolist(), bags.offsets.tolist(), bags.lengths.tolist()) == ([], [0], [])
+    empty = torch.empty(0, dtype=torch.int64)
+    kjt = KeyedJaggedTensor(["f_a", "f_b"], empty, lengths=empty)
+    out = arranged(kjt, [space(table="b"), space(table="a")], weighted=False, pooled=True)
+    assert (out.values().tolist(), out.lengths().tolist(), out.offsets().tolist()) == ([], [], [0])
 
 
 def test_nothing_is_pending_on_the_cpu() -> None:

@@ -22,7 +22,10 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.init import init_partition
-from torchrec_qr.modules.table import CompositionalTable, embed, init_tables
+from torchrec_qr.modules.table import CompositionalTable, init_tables
+from torchrec_qr.ops.arguments import Batch
+from torchrec_qr.ops.description import Description
+from torchrec_qr.ops.feature_lookup import look_up_features
 from torchrec_qr.partitions import PartitionSpec
 
 SEEDS = 64
@@ -50,6 +53,15 @@ class Moments:
     @property
     def variance(self) -> float:
         return self.squares / self.n - self.mean**2
+
+
+def embed(table: CompositionalTable, ids: Tensor) -> Tensor:
+    """Returns the embedding of each id (N, D), through the module's lookup."""
+    starts = [0, len(ids)]
+    maps = [] if table.class_map is None else [table.class_map]
+    tables, batch = Description([table.layout], ["t"], maps), Batch(ids, torch.tensor(starts), None, False, starts)
+    (out,) = look_up_features(tables, list(table.weights()), batch)
+    return out
 
 
 def sampled(table_config: CompositionalEmbeddingBagConfig, ids: Tensor) -> tuple[Moments, list[Moments]]:

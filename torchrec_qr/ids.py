@@ -4,11 +4,13 @@ This is the first step of a forward, on the rank that has the batch, before the 
 0 <= id < S, except that kernels on a GPU check ids themselves.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torch.nn import functional
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.late_errors import check_later, raise_pending
 
@@ -25,17 +27,59 @@ class IdSpace(NamedTuple):
     out_of_range: str
 
 
-class Bags(NamedTuple):
-    """One feature's ids (N,), offsets (B + 1,) and lengths (B,) of its bags, and its per-id weights (N,) or None."""
+def arranged(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool, pooled: bool) -> KeyedJaggedTensor:
+    """Returns the feature of each id space, in order. If these are the batch as it is, nothing is copied.
 
-    ids: Tensor
-    offsets: Tensor
-    lengths: Tensor
-    weights: Tensor | None
+    Args:
+        features (KeyedJaggedTensor): the batch.
+        spaces (list[IdSpace]): the features to read.
+        weighted (bool): whether to read the weights of ids.
+        pooled (bool): whether all features must have one number of bags. Empty bags then follow those of the others.
+
+    Raises:
+        KeyError: the batch lacks a feature.
+        ValueError: the batch has no weights, or not one per id, though ``weighted``. Or pooled features differ in
+            their numbers of bags, and the batch has no inverse indices.
+    """
+    raise_pending(wait=False)
+    if weighted:
+        _check_weights(features)
+    keys = features.keys()
+    number = {key: i for i, key in enumerate(keys)}
+    for space in spaces:
+        if space.feature not in number:
+            raise KeyError(f"table {space.table!r}: feature {space.feature!r} is not in the batch; its keys are {keys}")
+    order = [number[space.feature] for space in spaces]
+    varies = features.variable_stride_per_key()
+    if order == list(range(len(keys))) and not (varies and pooled):
+        return features
+    numbers_of_ids, numbers_of_bags = features.length_per_key(), features.stride_per_key()
+    if pooled and len(set(numbers_of_bags)) > 1 and features.inverse_indices_or_none() is None:
+        raise ValueError(
+            f"features {keys}: {numbers_of_bags} bags and no inverse indices; allowed: one number of bags for all, or "
+            "inverse indices"
+        )
+    lengths = features.lengths().split(numbers_of_bags)
+    most = max(numbers_of_bags)
+    if varies and pooled:
+        lengths = [functional.pad(of, (0, most - of.shape[0])) for of in lengths]
+
+    def select(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([parts[i] for i in order])
+
+    return KeyedJaggedTensor(
+        keys=[space.feature for space in spaces],
+        values=select(features.values().split(numbers_of_ids)),
+        weights=select(features.weights().split(numbers_of_ids)) if weighted else None,
+        lengths=select(lengths),
+        stride=None if varies and not pooled else most,
+        stride_per_key_per_rank=[[numbers_of_bags[i]] for i in order] if varies and not pooled else None,
+        length_per_key=[numbers_of_ids[i] for i in order],
+    )
 
 
-def bags_of(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool) -> list[Bags]:
-    """Returns one `Bags` per id space of a batch, with its ids in [0, S) by the policy of the space.
+def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
+    """Returns ``ids`` (N,) as int64, brought into [0, S) by the policy of ``space``.
 
     ``"error"`` raises, ``"clamp"`` returns min(max(id, 0), S - 1), ``"wrap"`` returns id mod S (never negative), and
     ``"unchecked"`` returns the id itself. On a CPU ``"error"`` checks the batch at once. On CUDA the host must not
@@ -43,42 +87,13 @@ def bags_of(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool) 
     `torchrec_qr.raise_pending`.
 
     Args:
-        features (KeyedJaggedTensor): the batch.
-        spaces (list[IdSpace]): the features to read.
-        weighted (bool): whether to read the weights of ids.
+        ids (Tensor): (N,) int32 or int64.
+        space (IdSpace): the feature and the table.
 
     Raises:
-        KeyError: the batch lacks a feature.
         TypeError: ids are not integers.
         IndexError: an id is outside [0, S) under ``"error"``. The message has the table, the feature, the id and S.
-        ValueError: the batch has no weights, or not one per id, though ``weighted``.
     """
-    raise_pending(wait=False)
-    if weighted:
-        _check_weights(features)
-    jagged = _jagged_by_feature(features)
-    bags = []
-    for space in spaces:
-        if space.feature not in jagged:
-            raise KeyError(
-                f"table {space.table!r}: feature {space.feature!r} is not in the batch; its keys are {features.keys()}"
-            )
-        f = jagged[space.feature]
-        ids = bounded_ids(f.values(), space)
-        bags.append(Bags(ids, f.offsets(), f.lengths(), f.weights() if weighted else None))
-    return bags
-
-
-def _jagged_by_feature(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-    if features.lengths().numel():
-        return features.to_dict()
-    # Handle a batch without samples, because TorchRec's `to_dict` raises IndexError.
-    empty = JaggedTensor(features.values(), weights=features.weights_or_none(), lengths=features.lengths())
-    return dict.fromkeys(features.keys(), empty)
-
-
-def bounded_ids(ids: Tensor, space: IdSpace) -> Tensor:
-    """Returns ``ids`` (N,) as int64, brought into [0, S) by the policy of ``space`` (see `bags_of`)."""
     check_type(ids, space)
     # Cast before any arithmetic, because an S above 2^31 overflows int32.
     ids = ids.to(torch.int64)

@@ -86,6 +86,7 @@ REFERENCE = [
     DeviceCase("table_wise", operation="path"),
     DeviceCase("table_wise", pooled=False, index_dedup=True),
     *(DeviceCase(sharding, tables=26) for sharding in ("table_wise", "row_wise", UNSHARDED)),
+    DeviceCase(UNSHARDED, pooled=False, tables=26),
 ]
 # A rank of others, whose tables have replicas here.
 _ELSEWHERE = [DeviceCase(sharding, home="elsewhere") for sharding in ("table_wise", "table_row_wise")]

@@ -77,7 +77,7 @@ def _collection(features: torch.device = HERE, move: str = "", to: torch.device 
     if move == "partition":
         table.partition_1.weight = nn.Parameter(torch.zeros(2, 4, device=to))
     if move == "class map":
-        table.description = Description([MAPPED], ["t"], [_class_map(to)])
+        table.class_map = _class_map(to)
     ids = torch.zeros(2, dtype=torch.int64, device=features)
     lengths = torch.ones(2, dtype=torch.int64, device=features)
     collection(KeyedJaggedTensor(keys=["f"], values=ids, lengths=lengths))

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from fake_memory import INTEGERS, Memory
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -31,6 +30,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
+
+from torchrec_qr.ops import feature_lookup, lookup
 
 
 def _folder(package: str) -> str:
@@ -140,10 +141,6 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         namespace, name = func._schema.name.split("::")
-        if namespace == "torchrec_qr":
-            # Not the operator's fake: the host code of the backend is to be seen.
-            with self:
-                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
         if namespace == "aten":
             # Below autograd operations come whole that are made of others, such as ``to`` of a copy.
             with self:
@@ -309,6 +306,8 @@ class FakeCuda:
         FakeTensor.data_ptr = data_ptr
         FakeTensor.tolist = tolist
         FakeTensor.record_stream = lambda tensor, stream: None
+        # Look up as a step without a compiler does, not by operators, whose fakes hide the backend.
+        lookup.is_traced = feature_lookup.is_traced = lambda *tensors: False
 
     def _install_devices(self) -> None:
         counts, devices, memory = self.counts, self.devices, self.memory

@@ -6,7 +6,7 @@ from typing import Any
 import noop_cuda
 import pytest
 import step_costs
-from device_cases import REFERENCE, REFUSED, SEEN, cases
+from device_cases import REFERENCE, REFUSED, SEEN, UNSHARDED, DeviceCase, cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -43,6 +43,37 @@ def test_a_step_costs_what_the_table_says(measured: dict[str, Any], case: str) -
     if case not in measured:
         pytest.fail("the step fails, and has no costs")
     step_costs.check(case, measured[case])
+
+
+# All tables that kernels have are looked up at once: where their rows are alike, by one kernel.
+FORWARD_KERNELS = 1
+# Blocks of tables; for each of two partitions ranges, long rows and sums of sums; keys of the one that is sorted; and
+# the rows of the other that waited, whose gradients are written at the end.
+BACKWARD_KERNELS = 9
+# The failure word, and without pooling the output, are filled. The gradients of tables are filled at once. One launch
+# joins or copies the gradient of the output. Sums that wait are filled, and keys are sorted by three launches at most.
+FILLS_AND_SORTS = 7
+OF_TWO_AND_26_TABLES = [
+    pytest.param(*(DeviceCase(UNSHARDED, pooled, tables=n).id for n in (2, 26)), id="bags" if pooled else "sequences")
+    for pooled in (True, False)
+]
+
+
+@pytest.mark.parametrize(("of_two", "of_26"), OF_TWO_AND_26_TABLES)
+def test_an_unsharded_collection_launches_the_same_for_any_number_of_tables(
+    results: dict[str, Any], of_two: str, of_26: str
+) -> None:
+    few, many = (results[case]["costs"] for case in (of_two, of_26))
+    launches = many["torchrec_qr"]["launches"]
+    assert few["torchrec_qr"]["launches"] == launches
+    assert not set(step_costs.WAITS) & set(many["torchrec_qr"])
+    kernels = {place.split()[-1]: n for place, n in launches.items() if not place.endswith(" aten")}
+    assert kernels.pop("forward") == FORWARD_KERNELS
+    assert sum(kernels.values()) == BACKWARD_KERNELS
+    assert sum(launches.values()) <= FORWARD_KERNELS + BACKWARD_KERNELS + FILLS_AND_SORTS
+    if "bags" in of_26:
+        # Nor does TorchRec wait, because sums need no numbers of ids on the host.
+        assert not set(step_costs.WAITS) & set(many["torchrec"])
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.items())

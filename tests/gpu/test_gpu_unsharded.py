@@ -58,7 +58,7 @@ def test_an_id_out_of_range_is_raised_by_raise_pending_at_the_latest(pooled: boo
         model(wrong)
         raise_pending()
 
-    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id 100 is outside \[0, 100\)"):
+    with pytest.raises(IndexError, match=r"table 't', feature 'f_t': id 100 .* \[0, 100\)"):
         forward()
     raise_pending()
     assert model(right).isfinite().all()

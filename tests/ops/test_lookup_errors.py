@@ -10,6 +10,7 @@ from torchrec_qr.ops import lookup
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
 from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
+from torchrec_qr.ops.feature_lookup import look_up_features
 from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.operators import lookup_gradients_op, lookup_op
 from torchrec_qr.ops.partition_layouts import partition_layouts
@@ -22,7 +23,10 @@ SGD = Update(Sgd(), {}, 0.1)
 def look_up(
     tables: Description, weights: list[Tensor], ids: Tensor, offsets: Tensor, id_weights: Tensor | None, pooled: bool
 ) -> Tensor:
-    return lookup.look_up(tables, weights, Batch(ids, offsets, id_weights, pooled))
+    if pooled:
+        return lookup.look_up(tables, weights, Batch(ids, offsets, id_weights, pooled))
+    batch = Batch(ids, offsets, None, pooled, offsets.tolist())
+    return torch.cat([out.view(-1) for out in look_up_features(tables, weights, batch)])
 
 
 def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:

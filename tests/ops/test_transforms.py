@@ -11,6 +11,7 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec_qr import CompositionalEmbeddingBagCollection, QuotientRemainder
 from torchrec_qr.modules.table import CompositionalTable
 from torchrec_qr.ops.arguments import Batch, DenseGradient
+from torchrec_qr.ops.description import Description
 from torchrec_qr.ops.lookup import stepped_lookup
 
 BATCH = KeyedJaggedTensor(["f"], torch.tensor([3, 7, 7, 19, 0]), lengths=torch.tensor([2, 0, 3]))
@@ -68,4 +69,4 @@ def test_forward_mode_of_a_sharded_lookup_raises() -> None:
     with forward_ad.dual_level():
         weights = list(duals({str(j): w for j, w in enumerate(table.weights())}).values())
         with pytest.raises(NotImplementedError, match="jvp"):
-            stepped_lookup(table.description, weights, batch, lambda: [DenseGradient()] * 2)
+            stepped_lookup(Description([table.layout], ["t"]), weights, batch, lambda: [DenseGradient()] * 2)

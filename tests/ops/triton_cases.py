@@ -31,6 +31,7 @@ OTHERS = (
     "hot_rows",
     "hot_rows_of_every_shape",
     "dense_gradients_and_touched_rows",
+    "gradients_that_share_memory",
     "sequences",
     "codes",
     "rows_given",
@@ -39,6 +40,7 @@ OTHERS = (
     "ids_that_are_refused",
     "any_id",
     "ids_out_of_range",
+    "ids_out_of_range_of_named_features",
     "offsets_that_do_not_cover_the_ids",
     "nothing_to_look_up",
     "a_warm_up_changes_nothing",
@@ -46,7 +48,10 @@ OTHERS = (
 )
 NAMES = [*STEPS, *OTHERS]
 # Those that compare with the CPU kernels, which are not on every machine.
-AGAINST_CPU = ("dense_gradients_and_touched_rows", "sequences", "codes", "rows_given", "replicas_given")
+AGAINST_CPU = (
+    *("dense_gradients_and_touched_rows", "gradients_that_share_memory"),
+    *("sequences", "codes", "rows_given", "replicas_given"),
+)
 
 
 def step(case: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from kernel_reference import RULES, StepCase, one_table, rule_of, train, update_
 from near import assert_near
 from torch import Tensor
 
+from torchrec_qr.ops import operators
 from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, Replica, SentFeature
 from torchrec_qr.ops.backends import cpu, triton
 from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
@@ -94,6 +95,28 @@ def two_tables() -> tuple[Description, list[Tensor], Batch]:
     ids = torch.randint(0, 15, (23,))
     batch = Batch(ids, ints(0, 3, 3, 8, 14, 15, 23), torch.rand(23), True)
     return Description(layouts, ["a", "b"]), weights, batch
+
+
+def gradients_that_share_memory() -> None:
+    """Dense gradients of one type are in one memory. `torch.library` allows that of no operator."""
+    tables, weights, batch = two_tables()
+    types = torch.float32, torch.float16, torch.float32, torch.float32
+    weights = [w.to(of_type) for w, of_type in zip(weights, types, strict=True)]
+    gradient = torch.randn(2, tables.columns)
+    outcomes: list[Outcome] = [DenseGradient(), DenseGradient(), None, DenseGradient()]
+    expected = cpu.backward(tables, weights, batch, gradient, outcomes, False).weights
+    shared = triton.backward(tables, weights, batch, gradient, outcomes, False).weights
+    of_batch, needed = (batch.ids, batch.offsets, batch.weights), [True, True, False, True]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "kernels_on", lambda device: triton)
+        own = operators.lookup_gradients_op(gradient, weights, [], *of_batch, tables.text, True, needed, False)
+    for i in (0, 1, 3):
+        assert shared[i].data_ptr() % 16 == 0
+        for actual in (shared[i], own[i]):
+            assert actual.dtype == weights[i].dtype
+            assert_near(actual.double(), expected[i].double(), 1e-2 if i == 1 else 1e-6, str(i))
+    for of, storages in ((shared, 2), (own, 3)):
+        assert len({of[i].untyped_storage().data_ptr() for i in (0, 1, 3)}) == storages
 
 
 def dense_gradients_and_touched_rows() -> None:
@@ -253,6 +276,15 @@ def ids_out_of_range() -> None:
     block = Description([TableLayout("add", (PartitionLayout(4, 1, 10, first_row=5),), num_ids=10)], ["t"])
     with pytest.raises(IndexError, match="table 't': id number 1 has row -1 of partition 0"):
         triton.forward(block, [weight], Batch(ints(5, 4), ints(0, 2), None, True))
+
+
+def ids_out_of_range_of_named_features() -> None:
+    tables, weights, _ = two_tables()
+    named = Description(tables.tables, tables.names, features=["f", "g", "h"])
+    for number, label in enumerate(("table 'a', feature 'f'", "table 'a', feature 'g'", "table 'b', feature 'h'")):
+        ids = ints(*(99 if i == number else 0 for i in range(3)))
+        with pytest.raises(IndexError, match=rf"{label}: id 99 \(number {number}\) is out of range \[0, 15\)"):
+            triton.forward(named, weights, Batch(ids, ints(0, 1, 2, 3), None, True))
 
 
 def offsets_that_do_not_cover_the_ids() -> None:

@@ -24,8 +24,9 @@ from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.layout import RowCode, stored_columns
 from torchrec_qr.distributed.replication import Replicas
 from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.modules.feature_batch import batch_of
 from torchrec_qr.modules.table import table_layout
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome
+from torchrec_qr.ops.arguments import DenseGradient, Outcome
 from torchrec_qr.ops.description import Description
 from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.lookup_warm_up import warm_up
@@ -135,7 +136,8 @@ class ShardLookup:
         def outcomes() -> list[Outcome]:
             return [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.begin_step)]
 
-        return stepped_lookup(self._tables, self._weights(replicas), self._batch(features, weighted), outcomes)
+        batch = batch_of(features, self._first, self.num_features, not self._sequence, weighted)
+        return stepped_lookup(self._tables, self._weights(replicas), batch, outcomes)
 
     def warm_up(self, weighted: bool, replicas: ReplicatedPartitions) -> None:
         """Compiles the kernels of a lookup and of its step on a GPU."""
@@ -144,20 +146,6 @@ class ShardLookup:
 
     def _weights(self, replicas: ReplicatedPartitions) -> list[Tensor]:
         return [weight for shard in self._shards for weight in shard.weights(replicas)]
-
-    def _batch(self, features: KeyedJaggedTensor, weighted: bool) -> Batch:
-        of_all: list[int] = features.offset_per_key()
-        first, last, bags = self._first, self._first + self.num_features, features.stride()
-        span = slice(of_all[first], of_all[last])
-        starts = [start - span.start for start in of_all[first : last + 1]]
-        if self._sequence:
-            offsets = torch.tensor(starts)
-        elif self.num_features == len(features.keys()):
-            offsets = features.offsets()
-        else:
-            offsets = features.offsets()[first * bags : last * bags + 1] - span.start
-        weights = features.weights()[span] if weighted else None
-        return Batch(features.values()[span], offsets, weights, not self._sequence, starts)
 
 
 def shard_lookups(shards: list[LocalShard], sequence: bool) -> list[ShardLookup]:

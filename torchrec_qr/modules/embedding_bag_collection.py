@@ -1,18 +1,20 @@
 """The pooled collection: TorchRec's ``EmbeddingBagCollection`` with plain and compositional tables."""
 
 import torch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
     get_embedding_names_by_table,
-    process_pooled_embeddings,
     reorder_inverse_indices,
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_qr.ids import bags_of
-from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, id_spaces, init_tables, sum_bags_of
+from torchrec_qr.ids import arranged
+from torchrec_qr.modules.feature_batch import in_range
+from torchrec_qr.modules.pooled_columns import columns_of, joined_columns
+from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, id_spaces, init_tables
+from torchrec_qr.modules.table_lookup import lookups_of
 
 
 class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -81,9 +83,11 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._tables = tables
         self.embedding_bags = build_tables(tables, PlainEmbeddingBag, device)
         self._id_spaces = id_spaces(tables)
-        self._pooling = {t.name: t.pooling for t in tables}
+        self._lookups = lookups_of(self.embedding_bags, self._id_spaces)
+        self._columns = columns_of(tables, self._lookups)
+        self._dims = [t.embedding_dim for t in tables for _ in t.feature_names]
         self._embedding_names = [name for names in get_embedding_names_by_table(tables) for name in names]
-        self._lengths_per_embedding = [t.embedding_dim for t in tables for _ in t.feature_names]
+        self._lengths_per_embedding = self._dims
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -99,18 +103,16 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         inverse_indices = reorder_inverse_indices(
             features.inverse_indices_or_none(), [space.feature for space in self._id_spaces]
         )
-        bags = bags_of(features, self._id_spaces, self._is_weighted)
-        pooled = []
-        for i, space in enumerate(self._id_spaces):
-            weights = bags[i].weights if self._is_weighted else None
-            out = sum_bags_of(self.embedding_bags[space.table], bags[i].ids, bags[i].offsets, weights)
-            if self._pooling[space.table] == PoolingType.MEAN:
-                out = out / bags[i].lengths.clamp(min=1).unsqueeze(1)
-            pooled.append(out)
+        spaces = [space for lookup in self._lookups for space in lookup.spaces]
+        features = arranged(features, spaces, self._is_weighted, True)
+        given = [lookup.given(self.embedding_bags) for lookup in self._lookups]
+        features = in_range(features, spaces, given)
+        weighted = self._is_weighted
+        sums = [lookup.pooled(of, features, weighted) for lookup, of in zip(self._lookups, given, strict=True)]
         return KeyedTensor(
             keys=self._embedding_names,
             length_per_key=self._lengths_per_embedding,
-            values=process_pooled_embeddings(pooled, inverse_indices),
+            values=joined_columns(sums, self._columns, features, self._dims, inverse_indices),
         )
 
     def reset_parameters(self) -> None:
@@ -135,7 +137,8 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return device_of(self)
 
 
-# `torch.fx` records calls, because the first reads ids, and TorchRec wraps the others in its own module.
-torch.fx.wrap("bags_of")
-torch.fx.wrap("process_pooled_embeddings")
+# `torch.fx` records calls, because these read the batch, and TorchRec wraps the last in its own module alone.
+torch.fx.wrap("arranged")
+torch.fx.wrap("in_range")
+torch.fx.wrap("joined_columns")
 torch.fx.wrap("reorder_inverse_indices")

@@ -6,8 +6,10 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_qr.ids import bags_of
-from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, embed, id_spaces, init_tables
+from torchrec_qr.ids import arranged
+from torchrec_qr.modules.feature_batch import in_range
+from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, id_spaces, init_tables
+from torchrec_qr.modules.table_lookup import lookups_of
 
 
 class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
@@ -63,6 +65,7 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         self._need_indices = need_indices
         self.embeddings = build_tables(tables, PlainEmbedding, device)
         self._id_spaces = id_spaces(tables)
+        self._lookups = lookups_of(self.embeddings, self._id_spaces)
         self._embedding_names_by_table = get_embedding_names_by_table(tables)
         self.reset_parameters()
 
@@ -75,16 +78,19 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         Returns:
             dict[str, JaggedTensor]: (N, D) fp32 for each feature.
         """
-        bags = bags_of(maybe_td_to_kjt(features, None), self._id_spaces, False)
-        names = [name for names in self._embedding_names_by_table for name in names]
-        return {
-            name: JaggedTensor(
-                values=embed(self.embeddings[space.table], bags[i].ids),
-                lengths=bags[i].lengths,
-                weights=bags[i].ids if self._need_indices else None,
-            )
-            for i, (name, space) in enumerate(zip(names, self._id_spaces, strict=True))
-        }
+        spaces = [space for lookup in self._lookups for space in lookup.spaces]
+        features = arranged(maybe_td_to_kjt(features, None), spaces, False, False)
+        given = [lookup.given(self.embeddings) for lookup in self._lookups]
+        features = in_range(features, spaces, given)
+        lengths = features.lengths().split(features.stride_per_key())
+        found = {}
+        for lookup, of in zip(self._lookups, given, strict=True):
+            outputs = lookup.sequences(of, features)
+            for i, (space, (values, ids)) in enumerate(zip(lookup.spaces, outputs, strict=True)):
+                weights = ids if self._need_indices else None
+                found[space] = JaggedTensor(values=values, lengths=lengths[lookup.first + i], weights=weights)
+        names = (name for names in self._embedding_names_by_table for name in names)
+        return {name: found[space] for name, space in zip(names, self._id_spaces, strict=True)}
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew by its config, except on the meta device."""
@@ -119,5 +125,6 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         return device_of(self)
 
 
-# `torch.fx` records a call, because the function reads the values of ids.
-torch.fx.wrap("bags_of")
+# `torch.fx` records calls, because the functions read the batch.
+torch.fx.wrap("arranged")
+torch.fx.wrap("in_range")

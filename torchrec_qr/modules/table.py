@@ -1,4 +1,4 @@
-"""The tables of a collection, plain and compositional, and the lookup of one feature in a table."""
+"""The tables of a collection, plain and compositional."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -12,9 +12,7 @@ from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, c
 from torchrec_qr.fingerprint import check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
-from torchrec_qr.ops.arguments import Batch
-from torchrec_qr.ops.description import CodeLayout, Description, PartitionLayout, TableLayout
-from torchrec_qr.ops.lookup import look_up
+from torchrec_qr.ops.description import CodeLayout, PartitionLayout, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions.class_map import class_map_on
 
@@ -27,18 +25,26 @@ class _Table:
     """
 
     init_fn: InitFn | None = None
-    description: Description
 
     def reset_parameters(self) -> None:
         if self.init_fn is not None:  # torch's constructors call this before it is set
             self.init_fn(_weight(cast(nn.Module, self)))
 
 
-class PlainEmbeddingBag(_Table, nn.EmbeddingBag):
+class _PlainTable(_Table):
+    layout: TableLayout
+    class_map: Tensor | None = None
+
+    def weights(self) -> list[nn.Parameter]:
+        """Returns the parameter of the table."""
+        return [_weight(cast(nn.Module, self))]
+
+
+class PlainEmbeddingBag(_PlainTable, nn.EmbeddingBag):
     """A plain table of a bag collection."""
 
 
-class PlainEmbedding(_Table, nn.Embedding):
+class PlainEmbedding(_PlainTable, nn.Embedding):
     """A plain table of a collection without pooling."""
 
 
@@ -58,7 +64,7 @@ class CompositionalTable(nn.Module):
     """
 
     fingerprint: Tensor
-    description: Description
+    class_map: Tensor | None
 
     def __init__(self, config: CompositionalConfig, device: torch.device) -> None:
         super().__init__()
@@ -66,6 +72,7 @@ class CompositionalTable(nn.Module):
         self._partitions = config.bound_partitions
         for j, partition in enumerate(partition_configs(config)):
             self.add_module(f"partition_{j}", _Partition(partition, device))
+        self.layout = table_layout(config, dict(enumerate(config.partition_columns)))
         self.register_buffer("fingerprint", None)
         self.set_constants(device)
         # Restore constants, because `load_state_dict(assign=True)` moves parameters from the meta device one by one.
@@ -76,20 +83,19 @@ class CompositionalTable(nn.Module):
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
 
     def set_constants(self, device: torch.device) -> None:
-        """Makes the fingerprint and the description anew, which depend on the config and the device alone."""
+        """Makes the fingerprint and the class map anew, which depend on the config and the device alone."""
         self.fingerprint = fingerprint(self.config).to(device)
         # Register no buffer, because `DistributedDataParallel` sends buffers to all ranks at every forward.
-        class_map = class_map_on(self._partitions, device)
-        columns = dict(enumerate(self.config.partition_columns))
-        self.description = Description(
-            [table_layout(self.config, columns)], [self.config.name], [] if class_map is None else [class_map]
-        )
+        self.class_map = class_map_on(self._partitions, device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalTable":
         super()._apply(fn, recurse)
         # Make constants anew, because `to_empty` of a module on the meta device loses their values.
         self.set_constants(device_of(self))
         return self
+
+
+Table = CompositionalTable | PlainEmbeddingBag | PlainEmbedding
 
 
 def table_layout(
@@ -165,8 +171,7 @@ def build_tables(
         )
         table.init_fn = config.init_fn
         rows_are_ids = PartitionLayout(config.embedding_dim, divisor=1)
-        layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
-        table.description = Description([layout], [config.name])
+        table.layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
         modules[config.name] = table
     return modules
 
@@ -187,24 +192,6 @@ def init_tables(tables: nn.Module) -> None:
             table.reset_parameters()
 
 
-def embed(table: nn.Module, ids: Tensor) -> Tensor:
-    """Returns the embedding of each id (N,) in a plain or compositional table, (N, D) fp32."""
-    tables, weights = _described(table)
-    # Pass all fields, because the compiler of torch 2.11 loses the defaults of named tuples.
-    return look_up(tables, weights, Batch(ids, None, None, False, None, None)).view(-1, tables.columns)
-
-
-def sum_bags_of(table: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the weighted sum of the embeddings of each bag in a plain or compositional table, (B, D) fp32."""
-    return look_up(*_described(table), Batch(ids, offsets, weights, True, None, None))
-
-
-def _described(table: nn.Module) -> tuple[Description, list[Tensor]]:
-    if isinstance(table, CompositionalTable):
-        return table.description, list(table.weights())
-    return cast(_Table, table).description, [_weight(table)]
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Returns the device of a module's first parameter, or the CPU if there is none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -223,7 +210,3 @@ def _refuse_other_meanings(tables: nn.Module, state_dict: Mapping[str, Any], pre
 def _restore_constants(table: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(table, CompositionalTable)
     table.set_constants(device_of(table))
-
-
-# `torch.fx` records a call, because the backend depends on the device at run time.
-torch.fx.wrap("look_up")

@@ -18,8 +18,7 @@ class Batch(NamedTuple):
 
     Args:
         ids: (N,) int32 or int64.
-        offsets: int32 or int64, of bags (F·B + 1,) if ``pooled``, else of features (F + 1,); None: one feature, not
-            pooled.
+        offsets: int32 or int64, of bags (F·B + 1,) if ``pooled``, else of features (F + 1,).
         weights: (N,) w_x, or None for 1.
         pooled: whether ids are pooled.
         starts: (F + 1,) where the ids of each feature begin, and N, if the host has these numbers.
@@ -27,7 +26,7 @@ class Batch(NamedTuple):
     """
 
     ids: Tensor
-    offsets: Tensor | None
+    offsets: Tensor
     weights: Tensor | None
     pooled: bool
     starts: Sequence[int] | None = None
@@ -143,10 +142,11 @@ def check_batch(tables: Description, batch: Batch, device: torch.device) -> Tens
 
 
 def _offsets_of(batch: Batch) -> Tensor:
-    offsets = batch.offsets
-    if offsets is None or batch.ids.dim() != 1 or offsets.dim() != 1 or not offsets.numel():
-        given = None if offsets is None else tuple(offsets.shape)
-        raise ValueError(f"ids and offsets of shapes {tuple(batch.ids.shape)}, {given}; allowed: (N,) and (bags + 1,)")
+    ids, offsets = batch.ids, batch.offsets
+    if ids.dim() != 1 or offsets.dim() != 1 or not offsets.numel():
+        raise ValueError(
+            f"ids and offsets of shapes {tuple(ids.shape)}, {tuple(offsets.shape)}; allowed: (N,) and (bags + 1,)"
+        )
     return offsets
 
 
@@ -159,6 +159,14 @@ def rows_overlap(matrix: Tensor) -> bool:
     """
     rows, columns = matrix.shape
     return rows > 1 and (columns == 1 or matrix.stride(1) == 1) and matrix.stride(0) < columns
+
+
+def rows_apart(weights: list[Tensor]) -> list[Tensor]:
+    """Returns weights whose rows do not overlap, because kernels go from row to row by a stride of at least a row.
+
+    Autograd leads the gradient of a copy back.
+    """
+    return [w.contiguous() if rows_overlap(w) else w for w in weights]
 
 
 def _check_rows_apart(what: str, matrix: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +122,7 @@ class Description(metaclass=torch.fx.ProxyableClassMeta):  # `torch.fx` then rec
         tables: the layout of each.
         names: the name of each, for errors.
         class_maps: (K, S) int32 or int64, one for each table with explicit partitions, on the device of the weights.
+        features: the name of each feature, for errors, if the names are known.
 
     Example:
         >>> qr = TableLayout("mult", (PartitionLayout(8, 1, 25), PartitionLayout(8, 25, 4)), num_ids=100)
@@ -130,22 +131,42 @@ class Description(metaclass=torch.fx.ProxyableClassMeta):  # `torch.fx` then rec
         (2, 16, True)
     """
 
-    def __init__(self, tables: Sequence[TableLayout], names: Sequence[str], class_maps: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        tables: Sequence[TableLayout],
+        names: Sequence[str],
+        class_maps: Sequence[Tensor] = (),
+        features: Sequence[str] = (),
+    ) -> None:
         if len(tables) != len(names):
             raise ValueError(f"names of tables {list(names)}; allowed: one per table, {len(tables)}")
         self.tables, self.names, self.class_maps = tuple(tables), tuple(names), list(class_maps)
+        self.features = tuple(features)
         self.num_features = sum(t.num_features for t in tables)
-        self.columns = sum(t.num_features * t.dim for t in tables)
+        # D of each feature.
+        self.dims = [t.dim for t in tables for _ in range(t.num_features)]
+        self.columns = sum(self.dims)
         self.partitions = tuple(p for t in tables for p in t.partitions)
         self.mapped = tuple(t for t in tables if t.has_map)
         self.has_kernels = all(t.has_kernels for t in tables)
         # The same as a string, as an operator of `torch.library` takes it.
-        self.text = json.dumps([self.tables, self.names])
+        self.text = json.dumps([self.tables, self.names, self.features])
 
     def maps_of_tables(self) -> list[Tensor | None]:
         """Returns the class map of each table; None for closed forms."""
         of_tables = iter(self.class_maps)
         return [next(of_tables) if t.has_map else None for t in self.tables]
+
+    @cached_property
+    def alone(self) -> "list[Description]":
+        """The description of each table by itself."""
+        of_tables = zip(self.tables, self.names, self.maps_of_tables(), strict=True)
+        return [Description([t], [name], [] if m is None else [m]) for t, name, m in of_tables]
+
+    def label(self, table: int, feature: int) -> str:
+        """Returns the names of a table and of a feature of the lookup, for errors."""
+        of_feature = f", feature {self.features[feature]!r}" if self.features else ""
+        return f"table {self.names[table]!r}{of_feature}"
 
 
 def described(text: str, class_maps: Sequence[Tensor] = ()) -> Description:
@@ -157,13 +178,13 @@ def described(text: str, class_maps: Sequence[Tensor] = ()) -> Description:
         True
     """
     found = _described(text)
-    return Description(found.tables, found.names, class_maps) if class_maps else found
+    return Description(found.tables, found.names, class_maps, found.features) if class_maps else found
 
 
 @lru_cache(maxsize=1024)
 def _described(text: str) -> Description:
-    tables, names = json.loads(text)
-    return Description([_table(*fields) for fields in tables], names)
+    tables, names, features = json.loads(text)
+    return Description([_table(*fields) for fields in tables], names, features=features)
 
 
 def _table(operation: str, partitions: list[list[int]], *fields: Any) -> TableLayout:

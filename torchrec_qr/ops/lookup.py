@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, rows_overlap
+from torchrec_qr.ops.arguments import Batch, DenseGradient, Outcome, rows_apart
 from torchrec_qr.ops.backends import torch as pytorch
 from torchrec_qr.ops.description import Description
 from torchrec_qr.ops.dispatch import kernels_on, kernels_take
@@ -23,13 +23,13 @@ from torchrec_qr.ops.transforms import is_traced
 
 
 def look_up(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
-    """Returns (B, ΣD) if pooled, else the (N, D) of each table end to end, flat; differentiable.
+    """Returns (B, ΣD) fp32 of a batch whose ids are pooled; differentiable.
 
     Args:
         tables: what is looked up, consecutive features of the batch.
         weights: per table its K weights, (R_j, D_j) in fp32, fp16 or bf16; accumulation is in fp32. Those whose rows
             overlap are copied.
-        batch: ids, offsets, weights of ids, and whether ids are pooled.
+        batch: ids, offsets and weights of ids.
 
     Raises (on CUDA by a later call, since nothing waits for the device; see `torchrec_qr.raise_pending`):
         IndexError: an id outside of its table; nothing has been read there.
@@ -44,20 +44,16 @@ def look_up(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
         >>> look_up(Description([qr], ["t"]), [w0, w1], batch)[:, 0].tolist()
         [90.0, 10.0]
     """
-    offsets = torch.tensor([0, batch.ids.shape[0]]) if batch.offsets is None else batch.offsets
     if not kernels_take(tables, weights):
         # PyTorch differentiates, transforms and compiles its own operations.
-        return pytorch.forward(
-            tables, weights, Batch(batch.ids, offsets, batch.weights, batch.pooled, batch.starts, None)
-        )
-    # The kernels go from row to row by a stride of at least a row. Autograd leads the copy's gradient back.
-    weights = [w.contiguous() if rows_overlap(w) else w for w in weights]
+        return pytorch.forward(tables, weights, batch)
+    weights = rows_apart(weights)
     if is_traced(weights[0], batch.ids):
         traced: Tensor = lookup_op(
-            weights, tables.class_maps, batch.ids, offsets, batch.weights, tables.text, batch.pooled
+            weights, tables.class_maps, batch.ids, batch.offsets, batch.weights, tables.text, pooled=True
         )
         return traced
-    out: Tensor = _Lookup.apply(tables, None, batch.pooled, batch.starts, batch.ids, offsets, batch.weights, *weights)
+    out: Tensor = _Lookup.apply(tables, None, True, batch.starts, batch.ids, batch.offsets, batch.weights, *weights)
     return out
 
 
@@ -65,7 +61,9 @@ def look_up(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
 def stepped_lookup(
     tables: Description, weights: list[Tensor], batch: Batch, outcomes: Callable[[], list[Outcome]]
 ) -> Tensor:
-    """As `look_up`; the backward steps the rows of some weights in place, and gives autograd no gradient of those.
+    """As `look_up`, or without pooling the (N, D) of each feature end to end, flat.
+
+    The backward steps the rows of some weights in place, and gives autograd no gradient of those.
 
     Every row that was looked up is stepped once, by its gradient summed over the batch, which is of the values before
     the step.
@@ -136,7 +134,3 @@ class _Lookup(torch.autograd.Function):
         found = ctx.backend.backward(ctx.tables, weights, batch, out_gradient, outcomes, id_weights_need_gradient)
         of_ids = None if found.id_weights is None else found.id_weights.to(id_weights.dtype)
         return None, None, None, None, None, None, of_ids, *found.weights
-
-
-# `torch.fx` records it as a call: which backend runs follows from the device, at run time.
-torch.fx.wrap("look_up")

@@ -73,9 +73,15 @@ def lookup_gradients_op(
         [DenseGradient() if n else None for n in needed],
         id_weights_need_gradient,
     )
-    # An operator returns tensors alone: empty ones are none.
-    of_weights = [w.new_empty(0) if g is None else g for g, w in zip(found.weights, weights, strict=True)]
+    # An operator returns tensors alone, of which no two share memory: empty ones are none.
+    of_weights = [
+        w.new_empty(0) if g is None else _with_own_memory(g) for g, w in zip(found.weights, weights, strict=True)
+    ]
     return [*of_weights, out_gradient.new_empty(0) if found.id_weights is None else found.id_weights]
+
+
+def _with_own_memory(gradient: Tensor) -> Tensor:
+    return gradient.clone() if gradient.nbytes < gradient.untyped_storage().nbytes() else gradient
 
 
 @lookup_gradients_op.register_fake

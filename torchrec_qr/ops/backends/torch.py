@@ -31,7 +31,7 @@ def forward(tables: Description, weights: list[Tensor], batch: Batch) -> Tensor:
                 [30.]])
     """
     if batch.kept is None:
-        return _look_up(tables, list(weights), batch)
+        return _joined(look_up_features(tables, list(weights), batch), batch)
     graph = _Graph(tables, weights, batch)
     batch.kept.append(graph)
     return graph.out.detach()
@@ -64,7 +64,8 @@ class _Graph:
         self.of_ids: Tensor | None = None
         self._id_weights = None if batch.weights is None else batch.weights.detach().requires_grad_()
         with torch.enable_grad():
-            self.out = _look_up(tables, list(self.reads), batch._replace(weights=self._id_weights))
+            outputs = look_up_features(tables, list(self.reads), batch._replace(weights=self._id_weights))
+            self.out = _joined(outputs, batch)
 
     def differentiate(self, out_gradient: Tensor, outcomes: list[Outcome], id_weights_need_gradient: bool) -> None:
         """Leaves the gradients of rows in ``reads``, and that of the ids' weights in ``of_ids``."""
@@ -94,9 +95,8 @@ def _finish(reads: RowReads, outcome: Outcome) -> Tensor | None:
     return reads.dense()
 
 
-def _look_up(tables: Description, weights: list[Any], batch: Batch) -> Tensor:
-    """`forward` of weights that are tensors, or of `RowReads` of them."""
-    assert batch.offsets is not None
+def look_up_features(tables: Description, weights: list[Any], batch: Batch) -> list[Tensor]:
+    """Returns (B, D) fp32 of each feature if pooled, else (N, D), of weights that are tensors or `RowReads`."""
     outputs, remaining = [], iter(weights)
     features = _Features(tables, batch)
     for table, class_map in zip(tables.tables, tables.maps_of_tables(), strict=True):
@@ -108,7 +108,13 @@ def _look_up(tables: Description, weights: list[Any], batch: Batch) -> Tensor:
             if batch.pooled:
                 outputs.append(_pooled_composition(table, own, rows, bags, id_weights))
             else:
-                outputs.append(_composed(table, own, rows).reshape(-1))
+                outputs.append(_composed(table, own, rows))
+    return outputs
+
+
+def _joined(outputs: list[Tensor], batch: Batch) -> Tensor:
+    if not batch.pooled:
+        outputs = [out.reshape(-1) for out in outputs]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1 if batch.pooled else 0)
 
 
@@ -119,14 +125,12 @@ class _Features:
         self._batch, self._count, self._number = batch, tables.num_features, 0
         if self._count == 1:
             return
-        assert batch.offsets is not None
         self._bags = (batch.offsets.numel() - 1) // self._count if batch.pooled else 1
         starts = batch.offsets[:: self._bags].tolist() if batch.starts is None and self._bags else batch.starts
         self._spans = list(pairwise(starts or [0] * (self._count + 1)))
 
     def next(self) -> tuple[Tensor, Tensor, Tensor | None]:
         ids, offsets, weights = self._batch.ids, self._batch.offsets, self._batch.weights
-        assert offsets is not None
         if self._count == 1:
             return ids, offsets, weights
         first, span = self._number * self._bags, slice(*self._spans[self._number])

@@ -189,12 +189,12 @@ class _Check(NamedTuple):
             self._raise_offsets(offsets)
         num_bags = (len(offsets) - 1) // self.tables.num_features if self.pooled else 1
         feature, of_rows = 0, iter(self.rows)
-        of_tables = zip(self.tables.tables, self.tables.names, self.tables.maps_of_tables(), strict=True)
-        for table, name, class_map in of_tables:
+        for i, (table, class_map) in enumerate(zip(self.tables.tables, self.tables.maps_of_tables(), strict=True)):
             rows = [next(of_rows) for _ in table.partitions]
-            feature += table.num_features
-            if failure < offsets[feature * num_bags]:
-                self._raise_id(failure, table, name, rows, class_map)
+            for _ in range(table.num_features):
+                if failure < offsets[(feature + 1) * num_bags]:
+                    self._raise_id(failure, table, self.tables.label(i, feature), rows, class_map)
+                feature += 1
 
     def _raise_offsets(self, offsets: list[int]) -> None:
         n = self.ids.numel()
@@ -205,17 +205,17 @@ class _Check(NamedTuple):
                 raise ValueError(f"offsets[{position}] = {after}; allowed: offsets from 0 to the number of ids, {n}")
 
     def _raise_id(
-        self, number: int, table: TableLayout, name: str, num_rows: list[int], class_map: Tensor | None
+        self, number: int, table: TableLayout, label: str, num_rows: list[int], class_map: Tensor | None
     ) -> None:
         given = table.ids_of(self.ids[number : number + 1].cpu())
         value = int(given)
         if value >= table.num_ids >= 0 or (value < 0 and table.num_ids >= 0):
-            raise IndexError(f"table {name!r}: id {value} (number {number}) is out of range [0, {table.num_ids})")
+            raise IndexError(f"{label}: id {value} (number {number}) is out of range [0, {table.num_ids})")
         on_host = None if class_map is None else class_map.cpu()
         for j, (partition, n) in enumerate(zip(table.partitions, num_rows, strict=True)):
             if not 0 <= int(partition.rows_of(given, on_host)) < n:
                 raise IndexError(
-                    f"table {name!r}: id number {number} has row {int(partition.rows_of(given, on_host))} of partition "
+                    f"{label}: id number {number} has row {int(partition.rows_of(given, on_host))} of partition "
                     f"{j}, which is out of range"
                 )
 
