@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 
 import torch
-from parity_model import Run, TableCase
+from parity_model import Run, TableCase, Trained
+from parity_reference import pieces_of_table
 from poison_group import Collective
 from torch import Tensor
-from varied_reference import pieces_of_table
-from varied_runs import Outcome
 
 
-def assert_same(actual: Outcome, expected: Outcome, run: Run, table: TableCase) -> None:
+def assert_same(actual: Trained, expected: Trained, run: Run, table: TableCase) -> None:
     """Outputs, weights and optimizer state of a table are equal bit for bit, and numbers."""
     found, wanted = (dict(_of_table(outcome, run, table)) for outcome in (actual, expected))
     assert found.keys() == wanted.keys()
@@ -47,7 +46,7 @@ def assert_same_order(ranks: list[list[Collective]]) -> None:
             assert first == second, f"ranks {b} and {a} take their groups in different orders"
 
 
-def _of_table(outcome: Outcome, run: Run, table: TableCase) -> Iterator[tuple[str, Tensor]]:
+def _of_table(outcome: Trained, run: Run, table: TableCase) -> Iterator[tuple[str, Tensor]]:
     for name, of, _ in run.outputs():
         if of == table:
             yield from ((f"{name} of step {i}", torch.from_numpy(v)) for i, v in enumerate(outcome.outputs[name]))

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from parity_model import Run
+from parity_model import Run, Trained, train
 from poison_group import JOURNAL, Collective
-from varied_runs import Outcome, train_varied
 
 
 @dataclass
-class Journaled(Outcome):
+class Journaled(Trained):
     """The outcome of a rank, what it issued, and what was done to tensors under way."""
 
     issued: list[Collective]
@@ -19,7 +18,7 @@ class Journaled(Outcome):
 def train_journaled(rank: int, world_size: int, run: Run, arguments: dict[str, Any] | None = None) -> Journaled:
     """Runs on a rank, of `varied_runs.sharded` with the arguments."""
     JOURNAL.clear()
-    outcome = train_varied(rank, world_size, run, **(arguments or {}))
+    outcome = train(rank, world_size, run, **(arguments or {}))
     return Journaled(**vars(outcome), issued=list(JOURNAL.issued), violations=list(JOURNAL.violations))
 
 

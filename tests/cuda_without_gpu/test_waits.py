@@ -9,12 +9,12 @@ from functools import cache
 import pytest
 from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import Run, TableCase
+from parity_reference import Exact
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_tables import Journaled, train_all_journaled
 from ranks import run_ranks
 from test_parity_pooled import possible
-from varied_reference import Exact
 from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of
 
 RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)

@@ -9,33 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parity_model import EPS, LR, OPTIMIZERS, Run, TableCase
+from global_batches import batch_of
+from parity_model import OPTIMIZERS, Run, TableCase
+from parity_reference import Exact
+from placements import placements
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
 from poison_tables import Journaled, train_journaled
 from ranks import run_ranks
-from sharded_model import (
-    DIM,
-    Model,
-    batch_of,
-    contents,
-    placement,
-    shard,
-    state_of,
-    tables,
-    train,
-    unsharded,
-    weights_of,
-)
+from sharded_model import DIM, EPS, LR, Model, contents, shard, state_of, tables, train, unsharded, weights_of
 from test_parity_pooled import SHARDINGS
-from test_pipelines import CPU, MIXED, NAMES, codecs_of
+from test_pipelines import CPU, MIXED, codecs_of
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs, get_qcomm_codecs_registry
 from torchrec.distributed.types import CommOp
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from varied_reference import Exact
 
 OF_SEQUENCES = ("table_wise", "column_wise", "row_wise", "data_parallel")
 PRECISIONS = {"fp16": CommType.FP16, "bf16": CommType.BF16}
@@ -51,7 +41,7 @@ def quantised(rank: int, world_size: int, precision: str, by_registry: bool, sha
         codecs = get_qcomm_codecs_registry(QCommsConfig(PRECISIONS[precision], PRECISIONS[precision]), device=CPU)
     values: Values = {}
     for sharding in shardings:
-        model = shard(tables(), sharding, values=unsharded(tables()), qcomm_codecs_registry=codecs)
+        model = shard(tables(), sharding, values=unsharded(tables()), codecs=codecs)
         values |= of_model(sharding, model, train(model, tables(), range(3)))
     return values
 
@@ -66,7 +56,7 @@ def test_quantised_communication(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_quantised_communication_of_sequences(precision: str) -> None:
-    run = Run(tuple(TableCase(s, "strided", s) for s in OF_SEQUENCES), pooled=False)
+    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in OF_SEQUENCES), pooled=False)
     config = QCommsConfig(PRECISIONS[precision], PRECISIONS[precision])
     compare(run, codecs={CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)})
 
@@ -84,7 +74,7 @@ def compare(run: Run, **arguments: Any) -> list[Journaled]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 def test_clipped_gradients_of_the_fused_optimizer(optimizer: str) -> None:
-    run = Run(tuple(TableCase(s, "strided", s) for s in SHARDINGS), optimizer)
+    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in SHARDINGS), optimizer)
     clipped = {"learning_rate": LR, "eps": EPS, "gradient_clipping": True, "max_gradient": 0.05}
     exact = Exact(run, compare(run, fused_params=OPTIMIZERS[optimizer] | clipped), max_gradient=0.05)
     for table in run.tables:
@@ -98,7 +88,7 @@ class UnderAutocast(nn.Module):
         super().__init__()
         self.model = model
         torch.manual_seed(3)
-        self.over = nn.Sequential(nn.Linear(DIM * len(model.features), 16), nn.ReLU(), nn.Linear(16, 1))
+        self.over = nn.Sequential(nn.Linear(DIM * len(model.names), 16), nn.ReLU(), nn.Linear(16, 1))
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -109,11 +99,8 @@ class UnderAutocast(nn.Module):
 
 def autocast(rank: int, world_size: int) -> Values:
     configs = tables()
-    plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, world_size) for i, c in enumerate(configs)}
-    model = shard(configs, plan, wrap=UnderAutocast)
-    embeddings = {f"model.{name}": value.clone() for name, value in unsharded(configs).state_dict().items()}
-    over = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("over.")}
-    model.load_state_dict(embeddings | over)
+    model = shard(configs, placements(configs, MIXED), values=unsharded(configs), wrap=UnderAutocast)
+    before = weights_of(model)
     dense = torch.optim.SGD(dict(in_backward_optimizer_filter(model.named_parameters())).values(), lr=0.1)
     outputs = []
     for step in range(4):
@@ -123,7 +110,7 @@ def autocast(rank: int, world_size: int) -> Values:
         dense.step()
         outputs.append(out)
     moved = weights_of(model)
-    for name, value in (embeddings | over).items():
+    for name, value in before.items():
         assert name.endswith("fingerprint") or not torch.equal(moved[name], value), f"{name} has not been trained"
     return of_model("autocast", model, outputs)
 

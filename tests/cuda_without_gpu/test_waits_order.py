@@ -2,26 +2,35 @@
 
 import pytest
 from parity_model import Run, TableCase
+from parity_reference import Exact
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_tables import train_all_journaled
 from ranks import run_ranks
-from varied_reference import Exact
 
 # The first rank, or the first node, owns all tables of these types. Every rank owns a part of the others.
 OWNED_BY_FIRST = ("table_wise", "table_row_wise")
 POOLED = (
-    *(TableCase(f"{s}_{op}", "strided", s, operation=op) for s in OWNED_BY_FIRST for op in ("mult", "add")),
-    TableCase("map", "explicit", "table_row_wise", pooling="mean"),
-    TableCase("path", "strided", "table_row_wise", operation="path"),
+    *(
+        TableCase(f"{s}_{op}", "strided", s, operation=op, plan="hand")
+        for s in OWNED_BY_FIRST
+        for op in ("mult", "add")
+    ),
+    TableCase("map", "explicit", "table_row_wise", pooling="mean", plan="hand"),
+    TableCase("path", "strided", "table_row_wise", operation="path", plan="hand"),
 )
-ON_ALL = (TableCase("row_wise", "strided", "row_wise"), TableCase("data_parallel", "strided", "data_parallel"))
-SEQUENCES = (TableCase("table_wise", "strided", "table_wise"), *ON_ALL)
+ON_ALL = (
+    TableCase("row_wise", "strided", "row_wise", plan="hand"),
+    TableCase("data_parallel", "strided", "data_parallel", plan="hand"),
+)
+SEQUENCES = (TableCase("table_wise", "strided", "table_wise", plan="hand"), *ON_ALL)
 RUNS = {
     "one type": Run(POOLED[:2]),
     "nodes": Run(POOLED[2:], optimizer="adagrad"),
     "both": Run(POOLED, optimizer="adam"),
-    "all": Run((*POOLED, *ON_ALL, TableCase("grid", "strided", "grid_shard")), optimizer="adam", weighted=True),
+    "all": Run(
+        (*POOLED, *ON_ALL, TableCase("grid", "strided", "grid_shard", plan="hand")), optimizer="adam", weighted=True
+    ),
     "dense": Run((*POOLED, *ON_ALL), optimizer="dense_sgd"),
     "sequences": Run(SEQUENCES, pooled=False, optimizer="adam"),
     "unique ids": Run(SEQUENCES, pooled=False, index_dedup=True),

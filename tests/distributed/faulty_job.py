@@ -4,7 +4,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-from sharded_model import NUM_IDS, batch_of, shard, table
+from global_batches import batch_of
+from sharded_model import NUM_IDS, shard, table
 from torchrec import KeyedJaggedTensor
 
 from torchrec_qr import QuotientRemainder
@@ -28,7 +29,7 @@ def main(fault: str) -> None:
     ]
     model = shard(list(configs), "row_wise")
     for step in range(3):
-        batch = batch_of(list(configs), step, rank, world_size)
+        batch = batch_of(list(configs), step + 3, rank, world_size)
         if step == 1 and rank == 1:
             batch = spoiled(batch, fault)
         model(batch).square().sum().backward()

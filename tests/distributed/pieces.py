@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Pieces = list[tuple[tuple[int, ...], tuple[int, ...], Any]]
@@ -17,7 +18,9 @@ def pieces_of(value: Any) -> Pieces:
 
 
 def numpy_of(value: Tensor) -> Any:
-    return value.detach().double().cpu().numpy().copy()
+    # NumPy has no bf16. Fingerprints are integers that a double does not hold.
+    exact = value.detach().double() if value.is_floating_point() else value
+    return exact.cpu().numpy().copy()
 
 
 def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
@@ -25,13 +28,22 @@ def assembled(per_rank: list[dict[str, Pieces]]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key in dict.fromkeys(k for rank in per_rank for k in rank):
         pieces = [piece for rank in per_rank for piece in rank.get(key, [])]
-        full = torch.full(pieces[0][0], torch.nan, dtype=torch.float64)
+        full = torch.empty(pieces[0][0], dtype=torch.from_numpy(pieces[0][2]).dtype)
+        stored = torch.zeros(full.shape, dtype=torch.bool)
         for size, offsets, values in pieces:
             assert size == tuple(full.shape), (key, size, full.shape)
-            part = full[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))]
+            here = tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
             value = torch.from_numpy(values)
-            assert bool((part.isnan() | (part == value)).all()), f"{key} differs between ranks"
-            part.copy_(value)
-        assert not full.isnan().any(), f"{key}: not all of it is stored"
+            assert bool((~stored[here] | (full[here] == value)).all()), f"{key} differs between ranks"
+            full[here], stored[here] = value, True
+        assert stored.all(), f"{key}: not all of it is stored"
+        assert full.isfinite().all(), f"{key}: {full}"
         out[key] = full
     return out
+
+
+def gathered(own: dict[str, Pieces]) -> dict[str, Tensor]:
+    """Full tensors from the pieces of all ranks, which call this together."""
+    per_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, own)
+    return assembled(per_rank)

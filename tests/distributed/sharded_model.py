@@ -1,28 +1,23 @@
-"""A small model over a collection of tables of many kinds, and the same model sharded by a hand-written plan."""
+"""A small model over a collection of tables of many kinds, and the same model sharded; `parity_model` builds on it."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from ranks import device_of, own_device
+from global_batches import batch_of
+from pieces import Pieces, gathered, pieces_of
+from placements import placements, plan_of
+from ranks import own_device
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import (
-    ParameterShardingGenerator,
-    column_wise,
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_row_wise,
-    table_wise,
-)
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingPlan, ShardMetadata
+from torchrec.distributed.sharding_plan import ParameterShardingGenerator
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_qr import (
     ChineseRemainder,
@@ -33,16 +28,20 @@ from torchrec_qr import (
     HashPartition,
     QuotientRemainder,
 )
-from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed import (
+    CompositionalEmbeddingBagCollectionSharder,
+    CompositionalEmbeddingCollectionSharder,
+    get_default_sharders,
+)
 from torchrec_qr.partitions import PartitionSpec
 
 SGD = EmbOptimType.EXACT_SGD
 ADAGRAD = EmbOptimType.EXACT_ADAGRAD
 ROWWISE = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+LR, EPS = 0.05, 1e-8
 
 NUM_IDS = 60
 DIM = 24
-SAMPLES = 8  # of a global batch, whatever the number of ranks
 _GRID_CLASSES = torch.stack([torch.arange(NUM_IDS) * 37 % NUM_IDS % 12, torch.arange(NUM_IDS) * 37 % NUM_IDS // 12])
 
 
@@ -96,182 +95,148 @@ def sequence_table(name: str = "s", **fields: Any) -> CompositionalEmbeddingConf
 
 
 class Model(nn.Module):
-    """KJT → (B, F·D), the features in the order of the tables whatever the plan, times a dense parameter."""
+    """The collection, its outputs end to end in one tensor: replicated parameters need a root that returns tensors."""
 
-    def __init__(self, collection: nn.Module) -> None:
+    def __init__(self, collection: Any) -> None:
         super().__init__()
-        self.ebc = collection
-        self.features = [f for t in collection.embedding_bag_configs() for f in t.feature_names]
+        self.collection = collection
+        self._pooled = hasattr(collection, "embedding_bag_configs")
+        configs = collection.embedding_bag_configs() if self._pooled else collection.embedding_configs()
+        # Outputs in the order of the tables, whatever the plan.
+        self.names = [name for of_table in get_embedding_names_by_table(configs) for name in of_table]
+
+    def forward(self, features: KeyedJaggedTensor) -> Any:
+        out = self.collection(features)
+        if self._pooled:
+            return KeyedTensor.regroup([out], [self.names])[0]
+        return torch.cat([out[name].values().reshape(-1) for name in self.names])
+
+
+class Scaled(Model):
+    """The outputs times a dense parameter."""
+
+    def __init__(self, collection: Any) -> None:
+        super().__init__(collection)
         # Off the meta device already: nobody initialises a plain parameter for us.
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, batch: KeyedJaggedTensor) -> Tensor:
-        return KeyedTensor.regroup([self.ebc(batch)], [self.features])[0] * self.scale
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        out: Tensor = super().forward(features) * self.scale
+        return out
 
 
-def unsharded(configs: list[EmbeddingBagConfig], seed: int = 1, is_weighted: bool = False) -> Model:
+def unsharded(configs: Sequence[EmbeddingBagConfig], seed: int = 1, is_weighted: bool = False) -> Scaled:
     """The model with values of order one, so that a wrong row or factor shows; the same on every rank."""
-    model = Model(CompositionalEmbeddingBagCollection(tables=configs, is_weighted=is_weighted))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            low, high = (-0.3, 0.3) if "path.partition_" in name and "partition_0" not in name else (0.5, 1.5)
-            if name != "scale":
-                p.copy_(torch.empty(p.shape).uniform_(low, high, generator=generator))
-    return model
+    collection = CompositionalEmbeddingBagCollection(tables=list(configs), is_weighted=is_weighted)
+    randomize(collection, seed)
+    return Scaled(collection)
 
 
-def batch_of(configs: list[EmbeddingBagConfig], seed: int, rank: int, world_size: int, weighted: bool = False) -> Any:
-    """This rank's samples of a global batch that the seed alone determines; bags of 0 to 3 ids."""
-    generator = torch.Generator().manual_seed(seed)
-    mine = slice(rank * SAMPLES // world_size, (rank + 1) * SAMPLES // world_size)
-    values, lengths, weights = [], [], []
-    for config in configs:
-        sizes = torch.randint(0, 4, (SAMPLES,), generator=generator)
-        ids = torch.randint(0, config.num_embeddings, (int(sizes.sum()),), generator=generator)
-        of_ids = torch.rand(len(ids), generator=generator)
-        values += ids.split(sizes.tolist())[mine]
-        weights += of_ids.split(sizes.tolist())[mine]
-        lengths.append(sizes[mine])
-    return KeyedJaggedTensor(
-        keys=[f for config in configs for f in config.feature_names],
-        values=torch.cat(values),
-        lengths=torch.cat(lengths),
-        weights=torch.cat(weights) if weighted else None,
-    ).to(own_device())
+def sharders_of(
+    fused_params: dict[str, Any], codecs: dict[str, Any] | None = None, index_dedup: bool = False
+) -> list[Any]:
+    """Our sharders with a fused optimizer, of bags and of sequences, and TorchRec's default ones."""
+    return [
+        CompositionalEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry=codecs),
+        CompositionalEmbeddingCollectionSharder(
+            fused_params, qcomm_codecs_registry=codecs, use_index_dedup=index_dedup
+        ),
+    ] + [s for s in get_default_sharders() if not type(s).__name__.startswith("Compositional")]
 
 
-def placement(sharding: str, i: int, config: EmbeddingBagConfig, world_size: int) -> ParameterShardingGenerator:
-    """How table number i lies under a sharding type; the tables' first ranks differ."""
-    columns_split = sharding in ("column_wise", "grid_shard")
-    if columns_split and getattr(config, "operation", None) == "path":
-        sharding = "row_wise"
-    if sharding == "row_wise" and not isinstance(config, CompositionalEmbeddingBagConfig):
-        sharding = "table_wise"  # as the planner on a CPU, which has no row-wise plain tables
-    if sharding in ("table_row_wise", "grid_shard") and not isinstance(config, CompositionalEmbeddingBagConfig):
-        sharding = "column_wise"
-    nodes = world_size // int(os.environ["LOCAL_WORLD_SIZE"])
-    match sharding:
-        case "table_wise":
-            return table_wise(rank=i % world_size)
-        case "column_wise":
-            # Three shards of 8 columns over at most two ranks: one of them holds two, not neighbours.
-            return column_wise(ranks=[i % world_size, (i + 1) % world_size, i % world_size])
-        case "row_wise":
-            return row_wise()
-        case "table_row_wise":
-            return table_row_wise(host_index=i % nodes)
-        case "grid_shard":
-            return grid_of(hosts=[(i + n) % nodes for n in range(nodes)])
-    return data_parallel()
-
-
-def grid_of(hosts: list[int]) -> ParameterShardingGenerator:
-    """Grid shards, columns cut by host and rows by rank of it: TorchRec's own cuts no less than 128 columns."""
-
-    def generate(param: nn.Parameter, local_size: int, *_: object) -> ParameterSharding:
-        rows, columns = -(-param.shape[0] // local_size), param.shape[1] // len(hosts)
-        shards = [
-            ShardMetadata(
-                shard_offsets=[row, block * columns],
-                shard_sizes=[min(rows, param.shape[0] - row), columns],
-                placement=f"rank:{host * local_size + i}/{device_of(host * local_size + i)}",
-            )
-            for block, host in enumerate(hosts)
-            for i, row in enumerate(range(0, param.shape[0], rows))
-        ]
-        ranks = [s.placement.rank() for s in shards]
-        return ParameterSharding("grid_shard", "fused", ranks, EnumerableShardingSpec(shards))
-
-    return generate
+def distributed(
+    model: nn.Module,
+    plan: EmbeddingModuleShardingPlan,
+    sharders: list[Any],
+    values: Model | None = None,
+    **dmp_arguments: Any,
+) -> DistributedModelParallel:
+    """A model that is or contains a `Model`, its collection sharded, with the unsharded model's values loaded."""
+    (inside,) = (name for name, module in model.named_modules() if isinstance(module, Model))
+    path = f"{inside}." if inside else ""
+    dmp = DistributedModelParallel(
+        model,
+        device=own_device(),
+        plan=ShardingPlan(plan={f"{path}collection": plan}),
+        sharders=sharders,
+        **dmp_arguments,
+    )
+    if values is not None:
+        own = {name: value for name, value in dmp.state_dict().items() if not name.startswith(f"{path}collection.")}
+        dmp.load_state_dict(own | {f"{path}{name}": value.clone() for name, value in values.state_dict().items()})
+    return dmp
 
 
 def shard(
-    configs: list[EmbeddingBagConfig],
+    configs: Sequence[EmbeddingBagConfig],
     sharding: str | Mapping[str, ParameterShardingGenerator],
     optimizer: EmbOptimType = ADAGRAD,
     values: Model | None = None,
     is_weighted: bool = False,
-    qcomm_codecs_registry: Any = None,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    codecs: Any = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     **dmp_arguments: Any,
 ) -> DistributedModelParallel:
     """The model on all ranks, every table under one sharding type or each as given, with ``values`` loaded.
 
-    ``wrap`` makes the module that is sharded from the model, its child ``model``.
+    ``wrap`` makes the module that is sharded from the model.
     """
     collection = CompositionalEmbeddingBagCollection(
-        tables=configs, device=torch.device("meta"), is_weighted=is_weighted
+        tables=list(configs), device=torch.device("meta"), is_weighted=is_weighted
     )
-    fused = {"optimizer": optimizer, "learning_rate": 0.05, "eps": 1e-4}
-    sharder = CompositionalEmbeddingBagCollectionSharder(
-        fused_params=fused, qcomm_codecs_registry=qcomm_codecs_registry
-    )
-    world_size = dist.get_world_size()
-    if isinstance(sharding, str):
-        sharding = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    plan = construct_module_sharding_plan(
-        collection, dict(sharding), sharder, local_size, world_size, own_device().type
-    )
-    path = "model." if wrap else ""
-    model = DistributedModelParallel(
-        wrap(Model(collection)) if wrap else Model(collection),
-        device=own_device(),
-        plan=ShardingPlan(plan={f"{path}ebc": plan}),
-        sharders=[sharder, EmbeddingBagCollectionSharder(fused_params=fused)],
-        **dmp_arguments,
-    )
-    if values is not None:
-        model.load_state_dict({f"{path}{name}": value.clone() for name, value in values.state_dict().items()})
-    return model
+    sharders = sharders_of({"optimizer": optimizer, "learning_rate": LR, "eps": EPS}, codecs)
+    generators = placements(configs, sharding) if isinstance(sharding, str) else sharding
+    plan = plan_of(collection, generators, sharders[0])
+    return distributed(wrap(Scaled(collection)), plan, sharders, values, **dmp_arguments)
 
 
-def train(model: nn.Module, configs: list[EmbeddingBagConfig], steps: range, weighted: bool = False) -> list[Tensor]:
+def loss_of(out: Tensor, world_size: int) -> Tensor:
+    """Averaged over ranks, as DMP does: 0.1 Σ out² over all ranks."""
+    return 0.1 * world_size * (out.float() ** 2).sum()
+
+
+def steps_of(
+    model: nn.Module, batches: Iterable[KeyedJaggedTensor], optimizers: Sequence[Any] = ()
+) -> Iterator[Tensor]:
+    """Trains on the batches, beside the fused optimizer by those that are given; yields the output after each step."""
+    for batch in batches:
+        for cleared in (model, *optimizers):
+            cleared.zero_grad()
+        out = model(batch)
+        loss_of(out, dist.get_world_size()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        yield out.detach()
+
+
+def train(
+    model: nn.Module, configs: Sequence[EmbeddingBagConfig], steps: Iterable[int], weighted: bool = False
+) -> list[Tensor]:
     """Steps the fused optimizer on global batches that the step's number determines; returns the outputs."""
-    outputs = []
-    for step in steps:
-        out = model(batch_of(configs, step, dist.get_rank(), dist.get_world_size(), weighted))
-        (out * (out - 1)).mean().backward()
-        model.zero_grad()
-        outputs.append(out.detach())
-    return outputs
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return list(steps_of(model, (batch_of(configs, step, rank, world_size, weighted) for step in steps)))
 
 
-def whole(value: Any) -> Tensor:
-    """A tensor of a state dict, put together from all ranks (which call this together)."""
-    if not hasattr(value, "local_shards"):
-        return value.detach().clone()
-    out = torch.zeros(value.size(), dtype=torch.float32, device=own_device())
-    for piece in value.local_shards():
-        start, size = piece.metadata.shard_offsets, piece.metadata.shard_sizes
-        out[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = piece.tensor.detach().float()
-    dist.all_reduce(out)
-    return out.to(value.dtype)
+def own_weights(model: nn.Module) -> dict[str, Pieces]:
+    """What this rank holds of the model's values, but for the fingerprints, which are no values."""
+    return {k: pieces_of(v) for k, v in model.state_dict().items() if not k.endswith("fingerprint")}
+
+
+def own_state(model: DistributedModelParallel) -> dict[str, Pieces]:
+    """What this rank holds of the fused optimizer's state, by parameter and name."""
+    state = model.fused_optimizer.state_dict()["state"]
+    return {f"{k} {name}": pieces_of(v) for k, of in state.items() for name, v in of.items()}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """All of the model's values, whole; the same on every rank."""
-    return {name: whole(value) for name, value in sorted(model.state_dict().items())}
+    state = model.state_dict()
+    return {k: v.to(state[k].dtype) for k, v in gathered({k: pieces_of(state[k]) for k in sorted(state)}).items()}
 
 
 def state_of(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """The fused optimizer's state, whole; a rank without a shard of a table takes part in putting it together."""
-    states = model.fused_optimizer.state_dict()["state"].values()
-    mine = {name: value for state in states for name, value in state.items()}
-    shown = {n: (tuple(v.size()), None if hasattr(v, "local_shards") else v) for n, v in mine.items()}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, shown)
-    out = {}
-    for name, (size, plain) in sorted({n: s for g in gathered for n, s in g.items()}.items()):
-        if name in mine:
-            out[name] = whole(mine[name])
-        elif plain is not None:
-            out[name] = plain
-        else:
-            out[name] = torch.zeros(size, device=own_device())
-            dist.all_reduce(out[name])
-    return out
+    """The fused optimizer's state, whole; the same on every rank."""
+    return gathered(own_state(model))
 
 
 def contents(model: DistributedModelParallel) -> dict[str, Any]:

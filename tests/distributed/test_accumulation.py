@@ -6,15 +6,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from assert_all_close import assert_all_close
+from global_batches import batch_of
+from placements import plan_of
 from ranks import run_ranks
 from sharded_model import (
     ADAGRAD,
     DIM,
+    EPS,
+    LR,
     NUM_IDS,
     ROWWISE,
     SGD,
-    Model,
-    batch_of,
+    Scaled,
+    distributed,
     shard,
     state_of,
     table,
@@ -26,13 +30,11 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
 
 from torchrec_qr import HashPartition
 
 MICRO_BATCHES, WINDOWS = 3, 2
-FUSED: dict[str, Any] = {"learning_rate": 0.05, "eps": 1e-4}
 # TorchRec's own data-parallel tables are left to a dense optimizer, whatever is attached to them.
 PLACES = {
     "tw": table_wise(rank=1, compute_kernel="fused"),
@@ -52,12 +54,11 @@ def stock(optimizer: Any, values: dict[str, Tensor]) -> DistributedModelParallel
         EmbeddingBagConfig(name=n, feature_names=[f"f_{n}"], num_embeddings=NUM_IDS, embedding_dim=DIM) for n in PLACES
     ]
     collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-    sharder = EmbeddingBagCollectionSharder(fused_params={"optimizer": optimizer, **FUSED})
-    plan = construct_module_sharding_plan(collection, dict(PLACES), sharder, 2, 2, "cpu")
-    model = DistributedModelParallel(
-        Model(collection), device=torch.device("cpu"), plan=ShardingPlan({"ebc": plan}), sharders=[sharder]
+    sharder = EmbeddingBagCollectionSharder({"optimizer": optimizer, "learning_rate": LR, "eps": EPS})
+    model = distributed(Scaled(collection), plan_of(collection, PLACES, sharder), [sharder])
+    model.load_state_dict(
+        {f"collection.embedding_bags.{n}.weight": v for n, v in values.items()} | {"scale": torch.ones(1)}
     )
-    model.load_state_dict({f"ebc.embedding_bags.{n}.weight": v for n, v in values.items()} | {"scale": torch.ones(1)})
     return model
 
 
@@ -98,7 +99,7 @@ def accumulate(model: Any, configs: list[Any], how: Callable[..., list[Tensor]])
 def beside_stock(rank: int, world_size: int) -> None:
     configs = [full_table(name) for name in PLACES]
     start = unsharded(configs)
-    values = {n: start.state_dict()[f"ebc.embedding_bags.{n}.partition_0.weight"].clone() for n in PLACES}
+    values = {n: start.state_dict()[f"collection.embedding_bags.{n}.partition_0.weight"].clone() for n in PLACES}
     for optimizer in (SGD, ADAGRAD, ROWWISE):
         after = {}
         for how in (in_turn, forwards_first):

@@ -8,21 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from global_batches import batch_of
 from ranks import run_ranks
-from sharded_model import (
-    ADAGRAD,
-    ROWWISE,
-    SGD,
-    batch_of,
-    contents,
-    shard,
-    state_of,
-    table,
-    tables,
-    train,
-    unsharded,
-    weights_of,
-)
+from sharded_model import ADAGRAD, ROWWISE, SGD, contents, shard, state_of, table, tables, train, unsharded, weights_of
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -124,11 +112,11 @@ def save_one_step(rank: int, world_size: int, shardings: tuple[str, ...], folder
 
 def column_shares(model: DistributedModelParallel, state_name: str) -> Tensor:
     """The share of each column shard, in order, in the columns of the partition that a state belongs to."""
-    weight = model.state_dict()[f"ebc.embedding_bags.{state_name.removesuffix('.momentum1')}.weight"]
+    weight = model.state_dict()[state_name.split()[0]]
     if not hasattr(weight, "metadata"):
-        return torch.ones(1)
+        return torch.ones(1, dtype=torch.float64)
     columns = sorted({(s.shard_offsets[1], s.shard_sizes[1]) for s in weight.metadata().shards_metadata})
-    return torch.tensor([size / weight.size(1) for _, size in columns])
+    return torch.tensor([size / weight.size(1) for _, size in columns], dtype=torch.float64)
 
 
 def load_rowwise(rank: int, world_size: int, sources: tuple[str, ...], targets: tuple[str, ...], folder: Path) -> None:

@@ -79,8 +79,8 @@ def refuse_sharded(rank: int, world_size: int, folder: Path) -> None:
                     dcp.load({"model": model}, checkpoint_id=path)
                 # DCP has overwritten what lies in the model by then, but a later checkpoint must tell the truth.
                 assert torch.equal(
-                    model.state_dict()["ebc.embedding_bags.t.fingerprint"],
-                    values.state_dict()["ebc.embedding_bags.t.fingerprint"],
+                    model.state_dict()["collection.embedding_bags.t.fingerprint"],
+                    values.state_dict()["collection.embedding_bags.t.fingerprint"],
                 )
             else:
                 with pytest.raises(
@@ -119,7 +119,7 @@ def refuse_all_or_nothing(rank: int, world_size: int, folder: Path) -> None:
         # DCP writes into the model before it asks: afterwards the model says what it is, of every table.
         with pytest.raises(ValueError, match="table 't': "):
             dcp.load({"model": model}, checkpoint_id=folder)
-        for name in (f"ebc.embedding_bags.{t}.fingerprint" for t in ("first", "t", "u")):
+        for name in (f"collection.embedding_bags.{t}.fingerprint" for t in ("first", "t", "u")):
             assert torch.equal(model.state_dict()[name], before[name]), name
 
 
@@ -129,13 +129,16 @@ def test_of_a_collection_all_tables_are_loaded_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_of_an_unsharded_collection_all_tables_are_loaded_or_none(tmp_path: Path) -> None:
-    saved, module = unsharded(strided_or_adjacent("strided")), unsharded(strided_or_adjacent("adjacent"), seed=2).ebc
+    saved, module = (
+        unsharded(strided_or_adjacent("strided")),
+        unsharded(strided_or_adjacent("adjacent"), seed=2).collection,
+    )
     before = {k: v.clone() for k, v in module.state_dict().items()}
     for assign in (False, True):
         with pytest.raises(ValueError, match=r"table 't': .*grouping: saved strided, here adjacent"):
-            module.load_state_dict(saved.ebc.state_dict(), assign=assign)
+            module.load_state_dict(saved.collection.state_dict(), assign=assign)
         assert_all_close(module.state_dict(), before, "nothing is loaded")
-    dcp.save({"model": saved.ebc}, checkpoint_id=tmp_path)
+    dcp.save({"model": saved.collection}, checkpoint_id=tmp_path)
     with pytest.raises(ValueError, match="table 't': "):
         dcp.load({"model": module}, checkpoint_id=tmp_path)
     for name in (f"embedding_bags.{t}.fingerprint" for t in ("first", "t", "u")):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parity_model import Model, TableCase, hand_plan, loss_of
+from parity_model import TableCase, hand_plan
 from ranks import run_ranks
+from sharded_model import Model, loss_of
 from torch import nn
 from torchrec import (
     EmbeddingBagCollection,
@@ -139,7 +140,7 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
         module, sharder = collection(k, pooled), sharder_of(k, pooled)
         cases = [TableCase(f"t{i}", "plain", sharding, dim=DIM) for i in range(TABLES)]
         plan = ShardingPlan({"collection": hand_plan(module, cases, sharder)})
-        model = Model(module, [f"f{i}" for i in range(TABLES)], pooled)
+        model = Model(module)
         for hot in (1, 10):
             generator = torch.Generator().manual_seed(rank)
             kjt = KeyedJaggedTensor(
@@ -155,7 +156,7 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
                     loss_of(dmp(kjt), world_size).backward()
                 steps.append(dict(sent))
             out[k, hot] = steps
-            model = Model(collection(k, pooled), [f"f{i}" for i in range(TABLES)], pooled)
+            model = Model(collection(k, pooled))
     return out
 
 

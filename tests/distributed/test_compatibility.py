@@ -7,21 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from assert_all_close import assert_all_close
+from global_batches import batch_of
+from placements import placements, plan_of
 from ranks import run_ranks
-from sharded_model import (
-    NUM_IDS,
-    SGD,
-    Model,
-    batch_of,
-    placement,
-    sequence_table,
-    shard,
-    tables,
-    train,
-    two_tables,
-    unsharded,
-    weights_of,
-)
+from sharded_model import NUM_IDS, SGD, Model, sequence_table, shard, tables, train, two_tables, unsharded, weights_of
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
@@ -193,15 +182,11 @@ def train_processed(rank: int, world_size: int, shardings: tuple[str, ...], as_c
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in alone.named_parameters():
-                inside = name.replace("fp._embedding_bag_collection", "ebc")
+                inside = name.replace("fp._embedding_bag_collection", "collection")
                 p.copy_(values[inside] if inside in values else torch.rand(p.shape, generator=generator) + 0.5)
         sharder = CompositionalEmbeddingBagCollectionSharder(fused_params={"optimizer": SGD, "learning_rate": LR})
         model = processed(configs, "meta", as_collection)
-        places = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
-        local_size = min(2, world_size)
-        plan = construct_module_sharding_plan(
-            model.fp._embedding_bag_collection, places, sharder, local_size, world_size, "cpu"
-        )
+        plan = plan_of(model.fp._embedding_bag_collection, placements(configs, sharding), sharder)
         sharded = DistributedModelParallel(
             model,
             device=CPU,

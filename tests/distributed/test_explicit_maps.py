@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
+from global_batches import batch_of
 from ranks import run_ranks
-from sharded_model import NUM_IDS, batch_of, shard, table, train
+from sharded_model import NUM_IDS, shard, table, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

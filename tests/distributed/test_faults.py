@@ -14,8 +14,10 @@ import pytest
 import test_parity_pooled
 import test_parity_sequence
 import torch
+from global_batches import batch_of
+from placements import grid_of, plan_of, table_column_wise
 from ranks import run_ranks
-from sharded_model import NUM_IDS, Model, batch_of, grid_of, sequence_table, shard, table, two_tables, unsharded
+from sharded_model import NUM_IDS, Model, distributed, sequence_table, shard, table, two_tables, unsharded
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagConfig
@@ -24,11 +26,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     column_wise,
-    construct_module_sharding_plan,
     row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ParameterSharding, ShardingPlan
+from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import DataType
 
 from torchrec_qr import (
@@ -63,8 +64,8 @@ TABLES = two_tables()
 def test_bad_ids_on_one_rank_end_the_job(fault: str, message: str) -> None:
     """A whole `torch.distributed.run` job of two ranks, of which the second reads the bad batch in its second step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(JOB), fault]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"}
     ready, lines = monotonic(), []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         assert job.stdout is not None
@@ -143,22 +144,10 @@ def refused(rank: int, world_size: int) -> dict[str, str]:
     return messages
 
 
-def table_column_wise(ranks: list[int]) -> ParameterShardingGenerator:
-    """As the planner of TorchRec makes it: its helper for plans by hand is column-wise."""
-
-    def generate(*args: Any, **kwargs: Any) -> ParameterSharding:
-        return replace(column_wise(ranks=ranks)(*args, **kwargs), sharding_type="table_column_wise")
-
-    return generate
-
-
 def shard_sequence(fields: dict[str, Any], plan: ParameterShardingGenerator) -> DistributedModelParallel:
     collection = CompositionalEmbeddingCollection(tables=[sequence_table(**fields)], device=torch.device("meta"))
     sharder = CompositionalEmbeddingCollectionSharder()
-    module_plan = construct_module_sharding_plan(collection, {"s": plan}, sharder, 1, 1, "cpu")
-    return DistributedModelParallel(
-        collection, device=torch.device("cpu"), plan=ShardingPlan({"": module_plan}), sharders=[sharder]
-    )
+    return distributed(Model(collection), plan_of(collection, {"s": plan}, sharder), [sharder])
 
 
 def test_plans_that_cannot_work_are_refused() -> None:
@@ -186,13 +175,13 @@ def test_a_path_may_have_one_shard_of_all_its_columns() -> None:
 
 def reshard(rank: int, world_size: int) -> None:
     model = shard(list(TABLES), "table_wise")
-    moved = model.plan.get_plan_for_module("ebc")
+    moved = model.plan.get_plan_for_module("collection")
     message = "dynamic resharding is not supported by sharded compositional collections"
     with pytest.raises(NotImplementedError, match=message):
-        model.reshard(sharded_module_fqn="ebc", changed_shard_to_params={"ebc": (0.0, moved)})
+        model.reshard(sharded_module_fqn="collection", changed_shard_to_params={"collection": (0.0, moved)})
     before = model(batch_of(list(TABLES), 0, rank, world_size))
     with pytest.raises(NotImplementedError, match=message):
-        model.module.ebc.update_shards(moved, model._env, torch.device("cpu"))
+        model.module.collection.update_shards(moved, model._env, torch.device("cpu"))
     assert torch.equal(model(batch_of(list(TABLES), 0, rank, world_size)), before)
     with pytest.raises(NotImplementedError, match=message):
         CompositionalEmbeddingCollectionSharder().reshard(shard_sequence({}, table_wise(rank=0)), moved, model._env)
@@ -216,11 +205,11 @@ def test_sharders_offer_what_is_tested() -> None:
 
 def test_different_optimizers_in_one_table_are_refused() -> None:
     model = Model(CompositionalEmbeddingBagCollection(tables=list(TABLES)))
-    first, second, *_ = model.ebc.get_submodule("embedding_bags.a").parameters()
+    first, second, *_ = model.collection.get_submodule("embedding_bags.a").parameters()
     _apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
     _apply_optimizer_in_backward(torch.optim.Adagrad, [second], {"lr": 0.1})
     with pytest.raises(ValueError, match="table 'a': its partitions have different optimizers attached"):
-        CompositionalEmbeddingBagCollectionSharder().shardable_parameters(model.ebc)
+        CompositionalEmbeddingBagCollectionSharder().shardable_parameters(model.collection)
 
 
 def test_different_optimizers_in_one_sequence_table_are_refused() -> None:

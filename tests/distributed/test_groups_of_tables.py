@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from parity_model import Run, TableCase, shard
+from parity_model import Run, TableCase, shard_run
 from ranks import run_ranks
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
@@ -44,7 +44,7 @@ def groups(rank: int, world_size: int, pooled: bool) -> dict[str, Groups]:
     """Per sharding type and rank, in the eyes of this one: kernel, data type and tables of each group."""
     out: dict[str, Groups] = {}
     for sharding in POOLED_SHARDINGS if pooled else SEQUENCE_SHARDINGS:
-        dmp = shard(Run(tables(sharding, pooled), pooled=pooled))
+        dmp = shard_run(Run(tables(sharding, pooled), pooled=pooled))
         collection: Any = dmp.module.collection
         (of_all,) = collection._embedding_shardings if pooled else collection._sharding_type_to_sharding.values()
         per_rank = of_all._grouped_embedding_configs_per_rank

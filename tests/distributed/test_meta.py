@@ -55,16 +55,16 @@ def billion_rows(rank: int, world_size: int) -> None:
     classes = {"t_strided": (ids % rows, ids // rows), "t_adjacent": (ids // COLLISIONS, ids % COLLISIONS)}
 
     def composed(weights: dict[str, Tensor]) -> Tensor:
-        table = "ebc.embedding_bags.{}.partition_{}.weight".format
+        table = "collection.embedding_bags.{}.partition_{}.weight".format
         per_table = [weights[table(t, 0)][q] * weights[table(t, 1)][r] for t, (q, r) in classes.items()]
         return torch.cat(per_table, dim=1)
 
     for sharding in ("table_wise", "row_wise", "data_parallel"):
         model = shard(configs, sharding, ROWWISE)
         before = weights_of(model)
-        assert before["ebc.embedding_bags.t_strided.partition_0.weight"].shape == (rows, 8)
+        assert before["collection.embedding_bags.t_strided.partition_0.weight"].shape == (rows, 8)
         # U(-1/√S, 1/√S), by which every rank has drawn rows of its own.
-        main = before["ebc.embedding_bags.t_strided.partition_0.weight"]
+        main = before["collection.embedding_bags.t_strided.partition_0.weight"]
         assert main.abs().max() <= BILLION**-0.5
         torch.testing.assert_close(main.std(), torch.tensor(1 / (3 * BILLION)).sqrt(), rtol=0.02, atol=0)
         out = model(batch)

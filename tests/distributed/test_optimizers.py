@@ -9,22 +9,10 @@ import torch.distributed as dist
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from parity_model import (
-    EPS,
-    LR,
-    Model,
-    Run,
-    TableCase,
-    global_batch,
-    loss_of,
-    optimizer_state_of,
-    plan_by_hand,
-    shard,
-    sharders_of,
-    weights_of,
-)
+from parity_model import Run, TableCase, shard_run
 from pieces import Pieces, assembled, pieces_of
 from ranks import run_ranks
+from sharded_model import EPS, LR, Model, loss_of, own_state, own_weights
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -43,8 +31,8 @@ from torchrec.optim.optimizers import (
 from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
 
 PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
-RUN = Run(tuple(TableCase(s, "strided", s, operation="mult") for s in PLANS))
-ALL_AS = {s: Run(tuple(TableCase(t, "strided", s) for t in ("a", "b"))) for s in PLANS}
+RUN = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in PLANS))
+ALL_AS = {s: Run(tuple(TableCase(t, "strided", s, plan="hand") for t in ("a", "b"))) for s in PLANS}
 
 
 def sharded(run: Run, fused_params: dict[str, Any] | None = None, attach: Any = None) -> DistributedModelParallel:
@@ -52,12 +40,12 @@ def sharded(run: Run, fused_params: dict[str, Any] | None = None, attach: Any = 
     collection = run.collection("meta")
     if attach is not None:
         attach(collection)
-    return shard(run, sharders_of(run, {} if fused_params is None else fused_params), collection, plan_by_hand)
+    return shard_run(run, run.sharders(fused_params or {}), collection)
 
 
 def backward(dmp: nn.Module, run: Run, step: int = 0, scale: float = 1.0) -> None:
     world_size = dist.get_world_size()
-    kjt = global_batch(run, step).part(dist.get_rank(), world_size).kjt(weighted=False)
+    kjt = run.own_batch(step)
     (scale * loss_of(dmp(kjt), world_size)).backward()
 
 
@@ -89,7 +77,7 @@ def attached_or_by_params(rank: int, world_size: int) -> dict[str, tuple[States,
         for dmp in (sharded(RUN, attach=attach), sharded(RUN, by_params)):
             for step in range(2):
                 backward(dmp, RUN, step)
-            of_both.append((weights_of(dmp), optimizer_state_of(dmp)))
+            of_both.append((own_weights(dmp), own_state(dmp)))
         out[name] = (of_both[0], of_both[1])
     return out
 
@@ -190,13 +178,13 @@ def dense(rank: int, world_size: int) -> tuple[dict[str, Pieces], dict[str, Any]
     fused = sharded(RUN, {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": LR})
     included = [name for name, _ in in_backward_optimizer_filter(fused.named_parameters(), include=True)]
     rest = [name for name, _ in in_backward_optimizer_filter(fused.named_parameters())]
-    return weights_of(dmp), gradients, included, rest
+    return own_weights(dmp), gradients, included, rest
 
 
 def expected_after_sgd(run: Run) -> dict[str, torch.Tensor]:
     module = run.initial()
-    model = Model(module, [name for name, _, _ in run.outputs()], pooled=True)
-    loss_of(model(global_batch(run, 0).kjt(weighted=False)), 1).backward()
+    model = Model(module)
+    loss_of(model(run.batch(0).kjt(weighted=False)), 1).backward()
     return {f"collection.{k}": (p - LR * p.grad).detach().double() for k, p in module.named_parameters()}
 
 

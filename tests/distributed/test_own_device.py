@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from global_batches import batch_of
+from placements import placements
 from ranks import run_ranks
-from sharded_model import batch_of, placement, shard, two_tables, unsharded, weights_of
+from sharded_model import shard, two_tables, unsharded, weights_of
 from torch import nn
 from torchrec.distributed.sharding_plan import ParameterShardingGenerator, row_wise
 from torchrec.distributed.types import ParameterSharding
@@ -29,7 +31,7 @@ def elsewhere(generate: ParameterShardingGenerator) -> ParameterShardingGenerato
 
 def trained(rank: int, world_size: int, sharding: str, moved: bool) -> dict[str, list[float]]:
     configs = two_tables()
-    generators = {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)}
+    generators = placements(configs, sharding)
     if moved:
         generators = {name: elsewhere(generate) for name, generate in generators.items()}
     model = shard(configs, generators, values=unsharded(configs))

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import NOT_PLAIN, OPTIMIZERS, Model, Run, TableCase, Trained, global_batch, shard, train
+from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, shard_run, train
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
 from ranks import run_ranks
+from sharded_model import Model
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
@@ -161,8 +162,8 @@ def test_out_of_range_ids(policy: str) -> None:
 
 
 def raised(rank: int, world_size: int, run: Run) -> str:
-    dmp = shard(run)
-    batch = global_batch(run, 0)
+    dmp = shard_run(run)
+    batch = run.batch(0)
     batch.ids[f"f_{run.tables[0].name}"][0] = [100]
     with pytest.raises(IndexError) as error:
         dmp(batch.kjt(weighted=False))
@@ -195,7 +196,7 @@ def test_replicated_parameters_stay_identical_over_20_steps() -> None:
 def input_weight_gradients(rank: int, world_size: int) -> dict[str, bool]:
     """Whether the batch's weights get a gradient: stock and ours, per sharding type."""
     run = Run(one_of_each(), weighted=True)
-    out = {"ours": _has_weight_gradient(shard(run), run)}
+    out = {"ours": _has_weight_gradient(shard_run(run), run)}
     tables = [EmbeddingBagConfig(name=s, num_embeddings=100, embedding_dim=16, feature_names=[f"f_{s}"]) for s in "abc"]
     plain = Run(tuple(TableCase(s, "plain", "table_wise") for s in "abc"), weighted=True)
     stock = EmbeddingBagCollection(tables=tables, is_weighted=True)
@@ -208,16 +209,16 @@ def input_weight_gradients(rank: int, world_size: int) -> dict[str, bool]:
         },
         device_type="cpu",
     )
-    model = Model(stock, [f"f_{s}" for s in "abc"], pooled=True)
+    model = Model(stock)
     device = torch.device("cpu")
     dmp = DistributedModelParallel(model, device=device, plan=ShardingPlan({"collection": plan}))
     out["stock"] = _has_weight_gradient(dmp, plain)
-    out["unsharded"] = _has_weight_gradient(Model(run.initial(), [n for n, _, _ in run.outputs()], True), run)
+    out["unsharded"] = _has_weight_gradient(Model(run.initial()), run)
     return out
 
 
 def _has_weight_gradient(model: Callable[..., Any], run: Run) -> bool:
-    kjt = global_batch(run, 0).kjt(weighted=True)
+    kjt = run.batch(0).kjt(weighted=True)
     weights = kjt.weights().requires_grad_()
     model(kjt).sum().backward()
     return weights.grad is not None

@@ -6,24 +6,14 @@ import pytest
 import test_parity_pooled
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import (
-    Model,
-    Run,
-    TableCase,
-    global_batch,
-    hand_plan,
-    shard,
-    sharders_of,
-    train,
-)
+from parity_model import Run, TableCase, hand_plan, shard_run, train
 from parity_reference import assert_trained_as_reference
 from ranks import run_ranks
+from sharded_model import Model
 from test_parity_pooled import FACTORS, possible, raised, runs_of
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
-
-from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
 SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 SEQUENCE_FACTORS = {
@@ -84,8 +74,8 @@ def test_low_precision_storage() -> None:
 
 
 def refused(rank: int, world_size: int, run: Run) -> str:
-    model = Model(run.collection("meta"), [], pooled=False)
-    sharders = sharders_of(run)
+    model = Model(run.collection("meta"))
+    sharders = run.sharders()
     plan = EmbeddingModuleShardingPlan()
     for table, width in zip(run.tables, (4, 8), strict=True):
         plan[table.name] = hand_plan(model.collection, list(run.tables), sharders[1], width)[table.name]
@@ -105,8 +95,8 @@ def refused_types(rank: int, world_size: int) -> dict[str, str]:
     messages = {}
     for sharding in ("table_column_wise", "table_row_wise", "grid_shard"):
         run = Run((TableCase("t", "strided", sharding, plan="hand"),), pooled=False)
-        sharders = sharders_of(run)
-        model = Model(run.collection("meta"), [], pooled=False)
+        sharders = run.sharders()
+        model = Model(run.collection("meta"))
         plan = ShardingPlan({"collection": hand_plan(model.collection, list(run.tables), sharders[1])})
         with pytest.raises(ValueError, match=sharding) as error:
             DistributedModelParallel(model, plan=plan, sharders=sharders, device=torch.device("cpu"))
@@ -128,10 +118,11 @@ def quantised(rank: int, world_size: int, run: Run) -> dict[str, bool]:
     config = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
     # Not of TorchRec's registry, which replaces bf16 by fp16 on a CPU.
     codecs = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)}
-    sharders = sharders_of(run)
-    sharders[1] = CompositionalEmbeddingCollectionSharder(sharders[1].fused_params, qcomm_codecs_registry=codecs)
-    kjt = global_batch(run, 0).part(rank, world_size).kjt(weighted=False)
-    exact, rounded = shard(run).module.collection(kjt), shard(run, sharders).module.collection(kjt)
+    kjt = run.own_batch(0)
+    exact, rounded = (
+        shard_run(run).module.collection(kjt),
+        shard_run(run, run.sharders(codecs=codecs)).module.collection(kjt),
+    )
     found = {}
     for name, _, _ in run.outputs():
         value = exact[name].values()
@@ -160,8 +151,8 @@ def indices(rank: int, world_size: int, run: Run) -> list[tuple[str, bool]]:
     """Per output, whether the ids that come with it are those of the unsharded module."""
     collection, reference = run.collection("meta"), run.initial()
     collection._need_indices = reference._need_indices = True
-    dmp = shard(run, collection=collection)
-    kjt = global_batch(run, 0).part(rank, world_size).kjt(weighted=False)
+    dmp = shard_run(run, collection=collection)
+    kjt = run.own_batch(0)
     out, expected = dmp.module.collection(kjt), reference(kjt)
     found = []
     for name, value in expected.items():

@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from assert_all_close import assert_all_close
+from global_batches import BAGS, batch_of
+from placements import placements
 from ranks import own_device, run_ranks
-from sharded_model import (
-    DIM,
-    SAMPLES,
-    batch_of,
-    placement,
-    sequence_table,
-    shard,
-    tables,
-    train,
-    two_tables,
-    unsharded,
-    weights_of,
-)
+from sharded_model import DIM, sequence_table, shard, tables, train, two_tables, unsharded, weights_of
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import (
@@ -44,8 +33,8 @@ from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 STEPS = 6
 CPU = torch.device("cpu")
 # Every sharding type of two ranks within one collection.
-MIXED = dict(zip((t.name for t in tables()), "tcrtcrdtr", strict=True))
-NAMES = {"t": "table_wise", "c": "column_wise", "r": "row_wise", "d": "data_parallel"}
+_TYPES = {"t": "table_wise", "c": "column_wise", "r": "row_wise", "d": "data_parallel"}
+MIXED = {t.name: _TYPES[letter] for t, letter in zip(tables(), "tcrtcrdtr", strict=True)}
 
 
 @dataclass
@@ -76,7 +65,7 @@ class WithLoss(nn.Module):
 
 def batches(rank: int, world_size: int, weighted: bool) -> list[Batch]:
     return [
-        Batch(features, torch.arange(features.stride(), device=own_device()) / SAMPLES)
+        Batch(features, torch.arange(features.stride(), device=own_device()) / BAGS)
         for features in (batch_of(tables(), step, rank, world_size, weighted) for step in range(STEPS))
     ]
 
@@ -85,9 +74,13 @@ def mixed_model(
     weighted: bool, configs: list[EmbeddingBagConfig] | None = None
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     configs = tables() if configs is None else configs
-    world_size = dist.get_world_size()
-    plan = {c.name: placement(NAMES[MIXED[c.name]], i, c, world_size) for i, c in enumerate(configs)}
-    model = shard(configs, plan, values=unsharded(configs, is_weighted=weighted), is_weighted=weighted, wrap=WithLoss)
+    model = shard(
+        configs,
+        placements(configs, MIXED),
+        values=unsharded(configs, is_weighted=weighted),
+        is_weighted=weighted,
+        wrap=WithLoss,
+    )
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())), lambda ps: torch.optim.SGD(ps, lr=0.1)
     )
@@ -193,7 +186,7 @@ def quantised_communication(rank: int, world_size: int, shardings: tuple[str, ..
     configs = tables()
     for sharding in shardings:
         exact = shard(configs, sharding, values=unsharded(configs))
-        rounded = shard(configs, sharding, values=unsharded(configs), qcomm_codecs_registry=codecs_of(precision))
+        rounded = shard(configs, sharding, values=unsharded(configs), codecs=codecs_of(precision))
         expected, actual = train(exact, configs, range(3)), train(rounded, configs, range(3))
         first, of_first = (
             dict(zip((c.name for c in configs), out[0].split(DIM, dim=1), strict=True)) for out in (expected, actual)
@@ -224,7 +217,7 @@ def by_the_registry(rank: int, world_size: int) -> None:
     config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16)
     codecs = get_qcomm_codecs_registry(config, device=CPU)
     models = [
-        shard(tables(), "table_wise", values=unsharded(tables()), qcomm_codecs_registry=registry)
+        shard(tables(), "table_wise", values=unsharded(tables()), codecs=registry)
         for registry in (codecs, codecs_of(CommType.FP16))
     ]
     outputs = [train(model, tables(), range(2)) for model in models]

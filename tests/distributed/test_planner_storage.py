@@ -1,25 +1,34 @@
 """What the planner says that ranks store is what they store."""
 
 import os
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, shard_run, trained
 from ranks import run_ranks
-from sharded_model import ADAGRAD, ROWWISE, SGD, shard, tables, train
+from sharded_model import ADAGRAD, EPS, LR, ROWWISE, SGD, Model, shard, sharders_of, tables, train, unsharded
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_qr import CompositionalEmbeddingBagCollection
-from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 
-SHARDINGS = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel")
-OPTIMIZERS = (SGD, ADAGRAD, ROWWISE, EmbOptimType.ADAM)
+SEQUENCES = ("table_wise", "column_wise", "row_wise", "data_parallel")
+POOLED = (*SEQUENCES, "table_column_wise", "table_row_wise", "grid_shard")
+ALL_KINDS = (*SEQUENCES, "table_row_wise", "grid_shard")
+OF_ALL_KINDS = (SGD, ADAGRAD, ROWWISE, EmbOptimType.ADAM)
+OF_RUNS = (
+    TableCase("strided", "strided", "", plan="hand"),
+    TableCase("adjacent", "adjacent", "", plan="hand", operation="add", features=("f_a", "f_b")),
+    TableCase("concat", "chinese_remainder", "", plan="hand", k=3, operation="concat"),
+    TableCase("explicit", "explicit", "", plan="hand"),
+    TableCase("tiny", "tiny", "", plan="hand"),
+)
 
 
 def storage_bytes(values: list[Any]) -> int:
@@ -47,47 +56,80 @@ def held(model: nn.Module, dense: torch.optim.Optimizer | None) -> tuple[int, in
     return storage_bytes(weights), storage_bytes([*fused, *of_dense])
 
 
-def measured_and_estimated(
-    rank: int, world_size: int, cases: list[tuple[str, EmbOptimType]]
-) -> list[tuple[str, tuple[float, float], tuple[float, float]]]:
-    out = []
-    for sharding, optimizer in cases:
-        configs = tables()
-        model = shard(configs, sharding, optimizer)
-        # The plan by hand gives the plain table TorchRec's dense kernel, which nothing steps in backward.
-        left = [p for name, p in model.named_parameters() if name.endswith(".plain.weight") and p.numel()]
-        dense = torch.optim.Adam(left) if left else None
-        train(model, configs, range(1))
-        if dense is not None:
-            for p in left:
-                p.grad = torch.zeros_like(p)
-            dense.step()
-        collection = CompositionalEmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-        fused = {"optimizer": optimizer, "learning_rate": 0.05, "eps": 1e-4}
-        sharders = [CompositionalEmbeddingBagCollectionSharder(fused), EmbeddingBagCollectionSharder(fused)]
-        hardware = hardware_named("cpu")
-        planner = CompositionalEmbeddingShardingPlanner(
-            hardware.topology(world_size, int(os.environ["LOCAL_WORLD_SIZE"])),
-            hardware=hardware,
-            dense_optimizer=torch.optim.Adam,
-        )
-        plan = ShardingPlan({"": model.plan.plan["ebc"]})
-        cost = planner.estimate(plan, collection, sharders)[rank]  # type: ignore[arg-type]
-        out.append((f"{sharding} {optimizer}", held(model, dense), (cost.parameters, cost.optimizer)))
-        dist.barrier()
-    return out
+Found = tuple[tuple[int, int], tuple[float, float]]
+
+
+def held_and_estimated(
+    dmp: DistributedModelParallel, model: nn.Module, sharders: list[Any], dense: torch.optim.Optimizer | None = None
+) -> Found:
+    """Bytes of parameters and of optimizer state on this rank: those held, and those by the planner."""
+    hardware = hardware_named("cpu")
+    topology = hardware.topology(dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
+    planner = CompositionalEmbeddingShardingPlanner(topology, hardware=hardware, dense_optimizer=torch.optim.Adam)
+    cost = planner.estimate(dmp.plan, model, sharders)[dist.get_rank()]
+    found = held(dmp, dense), (cost.parameters, cost.optimizer)
+    dist.barrier()
+    return found
+
+
+def of_all_kinds(sharding: str, optimizer: EmbOptimType) -> Found:
+    """Tables of all kinds, and a plain one by TorchRec's dense kernel, which nothing steps in backward."""
+    model = shard(tables(), sharding, optimizer)
+    left = [p for name, p in model.named_parameters() if name.endswith(".plain.weight") and p.numel()]
+    dense = torch.optim.Adam(left) if left else None
+    train(model, tables(), range(1))
+    if dense is not None:
+        for p in left:
+            p.grad = torch.zeros_like(p)
+        dense.step()
+    sharders = sharders_of({"optimizer": optimizer, "learning_rate": LR, "eps": EPS})
+    return held_and_estimated(model, unsharded(tables()), sharders, dense)
+
+
+def of_run(pooled: bool, sharding: str, optimizer: str) -> Found:
+    """Tables by hand with AMSGrad too, and a plain one by the fused kernel."""
+    of = [replace(t, sharding=sharding) for t in OF_RUNS]
+    if optimizer not in NOT_PLAIN and sharding == "table_wise":
+        of.append(TableCase("plain", "plain", sharding, plan="hand"))
+    run = Run(tuple(of), optimizer=optimizer, pooled=pooled, steps=1)
+    dmp = shard_run(run)
+    trained(dist.get_rank(), dist.get_world_size(), run, dmp)
+    return held_and_estimated(dmp, Model(run.collection("meta")), run.sharders())
+
+
+def found_of_cases(rank: int, world_size: int, found_of: Any, cases: list[tuple[str, Any]]) -> list[Found]:
+    return [found_of(*case) for case in cases]
+
+
+_SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("world_size", "local_world_size"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)]
+    ("world_size", "local_world_size", "found_of", "shardings", "optimizers"),
+    [
+        (2, 2, of_all_kinds, ALL_KINDS[:-1], OF_ALL_KINDS),
+        (4, 2, of_all_kinds, ALL_KINDS, OF_ALL_KINDS),
+        pytest.param(4, 4, of_all_kinds, ALL_KINDS[:-1], OF_ALL_KINDS, marks=_SLOW),
+        (2, 2, partial(of_run, True), POOLED, OPTIMIZERS),
+        (2, 2, partial(of_run, False), SEQUENCES, OPTIMIZERS),
+        pytest.param(4, 2, partial(of_run, True), POOLED, OPTIMIZERS, marks=_SLOW),
+        pytest.param(4, 2, partial(of_run, False), SEQUENCES, OPTIMIZERS, marks=_SLOW),
+    ],
+    ids=[
+        "all_kinds-2",
+        "all_kinds-2_hosts_of_2",
+        "all_kinds-4",
+        "pooled-2",
+        "sequences-2",
+        "pooled-2_hosts_of_2",
+        "sequences-2_hosts_of_2",
+    ],
 )
-def test_estimated_bytes_are_those_held(world_size: int, local_world_size: int) -> None:
-    shardings = SHARDINGS if local_world_size < world_size else [s for s in SHARDINGS if s != "grid_shard"]
-    cases = [(sharding, optimizer) for sharding in shardings for optimizer in OPTIMIZERS]
-    results = run_ranks(measured_and_estimated, world_size, cases, local_world_size=local_world_size)
+def test_estimated_bytes_are_those_held(
+    world_size: int, local_world_size: int, found_of: Any, shardings: tuple[str, ...], optimizers: Any
+) -> None:
+    cases = [(sharding, optimizer) for sharding in shardings for optimizer in optimizers]
+    results = run_ranks(found_of_cases, world_size, found_of, cases, local_world_size=local_world_size, timeout=300)
     for rank, of_rank in enumerate(results):
-        assert len(of_rank) == len(cases)
-        for name, (parameters, state), (estimated_parameters, estimated_state) in of_rank:
-            where = f"{name} on rank {rank} of {world_size}"
-            assert estimated_parameters == pytest.approx(parameters, rel=0.01), where
-            assert estimated_state == pytest.approx(state, rel=0.01), where
+        for case, (bytes_held, estimated) in zip(cases, of_rank, strict=True):
+            assert estimated == pytest.approx(bytes_held, rel=0.01), f"{case} on rank {rank} of {world_size}"

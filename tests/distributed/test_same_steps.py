@@ -1,30 +1,17 @@
 """Steps are the same under all seven sharding types, replicated partitions included, where the reference says which."""
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from parity_model import (
-    LR,
-    Model,
-    Run,
-    TableCase,
-    Trained,
-    global_batch,
-    loss_of,
-    plan_by_hand,
-    shard,
-    sharders_of,
-    train,
-    trained,
-    weights_of,
-)
+from parity_model import Run, TableCase, Trained, shard_run, train, trained
 from parity_reference import Reference, assert_trained_as_reference
 from pieces import Pieces, assembled
 from ranks import run_ranks
+from sharded_model import LR, Model, loss_of, own_weights
 from test_parity_pooled import SHARDINGS, one_of_each
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_row_wise, table_wise
@@ -52,16 +39,16 @@ def test_clipped_gradients(limit: float) -> None:
 
 
 def warmed_up(rank: int, world_size: int, run: Run) -> Trained:
-    dmp = shard(run)
+    dmp = shard_run(run)
     stages = [WarmupStage(WarmupPolicy.LINEAR, max_iters=4, value=0.25)]
     optimizer = WarmupOptimizer(dmp.fused_optimizer, stages, lr=LR)
-    return trained(rank, world_size, run, dmp, after=lambda _: optimizer.step())
+    return trained(rank, world_size, run, dmp, after=optimizer.step)
 
 
 def halved(rank: int, world_size: int, run: Run) -> Trained:
-    dmp = shard(run)
+    dmp = shard_run(run)
     schedule = torch.optim.lr_scheduler.ExponentialLR(dmp.fused_optimizer, gamma=0.5)
-    return trained(rank, world_size, run, dmp, after=lambda _: schedule.step())
+    return trained(rank, world_size, run, dmp, after=schedule.step)
 
 
 def test_schedules() -> None:
@@ -86,7 +73,7 @@ def test_eps_zero_leaves_untouched_rows_alone() -> None:
     params = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": LR, "eps": 0.0}
     weights = assembled([r.state for r in run_ranks(train, 2, run, params)])
     reference = Reference(run)
-    reference.step(global_batch(run, 0))
+    reference.step(run.batch(0))
     initial = run.initial().state_dict()
     stayed = 0
     for key, _, expected in reference.weights():
@@ -99,23 +86,23 @@ def test_eps_zero_leaves_untouched_rows_alone() -> None:
 
 def accumulated(rank: int, world_size: int, run: Run) -> dict[str, Pieces]:
     """Weights after one step of a dense optimizer on the gradients of three backwards; all kernels dense."""
-    dmp = shard(run, sharders_of(run, {}), plan_of=partial(plan_by_hand, kernel="dense"))
+    dmp = shard_run(run, run.sharders({}), kernel="dense")
     for step in range(run.steps):
-        loss_of(dmp(global_batch(run, step).part(rank, world_size).kjt(run.weighted)), world_size).backward()
+        loss_of(dmp(run.own_batch(step)), world_size).backward()
     torch.optim.SGD(dmp.parameters(), lr=LR).step()
-    return weights_of(dmp)
+    return own_weights(dmp)
 
 
 def test_dense_gradients_accumulate() -> None:
     """Gradients of an earlier backward, already the same on all ranks, are not multiplied by the next reduction."""
     # TorchRec's own dense kernel on a plain table beside ours.
-    run = Run((*TABLES, TableCase("plain", "plain", "table_wise")))
+    run = Run(tuple(replace(t, plan="hand") for t in (*TABLES, TableCase("plain", "plain", "table_wise"))))
     for world_size in (2, 4):
         weights = assembled(run_ranks(accumulated, world_size, run, local_world_size=2))
         module = run.initial()
-        model = Model(module, [name for name, _, _ in run.outputs()], pooled=True)
+        model = Model(module)
         for step in range(run.steps):
-            loss_of(model(global_batch(run, step).kjt(run.weighted)), 1).backward()
+            loss_of(model(run.batch(step).kjt(run.weighted)), 1).backward()
         expected = {f"collection.{n}": (p - LR * p.grad).detach().double() for n, p in module.named_parameters()}
         assert_all_close(weights, expected, f"{world_size} ranks", 1e-5, 1e-5)
 
@@ -129,7 +116,7 @@ def kernels_of(rank: int, world_size: int) -> list[str]:
         "row_wise": row_wise(),
         "table_row_wise": table_row_wise(host_index=0),
     }
-    plan = construct_module_sharding_plan(module, make, sharders_of(run, {})[0], device_type="cpu")
+    plan = construct_module_sharding_plan(module, make, run.sharders({})[0], device_type="cpu")
     return [sharding.compute_kernel for sharding in plan.values()]
 
 

@@ -1,6 +1,5 @@
 """Sequences in a whole job: checkpoints under other plans and world sizes, and TorchRec's pipelines."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
-from parity_model import Model, Run, TableCase, global_batch, loss_of, optimizer_state_of, shard, weights_of
+from parity_model import Run, TableCase, shard_run
 from pieces import Pieces, assembled
 from ranks import run_ranks
-from sharded_model import contents
+from sharded_model import Model, contents, loss_of, own_state, own_weights, steps_of
 from test_pipelines import assert_all_equal, until_its_end
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
@@ -43,33 +42,32 @@ def rotated(by: int, run: Run) -> Run:
     return replace(run, tables=tuple(map(turned, run.tables)))
 
 
-def train(dmp: DistributedModelParallel, run: Run, rank: int, world_size: int, steps: range) -> None:
-    for step in steps:
-        loss_of(dmp(global_batch(run, step).part(rank, world_size).kjt(weighted=False)), world_size).backward()
+def train(dmp: DistributedModelParallel, run: Run, steps: range) -> None:
+    list(steps_of(dmp, map(run.own_batch, steps)))
 
 
 States = tuple[dict[str, Pieces], dict[str, Pieces]]
 
 
 def states_of(dmp: DistributedModelParallel) -> States:
-    return weights_of(dmp), optimizer_state_of(dmp)
+    return own_weights(dmp), own_state(dmp)
 
 
 def save(rank: int, world_size: int, run: Run, folder: Path) -> tuple[States, States]:
-    dmp = shard(run)
-    train(dmp, run, rank, world_size, range(2))
+    dmp = shard_run(run)
+    train(dmp, run, range(2))
     dcp.save(contents(dmp), checkpoint_id=folder)
     saved = states_of(dmp)
-    train(dmp, run, rank, world_size, range(2, 5))
+    train(dmp, run, range(2, 5))
     return saved, states_of(dmp)
 
 
 def resume(rank: int, world_size: int, run: Run, folder: Path) -> tuple[States, States]:
-    dmp = shard(run)
-    train(dmp, run, rank, world_size, range(90, 91))
+    dmp = shard_run(run)
+    train(dmp, run, range(90, 91))
     load(contents(dmp), checkpoint_id=folder)
     loaded = states_of(dmp)
-    train(dmp, run, rank, world_size, range(2, 5))
+    train(dmp, run, range(2, 5))
     return loaded, states_of(dmp)
 
 
@@ -87,11 +85,11 @@ def test_a_checkpoint_continues_under_other_plans_and_world_sizes(tmp_path: Path
 
 
 def from_unsharded(rank: int, world_size: int, folder: Path) -> dict[str, Pieces]:
-    dmp = shard(RUN)
-    train(dmp, RUN, rank, world_size, range(1))
+    dmp = shard_run(RUN)
+    train(dmp, RUN, range(1))
     load({"model": dmp.module.collection}, checkpoint_id=folder / "unsharded")
-    loaded = weights_of(dmp)
-    train(dmp, RUN, rank, world_size, range(1))
+    loaded = own_weights(dmp)
+    train(dmp, RUN, range(1))
     dcp.save({"model": dmp.module.collection}, checkpoint_id=folder / "sharded")
     return loaded
 
@@ -117,32 +115,28 @@ class WithLoss(Model):
         return loss_of(out, 1), out.detach()
 
 
-def batches(rank: int, world_size: int) -> Iterator[KeyedJaggedTensor]:
-    return (global_batch(RUN, step).part(rank, world_size).kjt(weighted=False) for step in range(6))
-
-
 def pipelines(rank: int, world_size: int) -> None:
-    plain, expected = shard(RUN, model_type=WithLoss), []
-    for batch in batches(rank, world_size):
+    plain, expected = shard_run(RUN, model_type=WithLoss), []
+    for batch in map(RUN.own_batch, range(6)):
         loss, out = plain(batch)
         loss.backward()
         expected.append(out)
     for kind in (TrainPipelineBase, TrainPipelineSparseDist):
-        dmp = shard(RUN, model_type=WithLoss)
+        dmp = shard_run(RUN, model_type=WithLoss)
         pipeline: Any = kind(dmp, dmp.fused_optimizer, CPU)
-        outputs = until_its_end(pipeline, batches(rank, world_size))
+        outputs = until_its_end(pipeline, map(RUN.own_batch, range(6)))
         assert_all_equal(outputs, expected, kind.__name__)
-        weights = weights_of(dmp)
-        for name, pieces in weights_of(plain).items():
+        weights = own_weights(dmp)
+        for name, pieces in own_weights(plain).items():
             for (_, _, value), (_, _, own) in zip(weights[name], pieces, strict=True):
                 assert value.tolist() == own.tolist(), (kind.__name__, name)
     assert len(pipeline._pipelined_modules) == 1
     pipeline.detach()
     dmp.eval()
     with torch.no_grad():
-        expected = [dmp(batch)[1] for batch in batches(rank, world_size)]
+        expected = [dmp(batch)[1] for batch in map(RUN.own_batch, range(6))]
         evaluation = EvalPipelineSparseDist(dmp, dmp.fused_optimizer, CPU)
-        outputs = until_its_end(evaluation, batches(rank, world_size))
+        outputs = until_its_end(evaluation, map(RUN.own_batch, range(6)))
     assert_all_equal(outputs, expected, "evaluation")
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from parity_model import Run, TableCase, global_batch, loss_of, shard, weights_of
+from parity_model import Run, TableCase, shard_run
 from ranks import run_ranks
+from sharded_model import loss_of, own_weights
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules import embedding_modules
 
@@ -26,12 +27,12 @@ def trained(rank: int, world_size: int, run: Run, marked: bool, part: int | None
     module = run.collection("meta")
     if marked:
         mark(module)
-    dmp = shard(run, collection=module)
+    dmp = shard_run(run, collection=module)
     for step in range(run.steps):
-        batch = global_batch(run, step)
+        batch = run.batch(step)
         mine = batch.part(rank, world_size) if part is None else batch.part(part, 2)
         loss_of(dmp(mine.kjt(run.weighted)), 1).backward()
-    return weights_of(dmp)
+    return own_weights(dmp)
 
 
 @pytest.mark.skipif(mark is None, reason="this TorchRec has no mark_data_parallel_skip_grad_sync, which 1.9 brought")
@@ -55,7 +56,7 @@ def test_marked_tables_are_stepped_by_the_gradients_of_their_rank(optimizer: str
 
 
 def unwrapped(rank: int, world_size: int, run: Run) -> str:
-    collection: Any = shard(run).module.collection
+    collection: Any = shard_run(run).module.collection
     for i, lookup in enumerate(collection._lookups):
         if isinstance(lookup, DistributedDataParallel):
             collection._lookups[i] = lookup.module

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from parity_model import LR, Model, Run, TableCase, hand_plan, sharders_of
+from parity_model import Run, TableCase, shard_run
 from ranks import run_ranks
+from sharded_model import LR, Model
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
@@ -16,11 +15,11 @@ from torchrec_qr.distributed import optimizer_of_each_parameter
 
 RUN = Run(
     (
-        TableCase("tw", "strided", "table_wise"),
-        TableCase("rw", "adjacent", "row_wise"),
-        TableCase("dp", "strided", "data_parallel"),
-        TableCase("plain_tw", "plain", "table_wise"),
-        TableCase("plain_dp", "plain", "data_parallel"),
+        TableCase("tw", "strided", "table_wise", plan="hand"),
+        TableCase("rw", "adjacent", "row_wise", plan="hand"),
+        TableCase("dp", "strided", "data_parallel", plan="hand"),
+        TableCase("plain_tw", "plain", "table_wise", plan="hand"),
+        TableCase("plain_dp", "plain", "data_parallel", plan="hand"),
     ),
     optimizer="adagrad",
 )
@@ -28,8 +27,8 @@ FUSED = [f"{t}.partition_{j}" for t in ("tw", "rw", "dp") for j in (0, 1)] + ["p
 
 
 class WithTop(Model):
-    def __init__(self) -> None:
-        super().__init__(RUN.collection("meta"), [name for name, _, _ in RUN.outputs()], pooled=True)
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__(collection)
         self.top = nn.Linear(80, 1)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
@@ -38,9 +37,7 @@ class WithTop(Model):
 
 def stepped(rank: int, world_size: int) -> tuple[dict[str, str], list[str]]:
     """What is reported when all is well, and the messages when it is not."""
-    model, sharders = WithTop(), sharders_of(RUN)
-    plan = ShardingPlan({"collection": hand_plan(model.collection, list(RUN.tables), sharders[0])})
-    dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    dmp = shard_run(RUN, model_type=WithTop)
     rest = dict(in_backward_optimizer_filter(dmp.named_parameters()))
     adam = KeyedOptimizerWrapper(rest, lambda params: torch.optim.Adam(params))
     found = optimizer_of_each_parameter(dmp, [adam])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from placements import placements, plan_of
 from ranks import run_ranks
-from sharded_model import DIM, NUM_IDS, placement
+from sharded_model import DIM, NUM_IDS
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.test_utils.model_input import ModelInput
 from torchrec.distributed.test_utils.test_model import TestEBCSparseArch, TestSparseNN
 from torchrec.distributed.types import ShardingPlan
@@ -77,13 +77,10 @@ def outputs(rank: int, world_size: int, sharding: str) -> None:
     meta = model_of("meta")
     plan = ShardingPlan(
         {
-            f"sparse.{name}": construct_module_sharding_plan(
+            f"sparse.{name}": plan_of(
                 getattr(meta.sparse, name),
-                {c.name: placement(sharding, i, c, world_size) for i, c in enumerate(configs)},
+                placements(configs, sharding),
                 sharder,
-                world_size,
-                world_size,
-                "cpu",
             )
             for name, configs in (("ebc", tables("u")), ("weighted_ebc", tables("w")))
         }

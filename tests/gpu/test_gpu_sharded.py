@@ -4,11 +4,11 @@ from functools import cache
 
 import pytest
 from gpu_setups import SETUPS, Setup
-from parity_model import Run, TableCase, global_batch, shard
+from parity_model import Run, TableCase, Trained, shard_run
+from parity_reference import Exact
 from ranks import own_device, run_ranks
 from test_parity_pooled import SHARDINGS
-from varied_reference import Exact
-from varied_runs import FACTORS, SEQUENCE_FACTORS, Outcome, runs_of, train_all
+from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of, train_all
 
 from torchrec_qr import raise_pending
 
@@ -18,7 +18,7 @@ each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
 
 @cache
-def together(setup: Setup) -> list[dict[str, Outcome]] | None:
+def together(setup: Setup) -> list[dict[str, Trained]] | None:
     """All runs in one start of the ranks; None where one of them fails, and may take the others along."""
     try:
         return run_ranks(train_all, setup.world_size, RUNS, backend=setup.backend, device=setup.device, timeout=280)
@@ -26,7 +26,7 @@ def together(setup: Setup) -> list[dict[str, Outcome]] | None:
         return None
 
 
-def trained(setup: Setup, name: str) -> list[Outcome]:
+def trained(setup: Setup, name: str) -> list[Trained]:
     """Returns the outcome of a run on each rank."""
     ranks = together(setup)
     if ranks is None:
@@ -47,8 +47,8 @@ def out_of_range(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, 
     """Returns, by run, the error that `raise_pending` raises at the latest. All ranks have the same bad id."""
     messages = {}
     for name, run in runs.items():
-        dmp = shard(run)
-        batch = global_batch(run, 0)
+        dmp = shard_run(run)
+        batch = run.batch(0)
         batch.ids[f"f_{run.tables[0].name}"][0] = [100]
         try:
             dmp(batch.kjt(weighted=False).to(own_device()))

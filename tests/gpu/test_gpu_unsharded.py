@@ -1,11 +1,14 @@
 """Unsharded collections on the device train as the float64 reference does, and say what was wrong with a batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from gpu_setups import DEVICE
-from parity_model import LR, Model, Run, TableCase, Trained, global_batch, loss_of
+from parity_model import Run, TableCase, Trained, parts_of
 from parity_reference import assert_trained_as_reference
-from pieces import pieces_of
+from pieces import numpy_of
+from sharded_model import LR, Model, loss_of, own_weights
 
 from torchrec_qr import raise_pending
 
@@ -31,25 +34,26 @@ MEAN = tuple(TableCase(**{**vars(table), "pooling": "mean"}) for table in TABLES
     ids=["bags", "weighted_mean", "sequences", "int32"],
 )
 def test_trains_as_reference(run: Run) -> None:
-    model = Model(run.initial(), [name for name, _, _ in run.outputs()], run.pooled).to(DEVICE)
+    model = Model(run.initial()).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    outputs = []
+    outputs: dict[str, list[Any]] = {name: [] for name, _, _ in run.outputs()}
     for step in range(run.steps):
         optimizer.zero_grad()
-        out = model(global_batch(run, step).kjt(run.weighted, run.int32).to(DEVICE))
-        outputs.append(out.detach().double().cpu().numpy())
+        batch = run.batch(step)
+        out = model(batch.kjt(run.weighted, run.int32).to(DEVICE))
+        for name, part in parts_of(run, batch, out).items():
+            outputs[name].append(numpy_of(part))
         loss_of(out, 1).backward()
         optimizer.step()
     raise_pending()
-    state = {k: pieces_of(v) for k, v in model.state_dict().items() if not k.endswith("fingerprint")}
-    assert_trained_as_reference(run, [Trained(outputs, state, {}, {})], rtol=2e-5)
+    assert_trained_as_reference(run, [Trained(outputs, own_weights(model), {}, {})], rtol=2e-5)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
 def test_an_id_out_of_range_is_raised_by_raise_pending_at_the_latest(pooled: bool) -> None:
     run = Run((TableCase("t", "strided", "table_wise"),), pooled=pooled)
-    model = Model(run.initial(), ["f_t"], pooled).to(DEVICE)
-    batch = global_batch(run, 0)
+    model = Model(run.initial()).to(DEVICE)
+    batch = run.batch(0)
     right = batch.kjt(weighted=False).to(DEVICE)
     batch.ids["f_t"][1] = [3, 100]
     wrong = batch.kjt(weighted=False).to(DEVICE)
