@@ -6,15 +6,10 @@ import pytest
 import torch
 from batches import Bags, batch
 from cases import kind_of, randomize
+from single_tables import collection_of, plain_table, table_of
 from torch import Tensor, nn
-from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedTensor
+from torchrec import KeyedTensor
 
-from torchrec_qr import (
-    CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
-)
 from torchrec_qr.partitions import PartitionSpec
 
 S = 100
@@ -41,18 +36,11 @@ def collection(
     partitions: PartitionSpec, pooled: bool = True, device: torch.device | None = None, seed: int = 0, **fields: Any
 ) -> Any:
     """A compositional table ``t`` of feature f and a plain table ``p`` of feature g."""
-    compositional: dict[str, Any] = {"name": "t", "feature_names": ["f"], "embedding_dim": 8, "num_embeddings": S}
-    compositional |= fields | {"partitions": partitions}
-    plain: dict[str, Any] = {"name": "p", "feature_names": ["g"], "num_embeddings": 10, "embedding_dim": 4}
-    module: Any
-    if pooled:
-        module = CompositionalEmbeddingBagCollection(
-            tables=[CompositionalEmbeddingBagConfig(**compositional), EmbeddingBagConfig(**plain)], device=device
-        )
-    else:
-        module = CompositionalEmbeddingCollection(
-            tables=[CompositionalEmbeddingConfig(**compositional), EmbeddingConfig(**plain)], device=device
-        )
+    tables = [
+        table_of(partitions, pooled, **{"num_embeddings": S, **fields}),
+        plain_table(pooled, name="p", feature_names=["g"], num_embeddings=10, embedding_dim=4),
+    ]
+    module = collection_of(tables, device)
     if device is None:
         randomize(module, seed)
     return module

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from batches import batch
+from single_tables import bag_table, collection_of, sequence_table, table_of
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 
@@ -15,7 +16,6 @@ from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     ExplicitPartitions,
     HashPartition,
     MixedRadix,
@@ -33,17 +33,11 @@ PARTITIONS = {
 }
 
 
+USER = {"name": "t_user", "feature_names": ["user"], "num_embeddings": S}
+
+
 def config(kind: str = "strided", **fields: Any) -> CompositionalEmbeddingBagConfig:
-    return CompositionalEmbeddingBagConfig(
-        **{
-            "name": "t_user",
-            "feature_names": ["user"],
-            "num_embeddings": S,
-            "embedding_dim": 8,
-            "partitions": PARTITIONS[kind],
-        }
-        | fields
-    )
+    return bag_table(**{**USER, "partitions": PARTITIONS[kind], **fields})
 
 
 def refused(error: type[Exception], *parts: str) -> Any:
@@ -58,18 +52,9 @@ class Lookup:
     """The embeddings of ids by a pooled or an unpooled collection with one table, plain or compositional."""
 
     def __init__(self, pooled: bool, kind: str | None, **fields: Any) -> None:
-        common: dict[str, Any] = {"name": "t_user", "feature_names": ["user"], "num_embeddings": S, "embedding_dim": 8}
-        if kind is not None:
-            common |= {"partitions": PARTITIONS[kind]} | fields
         self.pooled = pooled
-        self.collection: torch.nn.Module
         torch.manual_seed(0)
-        if pooled:
-            bag = EmbeddingBagConfig if kind is None else CompositionalEmbeddingBagConfig
-            self.collection = CompositionalEmbeddingBagCollection(tables=[bag(**common)])
-        else:
-            row = EmbeddingConfig if kind is None else CompositionalEmbeddingConfig
-            self.collection = CompositionalEmbeddingCollection(tables=[row(**common)])
+        self.collection = collection_of([table_of(kind and PARTITIONS[kind], pooled, **USER, **fields)])
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
         out = self.collection(batch({"user": [[x] for x in ids]}))["user"]
@@ -260,9 +245,8 @@ def test_configs(fields: dict[str, Any], parts: list[str]) -> None:
     with refused(ValueError, "table 't_user'", *parts):
         config(**fields)
     if "pooling" not in fields:
-        common = {"name": "t_user", "feature_names": ["user"], "num_embeddings": S, "embedding_dim": 8}
         with refused(ValueError, "table 't_user'", *parts):
-            CompositionalEmbeddingConfig(**common | {"partitions": PARTITIONS["strided"]} | fields)
+            sequence_table(PARTITIONS["strided"], **USER | fields)
 
 
 @pytest.mark.parametrize(

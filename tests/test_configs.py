@@ -3,18 +3,13 @@
 import copy
 
 import pytest
+from single_tables import bag_table
 
 from torchrec_qr import CompositionalEmbeddingBagConfig, MixedRadix, QuotientRemainder
 
 
 def config() -> CompositionalEmbeddingBagConfig:
-    return CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f"],
-        num_embeddings=100,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=4),
-    )
+    return bag_table(QuotientRemainder(num_collisions=4))
 
 
 def test_partitions_follow_a_change_of_a_built_config() -> None:
@@ -26,9 +21,7 @@ def test_partitions_follow_a_change_of_a_built_config() -> None:
     assert (changed.physical_rows, changed.num_parameters) == (254, 254 * 8)
     changed.partitions = MixedRadix(sizes=[10, 10, 10])
     assert changed.bound_partitions.sizes == (10, 10, 10)
-    assert changed == CompositionalEmbeddingBagConfig(
-        name="t", feature_names=["f"], num_embeddings=1000, embedding_dim=8, partitions=MixedRadix(sizes=[10, 10, 10])
-    )
+    assert changed == bag_table(MixedRadix(sizes=[10, 10, 10]), num_embeddings=1000)
 
 
 def test_a_change_that_the_spec_refuses_names_the_table() -> None:

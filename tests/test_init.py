@@ -64,13 +64,18 @@ def embed(table: CompositionalTable, ids: Tensor) -> Tensor:
     return out
 
 
+def drawn(table_config: CompositionalEmbeddingBagConfig, seed: int = 0) -> CompositionalTable:
+    table = CompositionalTable(table_config, torch.device("cpu"))
+    torch.manual_seed(seed)
+    init_tables(table)
+    return table
+
+
 def sampled(table_config: CompositionalEmbeddingBagConfig, ids: Tensor) -> tuple[Moments, list[Moments]]:
     """Over `SEEDS` draws: moments of the embeddings of ``ids``, through the module's lookup, and of each partition."""
-    table = CompositionalTable(table_config, torch.device("cpu"))
-    composed, parts = Moments(), [Moments() for _ in table.weights()]
+    composed, parts = Moments(), [Moments() for _ in table_config.bound_partitions.sizes]
     for seed in range(SEEDS):
-        torch.manual_seed(seed)
-        init_tables(table)
+        table = drawn(table_config, seed)
         with torch.no_grad():
             composed.add(embed(table, ids))
         for moments, weight in zip(parts, table.weights(), strict=True):
@@ -155,11 +160,7 @@ def test_path_has_the_moments_of_the_full_table(
 
 def test_the_hidden_layer_of_a_path_starts_as_nn_linear() -> None:
     dim, hidden = 8, 16
-    table = CompositionalTable(
-        config(QuotientRemainder(balanced=True), operation="path", path_hidden=hidden), torch.device("cpu")
-    )
-    torch.manual_seed(0)
-    init_tables(table)
+    table = drawn(config(QuotientRemainder(balanced=True), operation="path", path_hidden=hidden))
     first_layer = table.weights()[1].detach()[:, : hidden * dim + hidden]
     bound = 1 / math.sqrt(dim)  # nn.Linear: weight and bias alike
     assert 0.999 * bound < float(first_layer.abs().max()) <= bound
@@ -173,11 +174,7 @@ def test_hashing_starts_as_the_full_table_in_every_mode() -> None:
 
 
 def of_one_main_row(**fields: Any) -> Tensor:
-    torch.manual_seed(0)
-    table = CompositionalTable(
-        config(QuotientRemainder(num_collisions=4), embedding_dim=1024, **fields), torch.device("cpu")
-    )
-    init_tables(table)
+    table = drawn(config(QuotientRemainder(num_collisions=4), embedding_dim=1024, **fields))
     return embed(table, torch.tensor([7, 2507, 5007])).detach()  # 2500 main rows
 
 
@@ -302,12 +299,7 @@ def test_weight_init_bounds_scale_the_balanced_mode() -> None:
 
 def test_low_precision_storage_keeps_the_noise_around_one_in_fp32() -> None:
     for data_type, dtype in ((DataType.FP16, torch.float16), (DataType.BF16, torch.bfloat16)):
-        torch.manual_seed(0)
-        table = CompositionalTable(
-            config(QuotientRemainder(num_collisions=100), data_type=data_type), torch.device("cpu")
-        )
-        init_tables(table)
-        main, other = table.weights()
+        main, other = drawn(config(QuotientRemainder(num_collisions=100), data_type=data_type)).weights()
         assert (main.dtype, other.dtype) == (dtype, torch.float32)
         # 1 + N(0, 0.01²) has a few dozen values in bf16.
         assert other.unique().numel() > 0.9 * other.numel()

@@ -10,6 +10,7 @@ import torch
 from batches import Bags, batch
 from cases import Kind, kind_of, oracle_of
 from oracle import OracleTable
+from single_tables import bag_table
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
@@ -42,14 +43,7 @@ def tables(operations: bool = True) -> list[EmbeddingBagConfig]:
 
     def table(name: str, *features: str, **fields: Any) -> CompositionalEmbeddingBagConfig:
         fields = fields if operations else {}
-        return CompositionalEmbeddingBagConfig(
-            name=name,
-            feature_names=list(features),
-            num_embeddings=S,
-            embedding_dim=D,
-            partitions=own[name].partitions,
-            **fields,
-        )
+        return bag_table(own[name].partitions, name=name, feature_names=list(features), **fields)
 
     return [
         EmbeddingBagConfig(name="plain", num_embeddings=10, embedding_dim=D, feature_names=["small"]),

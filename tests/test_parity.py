@@ -10,7 +10,8 @@ from batches import Bags, batch
 from cases import Kind, configs, kind_of, oracle_of, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from roundings import allowances, assert_agrees
+from optimizer_reference import gradient_of
+from roundings import Allowances, allowances, assert_agrees
 from single_tables import bag_table, sequence_table
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
@@ -20,6 +21,7 @@ from torchrec_qr import (
     CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingCollection,
 )
+from torchrec_qr.modules.table import CompositionalTable
 from torchrec_qr.ops.cpu_library import without_kernels
 
 BAGS = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=4)
@@ -27,6 +29,11 @@ BAGS = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=4)
 
 def per_bag(flat: torch.Tensor, bags: Bags) -> list[torch.Tensor]:
     return list(flat.split([len(bag) for bag in bags]))
+
+
+def assert_gradients_agree(module: CompositionalTable, table: oracle.OracleTable, allowed: Allowances) -> None:
+    for j, (w, exact) in enumerate(zip(module.weights(), table.weights, strict=True)):
+        assert_agrees(w.grad, gradient_of(exact), f"gradient of partition {j}", allowed.partitions[j])
 
 
 @settings(max_examples=300, deadline=None)
@@ -55,9 +62,7 @@ def test_pooled_table_agrees_with_oracle(
     out.backward(grad)
     if expected.requires_grad:
         expected.backward(grad.double())
-    for j, (w, exact) in enumerate(zip(ebc.embedding_bags["t"].weights(), table.weights, strict=True)):
-        expected_grad = torch.zeros_like(exact) if exact.grad is None else exact.grad
-        assert_agrees(w.grad, expected_grad, f"gradient of partition {j}", allowed.partitions[j])
+    assert_gradients_agree(ebc.embedding_bags["t"], table, allowed)
     if weights is not None and exact_weights is not None and n:
         assert_agrees(weights.grad, exact_weights.grad, "gradient of the input weights", allowed.weights)
 
@@ -81,9 +86,7 @@ def test_sequence_table_agrees_with_oracle(case: tuple[Any, Kind], bags: Bags, s
     out.values().backward(grad)
     if flat:
         expected.backward(grad.double())
-    for j, (w, exact) in enumerate(zip(ec.embeddings["t"].weights(), table.weights, strict=True)):
-        expected_grad = torch.zeros_like(exact) if exact.grad is None else exact.grad
-        assert_agrees(w.grad, expected_grad, f"gradient of partition {j}", allowed.partitions[j])
+    assert_gradients_agree(ec.embeddings["t"], table, allowed)
 
 
 @pytest.mark.parametrize("data_type", [DataType.FP16, DataType.BF16])

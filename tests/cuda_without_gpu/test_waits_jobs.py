@@ -12,14 +12,13 @@ import torch.distributed.checkpoint as dcp
 from global_batches import batch_of
 from parity_model import OPTIMIZERS, Run, TableCase
 from parity_reference import Exact
-from placements import placements
+from placements import BASIC_SHARDINGS, SHARDINGS, placements
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
 from poison_tables import Journaled, train_journaled
 from ranks import run_ranks
 from sharded_model import DIM, EPS, LR, Model, contents, shard, state_of, tables, train, unsharded, weights_of
-from test_parity_pooled import SHARDINGS
 from test_pipelines import CPU, MIXED, codecs_of
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
@@ -27,7 +26,6 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.types import CommOp
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-OF_SEQUENCES = ("table_wise", "column_wise", "row_wise", "data_parallel")
 PRECISIONS = {"fp16": CommType.FP16, "bf16": CommType.BF16}
 
 
@@ -56,7 +54,7 @@ def test_quantised_communication(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_quantised_communication_of_sequences(precision: str) -> None:
-    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in OF_SEQUENCES), pooled=False)
+    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in BASIC_SHARDINGS), pooled=False)
     config = QCommsConfig(PRECISIONS[precision], PRECISIONS[precision])
     compare(run, codecs={CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)})
 
@@ -150,5 +148,5 @@ def through_a_checkpoint(rank: int, world_size: int, folder: Path, shardings: tu
 
 @pytest.mark.slow
 def test_checkpoints(tmp_path: Path) -> None:
-    on_poison_as_on_gloo(through_a_checkpoint, 2, tmp_path, ("table_wise", "column_wise", "row_wise", "data_parallel"))
+    on_poison_as_on_gloo(through_a_checkpoint, 2, tmp_path, BASIC_SHARDINGS)
     on_poison_as_on_gloo(through_a_checkpoint, 4, tmp_path, ("table_row_wise", "grid_shard"))

@@ -16,8 +16,9 @@ from pieces import Pieces, numpy_of
 from placements import placement, plan_of
 from ranks import own_device
 from sharded_model import EPS, LR, Model, distributed, own_state, own_weights, sharders_of, steps_of
+from single_tables import collection_of, plain_table, table_of
 from torch import Tensor, nn
-from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
@@ -27,13 +28,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from torchrec_qr import (
-    CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
-    MixedRadix,
-)
+from torchrec_qr import MixedRadix
 
 # Columns of a shard where the planner splits columns.
 PLANNED_WIDTH = 8
@@ -94,9 +89,8 @@ class TableCase:
         if pooled:
             fields["pooling"] = PoolingType[self.pooling.upper()]
         if self.kind == "plain":
-            return EmbeddingBagConfig(**fields) if pooled else EmbeddingConfig(**fields)
+            return plain_table(pooled, **fields)
         fields |= {
-            "partitions": self.of_kind().partitions,
             "operation": self.operation,
             "out_of_range": self.out_of_range,
             "path_hidden": self.hidden if self.operation == "path" else None,
@@ -104,7 +98,7 @@ class TableCase:
         }
         if self.operation == "concat" and self.k == 3 and self.dim == 16:
             fields["partition_dims"] = (8, 4, 4)
-        return CompositionalEmbeddingBagConfig(**fields) if pooled else CompositionalEmbeddingConfig(**fields)
+        return table_of(self.of_kind().partitions, pooled, **fields)
 
 
 @dataclass(frozen=True)
@@ -125,9 +119,8 @@ class Run:
         return [t.config(self.pooled) for t in self.tables]
 
     def collection(self, device: str = "cpu") -> nn.Module:
-        if self.pooled:
-            return CompositionalEmbeddingBagCollection(self.configs(), self.weighted, torch.device(device))
-        return CompositionalEmbeddingCollection(self.configs(), torch.device(device))
+        collection: nn.Module = collection_of(self.configs(), device, self.weighted)
+        return collection
 
     def initial(self) -> nn.Module:
         """The unsharded module with the initial values of the run."""

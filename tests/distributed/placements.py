@@ -26,6 +26,17 @@ from torchrec.distributed.types import (
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
 
+SHARDINGS = (
+    "table_wise",
+    "column_wise",
+    "table_column_wise",
+    "row_wise",
+    "table_row_wise",
+    "grid_shard",
+    "data_parallel",
+)
+# All that sequences can have, and all that differ on one host.
+BASIC_SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 COLUMN_SPLIT = ("column_wise", "table_column_wise", "grid_shard")
 
 

@@ -11,6 +11,7 @@ from global_batches import batch_of
 from pieces import Pieces, gathered, pieces_of
 from placements import placements, plan_of
 from ranks import own_device
+from single_tables import bag_table, collection_of, plain_table, sequence_table
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -21,7 +22,6 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_qr import (
     ChineseRemainder,
-    CompositionalEmbeddingBagCollection,
     CompositionalEmbeddingBagConfig,
     CompositionalEmbeddingConfig,
     ExplicitPartitions,
@@ -49,15 +49,14 @@ def table(
     name: str, partitions: PartitionSpec, operation: Any, num_embeddings: int = NUM_IDS, **fields: Any
 ) -> CompositionalEmbeddingBagConfig:
     """A compositional table of D=24, named after its only feature."""
-    return CompositionalEmbeddingBagConfig(
-        name=name,
-        feature_names=[f"f_{name}"],
-        num_embeddings=num_embeddings,
-        embedding_dim=DIM,
-        partitions=partitions,
-        operation=operation,
-        **fields,
-    )
+    fields = {"name": name, "num_embeddings": num_embeddings, "embedding_dim": DIM, "operation": operation, **fields}
+    return bag_table(partitions, **fields)
+
+
+def plain_named(name: str) -> EmbeddingBagConfig:
+    """A plain table of D=24, named after its only feature."""
+    config: EmbeddingBagConfig = plain_table(name=name, num_embeddings=NUM_IDS, embedding_dim=DIM)
+    return config
 
 
 def tables() -> list[EmbeddingBagConfig]:
@@ -73,7 +72,7 @@ def tables() -> list[EmbeddingBagConfig]:
         table("explicit_path", ExplicitPartitions(_GRID_CLASSES), "path", path_hidden=3),
         table("hash_mult", HashPartition(rows=17), "mult"),
         table("tiny_mult", QuotientRemainder(num_collisions=3), "mult", num_embeddings=9),
-        EmbeddingBagConfig(name="plain", feature_names=["f_plain"], num_embeddings=NUM_IDS, embedding_dim=DIM),
+        plain_named("plain"),
     ]
 
 
@@ -82,16 +81,9 @@ def two_tables() -> list[Any]:
     return [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("a", "b")]
 
 
-def sequence_table(name: str = "s", **fields: Any) -> CompositionalEmbeddingConfig:
+def sequences(name: str = "s", **fields: Any) -> CompositionalEmbeddingConfig:
     """A table of sequences of D=8, named after its only feature."""
-    return CompositionalEmbeddingConfig(
-        name=name,
-        feature_names=[f"f_{name}"],
-        num_embeddings=NUM_IDS,
-        embedding_dim=8,
-        partitions=QuotientRemainder(num_collisions=7),
-        **fields,
-    )
+    return sequence_table(QuotientRemainder(num_collisions=7), name=name, num_embeddings=NUM_IDS, **fields)
 
 
 class Model(nn.Module):
@@ -127,7 +119,7 @@ class Scaled(Model):
 
 def unsharded(configs: Sequence[EmbeddingBagConfig], seed: int = 1, is_weighted: bool = False) -> Scaled:
     """The model with values of order one, so that a wrong row or factor shows; the same on every rank."""
-    collection = CompositionalEmbeddingBagCollection(tables=list(configs), is_weighted=is_weighted)
+    collection = collection_of(configs, is_weighted=is_weighted)
     randomize(collection, seed)
     return Scaled(collection)
 
@@ -181,9 +173,7 @@ def shard(
 
     ``wrap`` makes the module that is sharded from the model.
     """
-    collection = CompositionalEmbeddingBagCollection(
-        tables=list(configs), device=torch.device("meta"), is_weighted=is_weighted
-    )
+    collection = collection_of(configs, "meta", is_weighted)
     sharders = sharders_of({"optimizer": optimizer, "learning_rate": LR, "eps": EPS}, codecs)
     generators = placements(configs, sharding) if isinstance(sharding, str) else sharding
     plan = plan_of(collection, generators, sharders[0])

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from assert_all_close import assert_all_close
 from global_batches import batch_of
-from placements import plan_of
+from placements import BASIC_SHARDINGS, plan_of
 from ranks import run_ranks
 from sharded_model import (
     ADAGRAD,
-    DIM,
     EPS,
     LR,
     NUM_IDS,
@@ -19,6 +18,7 @@ from sharded_model import (
     SGD,
     Scaled,
     distributed,
+    plain_named,
     shard,
     state_of,
     table,
@@ -27,7 +27,7 @@ from sharded_model import (
     weights_of,
 )
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
@@ -50,10 +50,7 @@ def full_table(name: str) -> Any:
 
 def stock(optimizer: Any, values: dict[str, Tensor]) -> DistributedModelParallel:
     """TorchRec's collection of plain tables with the same values, under the same plan."""
-    configs = [
-        EmbeddingBagConfig(name=n, feature_names=[f"f_{n}"], num_embeddings=NUM_IDS, embedding_dim=DIM) for n in PLACES
-    ]
-    collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+    collection = EmbeddingBagCollection(tables=[plain_named(n) for n in PLACES], device=torch.device("meta"))
     sharder = EmbeddingBagCollectionSharder({"optimizer": optimizer, "learning_rate": LR, "eps": EPS})
     model = distributed(Scaled(collection), plan_of(collection, PLACES, sharder), [sharder])
     model.load_state_dict(
@@ -127,7 +124,7 @@ def test_micro_batches_do_what_they_do_to_torchrecs_tables() -> None:
 
 def every_step(rank: int, world_size: int) -> None:
     configs = tables()
-    for sharding in ("table_wise", "column_wise", "row_wise", "data_parallel"):
+    for sharding in BASIC_SHARDINGS:
         window, steps = (shard(configs, sharding, ADAGRAD, unsharded(configs)) for _ in range(2))
         accumulate(window, configs, in_turn)
         kept = [name for name, p in window.named_parameters() if ".partition_" in name and p.grad is not None]

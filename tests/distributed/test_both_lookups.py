@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from parity_model import OPTIMIZERS, Run, Trained, train
 from parity_reference import assert_trained_as_reference
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from test_parity_pooled import one_of_each
-from test_parity_sequence import SHARDINGS as SEQUENCE_SHARDINGS
 
 from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels
@@ -27,7 +27,7 @@ def test_pytorch_trains_as_reference(optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "amsgrad"])
 def test_pytorch_trains_sequences_as_reference(optimizer: str) -> None:
-    run = Run(one_of_each(SEQUENCE_SHARDINGS, operation="add"), optimizer=optimizer, pooled=False)
+    run = Run(one_of_each(BASIC_SHARDINGS, operation="add"), optimizer=optimizer, pooled=False)
     assert_trained_as_reference(run, run_ranks(train_in_pytorch, 2, run))
 
 
@@ -49,7 +49,7 @@ def tables_of_kernels(rank: int, world_size: int, run: Run) -> set[str]:
 @pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 @pytest.mark.parametrize("pooled", [True, False])
 def test_every_lookup_is_the_kernels(pooled: bool) -> None:
-    shardings = {} if pooled else {"shardings": SEQUENCE_SHARDINGS}
+    shardings = {} if pooled else {"shardings": BASIC_SHARDINGS}
     run = Run(one_of_each(**shardings), pooled=pooled)  # type: ignore[arg-type]
     seen = set().union(*run_ranks(tables_of_kernels, 2, run))
     assert seen == {table.name for table in run.tables}

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from global_batches import batch_of
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import ADAGRAD, ROWWISE, SGD, contents, shard, state_of, table, tables, train, unsharded, weights_of
 from torch import Tensor
@@ -22,7 +23,6 @@ from torchrec_qr import (
 from torchrec_qr.distributed.checkpoint import load
 
 BEFORE, AFTER = range(3), range(3, 6)
-TWO_RANK_PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 
 
 def other(sharding: Any, optimizer: EmbOptimType) -> DistributedModelParallel:
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_two_ranks_continues_under_every_plan_and_world_size(
 ) -> None:
     """The number of steps of Adam goes along."""
     run_ranks(save_midway, 2, "table_wise", optimizer, tmp_path)
-    run_ranks(load_and_finish, 2, TWO_RANK_PLANS, optimizer, tmp_path, "table_wise")
+    run_ranks(load_and_finish, 2, BASIC_SHARDINGS, optimizer, tmp_path, "table_wise")
     run_ranks(load_and_finish, 1, ("table_wise", "data_parallel"), optimizer, tmp_path, None)
     four = ("table_row_wise", "grid_shard", "row_wise")
     run_ranks(load_and_finish, 4, four, optimizer, tmp_path, None, local_world_size=2)
@@ -82,7 +82,7 @@ def move_to_unsharded_and_back(rank: int, world_size: int, folder: Path) -> None
     if rank == 0:
         dcp.save({"model": alone}, checkpoint_id=folder / "unsharded", no_dist=True)
     torch.distributed.barrier()
-    for sharding in TWO_RANK_PLANS:
+    for sharding in BASIC_SHARDINGS:
         model = other(sharding, ADAGRAD)
         dcp.load({"model": model}, checkpoint_id=folder / "unsharded")
         assert_all_close(weights_of(model), alone.state_dict(), f"unsharded → {sharding}")
@@ -145,8 +145,8 @@ def load_rowwise(rank: int, world_size: int, sources: tuple[str, ...], targets: 
 
 
 def test_rowwise_state_converts_between_column_splits(tmp_path: Path) -> None:
-    run_ranks(save_one_step, 2, TWO_RANK_PLANS, tmp_path)
-    run_ranks(load_rowwise, 2, ("table_wise", "column_wise"), TWO_RANK_PLANS, tmp_path)
+    run_ranks(save_one_step, 2, BASIC_SHARDINGS, tmp_path)
+    run_ranks(load_rowwise, 2, ("table_wise", "column_wise"), BASIC_SHARDINGS, tmp_path)
     run_ranks(load_rowwise, 2, ("row_wise", "data_parallel"), ("column_wise", "table_wise"), tmp_path)
     run_ranks(save_one_step, 4, ("grid_shard",), tmp_path, local_world_size=2)
     run_ranks(load_rowwise, 4, ("grid_shard", "column_wise"), ("grid_shard", "row_wise"), tmp_path, local_world_size=2)
@@ -182,7 +182,7 @@ def save_without_state(rank: int, world_size: int, folder: Path) -> None:
     assert state_of(model) == {}
     dcp.save(contents(model), checkpoint_id=folder)
     expected = weights_of(model)
-    for sharding in TWO_RANK_PLANS:
+    for sharding in BASIC_SHARDINGS:
         # Another optimizer has state that the checkpoint lacks: only the model is asked for.
         model = other(sharding, SGD)
         load(contents(model), checkpoint_id=folder)
@@ -219,7 +219,7 @@ def test_several_unequal_column_shards_of_a_table_on_one_rank(tmp_path: Path) ->
 
 
 def get_and_set(rank: int, world_size: int) -> None:
-    for sharding in TWO_RANK_PLANS:
+    for sharding in BASIC_SHARDINGS:
         model = shard(tables(), sharding, values=unsharded(tables()))
         train(model, tables(), range(1))
         state = get_model_state_dict(model.module)

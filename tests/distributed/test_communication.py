@@ -11,12 +11,10 @@ import torch.distributed as dist
 from parity_model import TableCase, hand_plan
 from ranks import run_ranks
 from sharded_model import Model, loss_of
-from torch import nn
+from single_tables import collection_of, table_of
 from torchrec import (
     EmbeddingBagCollection,
-    EmbeddingBagConfig,
     EmbeddingCollection,
-    EmbeddingConfig,
     KeyedJaggedTensor,
 )
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -25,10 +23,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from torchrec_qr import (
-    CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     MixedRadix,
 )
 from torchrec_qr.distributed import (
@@ -108,23 +102,15 @@ def kept(
     return input[: input_split_sizes[dist.get_rank(group)]].numel()
 
 
-def collection(k: int | None, pooled: bool) -> nn.Module:
+def collection(k: int | None, pooled: bool) -> Any:
     """Three tables of K partitions, or full ones for None."""
-    fields: list[dict[str, Any]] = [
-        {"name": f"t{i}", "num_embeddings": NUM_IDS, "embedding_dim": DIM, "feature_names": [f"f{i}"]}
-        for i in range(TABLES)
+    partitions = None if k is None else MixedRadix(balanced=True, num_partitions=k)
+    tables = [
+        table_of(partitions, pooled, name=f"t{i}", num_embeddings=NUM_IDS, embedding_dim=DIM) for i in range(TABLES)
     ]
-    device = torch.device("meta")
-    if k is None:
-        if pooled:
-            return EmbeddingBagCollection(device=device, tables=[EmbeddingBagConfig(**f) for f in fields])
-        return EmbeddingCollection(device=device, tables=[EmbeddingConfig(**f) for f in fields])
-    fields = [f | {"partitions": MixedRadix(balanced=True, num_partitions=k), "operation": "mult"} for f in fields]
-    if pooled:
-        return CompositionalEmbeddingBagCollection(
-            device=device, tables=[CompositionalEmbeddingBagConfig(**f) for f in fields]
-        )
-    return CompositionalEmbeddingCollection(device=device, tables=[CompositionalEmbeddingConfig(**f) for f in fields])
+    if k is not None:
+        return collection_of(tables, "meta")
+    return (EmbeddingBagCollection if pooled else EmbeddingCollection)(device=torch.device("meta"), tables=tables)
 
 
 def sharder_of(k: int | None, pooled: bool) -> Any:
@@ -144,7 +130,7 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
         for hot in (1, 10):
             generator = torch.Generator().manual_seed(rank)
             kjt = KeyedJaggedTensor(
-                keys=[f"f{i}" for i in range(TABLES)],
+                keys=[f"f_t{i}" for i in range(TABLES)],
                 values=torch.randint(NUM_IDS, (TABLES * BAGS * hot,), generator=generator),
                 lengths=torch.full((TABLES * BAGS,), hot),
             )

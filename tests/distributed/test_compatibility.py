@@ -1,6 +1,7 @@
 """What stands beside the collections in TorchRec works, or is refused by name: see `docs/compatibility.md`."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,23 @@ import torch
 import torch.distributed as dist
 from assert_all_close import assert_all_close
 from global_batches import batch_of
-from placements import placements, plan_of
+from placements import BASIC_SHARDINGS, placements, plan_of
 from ranks import run_ranks
-from sharded_model import NUM_IDS, SGD, Model, sequence_table, shard, tables, train, two_tables, unsharded, weights_of
+from sharded_model import (
+    NUM_IDS,
+    SGD,
+    Model,
+    plain_named,
+    sequences,
+    shard,
+    tables,
+    train,
+    two_tables,
+    unsharded,
+    weights_of,
+)
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
@@ -90,9 +103,9 @@ def managed(pooled: bool) -> ManagedCollisionEmbeddingBagCollection | ManagedCol
     if pooled:
         inside = CompositionalEmbeddingBagCollection(tables=list(TABLES))
         return ManagedCollisionEmbeddingBagCollection(inside, remapping(inside, list(TABLES)), True)
-    sequences = [sequence_table(c.name) for c in TABLES]
-    inside = CompositionalEmbeddingCollection(tables=sequences)
-    return ManagedCollisionEmbeddingCollection(inside, remapping(inside, sequences), True)
+    of_sequences = [sequences(c.name) for c in TABLES]
+    inside = CompositionalEmbeddingCollection(tables=of_sequences)
+    return ManagedCollisionEmbeddingCollection(inside, remapping(inside, of_sequences), True)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -123,9 +136,7 @@ def sharded_managed(rank: int, world_size: int) -> list[str]:
             DistributedModelParallel(managed(pooled), device=CPU, sharders=get_default_sharders())
         messages.append(str(error.value))
     # Around TorchRec's own collection they are as ever.
-    plain = EmbeddingBagCollection(
-        tables=[EmbeddingBagConfig(name="p", feature_names=["f"], num_embeddings=NUM_IDS, embedding_dim=8)]
-    )
+    plain = EmbeddingBagCollection(tables=[plain_named("p")])
     plain.embedding_configs = plain.embedding_bag_configs
     stock = ManagedCollisionEmbeddingBagCollection(plain, remapping(plain, plain.embedding_bag_configs()))
     (sharder,) = (s for s in get_default_sharders() if s.module_type is type(stock))
@@ -215,7 +226,7 @@ def train_processed(rank: int, world_size: int, shardings: tuple[str, ...], as_c
 @pytest.mark.parametrize(
     ("world_size", "as_collection", "shardings"),
     [
-        (2, True, ("table_wise", "column_wise", "row_wise", "data_parallel")),
+        (2, True, BASIC_SHARDINGS),
         (2, False, ("table_wise", "row_wise")),
         (4, True, ("table_row_wise", "grid_shard")),
     ],
@@ -236,7 +247,7 @@ def default_processed(rank: int, world_size: int) -> tuple[list[str], list[float
     torch.testing.assert_close(model(copy.deepcopy(batch)), alone(batch), rtol=1e-5, atol=1e-6)
     torch.manual_seed(0)
     stock = EmbeddingBagCollection(
-        tables=[EmbeddingBagConfig(name="p", feature_names=["f_a"], num_embeddings=NUM_IDS, embedding_dim=8)],
+        tables=[replace(plain_named("p"), feature_names=["f_a"])],
         is_weighted=True,
     )
     plain = Processed(stock, CPU)

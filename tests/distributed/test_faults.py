@@ -11,13 +11,11 @@ from time import monotonic
 from typing import Any
 
 import pytest
-import test_parity_pooled
-import test_parity_sequence
 import torch
 from global_batches import batch_of
-from placements import grid_of, plan_of, table_column_wise
+from placements import BASIC_SHARDINGS, SHARDINGS, grid_of, plan_of, table_column_wise
 from ranks import run_ranks
-from sharded_model import NUM_IDS, Model, distributed, sequence_table, shard, table, two_tables, unsharded
+from sharded_model import NUM_IDS, Model, distributed, sequences, shard, table, two_tables, unsharded
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import EmbeddingBagConfig
@@ -145,7 +143,7 @@ def refused(rank: int, world_size: int) -> dict[str, str]:
 
 
 def shard_sequence(fields: dict[str, Any], plan: ParameterShardingGenerator) -> DistributedModelParallel:
-    collection = CompositionalEmbeddingCollection(tables=[sequence_table(**fields)], device=torch.device("meta"))
+    collection = CompositionalEmbeddingCollection(tables=[sequences(**fields)], device=torch.device("meta"))
     sharder = CompositionalEmbeddingCollectionSharder()
     return distributed(Model(collection), plan_of(collection, {"s": plan}, sharder), [sharder])
 
@@ -195,8 +193,8 @@ def test_sharders_offer_what_is_tested() -> None:
     """Of each type a kernel that `test_parity_pooled` and `test_parity_sequence` train with, on every device."""
     bags, sequences = CompositionalEmbeddingBagCollectionSharder(), CompositionalEmbeddingCollectionSharder()
     for device in ("cpu", "cuda", "meta"):
-        assert sorted(bags.sharding_types(device)) == sorted(test_parity_pooled.SHARDINGS)
-        assert sorted(sequences.sharding_types(device)) == sorted(test_parity_sequence.SHARDINGS)
+        assert sorted(bags.sharding_types(device)) == sorted(SHARDINGS)
+        assert sorted(sequences.sharding_types(device)) == sorted(BASIC_SHARDINGS)
         for sharder in (bags, sequences):
             for sharding in sharder.sharding_types(device):
                 kernel = "dense" if sharding == "data_parallel" else "fused"
@@ -212,8 +210,8 @@ def test_different_optimizers_in_one_table_are_refused() -> None:
         CompositionalEmbeddingBagCollectionSharder().shardable_parameters(model.collection)
 
 
-def test_different_optimizers_in_one_sequence_table_are_refused() -> None:
-    collection = CompositionalEmbeddingCollection(tables=[sequence_table("a")])
+def test_different_optimizers_in_one_table_of_sequences_are_refused() -> None:
+    collection = CompositionalEmbeddingCollection(tables=[sequences("a")])
     first, second, *_ = collection.embeddings["a"].parameters()
     _apply_optimizer_in_backward(torch.optim.SGD, [first], {"lr": 0.1})
     _apply_optimizer_in_backward(torch.optim.SGD, [second], {"lr": 0.2})

@@ -9,11 +9,10 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from ranks import run_ranks
 from sharded_model import (
     ADAGRAD,
-    DIM,
-    NUM_IDS,
     ROWWISE,
     SGD,
     Model,
+    plain_named,
     shard,
     state_of,
     table,
@@ -22,7 +21,6 @@ from sharded_model import (
     weights_of,
 )
 from torch import Tensor
-from torchrec import EmbeddingBagConfig
 from torchrec.distributed.sharding_plan import table_wise
 
 from torchrec_qr import MixedRadix, QuotientRemainder
@@ -147,8 +145,7 @@ def test_a_rate_of_zero_freezes(sharding: str) -> None:
 
 
 def refused(rank: int, world_size: int) -> str:
-    plain = EmbeddingBagConfig(name="p", feature_names=["f_p"], num_embeddings=NUM_IDS, embedding_dim=DIM)
-    tables = [plain, table("a", QuotientRemainder(num_collisions=7), "mult")]
+    tables = [plain_named("p"), table("a", QuotientRemainder(num_collisions=7), "mult")]
     plan = {"p": table_wise(rank=0, compute_kernel="fused"), "a": table_wise(rank=1)}
     with pytest.raises(NotImplementedError) as error:
         shard(tables, plan, wrap=lambda model: model.requires_grad_(False))

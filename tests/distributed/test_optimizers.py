@@ -11,6 +11,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from parity_model import Run, TableCase, shard_run
 from pieces import Pieces, assembled, pieces_of
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import EPS, LR, Model, loss_of, own_state, own_weights
 from torch import nn
@@ -30,9 +31,8 @@ from torchrec.optim.optimizers import (
 
 from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
 
-PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
-RUN = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in PLANS))
-ALL_AS = {s: Run(tuple(TableCase(t, "strided", s, plan="hand") for t in ("a", "b"))) for s in PLANS}
+RUN = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in BASIC_SHARDINGS))
+ALL_AS = {s: Run(tuple(TableCase(t, "strided", s, plan="hand") for t in ("a", "b"))) for s in BASIC_SHARDINGS}
 
 
 def sharded(run: Run, fused_params: dict[str, Any] | None = None, attach: Any = None) -> DistributedModelParallel:
@@ -98,7 +98,7 @@ def test_attached_and_by_params_are_one() -> None:
         states += ["max_exp_avg_sq"] if name == "amsgrad" else []
         assert set(attached) == {
             f"collection.embedding_bags.{s}.partition_{j}.weight {s}.partition_{j}.{state}"
-            for s in PLANS
+            for s in BASIC_SHARDINGS
             for j in (0, 1)
             for state in states
         }, name
@@ -138,7 +138,7 @@ def test_other_optimizers_raise(kind: EmbOptimType) -> None:
 
 def refused(rank: int, world_size: int) -> list[str]:
     messages = []
-    for sharding in PLANS:
+    for sharding in BASIC_SHARDINGS:
         # The last: said of a table whose kernel is dense, it must not be dropped either.
         for params in (
             {"optimizer": EmbOptimType.LAMB},
@@ -160,7 +160,7 @@ def refused(rank: int, world_size: int) -> list[str]:
 
 def test_refused_under_every_plan() -> None:
     (messages,) = run_ranks(refused, 1)
-    names = ["lamb", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(PLANS)
+    names = ["lamb", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(BASIC_SHARDINGS)
     names += ["lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
     for message, name in zip(messages, names, strict=True):
         assert message.startswith("table 'a': ")
@@ -197,4 +197,4 @@ def test_without_an_optimizer_data_parallel_tables_are_ordinary_parameters() -> 
     assert_all_close(weights, expected, "", 1e-5, 1e-6)
     for _, _, included, rest in ranks:
         assert rest == []
-        assert {name.split(".")[2] for name in included} == set(PLANS)
+        assert {name.split(".")[2] for name in included} == set(BASIC_SHARDINGS)

@@ -10,7 +10,7 @@ from assert_all_close import assert_all_close
 from global_batches import BAGS, batch_of
 from placements import placements
 from ranks import own_device, run_ranks
-from sharded_model import DIM, sequence_table, shard, tables, train, two_tables, unsharded, weights_of
+from sharded_model import DIM, sequences, shard, tables, train, two_tables, unsharded, weights_of
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import (
@@ -239,9 +239,7 @@ def variable_batch(rank: int, world_size: int) -> None:
     message = r"variable batch per feature is not supported .*\['f_a', 'f_b'\]"
     with pytest.raises(NotImplementedError, match=message):
         shard(two_tables(), "table_wise")(features)
-    sequence = CompositionalEmbeddingCollection(
-        device=torch.device("meta"), tables=[sequence_table(name) for name in "ab"]
-    )
+    sequence = CompositionalEmbeddingCollection(device=torch.device("meta"), tables=[sequences(name) for name in "ab"])
     model = DistributedModelParallel(sequence, device=CPU, sharders=[CompositionalEmbeddingCollectionSharder()])
     with pytest.raises(NotImplementedError, match=message):
         model(features)

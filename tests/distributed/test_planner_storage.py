@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, shard_run, trained
+from placements import BASIC_SHARDINGS, SHARDINGS
 from ranks import run_ranks
 from sharded_model import ADAGRAD, EPS, LR, ROWWISE, SGD, Model, shard, sharders_of, tables, train, unsharded
 from torch import Tensor, nn
@@ -18,9 +19,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 
-SEQUENCES = ("table_wise", "column_wise", "row_wise", "data_parallel")
-POOLED = (*SEQUENCES, "table_column_wise", "table_row_wise", "grid_shard")
-ALL_KINDS = (*SEQUENCES, "table_row_wise", "grid_shard")
+ALL_KINDS = (*BASIC_SHARDINGS, "table_row_wise", "grid_shard")
 OF_ALL_KINDS = (SGD, ADAGRAD, ROWWISE, EmbOptimType.ADAM)
 OF_RUNS = (
     TableCase("strided", "strided", "", plan="hand"),
@@ -110,10 +109,10 @@ _SLOW = pytest.mark.slow
         (2, 2, of_all_kinds, ALL_KINDS[:-1], OF_ALL_KINDS),
         (4, 2, of_all_kinds, ALL_KINDS, OF_ALL_KINDS),
         pytest.param(4, 4, of_all_kinds, ALL_KINDS[:-1], OF_ALL_KINDS, marks=_SLOW),
-        (2, 2, partial(of_run, True), POOLED, OPTIMIZERS),
-        (2, 2, partial(of_run, False), SEQUENCES, OPTIMIZERS),
-        pytest.param(4, 2, partial(of_run, True), POOLED, OPTIMIZERS, marks=_SLOW),
-        pytest.param(4, 2, partial(of_run, False), SEQUENCES, OPTIMIZERS, marks=_SLOW),
+        (2, 2, partial(of_run, True), SHARDINGS, OPTIMIZERS),
+        (2, 2, partial(of_run, False), BASIC_SHARDINGS, OPTIMIZERS),
+        pytest.param(4, 2, partial(of_run, True), SHARDINGS, OPTIMIZERS, marks=_SLOW),
+        pytest.param(4, 2, partial(of_run, False), BASIC_SHARDINGS, OPTIMIZERS, marks=_SLOW),
     ],
     ids=[
         "all_kinds-2",

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
 from parity_model import Run, TableCase, shard_run
 from pieces import Pieces, assembled
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import Model, contents, loss_of, own_state, own_weights, steps_of
 from test_pipelines import assert_all_equal, until_its_end
@@ -20,7 +21,6 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPip
 from torchrec_qr.distributed.checkpoint import load
 
 CPU = torch.device("cpu")
-SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 TABLES = (
     TableCase("mult", "strided", "table_wise"),
     TableCase("concat", "chinese_remainder", "column_wise", k=3, operation="concat"),
@@ -37,7 +37,9 @@ def rotated(by: int, run: Run) -> Run:
     def turned(table: TableCase) -> TableCase:
         if table.kind == "plain":
             return table
-        return replace(table, sharding=SHARDINGS[(SHARDINGS.index(table.sharding) + by) % len(SHARDINGS)])
+        return replace(
+            table, sharding=BASIC_SHARDINGS[(BASIC_SHARDINGS.index(table.sharding) + by) % len(BASIC_SHARDINGS)]
+        )
 
     return replace(run, tables=tuple(map(turned, run.tables)))
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from placements import placements, plan_of
+from placements import BASIC_SHARDINGS, placements, plan_of
 from ranks import run_ranks
-from sharded_model import DIM, NUM_IDS
+from sharded_model import NUM_IDS, plain_named, table
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.test_utils.model_input import ModelInput
 from torchrec.distributed.test_utils.test_model import TestEBCSparseArch, TestSparseNN
 from torchrec.distributed.types import ShardingPlan
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagCollection, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 
 BATCH, DENSE = 8, 10
@@ -19,19 +19,11 @@ BATCH, DENSE = 8, 10
 
 def tables(prefix: str) -> list[EmbeddingBagConfig]:
     partitions = QuotientRemainder(num_collisions=7)
-    out: list[EmbeddingBagConfig] = [
-        CompositionalEmbeddingBagConfig(
-            name=f"{prefix}_{operation}",
-            feature_names=[f"{prefix}_{operation}_{i}" for i in range(2)],
-            num_embeddings=NUM_IDS,
-            embedding_dim=DIM,
-            partitions=partitions,
-            operation=operation,
-        )
-        for operation in ("mult", "add", "concat")
+    features = {o: [f"{prefix}_{o}_{i}" for i in range(2)] for o in ("mult", "add", "concat")}
+    return [
+        *(table(f"{prefix}_{o}", partitions, o, feature_names=f) for o, f in features.items()),
+        plain_named(f"{prefix}_p"),
     ]
-    plain = f"{prefix}_plain"
-    return [*out, EmbeddingBagConfig(name=plain, feature_names=[plain], num_embeddings=NUM_IDS, embedding_dim=DIM)]
 
 
 def model_of(device: str) -> TestSparseNN:
@@ -97,6 +89,6 @@ def outputs(rank: int, world_size: int, sharding: str) -> None:
     assert not torch.equal(changed, predictions)  # the fused optimizer has stepped in backward
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise", "data_parallel"])
+@pytest.mark.parametrize("sharding", BASIC_SHARDINGS)
 def test_sharded_output_is_the_unsharded_one(sharding: str) -> None:
     run_ranks(outputs, 2, sharding)

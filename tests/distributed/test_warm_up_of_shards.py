@@ -3,18 +3,17 @@
 import pytest
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import shard, state_of, tables, train, unsharded, weights_of
 
 from torchrec_qr.distributed import lookup_kernel
 from torchrec_qr.distributed.warm_up import warm_up
 
-PLANS = ("table_wise", "column_wise", "row_wise", "data_parallel")
-
 
 def warm_up_between_steps(rank: int, world_size: int, optimizer: EmbOptimType) -> int:
     calls = 0
-    for plan in PLANS:
+    for plan in BASIC_SHARDINGS:
         models = [shard(tables(), plan, optimizer, values=unsharded(tables())) for _ in range(2)]
         given = []
         real, lookup_kernel.warm_up = lookup_kernel.warm_up, lambda *call, given=given: given.append(call)

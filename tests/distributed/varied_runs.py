@@ -4,7 +4,8 @@ from typing import Any
 
 from pairwise import pairwise
 from parity_model import DENSE, Run, TableCase, Trained, train
-from test_parity_pooled import SHARDINGS, possible
+from placements import BASIC_SHARDINGS, SHARDINGS
+from test_parity_pooled import possible
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "sharding": SHARDINGS,
@@ -17,7 +18,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weighted": (False, True),
 }
 SEQUENCE_FACTORS = {name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")} | {
-    "sharding": ("table_wise", "column_wise", "row_wise", "data_parallel"),
+    "sharding": BASIC_SHARDINGS,
     "index_dedup": (False, True),
 }
 

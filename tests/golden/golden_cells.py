@@ -8,19 +8,16 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
-from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import sharding_plan
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from tests.single_tables import collection_of, plain_table, table_of
 from torchrec_qr import (
     ChineseRemainder,
-    CompositionalEmbeddingBagCollection,
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingCollection,
-    CompositionalEmbeddingConfig,
     MixedRadix,
     QuotientRemainder,
 )
@@ -80,19 +77,17 @@ def tables_of(cell: Cell) -> list[Any]:
         _table(cell, "remainder", ChineseRemainder(sizes=[16, 13]), feature_names=["f_remainder", "f_other"]),
     ]
     if cell.optimizer not in ("adam", "amsgrad"):
-        plain: Any = EmbeddingBagConfig if cell.pooled else EmbeddingConfig
-        tables.append(plain(name="plain", feature_names=["f_plain"], num_embeddings=NUM_IDS, embedding_dim=DIM))
+        tables.append(plain_table(cell.pooled, name="plain", num_embeddings=NUM_IDS, embedding_dim=DIM))
     return tables
 
 
 def _table(cell: Cell, name: str, partitions: Any, pooling: Any = PoolingType.SUM, **fields: Any) -> Any:
-    fields = {"feature_names": [f"f_{name}"], "partitions": partitions, "operation": cell.operation, **fields}
+    fields = {"name": name, "num_embeddings": NUM_IDS, "embedding_dim": DIM, "operation": cell.operation, **fields}
     if cell.operation == "path":
         fields["path_hidden"] = 3
-    if not cell.pooled:
-        return CompositionalEmbeddingConfig(name=name, num_embeddings=NUM_IDS, embedding_dim=DIM, **fields)
-    fields["pooling"] = pooling
-    return CompositionalEmbeddingBagConfig(name=name, num_embeddings=NUM_IDS, embedding_dim=DIM, **fields)
+    if cell.pooled:
+        fields["pooling"] = pooling
+    return table_of(partitions, cell.pooled, **fields)
 
 
 def losses(rank: int, world_size: int) -> dict[str, list[float]]:
@@ -102,7 +97,7 @@ def losses(rank: int, world_size: int) -> dict[str, list[float]]:
 
 def _losses_of(cell: Cell, rank: int) -> list[float]:
     tables = tables_of(cell)
-    initial = _collection(cell, tables, "cpu")
+    initial = collection_of(tables, "cpu", cell.weighted)
     _fill(initial, (-0.4, 0.4) if cell.operation == "path" else (0.5, 1.5))
     if cell.sharding == "unsharded":
         model: nn.Module = _Model(initial, tables)
@@ -119,12 +114,6 @@ def _losses_of(cell: Cell, rank: int) -> list[float]:
         optimizer.step()
         out.append(loss.item())
     return out
-
-
-def _collection(cell: Cell, tables: list[Any], device: str) -> Any:
-    if cell.pooled:
-        return CompositionalEmbeddingBagCollection(tables, is_weighted=cell.weighted, device=torch.device(device))
-    return CompositionalEmbeddingCollection(tables, device=torch.device(device))
 
 
 def _fill(module: nn.Module, bounds: tuple[float, float]) -> None:
@@ -157,7 +146,7 @@ def _sharded(cell: Cell, tables: list[Any], initial: nn.Module) -> DistributedMo
         if cell.pooled
         else CompositionalEmbeddingCollectionSharder(fused_params=fused)
     )
-    model = _Model(_collection(cell, tables, "meta"), tables)
+    model = _Model(collection_of(tables, "meta", cell.weighted), tables)
     generators = {table.name: _placement(cell.sharding, i, table) for i, table in enumerate(tables)}
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     plan = construct_module_sharding_plan(

@@ -6,8 +6,8 @@ import pytest
 from gpu_setups import SETUPS, Setup
 from parity_model import Run, TableCase, Trained, shard_run
 from parity_reference import Exact
+from placements import SHARDINGS
 from ranks import own_device, run_ranks
-from test_parity_pooled import SHARDINGS
 from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of, train_all
 
 from torchrec_qr import raise_pending

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from single_tables import bag_table, collection_of, plain_table
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.cli.schema import read_planner, read_tables
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.partitions import PartitionSpec
@@ -29,26 +29,15 @@ def qr(name: str, num_embeddings: int, num_collisions: int = 4, dim: int = 128, 
 def table(
     name: str, partitions: PartitionSpec, num_embeddings: int, dim: int = 128, **fields: Any
 ) -> CompositionalEmbeddingBagConfig:
-    return CompositionalEmbeddingBagConfig(
-        name=name,
-        feature_names=[f"f_{name}"],
-        num_embeddings=num_embeddings,
-        embedding_dim=dim,
-        partitions=partitions,
-        **fields,
-    )
+    return bag_table(partitions, name=name, num_embeddings=num_embeddings, embedding_dim=dim, **fields)
 
 
-def plain(name: str, num_embeddings: int, dim: int = 128, **fields: Any) -> EmbeddingBagConfig:
-    return EmbeddingBagConfig(
-        name=name, feature_names=[f"f_{name}"], num_embeddings=num_embeddings, embedding_dim=dim, **fields
-    )
+def plain(name: str, num_embeddings: int, dim: int = 128, **fields: Any) -> Any:
+    return plain_table(name=name, num_embeddings=num_embeddings, embedding_dim=dim, **fields)
 
 
-def collection(tables: Sequence[EmbeddingBagConfig], is_weighted: bool = False) -> CompositionalEmbeddingBagCollection:
-    return CompositionalEmbeddingBagCollection(
-        tables=list(tables), device=torch.device("meta"), is_weighted=is_weighted
-    )
+def collection(tables: Sequence[EmbeddingBagConfig], is_weighted: bool = False) -> Any:
+    return collection_of(tables, "meta", is_weighted)
 
 
 def sharders(optimizer: EmbOptimType = EmbOptimType.EXACT_ADAGRAD) -> list[Any]:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from single_tables import bag_table
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchrec_qr import CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import QuotientRemainder
 from torchrec_qr.ops.description import Description, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.planner.backward_memory import backward_bytes
@@ -43,13 +44,7 @@ def test_bytes_are_those_that_are_allocated(
 ) -> None:
     for module in (launches, backward_launches):
         monkeypatch.setattr(module, "launch", lambda *args: None)
-    config = CompositionalEmbeddingBagConfig(
-        name="t",
-        feature_names=["f"],
-        num_embeddings=num_ids,
-        embedding_dim=dim,
-        partitions=QuotientRemainder(num_collisions=collisions),
-    )
+    config = bag_table(QuotientRemainder(num_collisions=collisions), num_embeddings=num_ids, embedding_dim=dim)
     partitions = config.bound_partitions
     # The addresses are never read, so that a table of any size is described in no memory.
     layouts = partition_layouts(partitions, {0: dim, 1: dim})

@@ -117,7 +117,6 @@ def test_sequences_are_planned_with_one_width_of_columns() -> None:
         sequence_table(
             QuotientRemainder(num_collisions=4),
             name=name,
-            feature_names=[f"f_{name}"],
             num_embeddings=1_000_000,
             embedding_dim=dim,
         )
