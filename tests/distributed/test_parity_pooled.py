@@ -1,4 +1,7 @@
-"""Sharded pooled collections train as the unsharded float64 reference does, whatever the plan and the world size."""
+"""Sharded pooled collections train as the unsharded float64 reference does, whatever the plan and the world size.
+
+`tests/cuda_without_gpu/test_waits.py` also trains tables of every data type and policy under every sharding type.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +13,7 @@ from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, shard_run, train
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
+from placements import COLUMN_SPLIT, SHARDINGS
 from ranks import run_ranks
 from sharded_model import Model
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -17,16 +21,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ShardingPlan
 
-SHARDINGS = (
-    "table_wise",
-    "column_wise",
-    "table_column_wise",
-    "row_wise",
-    "table_row_wise",
-    "grid_shard",
-    "data_parallel",
-)
-COLUMN_SPLIT = ("column_wise", "table_column_wise", "grid_shard")
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": (
         ("hash", 1),
@@ -107,16 +101,15 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_shared_features_and_dims(weighted: bool) -> None:
-    """Features shared by tables of all sharding types, tables of several features and dims, int32 ids and lengths."""
-    run = Run(MIXED, optimizer="adagrad", weighted=weighted, int32=True)
+def test_shared_features_and_dims() -> None:
+    """Features shared by tables of all sharding types, tables of several features and dims."""
+    run = Run(MIXED, optimizer="adagrad")
     assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
 
 
 def test_world_sizes_agree() -> None:
-    """1, 2 and 4 ranks give the outputs and weights of one reference, for the same global batch."""
-    run = Run((*MIXED, *one_of_each(operation="mult")), optimizer="adagrad", weighted=True)
+    """1, 2 and 4 ranks give the outputs and weights of one reference, for the same batch of int32 ids and lengths."""
+    run = Run((*MIXED, *one_of_each(operation="mult")), optimizer="adagrad", weighted=True, int32=True)
     for world_size in (1, 2, 4):
         assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=min(world_size, 2)))
 
@@ -145,20 +138,6 @@ def test_path_wider_than_the_kernels_rows(optimizer: str) -> None:
     shardings = ("table_wise", "row_wise", "data_parallel")
     run = Run(one_of_each(shardings, operation="path", hidden=32), optimizer=optimizer)
     assert_trained_as_reference(run, run_ranks(train, 2, run))
-
-
-@pytest.mark.parametrize(("data_type", "rtol"), [("FP16", 3e-3), ("BF16", 4e-2)])
-def test_low_precision_storage(data_type: str, rtol: float) -> None:
-    shardings = ("table_wise", "column_wise", "row_wise", "data_parallel")
-    run = Run(one_of_each(shardings, data_type=data_type, operation="add"), optimizer="adagrad", weighted=True)
-    assert_trained_as_reference(run, run_ranks(train, 2, run), rtol)
-
-
-@pytest.mark.parametrize("policy", ["clamp", "wrap"])
-def test_out_of_range_ids(policy: str) -> None:
-    """The policy acts on the source rank, before ids are bucketed, under every sharding type."""
-    run = Run(one_of_each(out_of_range=policy, kind="adjacent"), wild_ids=True)
-    assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
 
 
 def raised(rank: int, world_size: int, run: Run) -> str:

@@ -8,6 +8,7 @@ import torch
 from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import Run, TableCase, hand_plan, shard_run, train
 from parity_reference import assert_trained_as_reference
+from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import Model
 from test_parity_pooled import FACTORS, possible, raised, runs_of
@@ -15,12 +16,11 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
 
-SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 SEQUENCE_FACTORS = {
     **{name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")},
-    "sharding": SHARDINGS,
+    "sharding": BASIC_SHARDINGS,
 }
-one_of_each = partial(test_parity_pooled.one_of_each, SHARDINGS)
+one_of_each = partial(test_parity_pooled.one_of_each, BASIC_SHARDINGS)
 CASES = pairwise(SEQUENCE_FACTORS, possible)
 RUNS = runs_of(CASES, pooled=False)
 
@@ -58,19 +58,6 @@ def test_world_sizes_agree() -> None:
     run = Run((*SHARED, *one_of_each()), optimizer="adagrad", pooled=False)
     for world_size in (1, 2, 4):
         assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=min(world_size, 2)))
-
-
-@pytest.mark.parametrize("index_dedup", [False, True])
-@pytest.mark.parametrize("policy", ["clamp", "wrap"])
-def test_out_of_range_ids(policy: str, index_dedup: bool) -> None:
-    """The policy acts before ids are made unique, which would take an id past one table for one of the next."""
-    run = Run(one_of_each(out_of_range=policy), wild_ids=True, pooled=False, index_dedup=index_dedup)
-    assert_trained_as_reference(run, run_ranks(train, 2, run))
-
-
-def test_low_precision_storage() -> None:
-    run = Run(one_of_each(data_type="FP16", operation="add"), pooled=False)
-    assert_trained_as_reference(run, run_ranks(train, 2, run), rtol=3e-3)
 
 
 def refused(rank: int, world_size: int, run: Run) -> str:
@@ -137,7 +124,7 @@ def test_quantised_communication() -> None:
     """Data-parallel tables exchange no embeddings, and so round none."""
     run = Run(one_of_each(), pooled=False)
     for found in run_ranks(quantised, 2, run):
-        assert found == {f"f_{s}": s != "data_parallel" for s in SHARDINGS}
+        assert found == {f"f_{s}": s != "data_parallel" for s in BASIC_SHARDINGS}
 
 
 @pytest.mark.parametrize("index_dedup", [False, True])
