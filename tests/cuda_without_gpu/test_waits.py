@@ -14,8 +14,7 @@ from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_tables import Journaled, train_all_journaled
 from ranks import run_ranks
-from test_parity_pooled import possible
-from varied_runs import FACTORS, SEQUENCE_FACTORS, runs_of
+from varied_runs import FACTORS, SEQUENCE_FACTORS, possible, runs_of
 
 RUNS = runs_of(FACTORS, pooled=True) | runs_of(SEQUENCE_FACTORS, pooled=False)
 # Two ranks have all of it; one rank and four take as long.

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from global_batches import batch_of
-from parity_model import OPTIMIZERS, Run, TableCase
+from parity_model import OPTIMIZERS, Run, one_of_each
 from parity_reference import Exact
-from placements import BASIC_SHARDINGS, SHARDINGS, placements
+from placements import BASIC_SHARDINGS, placements
 from poison_compare import assert_same, assert_same_order
 from poison_group import register
 from poison_jobs import Values, by_step, on_poison_as_on_gloo
@@ -54,7 +54,7 @@ def test_quantised_communication(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_quantised_communication_of_sequences(precision: str) -> None:
-    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in BASIC_SHARDINGS), pooled=False)
+    run = Run(one_of_each(BASIC_SHARDINGS, plan="hand"), pooled=False)
     config = QCommsConfig(PRECISIONS[precision], PRECISIONS[precision])
     compare(run, codecs={CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)})
 
@@ -72,7 +72,7 @@ def compare(run: Run, **arguments: Any) -> list[Journaled]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 def test_clipped_gradients_of_the_fused_optimizer(optimizer: str) -> None:
-    run = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in SHARDINGS), optimizer)
+    run = Run(one_of_each(plan="hand"), optimizer)
     clipped = {"learning_rate": LR, "eps": EPS, "gradient_clipping": True, "max_gradient": 0.05}
     exact = Exact(run, compare(run, fused_params=OPTIMIZERS[optimizer] | clipped), max_gradient=0.05)
     for table in run.tables:

@@ -13,7 +13,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from global_batches import BAGS, Batch, global_batch
 from optimizer_reference import BETA1, BETA2
 from pieces import Pieces, numpy_of
-from placements import placement, plan_of
+from placements import SHARDINGS, placement, plan_of
 from ranks import own_device
 from sharded_model import EPS, LR, Model, distributed, own_state, own_weights, sharders_of, steps_of
 from single_tables import collection_of, plain_table, table_of
@@ -99,6 +99,11 @@ class TableCase:
         if self.operation == "concat" and self.k == 3 and self.dim == 16:
             fields["partition_dims"] = (8, 4, 4)
         return table_of(self.of_kind().partitions, pooled, **fields)
+
+
+def one_of_each(shardings: tuple[str, ...] = SHARDINGS, **fields: Any) -> tuple[TableCase, ...]:
+    """A table for each sharding type, which gives it its name."""
+    return tuple(TableCase(name=s, sharding=s, **{"kind": "strided", **fields}) for s in shardings)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from typing import Any
 
 import pytest
-from parity_model import OPTIMIZERS, Run, Trained, train
+from parity_model import OPTIMIZERS, Run, Trained, one_of_each, train
 from parity_reference import assert_trained_as_reference
 from placements import BASIC_SHARDINGS
 from ranks import run_ranks
-from test_parity_pooled import one_of_each
 
 from torchrec_qr.ops.backends import cpu
 from torchrec_qr.ops.cpu_library import without_kernels

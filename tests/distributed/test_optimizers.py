@@ -9,7 +9,7 @@ import torch.distributed as dist
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from parity_model import Run, TableCase, shard_run
+from parity_model import Run, TableCase, one_of_each, shard_run
 from pieces import Pieces, assembled, pieces_of
 from placements import BASIC_SHARDINGS
 from ranks import run_ranks
@@ -31,7 +31,7 @@ from torchrec.optim.optimizers import (
 
 from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
 
-RUN = Run(tuple(TableCase(s, "strided", s, plan="hand") for s in BASIC_SHARDINGS))
+RUN = Run(one_of_each(BASIC_SHARDINGS, plan="hand"))
 ALL_AS = {s: Run(tuple(TableCase(t, "strided", s, plan="hand") for t in ("a", "b"))) for s in BASIC_SHARDINGS}
 
 

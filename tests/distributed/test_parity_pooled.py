@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, shard_run, train
+from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, one_of_each, shard_run, train
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
-from placements import COLUMN_SPLIT, SHARDINGS
+from placements import SHARDINGS
 from ranks import run_ranks
 from sharded_model import Model
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ShardingPlan
+from varied_runs import possible, tables_of
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": (
@@ -41,32 +42,16 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def possible(case: dict[str, Any]) -> bool:
-    """A path's MLPs need all columns: refused by name under a column split."""
-    return not (case.get("operation") == "path" and case.get("sharding") in COLUMN_SPLIT)
+PLAIN = (TableCase("plain_tw", "plain", "table_wise"), TableCase("plain_cw", "plain", "column_wise"))
 
 
 def runs_of(cases: list[dict[str, Any]], pooled: bool = True) -> dict[tuple[int, str, bool], Run]:
     """One collection for all cases that share world size, optimizer and weighting; with plain tables where they can."""
-    tables: dict[tuple[int, str, bool], list[TableCase]] = {}
-    for i, case in enumerate(cases):
-        key = (case["world_size"], case["optimizer"], case.get("weighted", False))
-        kind, k = case["kind"]
-        table = TableCase(
-            name=f"t{i}",
-            kind=kind,
-            k=k,
-            sharding=case["sharding"],
-            operation=case["operation"],
-            pooling=case.get("pooling", "sum"),
-            plan=case["plan"],
-        )
-        tables.setdefault(key, []).append(table)
-    plain = (TableCase("plain_tw", "plain", "table_wise"), TableCase("plain_cw", "plain", "column_wise"))
-    return {
-        key: Run((*(() if key[1] in NOT_PLAIN else plain), *of_run), optimizer=key[1], weighted=key[2], pooled=pooled)
-        for key, of_run in sorted(tables.items())
-    }
+    runs = {}
+    for (world_size, optimizer, weighted), tables in tables_of(cases, "world_size", "optimizer", "weighted").items():
+        plain = () if optimizer in NOT_PLAIN else PLAIN
+        runs[world_size, optimizer, weighted] = Run((*plain, *tables), optimizer, weighted, pooled)
+    return runs
 
 
 CASES = pairwise(FACTORS, possible)
@@ -82,10 +67,6 @@ def test_every_pair_of_values_occurs() -> None:
 @pytest.mark.parametrize("key", RUNS, ids=str)
 def test_trains_as_reference(key: tuple[int, str, bool]) -> None:
     assert_trained_as_reference(RUNS[key], run_ranks(train, key[0], RUNS[key], local_world_size=2))
-
-
-def one_of_each(shardings: tuple[str, ...] = SHARDINGS, **fields: Any) -> tuple[TableCase, ...]:
-    return tuple(TableCase(name=s, sharding=s, **{"kind": "strided", **fields}) for s in shardings)
 
 
 MIXED = (

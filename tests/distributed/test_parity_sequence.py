@@ -2,8 +2,8 @@
 
 from functools import partial
 
+import parity_model
 import pytest
-import test_parity_pooled
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import Run, TableCase, hand_plan, shard_run, train
@@ -11,16 +11,17 @@ from parity_reference import assert_trained_as_reference
 from placements import BASIC_SHARDINGS
 from ranks import run_ranks
 from sharded_model import Model
-from test_parity_pooled import FACTORS, possible, raised, runs_of
+from test_parity_pooled import FACTORS, raised, runs_of
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
+from varied_runs import possible
 
 SEQUENCE_FACTORS = {
     **{name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")},
     "sharding": BASIC_SHARDINGS,
 }
-one_of_each = partial(test_parity_pooled.one_of_each, BASIC_SHARDINGS)
+one_of_each = partial(parity_model.one_of_each, BASIC_SHARDINGS)
 CASES = pairwise(SEQUENCE_FACTORS, possible)
 RUNS = runs_of(CASES, pooled=False)
 

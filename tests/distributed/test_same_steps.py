@@ -7,13 +7,12 @@ import pytest
 import torch
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from parity_model import Run, TableCase, Trained, shard_run, train, trained
+from parity_model import Run, TableCase, Trained, one_of_each, shard_run, train, trained
 from parity_reference import Reference, assert_trained_as_reference
 from pieces import Pieces, assembled
 from placements import SHARDINGS
 from ranks import run_ranks
 from sharded_model import LR, Model, loss_of, own_weights
-from test_parity_pooled import one_of_each
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_row_wise, table_wise
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage

@@ -7,7 +7,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
-from parity_model import Run, TableCase, train
+from parity_model import Run, one_of_each, train
 from ranks import run_ranks
 
 from torchrec_qr.distributed.embedding import ShardedCompositionalEmbeddingCollection
@@ -118,7 +118,7 @@ def overrides(pooled: bool) -> dict[str, CodeType]:
 def test_torchrec_calls_every_override(pooled: bool) -> None:
     """A seam that TorchRec goes around would leave its own tables in the place of compositional ones."""
     shardings = POOLED_SHARDINGS if pooled else SEQUENCE_SHARDINGS
-    tables = tuple(TableCase(name, "strided", name, plan="hand") for name in shardings)
+    tables = one_of_each(tuple(shardings), plan="hand")
     ranks = run_ranks(functions_called, 2, Run(tables, pooled=pooled, index_dedup=not pooled))
     called = {name for rank in ranks for name, packages in rank.items() if packages & {"torch", "torchrec"}}
     assert set(ranks[0]) - called == (UNCALLED_OF_BAGS if pooled else set()) | {"CompositionalKernel.config"}

@@ -4,8 +4,7 @@ from typing import Any
 
 from pairwise import pairwise
 from parity_model import DENSE, Run, TableCase, Trained, train
-from placements import BASIC_SHARDINGS, SHARDINGS
-from test_parity_pooled import possible
+from placements import BASIC_SHARDINGS, COLUMN_SPLIT, SHARDINGS
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "sharding": SHARDINGS,
@@ -23,24 +22,31 @@ SEQUENCE_FACTORS = {name: values for name, values in FACTORS.items() if name not
 }
 
 
+def possible(case: dict[str, Any]) -> bool:
+    """A path's MLPs need all columns: refused by name under a column split."""
+    return not (case.get("operation") == "path" and case.get("sharding") in COLUMN_SPLIT)
+
+
+def tables_of(cases: list[dict[str, Any]], *by: str, **fields: Any) -> dict[tuple[Any, ...], tuple[TableCase, ...]]:
+    """A table for each case, together with those that share the values of ``by``, which are of collections."""
+    tables: dict[tuple[Any, ...], list[TableCase]] = {}
+    for case in cases:
+        (kind, k), own = case["kind"], {n: v for n, v in case.items() if n not in ("kind", *by)}
+        table = TableCase("_".join([f"{kind}{k}", *own.values()]), kind, k=k, **own, **fields)
+        of_collection = tables.setdefault(tuple(case.get(n, False) for n in by), [])
+        if table not in of_collection:
+            of_collection.append(table)
+    return {key: tuple(tables[key]) for key in sorted(tables)}
+
+
 def runs_of(factors: dict[str, tuple[Any, ...]], pooled: bool) -> dict[str, Run]:
     """Every pair of values of two factors, in one collection for the tables that can be of one."""
-    tables: dict[tuple[str, bool, bool], list[TableCase]] = {}
-    for case in pairwise(factors, possible):
-        kind, k = case["kind"]
-        named = ("sharding", "operation", "data_type", "out_of_range", "pooling")
-        fields = {name: case[name] for name in named if name in case}
-        name = "_".join([case["sharding"], f"{kind}{k}", *(str(v) for n, v in fields.items() if n != "sharding")])
-        table = TableCase(name=name, kind=kind, k=k, plan="hand", **fields)
-        key = case["optimizer"], case.get("weighted", False), case.get("index_dedup", False)
-        if table not in tables.setdefault(key, []):
-            tables[key].append(table)
-    return {
-        "-".join(
-            ["bags" if pooled else "sequences", optimizer, *["weighted"] * weighted, *["dedup"] * index_dedup]
-        ): Run(tuple(of_run), optimizer, weighted, pooled, wild_ids=True, index_dedup=index_dedup)
-        for (optimizer, weighted, index_dedup), of_run in sorted(tables.items())
-    }
+    runs = {}
+    by = ("optimizer", "weighted", "index_dedup")
+    for (optimizer, weighted, dedup), tables in tables_of(pairwise(factors, possible), *by, plan="hand").items():
+        words = ["bags" if pooled else "sequences", optimizer, *["weighted"] * weighted, *["dedup"] * dedup]
+        runs["-".join(words)] = Run(tables, optimizer, weighted, pooled, wild_ids=True, index_dedup=dedup)
+    return runs
 
 
 def train_all(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, Trained]:
