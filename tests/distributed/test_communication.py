@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from parity_model import TableCase, hand_plan
 from ranks import run_ranks
-from sharded_model import Model, loss_of
+from sharded_model import Model, distributed, loss_of
 from single_tables import collection_of, table_of
 from torchrec import (
     EmbeddingBagCollection,
@@ -19,8 +19,6 @@ from torchrec import (
 )
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
 
 from torchrec_qr import (
     MixedRadix,
@@ -125,8 +123,7 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
     for k in (None, 2, 3, 4):
         module, sharder = collection(k, pooled), sharder_of(k, pooled)
         cases = [TableCase(f"t{i}", "plain", sharding, dim=DIM) for i in range(TABLES)]
-        plan = ShardingPlan({"collection": hand_plan(module, cases, sharder)})
-        model = Model(module)
+        plan = hand_plan(module, cases, sharder)
         for hot in (1, 10):
             generator = torch.Generator().manual_seed(rank)
             kjt = KeyedJaggedTensor(
@@ -134,7 +131,7 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
                 values=torch.randint(NUM_IDS, (TABLES * BAGS * hot,), generator=generator),
                 lengths=torch.full((TABLES * BAGS,), hot),
             )
-            dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+            dmp = distributed(Model(collection(k, pooled)), plan, [sharder])
             steps = []
             for _ in range(2):
                 # Where rows are split, which rank an id goes to depends on the partitions.
@@ -142,7 +139,6 @@ def measured(rank: int, world_size: int, sharding: str, pooled: bool) -> dict[tu
                     loss_of(dmp(kjt), world_size).backward()
                 steps.append(dict(sent))
             out[k, hot] = steps
-            model = Model(collection(k, pooled))
     return out
 
 

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, one_of_each, shard_run, train
+from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, hand_plan, one_of_each, shard_run, train
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
 from placements import SHARDINGS
 from ranks import run_ranks
-from sharded_model import Model
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import ShardingPlan
+from sharded_model import Model, distributed
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from varied_runs import possible, tables_of
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -157,22 +155,11 @@ def input_weight_gradients(rank: int, world_size: int) -> dict[str, bool]:
     """Whether the batch's weights get a gradient: stock and ours, per sharding type."""
     run = Run(one_of_each(), weighted=True)
     out = {"ours": _has_weight_gradient(shard_run(run), run)}
-    tables = [EmbeddingBagConfig(name=s, num_embeddings=100, embedding_dim=16, feature_names=[f"f_{s}"]) for s in "abc"]
-    plain = Run(tuple(TableCase(s, "plain", "table_wise") for s in "abc"), weighted=True)
-    stock = EmbeddingBagCollection(tables=tables, is_weighted=True)
-    plan = construct_module_sharding_plan(
-        stock,
-        {
-            "a": table_wise(rank=0, compute_kernel="fused"),
-            "b": column_wise(ranks=[0, 1], compute_kernel="fused"),
-            "c": row_wise(compute_kernel="fused"),
-        },
-        device_type="cpu",
-    )
-    model = Model(stock)
-    device = torch.device("cpu")
-    dmp = DistributedModelParallel(model, device=device, plan=ShardingPlan({"collection": plan}))
-    out["stock"] = _has_weight_gradient(dmp, plain)
+    plain = Run(tuple(TableCase(s, "plain", s) for s in ("table_wise", "column_wise", "row_wise")), weighted=True)
+    stock = EmbeddingBagCollection(tables=plain.configs(), is_weighted=True)
+    sharder = EmbeddingBagCollectionSharder()
+    plan = hand_plan(stock, list(plain.tables), sharder)
+    out["stock"] = _has_weight_gradient(distributed(Model(stock), plan, [sharder]), plain)
     out["unsharded"] = _has_weight_gradient(Model(run.initial()), run)
     return out
 

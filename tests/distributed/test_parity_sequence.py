@@ -10,11 +10,10 @@ from parity_model import Run, TableCase, hand_plan, shard_run, train
 from parity_reference import assert_trained_as_reference
 from placements import BASIC_SHARDINGS
 from ranks import run_ranks
-from sharded_model import Model
+from sharded_model import Model, distributed
 from test_parity_pooled import FACTORS, raised, runs_of
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan
 from varied_runs import possible
 
 SEQUENCE_FACTORS = {
@@ -68,7 +67,7 @@ def refused(rank: int, world_size: int, run: Run) -> str:
     for table, width in zip(run.tables, (4, 8), strict=True):
         plan[table.name] = hand_plan(model.collection, list(run.tables), sharders[1], width)[table.name]
     with pytest.raises(ValueError, match="column_wise") as error:
-        DistributedModelParallel(model, plan=ShardingPlan({"collection": plan}), sharders=sharders)
+        distributed(model, plan, sharders)
     return str(error.value)
 
 
@@ -83,13 +82,10 @@ def refused_types(rank: int, world_size: int) -> dict[str, str]:
     messages = {}
     for sharding in ("table_column_wise", "table_row_wise", "grid_shard"):
         run = Run((TableCase("t", "strided", sharding, plan="hand"),), pooled=False)
-        sharders = run.sharders()
-        model = Model(run.collection("meta"))
-        plan = ShardingPlan({"collection": hand_plan(model.collection, list(run.tables), sharders[1])})
         with pytest.raises(ValueError, match=sharding) as error:
-            DistributedModelParallel(model, plan=plan, sharders=sharders, device=torch.device("cpu"))
+            shard_run(run)
         messages[sharding] = str(error.value)
-        assert sharding not in sharders[1].sharding_types("cpu")
+        assert sharding not in run.sharder(run.sharders()).sharding_types("cpu")
     return messages
 
 
