@@ -21,10 +21,14 @@ from triton.compiler import ASTSource, compile
 from torchrec_qr.ops.triton_kernels import (
     backward_launches,
     forward,
+    id_launches,
     launcher,
     launches,
     long_rows,
     occurrences,
+    replica_launches,
+    replicas,
+    sent_ids,
     steps,
     sums,
 )
@@ -32,14 +36,25 @@ from torchrec_qr.ops.triton_kernels import (
 pytestmark = pytest.mark.timeout(600)
 
 ARCHITECTURES = (80, 90, 100)
-# More leave a multiprocessor fewer warps than hide the time of a read.
-MOST_REGISTERS = 128
+# More leave a multiprocessor fewer than 20 warps, which hide the time of a read.
+MOST_REGISTERS = 96
+# A program that decodes row codes reads the numbers of its divisions, of 64 bits, once for all of its ids. The third
+# is one architecture's, at D = 64, where two warps would leave each a quarter of a row.
+MORE_REGISTERS = {"forward-coded": 128, "forward-heavy": 168, "sum_ranges-rowwise_adagrad": 106}
 POINTERS = {
-    "int64": ("ids", "offsets", "entries", "flat_starts", "failure", "order", "rows", "weights"),
+    "int64": (
+        *("ids", "offsets", "entries", "flat_starts", "failure", "order", "rows", "weights"),
+        *("sent", "features", "replicas"),
+    ),
     "int32": ("entry_of", "first_block", "first_id", "first_feature", "weight_of_row", "starts", "keys"),
-    "float32": ("out", "out_gradient", "of_ids", "id_weights", "sums", "heads", "tails", "gradients", "numbers"),
+    "float32": (
+        *("out", "out_gradient", "of_ids", "id_weights", "sums", "heads", "tails", "gradients", "numbers"),
+        "gradients_of_replicas",
+    ),
+    "uint8": ("looked_up",),
 }
-TYPE_OF = {name: {"int64": "*i64", "int32": "*i32", "float32": "*fp32"}[t] for t, of in POINTERS.items() for name in of}
+TYPES = {"int64": "*i64", "int32": "*i32", "float32": "*fp32", "uint8": "*u8"}
+TYPE_OF = {name: TYPES[t] for t, of in POINTERS.items() for name in of}
 TYPE_OF |= {f"keys_{number}": "*i32" for number in range(4)}
 
 
@@ -55,18 +70,26 @@ def _of(width: int, **fixed: Any) -> dict[str, Any]:
     steps_of = {"TYPE": 0, "WEIGHT_ALIGN": 16, "STATE_ALIGN": 16, "GRADIENT_ALIGN": 4, "RULE": steps.SGD.value}
     tile = launches.tile_of(width)
     cuts = {"CHUNK": 32, "SUPER": 64, "LANES": tile.lanes, "BLOCK_D": tile.block_d, "BLOCK_T": 32}
-    batch = {"OUT_ALIGN": 4, "POOLED": True, "WEIGHTED": True, "TARGET": 1, "LAST": True, "PART": 0}
+    batch = {"OUT_ALIGN": 4, "POOLED": True, "WEIGHTED": True, "TARGET": 1, "LAST": True, "PART": 0, "BLOCK": 256}
     return {**tables, **steps_of, **cuts, **batch, **fixed}
 
 
 def case(kernel: Any, width: int, id: str, **fixed: Any) -> Case:
-    return Case(kernel, _of(width, **fixed), launches.tile_of(width).warps, id)
+    given = _of(width, **fixed)
+    # These take no tile of columns. A row alone is stepped once the rows of other partitions have been read.
+    if kernel in (occurrences.keys_of_ids, sent_ids.send_ids):
+        return Case(kernel, given, 4, id)
+    alone = kernel in (steps.step_rows, replicas.step_replicas, long_rows.sum_long_rows, long_rows.sum_supers)
+    has_step = alone or kernel is sums.sum_ranges
+    rule = given["RULE"] if has_step else steps.NOTHING.value
+    return Case(kernel, given, launches.warps_of(launches.tile_of(width), 1 if alone else given["K"], rule), id)
 
 
 def cases(width: int) -> list[Case]:
     """Every kernel at one width: as most tables have it, and in the form that holds most at once."""
     # Four partitions of a product, of fp16, bf16 and fp32, and ids that travel as codes.
     heavy = {"K": 4, "TYPES": 0b00_00_10_01, "ALIGN": 8, "CODED": True, "NARROW": False}
+    replica = {"GRADIENT_ALIGN": 16}
     sequence = {"POOLED": False, "WEIGHTED": False, "MAP": 2, "MULT": False}
     out = [
         case(forward.forward, width, "forward", WEIGHTED=False),
@@ -79,6 +102,12 @@ def cases(width: int) -> list[Case]:
         case(sums.sum_ranges, width, "sum_ranges-waiting", LAST=False),
         case(sums.sum_ranges, width, "sum_ranges-heavy", **{**heavy, "TARGET": 3, "RULE": steps.AMSGRAD.value}),
         case(long_rows.sum_supers, width, "sum_supers"),
+        case(forward.forward, width, "forward-coded", CODED=True, NARROW=False),
+        case(forward.forward, width, "forward-three", K=3),
+        case(sums.sum_ranges, width, "sum_ranges-three", K=3, RULE=steps.ADAM.value),
+        case(sent_ids.send_ids, width, "send_ids"),
+        case(replicas.step_replicas, width, "step_replicas", RULE=steps.ADAGRAD.value, MASKED=False, **replica),
+        case(replicas.step_replicas, width, "step_replicas-masked", RULE=steps.AMSGRAD.value, MASKED=True, **replica),
     ]
     for rule in ("SGD", "ROWWISE_ADAGRAD", "AMSGRAD"):
         number = getattr(steps, rule).value
@@ -126,10 +155,9 @@ def test_compiles_without_spills(case: Case, architecture: int, tmp_path: Path) 
     ptx = compiled(case, architecture).asm["ptx"]
     stack, registers = spills(ptx, architecture, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in stack, registers
-    if "heavy" not in case.id:
-        used = re.search(r"Used (\d+) registers", registers)
-        assert used is not None
-        assert int(used[1]) <= MOST_REGISTERS
+    used = re.search(r"Used (\d+) registers", registers)
+    assert used is not None
+    assert int(used[1]) <= MORE_REGISTERS.get(case.id, MOST_REGISTERS)
 
 
 NARROW = [
@@ -164,8 +192,9 @@ def test_rows_are_read_16_bytes_at_a_time(kernel: Any, tmp_path: Path) -> None:
 
 
 def test_cases_cover_every_kernel() -> None:
-    of_modules = (forward, occurrences, sums, long_rows, steps)
-    text = "".join(Path(str(module.__file__)).read_text() for module in (launches, backward_launches))
+    of_modules = (forward, occurrences, sums, long_rows, steps, replicas, sent_ids)
+    modules_of_launches = (launches, backward_launches, replica_launches, id_launches)
+    text = "".join(Path(str(module.__file__)).read_text() for module in modules_of_launches)
     launched = set(re.findall(r"launch\(\s*(\w+),", text))
     assert launched == {case.kernel.fn.__name__ for case in cases(64)}
     assert all(any(name in vars(module) for module in of_modules) for name in launched)

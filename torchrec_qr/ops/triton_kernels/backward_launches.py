@@ -13,7 +13,7 @@ from ..description import MAX_PARTITIONS
 from . import steps as step_fields
 from .device_tables import TYPES, WIDEST_READ, Descriptors, Stored, on_device
 from .launcher import launch
-from .launches import Batch, blocks_of, stream_of, tile_of
+from .launches import Batch, blocks_of, stream_of, tile_of, warps_of
 from .long_rows import sum_long_rows, sum_supers
 from .occurrences import BLOCK_RANGES, blocks_of_tables, keys_of_ids
 from .steps import step_rows
@@ -180,7 +180,7 @@ def _step_waiting(own: RowSums, step_groups: list[int], step: _DescribedStep) ->
         tile = tile_of(kernel.WIDTH)
         arguments = (own.rows, own.weights, own.sums, step.weights, step.numbers, group, count, stride)
         fixed = (*kernel, align, tile.lanes, tile.block_d)
-        launch(step_rows, (triton.cdiv(count, tile.lanes), 1), arguments, fixed, tile.warps)
+        launch(step_rows, (triton.cdiv(count, tile.lanes), 1), arguments, fixed, warps_of(tile, 1, kernel.RULE))
 
 
 class _Ranges(NamedTuple):
@@ -285,7 +285,7 @@ def _sum(
         described = (d.entries, entry_of, *bounds, steps.weights, steps.numbers, s.group, s.step_group)
         launched.append((kernel, s.target, (of.last, step.RULE, step.ALIGN, step.STATE_ALIGN), described))
     for kernel, target, stepped, described in launched:
-        tile = tile_of(kernel.WIDTH)
+        tile, rule = tile_of(kernel.WIDTH), stepped[1]
         launch(
             sum_ranges,
             (ranges.number // tile.lanes, 1),
@@ -294,7 +294,7 @@ def _sum(
                 *(kernel.K, kernel.WIDTH, kernel.TYPES, kernel.ALIGN, kernel.MULT, target, d.out_align),
                 *(batch.weights is not None, *stepped, cuts.chunk, tile.lanes, tile.block_d),
             ),
-            tile.warps,
+            warps_of(tile, kernel.K, rule),
         )
     width = d.widths[of.number]
     tile = tile_of(width)
@@ -306,7 +306,7 @@ def _sum(
         tile.warps,
     )
     for kernel, target, stepped, described in launched:
-        tile = tile_of(kernel.WIDTH)
+        tile, rule = tile_of(kernel.WIDTH), stepped[1]
         launch(
             sum_long_rows,
             (ranges.number, 1),
@@ -315,7 +315,7 @@ def _sum(
                 *(kernel.WIDTH, (kernel.TYPES >> (2 * target)) & 3, target),
                 *(*stepped, cuts.chunk, cuts.super, tile.lanes, tile.block_d),
             ),
-            tile.warps,
+            warps_of(tile, 1, rule),
         )
 
 

@@ -6,13 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import id_rows
+from . import id_rows, steps
 from .device_tables import Descriptors, on_device
 from .forward import forward, weights_gradient
 from .launcher import launch
 from .occurrences import BLOCK_RANGES
 
 NO_FAILURE, OFFSET_FAILURE = id_rows.NO_FAILURE.value, id_rows.OFFSET_FAILURE.value
+NOTHING, ADAM = steps.NOTHING.value, steps.ADAM.value
 _MOST_IDS = 2**31 - 2**16  # positions of 32 bits, beyond which a program may have a few thousand more
 
 
@@ -103,6 +104,17 @@ def tile_of(width: int) -> Tile:
     return Tile(lanes, block, max(1, lanes * block // _TILE))
 
 
+def warps_of(tile: Tile, num_partitions: int, rule: int = NOTHING) -> int:
+    """Returns the warps of a program: twice those of the tile where one would take more than 96 registers a thread.
+
+    Args:
+        tile: of the program.
+        num_partitions: K, of which it holds a row each.
+        rule: of its step, with up to three states of a row.
+    """
+    return tile.warps * 2 if num_partitions > 2 or rule >= ADAM else tile.warps
+
+
 def blocks_of(lanes: int, batch: Batch, d: Descriptors) -> int:
     return triton.cdiv(batch.num_bags(d) if batch.pooled else batch.most_ids, lanes)
 
@@ -124,7 +136,8 @@ def look_up(d: Descriptors, batch: Batch) -> Tensor:
         of_batch = (batch.ids, batch.offsets, batch.weights, d.entries, batch.flat_starts, batch.failure)
         sizes = (group.first, batch.num_bags(d), d.num_features, batch.ids.numel(), d.columns, tiles)
         fixed = (*group.kernel, d.out_align, batch.pooled, batch.weights is not None, tile.lanes, tile.block_d)
-        launch(forward, (triton.cdiv(blocks, tiles), group.size), (out, *of_batch, *sizes), fixed, tile.warps)
+        grid = (triton.cdiv(blocks, tiles), group.size)
+        launch(forward, grid, (out, *of_batch, *sizes), fixed, warps_of(tile, group.kernel.K))
     return out
 
 
@@ -137,5 +150,5 @@ def gradient_of_weights(d: Descriptors, batch: Batch, out_gradient: Tensor) -> T
         sizes = (group.first, batch.num_bags(d), d.num_features, batch.ids.numel(), d.columns)
         fixed = (*group.kernel, d.out_align, batch.pooled, tile.lanes, tile.block_d)
         grid = (blocks_of(tile.lanes, batch, d), group.size)
-        launch(weights_gradient, grid, (of_ids, out_gradient, *of_batch, *sizes), fixed, tile.warps)
+        launch(weights_gradient, grid, (of_ids, out_gradient, *of_batch, *sizes), fixed, warps_of(tile, group.kernel.K))
     return of_ids

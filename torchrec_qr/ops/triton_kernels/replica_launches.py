@@ -11,7 +11,7 @@ from ..arguments import Replica
 from .backward_launches import Step, Stepping, kept_on_device, step_on_device, stepping_of
 from .device_tables import WIDEST_READ
 from .launcher import launch
-from .launches import stream_of, tile_of
+from .launches import stream_of, tile_of, warps_of
 from .replicas import step_replicas
 
 
@@ -69,5 +69,5 @@ def step_all(replicas: list[Replica], of: ReplicaStepping) -> None:
             (triton.cdiv(rows, tile.lanes), len(replicas)),
             (on_device, gradients, looked_up, step.weights, step.numbers, group),
             (*kernel, *form, tile.lanes, tile.block_d),
-            tile.warps,
+            warps_of(tile, 1, kernel.RULE),
         )
