@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import SystemRandom
 
 from benchmarks.two_hosts import Host
 
@@ -23,8 +25,7 @@ def run_ranks(
         The largest exit code, and what rank 0 printed if that is captured.
     """
     world_size = len(hosts) * ranks_per_host
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     processes: list[subprocess.Popen[str]] = []
     try:
         for rank in range(world_size):
@@ -46,3 +47,15 @@ def run_ranks(
     finally:
         for process in processes:
             process.kill()
+
+
+def free_port() -> int:
+    """Returns a port that is free, and that the system gives nobody who asks for any port in the meantime."""
+    first_of_any = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in SystemRandom().sample(range(first_of_any - 8000, first_of_any), 100):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    raise AssertionError(f"100 ports below {first_of_any} are taken")

@@ -3,7 +3,6 @@
 import multiprocessing as mp
 import os
 import resource
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from random import SystemRandom
 from time import monotonic
 from typing import Any
+
+from benchmarks.local_ranks import free_port
 
 # Ranks are forked from a server that has imported the stack once: importing it takes longer than most tests.
 _CONTEXT = mp.get_context("forkserver")
@@ -121,18 +121,6 @@ def refused(folder: Path, *arguments: str, **how: Any) -> list[str]:
 
 def with_set(*assignments: str) -> tuple[str, ...]:
     return tuple(f"--set={assignment}" for assignment in assignments)
-
-
-def free_port() -> int:
-    """Returns a port that is free, and that the system gives nobody who asks for any port in the meantime."""
-    first_of_any = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in SystemRandom().sample(range(first_of_any - 8000, first_of_any), 100):
-        try:
-            with socket.create_server(("127.0.0.1", port)):
-                return port
-        except OSError:
-            continue
-    raise AssertionError(f"100 ports below {first_of_any} are taken")
 
 
 def _train(argv: list[str], prepare: Callable[[int], None] | None) -> None:

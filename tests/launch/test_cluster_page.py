@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import DEMO, SMALL, free_port
+from benchmarks.local_ranks import free_port
+from tests.launch.jobs import DEMO, SMALL
 from tests.run_metrics import metrics
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from benchmarks.local_ranks import free_port
 from launch.devices import DeviceError, check_own_gpus, check_started_by_launcher, compare_gpus, device_index
 from launch.process_group import start_process_group
 from launch.sections import TrainSection
-from tests.launch.jobs import free_port
 
 FIRST_OF_SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
 

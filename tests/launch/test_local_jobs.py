@@ -11,7 +11,7 @@ from numpy.random import default_rng
 from run_metrics import metrics
 from torchx_job import SMALL, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, started
 
-from tests.launch.jobs import free_port
+from benchmarks.local_ranks import free_port
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -10,7 +10,7 @@ import pytest
 from run_metrics import metrics
 from torchx_job import ROOT, SMALL_STEPS, dlrm, output_of, output_though_rank_1_dies, torchx
 
-from tests.launch.jobs import free_port
+from benchmarks.local_ranks import free_port
 
 pytestmark = pytest.mark.timeout(600)
 
