@@ -41,7 +41,7 @@ def _batch() -> None:
 
 
 def _metrics() -> None:
-    """Those of the predictions since the last line of metrics."""
+    """Computes the metrics of the predictions since the last line of metrics."""
     predictions = Predictions()
     for _ in range(2):
         predictions.add(*torch.ones(3, 4, device=HERE))

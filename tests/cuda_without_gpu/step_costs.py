@@ -54,7 +54,7 @@ def condensed(costs: Costs, by_place: bool) -> dict[str, int]:
         for kind, places in kinds.items():
             waits = kind in WAITS
             if kind == "dispatcher calls":
-                # Whether a step brings anew to the device where tensors lie is for the allocator to decide.
+                # Leave out what tells the device where tensors lie, because the allocator decides whether that is new.
                 if library == OWN:
                     kept = [n for place, n in places.items() if "on_device" not in place]
                     out[f"{library}, {kind}, in all"] = sum(kept)

@@ -1,4 +1,4 @@
-"""What a step may cost the host, whatever the tables; `test_devices` holds the committed table to what steps cost."""
+"""Budgets of a step, whatever the tables. `test_devices` compares the committed table with what steps cost."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ FORWARD = 5
 # Blocks of tables and keys; per partition number of two a sort, and sums of ranges, of sums, and of long rows; and to
 # fill and step the rows that wait, which those of one number do under ``mult``.
 BACKWARD = 12
-# Of a gradient of the output that is not contiguous, as that of a sum is.
+# To copy a gradient of the output that is not contiguous, as that of a sum is.
 COPY = 1
 # A gradient of every row begins with zeros: one launch per data type.
 DENSE_GRADIENTS = 1

@@ -164,7 +164,7 @@ class Run:
 
 
 def parts_of(run: Run, batch: Batch, out: Tensor) -> dict[str, Tensor]:
-    """By name, the outputs that `Model`, or the reference, lays end to end."""
+    """Returns the outputs, by name, that `Model` or the reference lays end to end."""
     sizes = [t.dim * (1 if run.pooled else sum(map(len, batch.ids[feature]))) for _, t, feature in run.outputs()]
     names = [name for name, _, _ in run.outputs()]
     return dict(zip(names, out.split(sizes, dim=out.dim() - 1), strict=True))
@@ -233,7 +233,7 @@ def shard_run(
 
 @dataclass
 class Trained:
-    """What a rank has at the end: its outputs by name and step, its pieces of the states, and the column cuts."""
+    """The results of a rank: its outputs by name and step, its pieces of the states, and the column cuts."""
 
     outputs: dict[str, list[Any]]
     state: dict[str, Pieces]

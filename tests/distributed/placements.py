@@ -72,13 +72,13 @@ def placements(
 def _possible(sharding: str, config: EmbeddingBagConfig) -> str:
     if isinstance(config, CompositionalEmbeddingBagConfig):
         return "row_wise" if config.operation == "path" and sharding in COLUMN_SPLIT else sharding
-    # As the planner on a CPU, which has no row-wise plain tables.
+    # Do as the planner on a CPU, because it has no row-wise plain tables.
     nearest = {"row_wise": "table_wise", "table_row_wise": "column_wise", "grid_shard": "column_wise"}
     return nearest.get(sharding, sharding)
 
 
 def table_column_wise(ranks: list[int]) -> ParameterShardingGenerator:
-    """As the planner of TorchRec makes it: its helper for plans by hand is column-wise."""
+    """Makes the plan that the planner of TorchRec makes, because its helper for plans by hand is column-wise."""
 
     def generate(*args: Any, **kwargs: Any) -> ParameterSharding:
         return replace(column_wise(ranks=ranks)(*args, **kwargs), sharding_type="table_column_wise")

@@ -208,12 +208,12 @@ def train(
 
 
 def own_weights(model: nn.Module) -> dict[str, Pieces]:
-    """What this rank holds of the model's values, but for the fingerprints, which are no values."""
+    """Returns this rank's part of the model's values, without fingerprints, which are no values."""
     return {k: pieces_of(v) for k, v in model.state_dict().items() if not k.endswith("fingerprint")}
 
 
 def own_state(model: DistributedModelParallel) -> dict[str, Pieces]:
-    """What this rank holds of the fused optimizer's state, by parameter and name."""
+    """Returns this rank's part of the fused optimizer's state, by parameter and name."""
     state = model.fused_optimizer.state_dict()["state"]
     return {f"{k} {name}": pieces_of(v) for k, of in state.items() for name, v in of.items()}
 

@@ -4,7 +4,7 @@
 ``create_lookup`` returns our lookup; and ``create_output_dist`` may return `PooledAllToAll`.
 """
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -54,7 +54,11 @@ class _Compositional:
 
     def bounded(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Returns the features of the input dist, with the ids of compositional tables in range."""
-        return PrepareIds(self._feature_tables(), features.device(), encode=False)(features)
+        return self._bounds(features)
+
+    @cached_property
+    def _bounds(self) -> PrepareIds:
+        return PrepareIds(self._feature_tables(), None, encode=False)
 
     def create_lookup(
         self,
