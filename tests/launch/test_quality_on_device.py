@@ -58,7 +58,7 @@ def test_rows_of_weight_0_do_not_count() -> None:
 
 
 def test_the_auc_counts_pairs() -> None:
-    """Of a positive and a negative: those in order, and half of those that tie."""
+    """Counts the pairs of a positive and a negative that are in order, and half of those that tie."""
     logits, labels, counts = CASES["many ties"]
     positive, negative = logits[counts & (labels == 1)], logits[counts & (labels == 0)]
     right = (positive[:, None] > negative).sum() + (positive[:, None] == negative).sum() / 2

@@ -140,23 +140,29 @@ class RowOptimizer(FusedOptimizer):
 @torch.no_grad()
 def step_replicas(replicas: Sequence[Replica]) -> None:
     """Steps the rows of replicas that have been looked up, or have a gradient if without one they stay."""
-    on_gpu = [r for r in replicas if r.weight.is_cuda and kernels_step(r.weight)]
-    if on_gpu:
-        update_replicas(on_gpu)
+    at_once: list[Replica] = []
     for r in replicas:
-        if not (r.weight.is_cuda and kernels_step(r.weight)):
-            stepped = r.gradient.ne(0).any(dim=1) if r.looked_up is None else r.looked_up.bool()
-            gradient = r.gradient
-            if r.weight.is_cuda:
-                # Pass all rows, and -1 for those that stay, because the host would wait for the number of rows.
-                rows = torch.arange(len(stepped), device=stepped.device).where(stepped, -1)
-            else:
-                rows = stepped.nonzero().squeeze(1)
-                gradient = gradient.index_select(0, rows)
-            if r.mask is not None:
-                r.mask.zero_()
-            # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
-            update_rows(r.weight.data, rows, gradient, r.update)
+        if r.weight.is_cuda and kernels_step(r.weight):
+            at_once.append(r)
+        else:
+            _step_replica(r)
+    if at_once:
+        update_replicas(at_once)
+
+
+def _step_replica(r: Replica) -> None:
+    stepped = r.gradient.ne(0).any(dim=1) if r.looked_up is None else r.looked_up.bool()
+    gradient = r.gradient
+    if r.weight.is_cuda:
+        # Pass all rows, and -1 for those that stay, because the host would wait for the number of rows.
+        rows = torch.arange(len(stepped), device=stepped.device).where(stepped, -1)
+    else:
+        rows = stepped.nonzero().squeeze(1)
+        gradient = gradient.index_select(0, rows)
+    if r.mask is not None:
+        r.mask.zero_()
+    # Step `.data`, because the graph of an earlier forward may hold this tensor, which FBGEMM allows too.
+    update_rows(r.weight.data, rows, gradient, r.update)
 
 
 class FusedOptimizerHolder(nn.Module, FusedOptimizerModule):

@@ -57,9 +57,7 @@ class PrepareIds:
         """Prepares all ids in one launch."""
         ids, starts = features.values(), features.offset_per_key()
         spaces = [None if at is None else _id_space(at, f) for at, f in zip(self._tables, features.keys(), strict=True)]
-        for space in spaces:
-            if space is not None:
-                check_type(ids, space)
+        check_type(ids, next(space for space in spaces if space is not None))
 
         def raise_at(number: int) -> None:
             at = next(i for i, end in enumerate(starts[1:]) if number < end)
@@ -79,10 +77,9 @@ class PrepareIds:
             return SentFeature(1, "unchecked")
         config = at.config
         if not self._encode or not at.splits_rows:
-            has_kernels = kernels_have(config.operation, config.partition_columns)
             # Leave the check to the kernels of the lookup, if there are some.
-            checked = config.out_of_range == "error" and has_kernels
-            return SentFeature(config.num_embeddings, "unchecked" if checked else config.out_of_range)
+            is_only_checked = self._is_only_checked(at, torch.device("cuda"))
+            return SentFeature(config.num_embeddings, "unchecked" if is_only_checked else config.out_of_range)
         class_map = self._class_maps.get(config.name)
         of_base = None if class_map is None else class_map[config.base_partition]
         # Read nothing past the end of a map, whatever the policy.

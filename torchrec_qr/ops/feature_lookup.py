@@ -18,7 +18,7 @@ from torchrec_qr.ops.transforms import is_traced
 def look_up_features(tables: Description, weights: list[Tensor], batch: Batch) -> list[Tensor]:
     """Returns (N, D) fp32 of each feature, compose_j( W_j[row_j(x_n)] ); differentiable.
 
-    As with a lookup for each feature, each output may have a backward of its own. The weights of a table have a
+    Each output may have a backward of its own, as if each feature had its own lookup. The weights of a table have a
     gradient if an output of the table has.
 
     Args:

@@ -12,7 +12,7 @@ _ID_BYTES, _NUMBER_BYTES, _PLACE_BYTES, _ID_WEIGHT_BYTES = 8, 8, 4, 4
 
 
 class ReadPartition(NamedTuple):
-    """What a rank reads of a partition.
+    """The rows of a partition that a rank reads.
 
     Args:
         rows (int): the rows that it stores.

@@ -329,7 +329,7 @@ def _outcome_key(outcome: Outcome) -> Any:
 
 
 def _replica_key(replica: Replica) -> Any:
-    """What the stepping of a replica depends on; not where its gradient lies, which may be new at every step."""
+    """Returns what a replica's stepping depends on: not its gradient's place, which may be new at every step."""
     given = [None if t is None else _place(t)[1:] for t in (replica.gradient, replica.looked_up, replica.mask)]
     return (
         *(_place(replica.weight), replica.gradient.data_ptr() % WIDEST_READ, *given),
