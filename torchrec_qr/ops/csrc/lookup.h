@@ -24,7 +24,7 @@ constexpr int kMaxPartitions = 4;
 constexpr int64_t kMaxWidth = 1024;
 constexpr int kMaxStates = 3;
 
-enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt32 = 3, kInt64 = 4 };
+enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt32 = 3, kInt64 = 4, kInt8Rows = 5, kInt4Rows = 6 };
 enum Operation : int32_t { kMult = 0, kAdd = 1, kConcat = 2 };
 enum Rule : int32_t { kNoStep = 0, kSgd = 1, kAdagrad = 2, kRowWiseAdagrad = 3, kAdam = 4, kAmsGrad = 5 };
 enum Isa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };

@@ -1,0 +1,38 @@
+"""The shared library of the operators of served models, loaded where it was built."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PATH = Path(__file__).with_name("_serving.so")
+
+
+def operators_library() -> Path:
+    """Returns the path of the library of operators, which a process loads before an exported model.
+
+    The library needs PyTorch 2.11 or later and nothing else: ``torch.ops.load_library(path)`` in Python, ``dlopen`` in
+    C++.
+
+    Raises:
+        FileNotFoundError: the library was not built.
+
+    Example:
+        >>> operators_library().name
+        '_serving.so'
+    """
+    if not _PATH.exists():
+        raise FileNotFoundError(
+            f"{_PATH.name}: it was not built; a C++17 compiler and PyTorch's headers at install time build it: "
+            "pip install --no-build-isolation"
+        )
+    return _PATH
+
+
+@cache
+def load_operators() -> bool:
+    """Loads the library, once. Returns whether there is one."""
+    if not _PATH.exists():
+        return False
+    torch.ops.load_library(str(_PATH))
+    return True
