@@ -84,7 +84,7 @@ def test_sequences_have_the_rows_the_lengths_and_the_ids(made: Any) -> None:
                 [self.names, self.other],
                 ["f", "g"],
                 [8, 8],
-                True,
+                [("error", S), ("error", S)],
             )
             f, g = out["f"], out["g"]
             return [f.values(), f.lengths(), f.weights(), g.values(), g.lengths(), g.weights()]
@@ -110,7 +110,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         pooled(batch({"g": [[100]], "f": [[1]]}))
     layout, names = served_layout([served("t", "f")])
     with pytest.raises(IndexError, match=r"table 't', feature 'f': id -1 is outside \[0, 100\)"):
-        served_sequences(batch({"f": [[-1]]}), [list(module.parts[:2])], [[]], [layout], [names], ["f"], [8], False)
+        served_sequences(batch({"f": [[-1]]}), [list(module.parts[:2])], [[]], [layout], [names], ["f"], [8], [])
     with pytest.raises(KeyError, match=r"table 't': feature 'f' is not in the batch; its keys are \['g'\]"):
         pooled(batch({"g": [[1]]}))
     with pytest.raises(ValueError, match="a weighted collection got a batch without weights"):

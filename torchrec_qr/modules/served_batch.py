@@ -89,14 +89,15 @@ def served_sequences(
     names: list[str],
     outputs: list[str],
     columns: list[int],
-    need_indices: bool,
+    indices: list[tuple[str, int]],
 ) -> dict[str, JaggedTensor]:
     """Returns (N, D) fp32 of each feature of each table, not pooled, by the name of its output.
 
     Args:
         features (KeyedJaggedTensor): as `served_pooled` has it.
         weights, class_maps, layouts, names, outputs, columns: one entry for each feature of each table.
-        need_indices (bool): whether ``weights()`` of each output has its ids.
+        indices (list[tuple[str, int]]): empty, or the ``out_of_range`` and S of each feature. ``weights()`` of each
+            output then has the ids, brought into [0, S).
 
     Raises:
         As `served_pooled`.
@@ -117,7 +118,10 @@ def served_sequences(
             )
         else:
             values = _composed(weights[i], class_maps[i], layouts[i], names[i], own, columns[i])
-        found[output] = JaggedTensor(values=values, lengths=lengths[position], weights=own if need_indices else None)
+        of_output: Tensor | None = None
+        if len(indices) > 0:
+            of_output = _bounded(own, indices[i][0], indices[i][1])
+        found[output] = JaggedTensor(values=values, lengths=lengths[position], weights=of_output)
     return found
 
 
@@ -140,6 +144,15 @@ def check_served(features: KeyedJaggedTensor, weighted: bool) -> None:
                 f"features {features.keys()}: {weights.numel()} weights for {ids.numel()} ids; allowed: one weight per "
                 "id"
             )
+
+
+def _bounded(ids: Tensor, out_of_range: str, num_ids: int) -> Tensor:
+    ids = ids.to(torch.int64)
+    if out_of_range == "clamp":
+        ids = ids.clamp(0, num_ids - 1)
+    elif out_of_range == "wrap":
+        ids = ids.remainder(num_ids)
+    return ids
 
 
 def _pooled(
