@@ -18,7 +18,10 @@ MODULES = sorted(
     if package == "torchrec_qr" or ">>>" in path.read_text()
 )
 # Users import from these.
-PUBLIC = {"torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.cli.schema"}
+PUBLIC = {
+    *("torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.inference"),
+    "torchrec_qr.cli.schema",
+}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module in PUBLIC])

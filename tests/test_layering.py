@@ -17,6 +17,7 @@ LAYERS = (
     ("modules",),
     ("distributed",),
     ("planner",),
+    ("inference",),
     ("cli",),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

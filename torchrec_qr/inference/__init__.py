@@ -1,0 +1,27 @@
+"""From a trained collection to full rows, to TorchRec's own collections, and from checkpoints of others."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchrec_qr.inference.full_rows import materialize, materialized_blocks
+    from torchrec_qr.inference.plain_collection import to_plain
+
+__all__ = ["materialize", "materialized_blocks", "to_plain"]
+
+# Give no module the name of a function, because an import of the module replaces the function.
+_MODULES = {
+    "materialize": "full_rows",
+    "materialized_blocks": "full_rows",
+    "to_plain": "plain_collection",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
