@@ -4,7 +4,7 @@ A Chinese remainder and a mixed radix may have tensors of equal shapes, and so h
 fingerprint, a model could load one as the other and train on wrong rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -61,6 +61,35 @@ def check_fingerprint(table: str, saved: Tensor, own: Tensor) -> None:
     """Raises ValueError with the table and the differences if two fingerprints differ."""
     if differing := differences(saved, own):
         raise ValueError(f"table {table!r}: the checkpoint is of another table: {'; '.join(differing)}")
+
+
+def check_form(saved: Container[str], path: str, compositional: bool) -> None:
+    """Refuses a full table for a compositional one, and partitions for a plain one, which strict loading may skip.
+
+    Args:
+        saved (Container[str]): the keys of the state dict or the checkpoint.
+        path (str): the table in these keys, such as ``embedding_bags.t``.
+        compositional (bool): whether the table is compositional here.
+
+    Raises:
+        ValueError: the table is saved in the other form. The message has the table, the key, and what to do.
+
+    Example:
+        >>> check_form({"embedding_bags.t.partition_0.weight"}, "embedding_bags.t", compositional=True)
+    """
+    table, full, partition = path.rpartition(".")[2], f"{path}.weight", f"{path}.partition_0.weight"
+    if compositional and full in saved and partition not in saved:
+        raise ValueError(
+            f"table {table!r}: the checkpoint has {full!r}, a full table, and the table here is compositional; "
+            f"allowed: its partitions, {partition!r} and so on. To start from a full table, load it into TorchRec's "
+            "own collection, and call torchrec_qr.compress_(model, partitions, fit=True)"
+        )
+    if not compositional and partition in saved and full not in saved:
+        raise ValueError(
+            f"table {table!r}: the checkpoint has {partition!r}, of a compositional table, and the table here is "
+            f"plain; allowed: a full table, {full!r}. For full rows, load the checkpoint into a collection with the "
+            "compositional config, and call torchrec_qr.inference.to_plain(collection)"
+        )
 
 
 def check_saved_tables(

@@ -1,9 +1,11 @@
 """Loading a checkpoint of `torch.distributed.checkpoint` (DCP) under another plan.
 
-``torch.distributed.checkpoint.save`` and ``load`` work across plans and world sizes. `load` adds two things:
+``torch.distributed.checkpoint.save`` and ``load`` work across plans and world sizes. `load` adds three things:
 
 - Tables of equal sizes may have other fingerprints. DCP overwrites the model's values, and ``load_state_dict`` raises
   afterwards. `load` compares fingerprints first, and writes nothing if one differs.
+- A table may be full here and compositional in the checkpoint, or the reverse. DCP reports a missing key, and `load`
+  reports the table and what to do.
 - Rowwise optimizer state has one value per row and column shard, so that its size depends on the plan. DCP refuses
   another size. `ColumnSplitLoadPlanner` converts the state.
 """
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 
-from torchrec_qr.fingerprint import check_fingerprint
+from torchrec_qr.fingerprint import check_fingerprint, check_form
 
 Columns = tuple[int, int]
 
@@ -48,8 +50,8 @@ def load(
         no_dist (bool): whether this process loads alone.
 
     Raises:
-        ValueError: a table here and in the checkpoint has another fingerprint. The message has the table and what
-            differs, and nothing has been loaded.
+        ValueError: a table here and in the checkpoint has another fingerprint, or is compositional in one of them
+            alone. The message has the table and what differs, and nothing has been loaded.
         CheckpointException: DCP finds another difference.
 
     Example:
@@ -171,7 +173,12 @@ class _Conversion:
 
 
 class _FingerprintPlanner(DefaultLoadPlanner):
-    """Reads only the fingerprints of a checkpoint, into tensors of its own."""
+    """Reads only the fingerprints of a checkpoint, into tensors of its own, and the keys."""
+
+    def __init__(self) -> None:
+        # Flatten nothing, because DCP then drops the keys of tables of which this rank has no shard, and ranks that
+        # find different errors wait for one another.
+        super().__init__(flatten_sharded_tensors=False)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -179,6 +186,8 @@ class _FingerprintPlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         assert metadata is not None
         own = {k: v for k, v in self.state_dict.items() if k.endswith(".fingerprint")}
+        self._compositional = {k.removesuffix(".weight"): False for k in self.state_dict if k.endswith(".weight")}
+        self._compositional |= {k.removesuffix(".fingerprint"): True for k in own}
         saved = {k: metadata.state_dict_metadata.get(k) for k in own}
         self._own = {k: own[k] for k, v in saved.items() if isinstance(v, TensorStorageMetadata)}
         self.state_dict = {
@@ -192,7 +201,10 @@ class _FingerprintPlanner(DefaultLoadPlanner):
         return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def check(self) -> None:
-        """Raises ValueError for the first table with another fingerprint."""
+        """Raises ValueError for the first table in another form, or with another fingerprint."""
+        assert self.metadata is not None
+        for path, compositional in self._compositional.items():
+            check_form(self.metadata.state_dict_metadata, path, compositional)
         for key, own in self._own.items():
             check_fingerprint(key.split(".")[-2], self.state_dict[key], own)
 

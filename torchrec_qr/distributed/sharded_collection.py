@@ -29,7 +29,7 @@ from torchrec_qr.distributed.logical_tables import (
 from torchrec_qr.distributed.lookup_kernel import own_lookup
 from torchrec_qr.distributed.replication import replicate, step_alone
 from torchrec_qr.distributed.stored_partition import StoredPartition
-from torchrec_qr.fingerprint import check_saved_tables, fingerprint
+from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
@@ -185,8 +185,10 @@ def _show_shards(collection: Any, state_dict: dict[str, Any], prefix: str, _: An
 
 
 def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuses tables with another fingerprint, and cuts the values of partitions to this rank's rows."""
+    """Refuses tables of another form or fingerprint, and cuts the values of partitions to this rank's rows."""
     prefix = f"{prefix}{collection._tables_attribute}."
+    for config in collection._configs:
+        check_form(state_dict, f"{prefix}{config.name}", is_compositional(config))
     tables = [(of.config, collection._module_of(name).fingerprint) for name, of in collection._layouts.items()]
     check_saved_tables(state_dict, prefix, tables)
     for name, stored in collection._partitions.items():

@@ -9,7 +9,7 @@ from torch.nn.utils import skip_init
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
-from torchrec_qr.fingerprint import check_saved_tables, fingerprint
+from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.description import CodeLayout, PartitionLayout, TableLayout
@@ -134,7 +134,7 @@ def build_tables(
     """Returns a module per table, in order: a `CompositionalTable`, or ``plain`` for TorchRec's own configs.
 
     A table without ``feature_names`` has one feature of its own name, as in TorchRec. The result refuses a state dict
-    with another fingerprint before it loads any table.
+    with another fingerprint, or with a table in the other form, before it loads any table.
 
     Args:
         tables (Sequence[BaseEmbeddingConfig]): the tables.
@@ -203,6 +203,8 @@ def _weight(module: nn.Module) -> nn.Parameter:
 
 
 def _refuse_other_meanings(tables: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    for name, table in tables.named_children():
+        check_form(state_dict, f"{prefix}{name}", isinstance(table, CompositionalTable))
     compositional = (t for t in tables.children() if isinstance(t, CompositionalTable))
     check_saved_tables(state_dict, prefix, ((t.config, t.fingerprint) for t in compositional))
 
