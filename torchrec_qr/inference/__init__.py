@@ -4,13 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchrec_qr.inference.dlrm_checkpoint import load_dlrm_checkpoint
     from torchrec_qr.inference.full_rows import materialize, materialized_blocks
     from torchrec_qr.inference.plain_collection import to_plain
 
-__all__ = ["materialize", "materialized_blocks", "to_plain"]
+__all__ = ["load_dlrm_checkpoint", "materialize", "materialized_blocks", "to_plain"]
 
 # Give no module the name of a function, because an import of the module replaces the function.
 _MODULES = {
+    "load_dlrm_checkpoint": "dlrm_checkpoint",
     "materialize": "full_rows",
     "materialized_blocks": "full_rows",
     "to_plain": "plain_collection",
