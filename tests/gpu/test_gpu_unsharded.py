@@ -11,6 +11,7 @@ from pieces import numpy_of
 from sharded_model import LR, Model, loss_of, own_weights
 
 from torchrec_qr import raise_pending
+from torchrec_qr.inference import materialize, to_plain
 
 TABLES = (
     TableCase("mult", "strided", "table_wise"),
@@ -20,6 +21,7 @@ TABLES = (
     TableCase("hash", "hash", "table_wise", k=1),
     TableCase("plain", "plain", "table_wise", operation="add"),
 )
+PREFIX = {True: "embedding_bags", False: "embeddings"}
 MEAN = tuple(TableCase(**{**vars(table), "pooling": "mean"}) for table in TABLES)
 
 
@@ -67,3 +69,20 @@ def test_an_id_out_of_range_is_raised_by_raise_pending_at_the_latest(pooled: boo
     raise_pending()
     assert model(right).isfinite().all()
     raise_pending()
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_full_rows_on_the_device_are_those_on_the_cpu(pooled: bool) -> None:
+    run = Run(TABLES, pooled=pooled)
+    on_cpu, collection = Model(run.initial()).collection, Model(run.initial()).to(DEVICE).collection
+    plain = to_plain(collection)
+    for config in collection.embedding_configs():
+        full = materialize(on_cpu, config.name)
+        for rows in (
+            materialize(collection, config.name),
+            plain.get_parameter(f"{PREFIX[pooled]}.{config.name}.weight"),
+        ):
+            assert rows.device.type == DEVICE
+            torch.testing.assert_close(rows.detach().cpu(), full, rtol=1e-5, atol=1e-5)
+        few = materialize(collection, config.name, torch.tensor([5, 0]))
+        torch.testing.assert_close(few.cpu(), full[[5, 0]], rtol=1e-5, atol=1e-5)

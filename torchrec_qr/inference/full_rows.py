@@ -145,7 +145,7 @@ class _Source:
         if len(ids) > self.num_ids_at_once:
             return torch.cat([self.rows(chunk) for chunk in ids.split(self.num_ids_at_once)])
         starts = [0, len(ids)]
-        batch = Batch(ids, torch.tensor(starts, device=self._device), None, pooled=False, starts=starts)
+        batch = Batch(ids, torch.tensor(starts), None, pooled=False, starts=starts)
         (rows,) = look_up_features(self._description, self._weights, batch)
         return rows
 
