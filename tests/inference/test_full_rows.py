@@ -81,12 +81,12 @@ def test_a_table_of_2_to_the_40_ids_is_read_in_blocks() -> None:
 
 
 def test_more_ids_than_are_looked_up_at_once() -> None:
-    """A path's MLPs of 64 columns have 4,160 scalars, so that 992 ids are looked up at once."""
-    config = bag_table(MixedRadix(sizes=[40, 40]), num_embeddings=1600, embedding_dim=64, operation="path")
+    """A path's MLPs of 64 columns have 4,160 scalars, so that 3,971 ids are looked up at once."""
+    config = bag_table(MixedRadix(sizes=[70, 70]), num_embeddings=4900, embedding_dim=64, operation="path")
     collection = collection_of([config])
-    ids = torch.randint(1600, (2500,))
+    ids = torch.randint(4900, (8000,))
     full = materialize(collection, "t")
-    assert full.shape == (1600, 64)
+    assert full.shape == (4900, 64)
     assert_same(materialize(collection, "t", ids), full[ids], config)
     assert_same(forward_of(collection, "f", ids.tolist()), full[ids], config)
     (block,) = materialized_blocks(collection, "t")

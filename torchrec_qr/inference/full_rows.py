@@ -16,8 +16,8 @@ from torchrec_qr.ops.feature_lookup import look_up_features
 
 Collection = CompositionalEmbeddingBagCollection | CompositionalEmbeddingCollection
 
-# Look up so many stored scalars at a time, because PyTorch's lookups copy the rows of each id: 16 MiB.
-_SCALARS = 1 << 22
+# Look up so many stored scalars at a time, because PyTorch's lookups copy the rows of each id: 64 MiB.
+_SCALARS = 1 << 24
 
 
 def materialize(collection: Collection, table: str, ids: Tensor | Sequence[int] | None = None) -> Tensor:
