@@ -58,12 +58,12 @@ class Model(nn.Module):
 def test_tracers_record_the_lookup_as_one_call(
     pooled: bool, kind: str, operation: str, trace: Callable[[nn.Module], torch.fx.GraphModule], kernels: bool
 ) -> None:
-    """There is one call for tables with kernels and one for the plain table. The device decides the backend later."""
+    """There is one call for all tables. The device decides the backend later."""
     if kernels and not cpu.available():
         pytest.skip("the CPU kernels are not built")
     with nullcontext() if kernels else without_kernels():
         calls = _traced_computes_the_same(pooled, kind, operation, trace)
-    assert calls.count("look_up" if pooled else "look_up_features") == 2
+    assert calls.count("pooled_in_graph" if pooled else "sequences_in_graph") == 1
     assert not {"embedding", "embedding_bag", "index_select", "mul", "cat"} & set(calls)
 
 
@@ -106,8 +106,10 @@ def test_a_traced_collection_weights_and_divides(trace: Callable[[nn.Module], to
 def test_compiled_modules_agree(pooled: bool, kind: str, operation: str, batches: list[dict[str, Any]]) -> None:
     torch._dynamo.reset()
     module = collection(partitions_of(kind), pooled, **OPERATIONS[operation])
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for per_feature in batches:
         results, eager = outputs(compiled, per_feature), outputs(module, per_feature)
         torch.testing.assert_close(results, eager)
         torch.testing.assert_close(gradients(module, results), gradients(module, eager))
+    with pytest.raises(IndexError, match=r"table 't', feature 'f': id 100 is outside \[0, 100\)"):
+        outputs(compiled, {"f": [[1], [100]], "g": [[], []]})

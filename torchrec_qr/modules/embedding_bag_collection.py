@@ -1,20 +1,19 @@
 """The pooled collection: TorchRec's ``EmbeddingBagCollection`` with plain and compositional tables."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollectionInterface,
-    get_embedding_names_by_table,
-    reorder_inverse_indices,
-)
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_qr.ids import arranged
-from torchrec_qr.modules.feature_batch import in_range
-from torchrec_qr.modules.pooled_columns import columns_of, joined_columns
-from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, id_spaces, init_tables
-from torchrec_qr.modules.table_lookup import lookups_of
+from torchrec_qr.modules import graph_lookup
+from torchrec_qr.modules.collection_lookup import PooledLookup
+from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, init_tables
+from torchrec_qr.modules.tables_as_values import PooledValues, pooled_values, served_tables
 
 
 class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -72,6 +71,9 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         (['user', 'country'], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["device"]
+    _in_graph: PooledValues
+
     def __init__(
         self,
         tables: list[EmbeddingBagConfig],
@@ -82,12 +84,11 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._is_weighted = is_weighted
         self._tables = tables
         self.embedding_bags = build_tables(tables, PlainEmbeddingBag, device)
-        self._id_spaces = id_spaces(tables)
-        self._lookups = lookups_of(self.embedding_bags, self._id_spaces)
-        self._columns = columns_of(tables, self._lookups)
-        self._dims = [t.embedding_dim for t in tables for _ in t.feature_names]
+        described = served_tables(tables, self.embedding_bags)
+        self._lookup = PooledLookup(described, self.embedding_bags, is_weighted)
+        self._in_graph = pooled_values(described, is_weighted)
+        self._lengths_per_embedding = [t.embedding_dim for t in tables for _ in t.feature_names]
         self._embedding_names = [name for names in get_embedding_names_by_table(tables) for name in names]
-        self._lengths_per_embedding = self._dims
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -100,20 +101,29 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             KeyedTensor: (B, ΣD) fp32.
         """
         features = maybe_td_to_kjt(features, None)
-        inverse_indices = reorder_inverse_indices(
-            features.inverse_indices_or_none(), [space.feature for space in self._id_spaces]
-        )
-        spaces = [space for lookup in self._lookups for space in lookup.spaces]
-        features = arranged(features, spaces, self._is_weighted, True)
-        given = [lookup.given(self.embedding_bags) for lookup in self._lookups]
-        features = in_range(features, spaces, given)
-        weighted = self._is_weighted
-        sums = [lookup.pooled(of, features, weighted) for lookup, of in zip(self._lookups, given, strict=True)]
-        return KeyedTensor(
-            keys=self._embedding_names,
-            length_per_key=self._lengths_per_embedding,
-            values=joined_columns(sums, self._columns, features, self._dims, inverse_indices),
-        )
+        values = self._from_graph(features) if torch.jit.is_scripting() else self._looked_up(features)
+        return KeyedTensor(keys=self._embedding_names, length_per_key=self._lengths_per_embedding, values=values)
+
+    @torch.jit.unused
+    def _looked_up(self, features: KeyedJaggedTensor) -> Tensor:
+        if isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting():
+            return self._from_graph(features)
+        return self._lookup(self.embedding_bags, features)
+
+    def _from_graph(self, features: KeyedJaggedTensor) -> Tensor:
+        weights: list[list[Tensor]] = []
+        class_maps: list[list[Tensor]] = []
+        for table in self.embedding_bags.values():
+            own, own_maps = table.parts()  # type: ignore[operator]
+            weights.append(own)
+            class_maps.append(own_maps)
+        return graph_lookup.pooled_in_graph(features, weights, class_maps, self._in_graph)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalEmbeddingBagCollection":
+        super()._apply(fn, recurse)
+        # Rows may have another type now.
+        self._in_graph = pooled_values(served_tables(self._tables, self.embedding_bags), self._is_weighted)
+        return self
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew by its config, except on the meta device."""
@@ -135,10 +145,3 @@ class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return device_of(self)
-
-
-# `torch.fx` records calls, because these read the batch, and TorchRec wraps the last in its own module alone.
-torch.fx.wrap("arranged")
-torch.fx.wrap("in_range")
-torch.fx.wrap("joined_columns")
-torch.fx.wrap("reorder_inverse_indices")

@@ -1,15 +1,19 @@
 """The collection without pooling: TorchRec's ``EmbeddingCollection`` with plain and compositional tables."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_qr.ids import arranged
-from torchrec_qr.modules.feature_batch import in_range
-from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, id_spaces, init_tables
-from torchrec_qr.modules.table_lookup import lookups_of
+from torchrec_qr.modules import graph_lookup
+from torchrec_qr.modules.collection_lookup import SequenceLookup
+from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, init_tables
+from torchrec_qr.modules.tables_as_values import SequenceValues, sequence_values, served_tables
 
 
 class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
@@ -57,6 +61,9 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         tensor([2, 1])
     """
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["device"]
+    _in_graph: SequenceValues
+
     def __init__(
         self, tables: list[EmbeddingConfig], device: torch.device | None = None, need_indices: bool = False
     ) -> None:
@@ -64,9 +71,11 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         self._embedding_configs = tables
         self._need_indices = need_indices
         self.embeddings = build_tables(tables, PlainEmbedding, device)
-        self._id_spaces = id_spaces(tables)
-        self._lookups = lookups_of(self.embeddings, self._id_spaces)
         self._embedding_names_by_table = get_embedding_names_by_table(tables)
+        self._outputs = [name for names in self._embedding_names_by_table for name in names]
+        described = served_tables(tables, self.embeddings)
+        self._lookup = SequenceLookup(described, self.embeddings, self._outputs, need_indices)
+        self._in_graph = sequence_values(described, self._outputs, need_indices)
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
@@ -78,19 +87,33 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         Returns:
             dict[str, JaggedTensor]: (N, D) fp32 for each feature.
         """
-        spaces = [space for lookup in self._lookups for space in lookup.spaces]
-        features = arranged(maybe_td_to_kjt(features, None), spaces, False, False)
-        given = [lookup.given(self.embeddings) for lookup in self._lookups]
-        features = in_range(features, spaces, given)
-        lengths = features.lengths().split(features.stride_per_key())
-        found = {}
-        for lookup, of in zip(self._lookups, given, strict=True):
-            outputs = lookup.sequences(of, features)
-            for i, (space, (values, ids)) in enumerate(zip(lookup.spaces, outputs, strict=True)):
-                weights = ids if self._need_indices else None
-                found[space] = JaggedTensor(values=values, lengths=lengths[lookup.first + i], weights=weights)
-        names = (name for names in self._embedding_names_by_table for name in names)
-        return {name: found[space] for name, space in zip(names, self._id_spaces, strict=True)}
+        features = maybe_td_to_kjt(features, None)
+        if torch.jit.is_scripting():
+            return self._from_graph(features)
+        else:
+            return self._looked_up(features)
+
+    @torch.jit.unused
+    def _looked_up(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        if isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting():
+            return self._from_graph(features)
+        return self._lookup(self.embeddings, features)
+
+    def _from_graph(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        weights: list[list[Tensor]] = []
+        class_maps: list[list[Tensor]] = []
+        for table in self.embeddings.values():
+            own, own_maps = table.parts()  # type: ignore[operator]
+            weights.append(own)
+            class_maps.append(own_maps)
+        return graph_lookup.sequences_in_graph(features, weights, class_maps, self._in_graph)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalEmbeddingCollection":
+        super()._apply(fn, recurse)
+        # Rows may have another type now.
+        described = served_tables(self._embedding_configs, self.embeddings)
+        self._in_graph = sequence_values(described, self._outputs, self._need_indices)
+        return self
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew by its config, except on the meta device."""
@@ -123,8 +146,3 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return device_of(self)
-
-
-# `torch.fx` records calls, because the functions read the batch.
-torch.fx.wrap("arranged")
-torch.fx.wrap("in_range")

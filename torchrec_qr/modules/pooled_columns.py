@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import process_pooled_embeddings
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.modules.table_lookup import TableLookup
+from torchrec_qr.ops.serving import ServedTable
 
 
 class Columns(NamedTuple):
@@ -31,11 +30,11 @@ class Columns(NamedTuple):
     is_mean: bool
 
 
-def columns_of(tables: Sequence[EmbeddingBagConfig], lookups: Sequence[TableLookup]) -> list[Columns]:
+def columns_of(tables: Sequence[ServedTable], lookups: Sequence[TableLookup]) -> list[Columns]:
     """Returns the fewest columns that the output of a collection is made of, in order.
 
     Args:
-        tables (Sequence[EmbeddingBagConfig]): the tables of the collection.
+        tables (Sequence[ServedTable]): the tables of the collection.
         lookups (Sequence[TableLookup]): its lookups.
     """
     of_feature = {
@@ -44,9 +43,7 @@ def columns_of(tables: Sequence[EmbeddingBagConfig], lookups: Sequence[TableLook
         for position, space in enumerate(lookup.spaces)
     }
     features = [
-        Columns(*of_feature[t.name, feature], 1, t.embedding_dim, t.pooling == PoolingType.MEAN)
-        for t in tables
-        for feature in t.feature_names
+        Columns(*of_feature[t.name, feature], 1, t.layout.dim, t.mean) for t in tables for feature in t.features
     ]
     out = []
     for _, group in groupby(features, key=lambda c: (c.lookup, c.is_mean, c.width if c.is_mean else 0)):
@@ -58,7 +55,7 @@ def columns_of(tables: Sequence[EmbeddingBagConfig], lookups: Sequence[TableLook
 def joined_columns(
     outputs: list[Tensor],
     columns: list[Columns],
-    features: KeyedJaggedTensor,
+    lengths: Tensor,
     dims: list[int],
     inverse_indices: Tensor,
 ) -> Tensor:
@@ -67,7 +64,7 @@ def joined_columns(
     Args:
         outputs (list[Tensor]): the sums of each lookup, (B, ΣD) of its features.
         columns (list[Columns]): see `columns_of`.
-        features (KeyedJaggedTensor): the batch, in the order of the lookups.
+        lengths (Tensor): (F·B,) of the bags, in the order of the lookups.
         dims (list[int]): D of each feature of the output.
         inverse_indices (Tensor): (F, samples) of which bag of a feature each sample has, or none.
     """
@@ -75,16 +72,19 @@ def joined_columns(
     for i, out in enumerate(outputs):
         own = [c for c in columns if c.lookup == i]
         pieces.append(iter(out.split([c.width for c in own], dim=1) if len(own) > 1 else [out]))
-    parts = [_divided(next(pieces[c.lookup]), c, features) if c.is_mean else next(pieces[c.lookup]) for c in columns]
+    parts = [
+        _divided(next(pieces[c.lookup]), c, lengths, len(dims)) if c.is_mean else next(pieces[c.lookup])
+        for c in columns
+    ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if inverse_indices.numel():
         out = process_pooled_embeddings(list(out.split(dims, dim=1)), inverse_indices)
     return out
 
 
-def _divided(sums: Tensor, columns: Columns, features: KeyedJaggedTensor) -> Tensor:
+def _divided(sums: Tensor, columns: Columns, lengths: Tensor, num_features: int) -> Tensor:
     """Returns the sums of bags (B, f·D) divided by their numbers of ids, or by 1 if a bag is empty."""
     bags, last = sums.shape[0], columns.first + columns.num_features
-    sizes = features.lengths().view(len(features.keys()), bags)[columns.first : last].clamp(min=1)
+    sizes = lengths.view(num_features, bags)[columns.first : last].clamp(min=1)
     of_features = sums.view(bags, columns.num_features, columns.width // columns.num_features)
     return (of_features / sizes.T.unsqueeze(2)).reshape(bags, columns.width)

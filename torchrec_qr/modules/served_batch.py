@@ -73,8 +73,9 @@ def served_pooled(
     if weighted:
         id_weights = features.weights().float().contiguous()
     if torch.jit.is_scripting():
+        # Copy lists, because the operator takes the tensors out of those of TorchScript.
         return torch.ops.torchrec_qr_serving.pooled(
-            weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns
+            list(weights), list(class_maps), layout, names, ids, lengths, id_weights, positions, bags, columns
         )
     else:
         return _pooled(weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
@@ -114,7 +115,13 @@ def served_sequences(
         own = ids[start:end]
         if torch.jit.is_scripting():
             values = torch.ops.torchrec_qr_serving.composed(
-                weights[i], class_maps[i], layouts[i], names[i], own, columns[i]
+                # Copy lists, because the operator takes the tensors out of those of TorchScript.
+                list(weights[i]),
+                list(class_maps[i]),
+                layouts[i],
+                names[i],
+                own,
+                columns[i],
             )
         else:
             values = _composed(weights[i], class_maps[i], layouts[i], names[i], own, columns[i])
@@ -169,7 +176,8 @@ def _pooled(
 ) -> Tensor:
     operator = torch.ops.torchrec_qr_serving.pooled
     if torch.compiler.is_compiling():
-        return operator(weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
+        maps = class_maps or [layout]  # programs of AOTInductor cannot pass an empty list
+        return operator(weights, maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
     try:
         return operator(weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
     except RuntimeError as error:
@@ -181,7 +189,7 @@ def _composed(
 ) -> Tensor:
     operator = torch.ops.torchrec_qr_serving.composed
     if torch.compiler.is_compiling():
-        return operator(weights, class_maps, layout, names, ids, columns)
+        return operator(weights, class_maps or [layout], layout, names, ids, columns)
     try:
         return operator(weights, class_maps, layout, names, ids, columns)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """The tables of a collection, plain and compositional."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 
 from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
 from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
-from torchrec_qr.ids import IdSpace
 from torchrec_qr.init import partition_configs
 from torchrec_qr.ops.description import CodeLayout, PartitionLayout, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
@@ -24,6 +23,7 @@ class _Table:
     sharded. torch's own method of a plain table draws N(0, 1).
     """
 
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["init_fn", "layout"]
     init_fn: InitFn | None = None
 
     def reset_parameters(self) -> None:
@@ -38,6 +38,11 @@ class _PlainTable(_Table):
     def weights(self) -> list[nn.Parameter]:
         """Returns the parameter of the table."""
         return [_weight(cast(nn.Module, self))]
+
+    @torch.jit.export
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the parameter of the table, and no class map."""
+        return [self.weight], []  # type: ignore[attr-defined]
 
 
 class PlainEmbeddingBag(_PlainTable, nn.EmbeddingBag):
@@ -81,6 +86,15 @@ class CompositionalTable(nn.Module):
     def weights(self) -> list[nn.Parameter]:
         """Returns the K parameters, in the order of the partitions."""
         return [_weight(getattr(self, f"partition_{j}")) for j in range(self._partitions.num_partitions)]
+
+    @torch.jit.export
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the K parameters, and the class map if there is one."""
+        weights: list[Tensor] = []
+        for partition in self.children():
+            weights.append(partition.weight)  # type: ignore[arg-type]
+        class_map = self.class_map
+        return weights, [] if class_map is None else [class_map]
 
     def set_constants(self, device: torch.device) -> None:
         """Makes the fingerprint and the class map anew, which depend on the config and the device alone."""
@@ -174,15 +188,6 @@ def build_tables(
         table.layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
         modules[config.name] = table
     return modules
-
-
-def id_spaces(tables: Sequence[BaseEmbeddingConfig]) -> list[IdSpace]:
-    """Returns the id space of every feature of every table, in order. The policy of plain tables is ``"error"``."""
-    return [
-        IdSpace(t.name, feature, t.num_embeddings, getattr(t, "out_of_range", "error"))
-        for t in tables
-        for feature in t.feature_names
-    ]
 
 
 def init_tables(tables: nn.Module) -> None:

@@ -113,7 +113,7 @@ def kernels_have(operation: str, widths: Sequence[int]) -> bool:
     return operation in KERNEL_OPERATIONS and 0 < len(widths) <= MAX_PARTITIONS and max(widths) <= MAX_WIDTH
 
 
-class Description(metaclass=torch.fx.ProxyableClassMeta):  # `torch.fx` then records an instance as a constant
+class Description:
     """The tables of one lookup, in order: all that is the same at every call.
 
     Backends keep what they derive from a description for as long as it lives, so that a module makes it once.
@@ -184,9 +184,10 @@ def described(text: str, class_maps: Sequence[Tensor] = ()) -> Description:
 @lru_cache(maxsize=1024)
 def _described(text: str) -> Description:
     tables, names, features = json.loads(text)
-    return Description([_table(*fields) for fields in tables], names, features=features)
+    return Description([layout_of_fields(*fields) for fields in tables], names, features=features)
 
 
-def _table(operation: str, partitions: list[list[int]], *fields: Any) -> TableLayout:
+def layout_of_fields(operation: str, partitions: list[list[int]], *fields: Any) -> TableLayout:
+    """Returns the layout whose fields JSON has kept."""
     table = TableLayout(operation, tuple(PartitionLayout(*p) for p in partitions), *fields)
     return table._replace(code=None if table.code is None else CodeLayout(*table.code))
