@@ -34,20 +34,39 @@ class _StepCount:
 
 
 class _Leaf(NamedTuple):
-    """The model's parameter for a stepped tensor, its state, its count of steps, and its number among the shards."""
+    """The model's parameter for a stepped tensor, its group, state, count of steps, and number among the shards."""
 
     shown: nn.Parameter
+    group: dict[str, Any]
     state: dict[str, Tensor]
     counter: _StepCount | None
     piece: int
 
 
-class RowOptimizer(FusedOptimizer):
-    """Steps the partitions of one table by one rule. ``step()`` does nothing, because the backward steps rows.
+class _SteppedInBackward(FusedOptimizer):
+    """An optimizer whose ``step()`` does nothing, because the backward steps rows."""
 
-    Its state has TorchRec's keys, ``<table>.partition_<j>.weight`` → ``<table>.partition_<j>.<state>``. Its parameter
-    group has ``lr``, which schedules may change. If ``lr`` is 0, or the model's parameter requires no gradient, neither
-    rows nor state change. (FBGEMM changes the state at a rate of 0.)
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        pass
+
+
+class PartitionOptimizer(_SteppedInBackward):
+    """The part of a `RowOptimizer` for one partition, which the parameter has in ``_in_backward_optimizers``.
+
+    Both have one state and one parameter group, so a schedule may change ``lr`` here or there. The parameter's key is
+    empty, as in TorchRec. A ``WarmupOptimizer`` around it adds a parameter of its own, to this part alone.
+    """
+
+
+class RowOptimizer(_SteppedInBackward):
+    """Steps the partitions of one table by one rule.
+
+    Its state has TorchRec's keys, ``<table>.partition_<j>.weight`` → ``<table>.partition_<j>.<state>``. It has a
+    parameter group for each partition, with ``lr``, which schedules may change. If ``lr`` is 0, or the model's
+    parameter requires no gradient, neither rows nor state change. (FBGEMM changes the state at a rate of 0.)
     """
 
     def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
@@ -58,25 +77,31 @@ class RowOptimizer(FusedOptimizer):
         self.touched_of: dict[Tensor, Tensor] = {}
         params: dict[str, Tensor | ShardedTensor] = {}
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
+        groups: list[dict[str, Any]] = []
         for p in partitions:
             shown = p.as_global(pg)
+            group = {"params": [shown], "lr": rule.learning_rate}
             params[f"{p.name}.weight"] = shown
-            state[shown] = self._init_state(p, pg)
+            state[shown] = self._init_state(p, group, pg)
+            groups.append(group)
             # TorchRec reads this attribute of parameters that the backward steps.
-            p.weight._in_backward_optimizers = [self]  # type: ignore[attr-defined]
+            own = PartitionOptimizer({"": shown}, {shown: state[shown]}, [group])
+            p.weight._in_backward_optimizers = [own]  # type: ignore[attr-defined]
             if p.is_replicated and rule.counts_steps:
                 leaf = p.reduced
                 self.touched_of[leaf] = torch.zeros(leaf.shape[0], dtype=torch.uint8, device=leaf.device)
-        super().__init__(params, state, [{"params": list(params.values()), "lr": rule.learning_rate}])
+        super().__init__(params, state, groups)
 
-    def _init_state(self, p: StoredPartition, pg: dist.ProcessGroup | None) -> dict[str, Tensor | ShardedTensor]:
+    def _init_state(
+        self, p: StoredPartition, group: dict[str, Any], pg: dist.ProcessGroup | None
+    ) -> dict[str, Tensor | ShardedTensor]:
         table, j = p.key
         what = f"table {table!r}, state of partition {j}"
         count = _StepCount(len(p.leaves)) if self.rule.counts_steps else None
         for i, leaf in enumerate(p.leaves):
             shapes = self.rule.state_shapes(leaf.shape[0], leaf.shape[1])
             state = {name: named_zeros(what, shape, torch.float32, leaf.device) for name, shape in shapes.items()}
-            self._leaves[leaf] = _Leaf(p.weight, state, count, i)
+            self._leaves[leaf] = _Leaf(p.weight, group, state, count, i)
         shown: dict[str, Tensor | ShardedTensor] = {}
         for name, shape in self.rule.state_shapes(1, 1).items():
             as_global = p.rows_as_global if len(shape) == 1 else p.as_global
@@ -105,13 +130,15 @@ class RowOptimizer(FusedOptimizer):
     def begin_step(self, tensor: Tensor) -> Update | None:
         """Returns the next step of a leaf, and counts it; None if the leaf is frozen or the rate is 0."""
         leaf = self._leaves[tensor]
-        if self._lr == 0 or not leaf.shown.requires_grad:
+        rate = float(leaf.group["lr"])
+        if rate == 0 or not leaf.shown.requires_grad:
             return None
-        return Update(self.rule, leaf.state, self._lr, 1 if leaf.counter is None else leaf.counter.advance(leaf.piece))
+        return Update(self.rule, leaf.state, rate, 1 if leaf.counter is None else leaf.counter.advance(leaf.piece))
 
     def same_step(self, tensor: Tensor) -> Update:
         """Returns a step of a leaf without counting it, to compile its kernels."""
-        return Update(self.rule, self._leaves[tensor].state, self._lr)
+        leaf = self._leaves[tensor]
+        return Update(self.rule, leaf.state, float(leaf.group["lr"]))
 
     def warm_up(self, tensor: Tensor) -> None:
         """Compiles the step of a replica on a GPU."""
@@ -124,17 +151,6 @@ class RowOptimizer(FusedOptimizer):
     @property
     def rule_name(self) -> str:
         return type(self.rule).__name__
-
-    @property
-    def _lr(self) -> float:
-        (group,) = self.param_groups
-        return float(group["lr"])
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        pass
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        pass
 
 
 @torch.no_grad()

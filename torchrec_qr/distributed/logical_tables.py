@@ -177,8 +177,8 @@ def check_plain_tables(
     """Refuses plain tables for which TorchRec's kernels fail without a table's name, crash, or return wrong results.
 
     Raises:
-        NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store of its own, or the
-            dense kernel without pooling on a CPU.
+        NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store of its own, the
+            dense kernel without pooling on a CPU, or a split table with the dense kernel on the meta device.
     """
     allowed = [EmbeddingComputeKernel(kernel).value for kernel in ("fused", "fused_uvm", "fused_uvm_caching", "dense")]
     for config in (c for c in configs if not is_compositional(c)):
@@ -207,6 +207,12 @@ def check_plain_tables(
                 f"table {name!r}: compute kernel {kernel!r} ({plan[name].sharding_type}) of a plain table without "
                 "pooling is not supported on a CPU, where FBGEMM pools its ids; allowed: a plan with 'fused', which "
                 f"data_parallel lacks, or a compositional table of one partition, MixedRadix(sizes=[{rows}])"
+            )
+        if device is not None and device.type == "meta" and kernel == "dense" and shards_of(plan[name]):
+            raise NotImplementedError(
+                f"table {name!r}: compute kernel {kernel!r} ({plan[name].sharding_type}) of a plain table is not "
+                "supported on the meta device, because TorchRec's dense kernel allocates its rows on the CPU; allowed: "
+                "a plan with 'fused', or data_parallel"
             )
 
 

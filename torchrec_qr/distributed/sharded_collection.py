@@ -79,7 +79,7 @@ class ShardedCompositionalCollection:
         self._prepare(plan)
         super().__init__(view, plan, env, fused_params, device, **kwargs)  # type: ignore[call-arg]
         self._replicate_lookups()
-        if module.device.type not in self._drawn_anew:
+        if module.device.type not in self._drawn_anew and not self._is_meta:
             cast(nn.Module, self).load_state_dict(module.state_dict())
 
     def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
@@ -101,7 +101,9 @@ class ShardedCompositionalCollection:
         for lookup in self._lookups:
             own = own_lookup(lookup)
             if not own.is_data_parallel:
-                own.replicate(partial(replicate, pg=pg, average=False))
+                # Leave replicas on the meta device alone, because they have no values to reduce.
+                if not self._is_meta:
+                    own.replicate(partial(replicate, pg=pg, average=False))
             elif isinstance(lookup, DistributedDataParallel):
                 replicate(lookup, pg, average=True)
             elif is_marked:
@@ -155,7 +157,7 @@ class ShardedCompositionalCollection:
     def reset_parameters(self) -> None:
         """Draws every parameter anew, table by table."""
         # Return at first, because TorchRec calls this before partitions are registered.
-        if self._partitions is None or (self._device is not None and self._device.type == "meta"):
+        if self._partitions is None or self._is_meta:
             return
         for config in self._configs:
             if is_compositional(config):
@@ -172,6 +174,10 @@ class ShardedCompositionalCollection:
         config.init_fn(weight)
         if is_replicated:
             dist.broadcast(weight.data, src=0, group=self._env.process_group)
+
+    @property
+    def _is_meta(self) -> bool:
+        return self._device is not None and self._device.type == "meta"
 
     def _module_of(self, table: str) -> nn.Module:
         module: nn.Module = getattr(self, self._tables_attribute)[table]

@@ -90,14 +90,15 @@ def on_own_device(
     """Returns a copy of a plan whose shards on ``rank`` are on ``device``.
 
     Planners put the shards of rank r on ``cuda:(r % ranks of a node)``. A rank with one visible GPU, under Slurm's
-    ``--gpus-per-task=1``, has it as ``cuda:0``. ``ShardedTensor`` refuses another device than the plan's.
+    ``--gpus-per-task=1``, has it as ``cuda:0``. ``ShardedTensor`` refuses another device than the plan's, also if a
+    plan for a real device is carried out on the meta device.
 
     Args:
         plan (dict[str, ParameterSharding]): the plan of a collection.
         rank (int): this rank in the plan's group.
         device (torch.device | None): the device of this rank. The function returns ``plan`` for None.
     """
-    if device is None or device.type == "meta":
+    if device is None:
         return plan
     return {name: _on_device(sharding, rank, device) for name, sharding in plan.items()}
 
@@ -109,7 +110,9 @@ def _on_device(sharding: ParameterSharding, rank: int, device: torch.device) -> 
     shards = []
     for shard in spec.shards:
         placement = shard.placement
-        if isinstance(placement, _remote_device) and placement.rank() == rank and placement.device() != device:
-            placement = _remote_device(f"rank:{rank}/{device}")
+        if isinstance(placement, _remote_device):
+            # On the meta device move all shards, as TorchRec does.
+            own = device.type == "meta" or placement.rank() == rank
+            placement = _remote_device(f"rank:{placement.rank()}/{device}") if own else placement
         shards.append(ShardMetadata(list(shard.shard_offsets), list(shard.shard_sizes), placement))
     return replace(sharding, sharding_spec=EnumerableShardingSpec(shards))

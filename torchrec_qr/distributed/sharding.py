@@ -67,10 +67,14 @@ class _Compositional:
         feature_processor: Any = None,
     ) -> PooledLookup | SequenceLookup:
         is_data_parallel = isinstance(self, DpPooledEmbeddingSharding | DpSequenceEmbeddingSharding)
+        device = device if device is not None else self._device  # type: ignore[attr-defined]
+        if is_data_parallel and device is not None and device.type == "meta":
+            # Take the CPU, as TorchRec's dense kernel does, because DDP reads values of its parameters.
+            device = torch.device("cpu")
         common: dict[str, Any] = {
             "tables": self._compositional_tables(),
             "is_data_parallel": is_data_parallel,
-            "device": device if device is not None else self._device,  # type: ignore[attr-defined]
+            "device": device,
             "grouped_configs": self._grouped_embedding_configs_per_rank[self._env.rank],  # type: ignore[attr-defined]
             "pg": self._env.process_group if is_data_parallel else self._pg,  # type: ignore[attr-defined]
             "env": self._env,  # type: ignore[attr-defined]

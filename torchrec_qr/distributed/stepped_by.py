@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
-from torchrec_qr.distributed.fused_optimizer import RowOptimizer
+from torchrec_qr.distributed.fused_optimizer import PartitionOptimizer, RowOptimizer
 from torchrec_qr.distributed.fused_params import RULES
 
 
@@ -74,8 +74,8 @@ def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Opt
 
 def _is_stepped(p: nn.Parameter) -> bool:
     """Returns whether an optimizer may step a parameter. TorchRec's kernels ignore ``requires_grad``."""
-    attached = getattr(p, "_in_backward_optimizers", ())
-    return p.requires_grad or any(not isinstance(o, RowOptimizer) for o in attached)
+    attached = [leaf for o in getattr(p, "_in_backward_optimizers", ()) for leaf in _leaves(o)]
+    return p.requires_grad or any(not isinstance(o, PartitionOptimizer) for o in attached)
 
 
 def _leaves(optimizer: Optimizer) -> list[Optimizer]:
