@@ -11,7 +11,7 @@ from pieces import numpy_of
 from sharded_model import LR, Model, loss_of, own_weights
 
 from torchrec_qr import raise_pending
-from torchrec_qr.inference import materialize, to_plain
+from torchrec_qr.inference import materialize, score_all, to_plain, top_items
 
 TABLES = (
     TableCase("mult", "strided", "table_wise"),
@@ -86,3 +86,17 @@ def test_full_rows_on_the_device_are_those_on_the_cpu(pooled: bool) -> None:
             torch.testing.assert_close(rows.detach().cpu(), full, rtol=1e-5, atol=1e-5)
         few = materialize(collection, config.name, torch.tensor([5, 0]))
         torch.testing.assert_close(few.cpu(), full[[5, 0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_scores_on_the_device_are_those_of_the_full_rows(pooled: bool) -> None:
+    collection = Model(Run(TABLES, pooled=pooled).initial()).to(DEVICE).collection
+    for config in collection.embedding_configs():
+        users = torch.randn(5, config.embedding_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        dense = users @ materialize(collection, config.name).T
+        scores = score_all(collection, config.name, users)
+        best = top_items(collection, config.name, users, 7)
+        assert {scores.device.type, best.scores.device.type, best.ids.device.type} == {DEVICE}
+        torch.testing.assert_close(scores, dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(best.scores, dense.topk(7).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scores.gather(1, best.ids), best.scores, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""From a trained collection to full rows, to TorchRec's own collections, and from checkpoints of others."""
+"""From a trained collection to scores, to full rows, to TorchRec's own collections, and from checkpoints of others."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,16 +6,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchrec_qr.inference.dlrm_checkpoint import load_dlrm_checkpoint
     from torchrec_qr.inference.full_rows import materialize, materialized_blocks
+    from torchrec_qr.inference.item_scores import TopItems, score_all, top_items
     from torchrec_qr.inference.plain_collection import to_plain
 
-__all__ = ["load_dlrm_checkpoint", "materialize", "materialized_blocks", "to_plain"]
+__all__ = [
+    "TopItems",
+    "load_dlrm_checkpoint",
+    "materialize",
+    "materialized_blocks",
+    "score_all",
+    "to_plain",
+    "top_items",
+]
 
 # Give no module the name of a function, because an import of the module replaces the function.
 _MODULES = {
+    "TopItems": "item_scores",
     "load_dlrm_checkpoint": "dlrm_checkpoint",
     "materialize": "full_rows",
     "materialized_blocks": "full_rows",
+    "score_all": "item_scores",
     "to_plain": "plain_collection",
+    "top_items": "item_scores",
 }
 
 
