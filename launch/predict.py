@@ -64,7 +64,7 @@ class Run:
         model = build_model(self.job.model, job_tables(self.job, folder), device, embeddings_on=device)
         try:
             model.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
         # Use the precision of training, because logits must be those of its evaluation.
         self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()

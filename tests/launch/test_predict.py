@@ -163,6 +163,13 @@ def test_files_of_two_runs_are_refused(ended: Path, tmp_path: Path, capsys: pyte
     assert main(["--run", str(other), *arguments]) == 1
     assert "config.yaml is not of its meaning.json: ids: saved 'vocabulary', here 'modulo'" in capsys.readouterr().err
 
+    regrouped = shutil.copytree(ended / "t", tmp_path / "regrouped")
+    (regrouped / "config.yaml").write_text(text.replace("grouping: strided", "grouping: adjacent"))
+    assert main(["--run", str(regrouped), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"{regrouped / 'weights'}: of another model than config.yaml: table 'user': " in error
+    assert "grouping: saved strided, here adjacent" in error
+
     unended = shutil.copytree(ended / "t", tmp_path / "unended", ignore=shutil.ignore_patterns("weights"))
     assert main(["--run", str(unended), *arguments]) == 1
     assert "no weights; allowed: the folder of a run that came to its end" in capsys.readouterr().err
