@@ -24,13 +24,16 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import fuse_embedding_optimizer
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizerWrapper, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.quant.embedding_modules import _get_device, quantize_state_dict
 
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
@@ -65,6 +68,7 @@ HOOKS = (
         defined=(
             *("_initialize_torch_state", "reset_parameters", "create_embedding_bag_sharding", "create_context"),
             *("input_dist", "output_dist", "compute_and_output_dist", "update_shards", "unsharded_module_type"),
+            "register_post_lookup_tracker_fn",
         ),
         used=(*_COLLECTION, "embedding_bags", "_embedding_names"),
     ),
@@ -72,7 +76,7 @@ HOOKS = (
         ShardedEmbeddingCollection,
         defined=(
             *("_initialize_torch_state", "reset_parameters", "create_embedding_sharding", "create_context"),
-            *("input_dist", "_dedup_indices"),
+            *("input_dist", "_dedup_indices", "register_post_lookup_tracker_fn"),
         ),
         used=(*_COLLECTION, "embeddings", "_sharding_type_to_sharding"),
     ),
@@ -81,7 +85,7 @@ HOOKS = (
     *(
         Hook(
             lookup,
-            defined=("_create_embedding_kernel", "named_parameters", "forward"),
+            defined=("_create_embedding_kernel", "named_parameters", "forward", "register_optim_state_tracker_fn"),
             used=("_create_embedding_kernel", "_emb_modules", "named_parameters_by_table", "state_dict"),
         )
         for lookup in (GroupedPooledEmbeddingsLookup, GroupedEmbeddingsLookup)
@@ -106,6 +110,10 @@ HOOKS = (
     Hook(FeatureProcessedEmbeddingBagCollectionSharder, defined=("shard", "shardable_parameters")),
     Hook(BaseManagedCollisionEmbeddingCollection, used=("_embedding_module", "_managed_collision_collection")),
     Hook(BaseManagedCollisionEmbeddingCollectionSharder, defined=("shard", "shardable_parameters")),
+    # TorchRec's fused collections, and its quantised ones, which are refused.
+    Hook(fuse_embedding_optimizer, used=("named_children",)),
+    *(Hook(function, used=("state_dict",)) for function in (quantize_state_dict, _get_device)),
+    Hook(ModelDeltaTrackerTrec, used=("register_post_lookup_tracker_fn", "register_optim_state_tracker_fn")),
     Hook(EmbeddingFusedOptimizer, used=("_emb_module",)),
     Hook(KeyedOptimizerWrapper, used=("_optimizer",)),
     Hook(OptimizerWrapper, used=("_optimizer",)),

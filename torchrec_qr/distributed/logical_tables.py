@@ -91,17 +91,9 @@ class LogicalView:
     def state_dict(self) -> dict[str, nn.Parameter]:
         return dict(self._parameters)
 
-    def use_gather_select(self) -> bool:
-        return False
-
-    def use_gather_select_per_sharding(self) -> None:
-        return None
-
-    def use_sorted_select(self) -> bool:
-        return False
-
     def __getattr__(self, name: str) -> Any:
-        # TorchRec also calls is_weighted, need_indices, embedding_dim and embedding_names_by_table of the module.
+        # TorchRec also calls is_weighted, need_indices, embedding_dim, embedding_names_by_table, use_gather_select,
+        # use_gather_select_per_sharding and use_sorted_select of the module.
         return getattr(self._module, name)
 
 

@@ -4,7 +4,7 @@ TorchRec's lookup of a sharding type divides the features among groups of tables
 have a `CompositionalKernel` for each group of compositional tables, and store the replicas.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -267,6 +267,7 @@ class _CompositionalLookup:
     ) -> None:
         super().__init__(device=device, **kwargs)  # type: ignore[call-arg]
         self.is_data_parallel = is_data_parallel
+        self._compositional = [table.name for table in tables]
         self._replicated = Replicas(tables, device)
         used = {key for kernel in self.kernels() for key in kernel.uses()}
         self._unused = [i for i, key in enumerate(self._replicas().parameters_of) if key not in used]
@@ -313,6 +314,11 @@ class _CompositionalLookup:
         if recurse:
             yield from self._replicated.named_parameters(f"{prefix}_replicated", recurse)
 
+    def register_optim_state_tracker_fn(self, record_fn: Callable[..., None]) -> None:
+        """Registers a function of TorchRec's ``ModelDeltaTracker``, if no table is compositional."""
+        refuse_tracker(self._compositional)
+        super().register_optim_state_tracker_fn(record_fn)  # type: ignore[misc]
+
     def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *args: Any, **kwargs: Any) -> BaseEmbedding:
         if config.compute_kernel != EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
             kernel: BaseEmbedding = super()._create_embedding_kernel(config, *args, **kwargs)  # type: ignore[misc]
@@ -339,6 +345,20 @@ class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):
     """The lookup of a sharding type without pooling."""
 
     _sequence = True
+
+
+def refuse_tracker(compositional: Iterable[str]) -> None:
+    """Raises NotImplementedError if there are compositional tables, which TorchRec's ``ModelDeltaTracker`` mistakes.
+
+    Args:
+        compositional (Iterable[str]): their names.
+    """
+    if tables := list(compositional):
+        raise NotImplementedError(
+            f"tables {tables}: TorchRec's delta tracker is not supported by compositional tables, because it would "
+            "report ids as rows of a partition; allowed: plain tables in a collection of their own, with this "
+            "collection's name in fqns_to_skip"
+        )
 
 
 def own_lookup(lookup: nn.Module) -> PooledLookup | SequenceLookup:

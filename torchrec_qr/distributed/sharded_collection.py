@@ -1,6 +1,6 @@
 """The base of the two sharded collections: their construction and their state dict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any, cast
@@ -26,7 +26,7 @@ from torchrec_qr.distributed.logical_tables import (
     placeholders,
     shard_layouts,
 )
-from torchrec_qr.distributed.lookup_kernel import own_lookup
+from torchrec_qr.distributed.lookup_kernel import own_lookup, refuse_tracker
 from torchrec_qr.distributed.replication import replicate, step_alone
 from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
@@ -174,6 +174,18 @@ class ShardedCompositionalCollection:
         config.init_fn(weight)
         if is_replicated:
             dist.broadcast(weight.data, src=0, group=self._env.process_group)
+
+    def register_post_lookup_tracker_fn(self, record_fn: Callable[..., None]) -> None:
+        """Registers a function of TorchRec's ``ModelDeltaTracker``, which reports the ids of plain tables.
+
+        Args:
+            record_fn (Callable[..., None]): the function.
+
+        Raises:
+            NotImplementedError: a table is compositional. The tracker would report ids as rows of a partition.
+        """
+        refuse_tracker(self._layouts)
+        super().register_post_lookup_tracker_fn(record_fn)  # type: ignore[misc]
 
     @property
     def _is_meta(self) -> bool:

@@ -12,11 +12,12 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.modules import graph_lookup
 from torchrec_qr.modules.collection_lookup import PooledLookup
+from torchrec_qr.modules.guarded_collection import GuardedCollection
 from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, init_tables
 from torchrec_qr.modules.tables_as_values import PooledValues, pooled_values, served_tables
 
 
-class CompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollectionInterface):
     """Pooled embeddings of plain and compositional tables: a drop-in for TorchRec's ``EmbeddingBagCollection``.
 
     For feature f of table t and bag b of the batch, the output ``KeyedTensor`` has

@@ -12,11 +12,12 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.modules import graph_lookup
 from torchrec_qr.modules.collection_lookup import SequenceLookup
+from torchrec_qr.modules.guarded_collection import GuardedCollection
 from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, init_tables
 from torchrec_qr.modules.tables_as_values import SequenceValues, sequence_values, served_tables
 
 
-class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
+class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInterface):
     """Sequences of embeddings of plain and compositional tables: a drop-in for TorchRec's ``EmbeddingCollection``.
 
     For feature f of table t, and x_n the n-th id of f in the batch, the output maps f to a ``JaggedTensor`` with
@@ -35,6 +36,9 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
         tables (list[EmbeddingConfig]): ``EmbeddingConfig`` and `CompositionalEmbeddingConfig`, in any mix.
         device (torch.device | None): the device of the parameters, which may be ``torch.device("meta")``.
         need_indices (bool): whether ``weights()`` of each output has its ids, as in TorchRec.
+        use_gather_select (bool): whether the sharded collection gathers the embeddings of ids that ``use_index_dedup``
+            looked up once. Otherwise it selects them by index. Values are the same.
+        use_gather_select_per_sharding (dict[str, bool] | None): the same for each sharding type (TorchRec 1.8 and 1.9).
 
     Raises:
         ValueError: a table name occurs twice.
@@ -65,11 +69,19 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
     _in_graph: SequenceValues
 
     def __init__(
-        self, tables: list[EmbeddingConfig], device: torch.device | None = None, need_indices: bool = False
+        self,
+        tables: list[EmbeddingConfig],
+        device: torch.device | None = None,
+        need_indices: bool = False,
+        use_gather_select: bool = False,
+        use_gather_select_per_sharding: dict[str, bool] | None = None,
     ) -> None:
         super().__init__()
         self._embedding_configs = tables
         self._need_indices = need_indices
+        self._use_gather_select = use_gather_select
+        self._use_gather_select_per_sharding = use_gather_select_per_sharding
+        self._use_sorted_select = False
         self.embeddings = build_tables(tables, PlainEmbedding, device)
         self._embedding_names_by_table = get_embedding_names_by_table(tables)
         self._outputs = [name for names in self._embedding_names_by_table for name in names]
@@ -141,6 +153,26 @@ class CompositionalEmbeddingCollection(EmbeddingCollectionInterface):
     def need_indices(self) -> bool:
         """Returns whether each output has its ids."""
         return self._need_indices
+
+    def use_gather_select(self) -> bool:
+        """Returns whether the sharded collection gathers embeddings."""
+        return self._use_gather_select
+
+    def use_gather_select_per_sharding(self) -> dict[str, bool] | None:
+        """Returns the same for each sharding type. An entry has precedence over `use_gather_select`."""
+        return self._use_gather_select_per_sharding
+
+    def use_sorted_select(self) -> bool:
+        """Returns whether the sharded collection selects embeddings by TorchRec 1.9's sorted select."""
+        return self._use_sorted_select
+
+    def set_use_sorted_select(self, use_sorted_select: bool) -> None:
+        """Sets `use_sorted_select`, before the collection is sharded.
+
+        Args:
+            use_sorted_select (bool): the value.
+        """
+        self._use_sorted_select = use_sorted_select
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
 """The tables of a collection, plain and compositional."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,6 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
 from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
+from torchrec_qr.modules.attached_optimizers import refuse_lost_optimizer
 from torchrec_qr.ops.description import CodeLayout, PartitionLayout, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions.class_map import class_map_on
@@ -25,10 +26,22 @@ class _Table:
 
     __jit_ignored_attributes__: ClassVar[list[str]] = ["init_fn", "layout"]
     init_fn: InitFn | None = None
+    # The name of the table or partition, and its parameter if it was built on the meta device. The parameter is in a
+    # tuple, because nn.Module would register it.
+    name: str
+    on_meta: tuple[nn.Parameter, ...] = ()
+
+    def begin(self, config: BaseEmbeddingConfig) -> None:
+        """Sets what the table takes from its config, and remembers a parameter on the meta device."""
+        self.name, self.init_fn = config.name, config.init_fn
+        weight = _weight(cast(nn.Module, self))
+        self.on_meta = (weight,) if weight.is_meta else ()
 
     def reset_parameters(self) -> None:
         if self.init_fn is not None:  # torch's constructors call this before it is set
-            self.init_fn(_weight(cast(nn.Module, self)))
+            weight = _weight(cast(nn.Module, self))
+            refuse_lost_optimizer(self.name, weight, *self.on_meta or (None,))
+            self.init_fn(weight)
 
 
 class _PlainTable(_Table):
@@ -58,7 +71,7 @@ class _Partition(_Table, nn.Module):
         super().__init__()
         shape = (config.num_embeddings, config.embedding_dim)
         self.weight = nn.Parameter(torch.empty(shape, dtype=DTYPES[config.data_type], device=device))
-        self.init_fn = config.init_fn
+        self.begin(config)
 
 
 class CompositionalTable(nn.Module):
@@ -183,7 +196,7 @@ def build_tables(
             dtype=DTYPES[config.data_type],
             **as_torchrec,
         )
-        table.init_fn = config.init_fn
+        table.begin(config)
         rows_are_ids = PartitionLayout(config.embedding_dim, divisor=1)
         table.layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
         modules[config.name] = table
@@ -195,6 +208,13 @@ def init_tables(tables: nn.Module) -> None:
     for table in tables.modules():
         if isinstance(table, _Table) and device_of(table).type != "meta":
             table.reset_parameters()
+
+
+def stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None]]:
+    """Yields, for each plain table and partition, its name, its parameter, and that on the meta device if one was."""
+    for table in module.modules():
+        if isinstance(table, _Table):
+            yield table.name, _weight(table), next(iter(table.on_meta), None)
 
 
 def device_of(module: nn.Module) -> torch.device:
