@@ -41,7 +41,7 @@ from torchrec_qr.distributed import (
     CompositionalEmbeddingBagCollectionSharder,
     CompositionalEmbeddingCollectionSharder,
 )
-from torchrec_qr.distributed.logical_tables import check_plain_tables, check_plan
+from torchrec_qr.distributed.logical_tables import IN_STORES, check_plain_tables, check_plan
 from torchrec_qr.ops.cpu_library import without_kernels
 
 JOB = Path(__file__).with_name("faulty_job.py")
@@ -112,11 +112,13 @@ def test_a_plain_table_in_bf16_is_refused_on_a_cpu() -> None:
     check_plain(replace(plain, data_type=DataType.FP16), None)
 
 
-def test_a_plain_table_in_a_store_of_its_own_is_refused() -> None:
+@pytest.mark.parametrize("kernel", [k for k in IN_STORES if k in {e.value for e in EmbeddingComputeKernel}])
+def test_a_plain_table_in_a_store_of_its_own_is_refused_on_a_cpu(kernel: str) -> None:
     plain = EmbeddingBagConfig(num_embeddings=9, embedding_dim=8, name="p")
-    match = "table 'p': compute kernel 'key_value' of a plain table .*; allowed: fused, fused_uvm, fused_uvm_caching"
+    match = f"table 'p': compute kernel '{kernel}' of a plain table .* on cpu; allowed: fused, fused_uvm, fused_uvm_c"
     with pytest.raises(NotImplementedError, match=match):
-        check_plain(plain, None, "key_value")
+        check_plain(plain, None, kernel)
+    check_plain(plain, torch.device("cuda"), kernel)
     check_plain(plain, None, "fused_uvm")
 
 

@@ -20,6 +20,11 @@ from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagCo
 from torchrec_qr.distributed.layout import ShardLayout, ShardLayouts, shards_of
 from torchrec_qr.modules.table import CompositionalTable
 
+# The compute kernels that plain tables may have: whose rows are in the memory of a device or of the host, and whose
+# rows are in a store of FBGEMM's, which needs CUDA and draws initial values itself.
+IN_MEMORY = ("fused", "fused_uvm", "fused_uvm_caching", "dense")
+IN_STORES = ("key_value", "ssd_virtual_table", "dram_virtual_table", "dram_ssd_virtual_table")
+
 
 def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) -> dict[str, nn.Parameter]:
     """Returns one parameter per logical table, which a plan shards: a plain table's own, or (R, D) on the meta device.
@@ -169,10 +174,9 @@ def check_plain_tables(
     """Refuses plain tables for which TorchRec's kernels fail without a table's name, crash, or return wrong results.
 
     Raises:
-        NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store of its own, the
-            dense kernel without pooling on a CPU, or a split table with the dense kernel on the meta device.
+        NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store on a CPU, the dense
+            kernel without pooling on a CPU, or a split table with the dense kernel on the meta device.
     """
-    allowed = [EmbeddingComputeKernel(kernel).value for kernel in ("fused", "fused_uvm", "fused_uvm_caching", "dense")]
     for config in (c for c in configs if not is_compositional(c)):
         name, rows = config.name, config.num_embeddings
         on_cpu = device is None or device.type == "cpu"
@@ -189,10 +193,11 @@ def check_plain_tables(
                 "MixedRadix(sizes=[num_embeddings])"
             )
         kernel = plan[name].compute_kernel
+        allowed = IN_MEMORY if on_cpu else (*IN_MEMORY, *IN_STORES)
         if kernel not in allowed:
             raise NotImplementedError(
-                f"table {name!r}: compute kernel {kernel!r} of a plain table is not supported in a "
-                f"compositional collection; allowed: {', '.join(allowed)}, or TorchRec's own collection"
+                f"table {name!r}: compute kernel {kernel!r} of a plain table is not supported on {device or 'cpu'}; "
+                f"allowed: {', '.join(allowed)}"
             )
         if on_cpu and kernel == EmbeddingComputeKernel.DENSE.value and isinstance(config, EmbeddingConfig):
             raise NotImplementedError(

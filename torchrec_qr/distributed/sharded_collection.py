@@ -21,6 +21,7 @@ from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.customized_kernel import with_customized_kernel
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ShardLayouts
 from torchrec_qr.distributed.logical_tables import (
+    IN_STORES,
     LogicalView,
     check_plain_tables,
     placeholders,
@@ -164,10 +165,9 @@ class ShardedCompositionalCollection:
                 for partition in partition_configs(config):
                     stored = self._partitions[partition.name]
                     self._draw(partition, stored.weight, stored.is_replicated)
-            else:
+            elif (sharding := self.module_sharding_plan[config.name]).compute_kernel not in IN_STORES:
                 weight = self._module_of(config.name).get_parameter("weight")
-                is_replicated = self.module_sharding_plan[config.name].sharding_type == DATA_PARALLEL
-                self._draw(config, weight, is_replicated)
+                self._draw(config, weight, sharding.sharding_type == DATA_PARALLEL)
 
     def _draw(self, config: BaseEmbeddingConfig, weight: nn.Parameter, is_replicated: bool) -> None:
         assert config.init_fn is not None

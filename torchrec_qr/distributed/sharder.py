@@ -9,8 +9,12 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingEnv, ShardMetadata
 
+from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.distributed.logical_tables import placeholders
+
+FUSED = EmbeddingComputeKernel.FUSED.value
+DENSE = EmbeddingComputeKernel.DENSE.value
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +25,8 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
     _unsharded: ClassVar[type[nn.Module]]
     _sharded: ClassVar[Any]
     _shardings: ClassVar[dict[str, Any]]
+    # Whether the collection of the last call of `shardable_parameters` has plain tables alone.
+    _all_plain = False
 
     def shard(
         self,
@@ -62,13 +68,30 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         return list(self._shardings)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns ``["fused"]``, or ``["dense"]`` under data-parallel. Cached kernels are not supported."""
-        dense = sharding_type == DATA_PARALLEL
-        return [EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value]
+        """Returns what all tables may have of the collection that `shardable_parameters` was called with last.
+
+        TorchRec's planners call the two in turn for each collection. If all tables are plain, the kernels are those of
+        TorchRec's sharder. Otherwise they are those of `compute_kernels_of` a compositional table, and a plan by hand
+        may have others for plain tables.
+        """
+        return self.compute_kernels_of(not self._all_plain, sharding_type, compute_device_type)
+
+    def compute_kernels_of(self, compositional: bool, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Returns the kernels of a table: TorchRec's of a plain one, ``fused`` or ``dense`` of a compositional one.
+
+        Args:
+            compositional (bool): whether the table is compositional.
+            sharding_type (str): its sharding type.
+            compute_device_type (str): the type of the device.
+        """
+        if not compositional:
+            return super().compute_kernels(sharding_type, compute_device_type)
+        return [DENSE if sharding_type == DATA_PARALLEL else FUSED]
 
     def shardable_parameters(self, module: M) -> dict[str, nn.Parameter]:
         """Returns one parameter per logical table, (R, D) on the meta device for a compositional one."""
         collection: Any = module
+        self._all_plain = not any(map(is_compositional, collection.embedding_configs()))
         return placeholders(collection.embedding_configs(), getattr(collection, self._sharded._tables_attribute))
 
     @property

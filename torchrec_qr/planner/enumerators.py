@@ -16,6 +16,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ROW_SPLIT, RowCode, block_rows
+from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.planner.costs import Cost
 from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.storage import DENSE, FUSED
@@ -196,7 +197,11 @@ class Enumerator:
         return True
 
     def _kernels(self, table: PlannedTable, sharding_type: str) -> list[str]:
-        offered = table.sharder.compute_kernels(sharding_type, self._topology.compute_device)
+        device, sharder = self._topology.compute_device, table.sharder
+        if isinstance(sharder, CompositionalSharder):
+            offered = sharder.compute_kernels_of(table.config is not None, sharding_type, device)
+        else:
+            offered = sharder.compute_kernels(sharding_type, device)
         required = table.constraints.compute_kernels if table.constraints else None
         if required:
             left = [k for k in offered if k in required]
