@@ -1,5 +1,6 @@
 """Estimates of time and bytes: TorchRec's for plain tables, and for a compositional table of one large partition."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ def options_of(config: Any, is_weighted: bool = False, device: str = "h100") -> 
 
 def stock_options(config: Any, is_weighted: bool = False) -> dict[str, ShardingOption]:
     made = planner(16, 8)
-    constraints = {config.name: CONSTRAINTS}
+    # Without kernels of host memory, of which our planner takes none by itself.
+    constraints = {config.name: replace(CONSTRAINTS, compute_kernels=["fused", "dense"])}
     enumerator = EmbeddingEnumerator(made._topology, batch_size=8192, constraints=constraints)
     found = enumerator.enumerate(collection([config], is_weighted), sharders())
     return {o.sharding_type: o for o in found}

@@ -198,11 +198,12 @@ class Enumerator:
 
     def _kernels(self, table: PlannedTable, sharding_type: str) -> list[str]:
         device, sharder = self._topology.compute_device, table.sharder
+        required = table.constraints.compute_kernels if table.constraints else None
         if isinstance(sharder, CompositionalSharder):
-            offered = sharder.compute_kernels_of(table.config is not None, sharding_type, device)
+            # Put a plain table of ours into host memory only if constraints require it, because `--fit` compresses it.
+            offered = sharder.compute_kernels_of(table.config is not None or not required, sharding_type, device)
         else:
             offered = sharder.compute_kernels(sharding_type, device)
-        required = table.constraints.compute_kernels if table.constraints else None
         if required:
             left = [k for k in offered if k in required]
         else:
