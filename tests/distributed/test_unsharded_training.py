@@ -47,6 +47,11 @@ def without_sharders(rank: int, world_size: int) -> None:
         else:
             with pytest.raises(RuntimeError, match=f"table '{configs[0].name}.*Adagrad is .*: each of 2 ranks.*{PASS}"):
                 replicated(batch)
+        # A collection of each rank alone trains, such as one to compare a sharded one with.
+        alone = model_of(configs, "cpu")
+        before = [p.detach().clone() for p in alone.parameters()]
+        alone(batch).sum().backward()
+        assert not any(map(torch.equal, before, alone.parameters()))
         # Without an optimizer in backward, replicas are as TorchRec's.
         unattached = DistributedModelParallel(model_of(configs, "meta", attached=False), device=CPU)
         unattached(batch).sum().backward()

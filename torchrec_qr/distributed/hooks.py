@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_kernel import BaseEmbedding
@@ -119,6 +120,7 @@ HOOKS = (
     Hook(OptimizerWrapper, used=("_optimizer",)),
     Hook(in_backward_optimizer_filter, used=("_in_backward_optimizers",)),
     Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
+    Hook(DistributedDataParallel, defined=("_get_active_ddp_module",)),
     Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",), used=("_process_group",)),
     Hook(dist.ProcessGroup, defined=("_device_types",)),
     # launch/ changes the time-outs of process groups.

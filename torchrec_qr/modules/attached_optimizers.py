@@ -7,8 +7,8 @@ parameter that leaves the meta device makes room for another one, which has no o
 
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 _ALLOWED = (
     "allowed: sharders=torchrec_qr.distributed.get_default_sharders() of DistributedModelParallel, or sharder= of "
@@ -39,16 +39,20 @@ def refuse_lost_optimizer(table: str, weight: nn.Parameter, on_meta: nn.Paramete
         )
 
 
-def refuse_training_unsharded(parameters: Iterator[tuple[str, nn.Parameter, nn.Parameter | None]]) -> None:
-    """Refuses to train tables with an optimizer on several ranks that each hold all rows.
+def refuse_replicas(
+    parameters: Iterator[tuple[str, nn.Parameter, nn.Parameter | None]], replicated: DistributedDataParallel | None
+) -> None:
+    """Refuses to train tables with an optimizer that several ranks hold whole, and those that have lost it.
 
     Args:
         parameters (Iterator[tuple[str, nn.Parameter, nn.Parameter | None]]): arguments of `refuse_lost_optimizer`.
+        replicated (DistributedDataParallel | None): the wrapper of the model, if there is one. A collection without one
+            is that of a process alone, such as beside a sharded one to compare with.
 
     Raises:
-        RuntimeError: a parameter has an optimizer, and there are several ranks; or it has lost one.
+        RuntimeError: a parameter has an optimizer, and is replicated on several ranks; or it has lost its optimizer.
     """
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    world_size = 1 if replicated is None else replicated.process_group.size()
     for table, weight, on_meta in parameters:
         refuse_lost_optimizer(table, weight, on_meta)
         if world_size > 1 and (attached := optimizer_names(weight)):

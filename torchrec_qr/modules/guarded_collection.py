@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.fused_embedding_modules import fuse_embedding_optimizer
 from torchrec.quant.embedding_modules import _get_device, quantize_state_dict
 
 from torchrec_qr.configs import is_compositional
-from torchrec_qr.modules.attached_optimizers import refuse_training_unsharded
+from torchrec_qr.modules.attached_optimizers import refuse_replicas
 from torchrec_qr.modules.table import stored_parameters
 
 # The code of the function in ``fuse_embedding_optimizer`` that replaces TorchRec's own collections by fused ones.
@@ -21,23 +22,26 @@ _QUANTISING = [quantize_state_dict.__code__, _get_device.__code__]
 
 
 class GuardedCollection(nn.Module):
-    """A mixin that refuses functions of TorchRec which know its own classes alone, and to train unsharded on ranks.
+    """A mixin that refuses functions of TorchRec which know its own classes alone, and to train replicas of ranks.
 
     TorchRec has no seam for that, so the two methods that these functions call look at their caller. Other callers get
     what ``nn.Module`` returns. `torchrec_qr.modules.attached_optimizers` has the rule of training.
     """
 
-    _may_train = False
+    # Whether a call in training was within DDP, for calls that were allowed.
+    _checked: tuple[bool, ...] = ()
 
     def embedding_configs(self) -> Any:
         """Returns the configs of the tables."""
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Check at the first call in training alone, because later ones would take time for it.
-        if not self._may_train and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            refuse_training_unsharded(stored_parameters(self))
-            self._may_train = True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            replicated = DistributedDataParallel._get_active_ddp_module()
+            # Check once alone and once within DDP, which may wrap a model after its first call.
+            if (replicated is not None) not in self._checked:
+                refuse_replicas(stored_parameters(self), replicated)
+                self._checked = (*self._checked, replicated is not None)
         return super().__call__(*args, **kwargs)
 
     def named_children(self) -> Any:
