@@ -262,3 +262,16 @@ def test_the_library_holds_no_path_and_needs_torch_alone() -> None:
     text = operators_library().read_bytes()
     assert b"/include/torch" not in text
     assert b"libgomp" not in text
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("width", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rows_of_any_width_and_number_are_dequantised(rows: int, width: int, bits: int) -> None:
+    """Scale and bias may lie at an odd address, and the last value of 4 bits may have a byte for itself."""
+    whole = 16 // bits  # FBGEMM writes pairs of bytes
+    values = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(torch.randn(rows, 4 * whole), bits)
+    end = -(-width * bits // 8)
+    expected = torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(values, bits)[:, :width]
+    stored = torch.cat([values[:, :end], values[:, -4:]], dim=1)
+    torch.testing.assert_close(dequantised_rows(stored, width, bits), expected, rtol=1e-6, atol=1e-6)

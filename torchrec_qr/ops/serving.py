@@ -80,7 +80,9 @@ def served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
             # Rows of a plain table are its ids.
             modulus = t.num_ids if t.layout.operation == "plain" else partition.modulus
             numbers += [ROW_TYPES[row_type], partition.width, partition.divisor, modulus]
-    return torch.tensor(numbers, dtype=torch.int64), "\n".join("\t".join([t.name, *t.features]) for t in tables)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu"), "\n".join(
+        "\t".join([t.name, *t.features]) for t in tables
+    )
 
 
 _LIBRARY = torch.library.Library("torchrec_qr_serving", "FRAGMENT")

@@ -27,11 +27,12 @@ def dequantised_rows(rows: Tensor, width: int, bits: int) -> Tensor:
         >>> dequantised_rows(row.unsqueeze(0), width=4, bits=8)
         tensor([[ -1.0000,  -0.5000,   0.0000, 126.5000]])
     """
-    end = width * bits // 8
+    end = -(-width * bits // 8)
     values = rows[:, :end]
     if bits == 4:
-        values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)
-    affine = rows[:, end : end + 4].contiguous().view(torch.float16).float()
+        values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)[:, :width]
+    # Copy the four bytes, because those of one row may begin at an odd address.
+    affine = rows[:, end : end + 4].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
     return values.float() * affine[:, :1] + affine[:, 1:]
 
 
