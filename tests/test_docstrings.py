@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 # Users import from these.
 PUBLIC = {
-    *("torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.inference"),
+    *("torchrec_qr", "torchrec_qr.distributed", "torchrec_qr.planner", "torchrec_qr.inference", "torchrec_qr.quant"),
     "torchrec_qr.cli.schema",
 }
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("configs",),
     ("init", "fingerprint"),
     ("ops",),
-    ("modules",),
+    ("modules", "quant"),
     ("distributed",),
     ("planner",),
     ("inference",),

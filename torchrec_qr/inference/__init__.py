@@ -1,4 +1,4 @@
-"""From a trained collection to scores, to full rows, to TorchRec's own collections, and from checkpoints of others."""
+"""From a trained collection to scores, to full or quantised rows, to TorchRec's own, and from checkpoints of others."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from torchrec_qr.inference.full_rows import materialize, materialized_blocks
     from torchrec_qr.inference.item_scores import TopItems, score_all, top_items
     from torchrec_qr.inference.plain_collection import to_plain
+    from torchrec_qr.inference.quantised_model import quantize_embeddings
 
 __all__ = [
     "TopItems",
     "load_dlrm_checkpoint",
     "materialize",
     "materialized_blocks",
+    "quantize_embeddings",
     "score_all",
     "to_plain",
     "top_items",
@@ -25,6 +27,7 @@ _MODULES = {
     "load_dlrm_checkpoint": "dlrm_checkpoint",
     "materialize": "full_rows",
     "materialized_blocks": "full_rows",
+    "quantize_embeddings": "quantised_model",
     "score_all": "item_scores",
     "to_plain": "plain_collection",
     "top_items": "item_scores",

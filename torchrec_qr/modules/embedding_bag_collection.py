@@ -15,6 +15,9 @@ from torchrec_qr.modules.collection_lookup import PooledLookup
 from torchrec_qr.modules.guarded_collection import GuardedCollection
 from torchrec_qr.modules.table import PlainEmbeddingBag, build_tables, device_of, init_tables
 from torchrec_qr.modules.tables_as_values import PooledValues, pooled_values, served_tables
+from torchrec_qr.quant import QuantCompositionalEmbeddingBagCollection
+from torchrec_qr.quant.qconfig import Qconfig
+from torchrec_qr.quant.torchrec_entries import register_quantised
 
 
 class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollectionInterface):
@@ -72,6 +75,7 @@ class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollect
         (['user', 'country'], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
 
+    qconfig = Qconfig()
     __jit_unused_properties__: ClassVar[list[str]] = ["device"]
     _in_graph: PooledValues
 
@@ -146,3 +150,6 @@ class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollect
     def device(self) -> torch.device:
         """The device of the parameters."""
         return device_of(self)
+
+
+register_quantised(CompositionalEmbeddingBagCollection, QuantCompositionalEmbeddingBagCollection)

@@ -15,6 +15,9 @@ from torchrec_qr.modules.collection_lookup import SequenceLookup
 from torchrec_qr.modules.guarded_collection import GuardedCollection
 from torchrec_qr.modules.table import PlainEmbedding, build_tables, device_of, init_tables
 from torchrec_qr.modules.tables_as_values import SequenceValues, sequence_values, served_tables
+from torchrec_qr.quant import QuantCompositionalEmbeddingCollection
+from torchrec_qr.quant.qconfig import Qconfig
+from torchrec_qr.quant.torchrec_entries import register_quantised
 
 
 class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInterface):
@@ -65,6 +68,7 @@ class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInt
         tensor([2, 1])
     """
 
+    qconfig = Qconfig()
     __jit_unused_properties__: ClassVar[list[str]] = ["device"]
     _in_graph: SequenceValues
 
@@ -178,3 +182,6 @@ class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInt
     def device(self) -> torch.device:
         """The device of the parameters."""
         return device_of(self)
+
+
+register_quantised(CompositionalEmbeddingCollection, QuantCompositionalEmbeddingCollection)

@@ -1,0 +1,6 @@
+"""The quantised twins of the collections in `torchrec_qr.modules`, as ``torchrec.quant`` has those of TorchRec."""
+
+from torchrec_qr.quant.quant_bag_collection import QuantCompositionalEmbeddingBagCollection
+from torchrec_qr.quant.quant_collection import QuantCompositionalEmbeddingCollection
+
+__all__ = ["QuantCompositionalEmbeddingBagCollection", "QuantCompositionalEmbeddingCollection"]

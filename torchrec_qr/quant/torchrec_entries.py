@@ -1,0 +1,92 @@
+"""The entries of our collections where TorchRec's own quantisation looks: ``torchrec.inference.modules``.
+
+- ``quantize_inference_model`` looks the name of a class up in ``DEFAULT_QUANT_MAPPING``.
+- ``quantize_embeddings`` has a mapping of its own, and takes more by arguments. Their defaults are None; they become
+  the entries of our collections, because a caller of the function names none.
+- A feature-processed collection is quantised by a class of TorchRec's, whatever it has inside. Its ``from_float``, and
+  those of TorchRec's other quantised collections, return ours for a collection of ours.
+"""
+
+import copy
+import inspect
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.quant import embedding_modules as theirs
+
+try:
+    from torchrec.inference import modules as inference
+
+    _MAPPING = inference.DEFAULT_QUANT_MAPPING
+    _QUANTISED_BY_THEM = (
+        theirs.EmbeddingBagCollection,
+        theirs.EmbeddingCollection,
+        theirs.FeatureProcessedEmbeddingBagCollection,
+    )
+    _PARAMETERS = inspect.signature(inference.quantize_embeddings).parameters
+    _KEYS_OF_CALL, _MAPPING_OF_CALL = (
+        _PARAMETERS[name].name for name in ("additional_qconfig_spec_keys", "additional_mapping")
+    )
+except (AttributeError, KeyError) as error:
+    raise ImportError(
+        f"this version of TorchRec has no {error} in its quantisation, by which it would leave compositional tables "
+        "as floats; `torchrec-qr doctor` names the versions that are tested"
+    ) from error
+
+_OURS: dict[type[nn.Module], Any] = {}
+_KEYS: list[type[nn.Module]] = []
+
+
+def quantised_class(module: nn.Module) -> Any:
+    """Returns the class of the quantised twin of a float collection of ours, or None for another module."""
+    return _OURS.get(type(module))
+
+
+def register_quantised(collection: type[nn.Module], quantised: Any) -> None:
+    """Makes TorchRec's quantisation take a collection of ours.
+
+    Args:
+        collection (type[nn.Module]): the float class.
+        quantised (Any): its quantised twin.
+    """
+    if not _OURS:
+        _take_entries_of_calls()
+        for own in _QUANTISED_BY_THEM:
+            _return_ours(own)
+    _OURS[collection] = quantised
+    _KEYS.append(collection)
+    _MAPPING[torch.typename(collection)] = quantised
+
+
+def _take_entries_of_calls() -> None:
+    """Makes our entries the defaults of ``quantize_embeddings``, also for who has imported the function before."""
+    function: Any = inference.quantize_embeddings
+    with_defaults = [p.name for p in _PARAMETERS.values() if p.default is not p.empty]
+    ours = {_KEYS_OF_CALL: _KEYS, _MAPPING_OF_CALL: _OURS}
+    function.__defaults__ = tuple(
+        ours.get(name, default) for name, default in zip(with_defaults, function.__defaults__, strict=True)
+    )
+
+
+def _return_ours(own: Any) -> None:
+    """Makes ``from_float`` of a class of TorchRec's return our twin of a collection of ours."""
+    original = own.from_float.__func__
+
+    @wraps(original)
+    def from_float(cls: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if twin := quantised_class(module):
+            return twin.from_float(module)
+        if isinstance(module, FeatureProcessedEmbeddingBagCollection):
+            inner = module._embedding_bag_collection
+            if twin := quantised_class(inner):
+                vars(inner)["qconfig"] = module.qconfig
+                processed = copy.deepcopy(module, {id(inner): twin.from_float(inner)})
+                for float_module in (inner, processed):
+                    vars(float_module).pop("qconfig", None)
+                return processed
+        return original(cls, module, *args, **kwargs)
+
+    own.from_float = classmethod(from_float)
