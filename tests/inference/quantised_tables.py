@@ -1,4 +1,4 @@
-"""Collections of all kinds of tables with their quantised twins, and the error that the scales of rows allow."""
+"""Collections and models of all kinds of tables, and the error that the scales of quantised rows allow."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from cases import randomize
 from kinds import kind_of
 from single_tables import collection_of, table_of
 from small_collections import OPERATIONS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.ao.quantization import PlaceholderObserver
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType, QuantConfig
+from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 S = 100
 # The operators have these; PyTorch looks up `PYTORCH_TABLES`.
@@ -24,6 +26,9 @@ SERVED = {
     "hash": (kind_of("hash", 1).partitions, OPERATIONS["add"]),
     "explicit_mult": (kind_of("explicit", 2).partitions, OPERATIONS["mult"]),
 }
+
+
+PLAIN = {"plain": SERVED["plain"]}
 
 
 def tables(pooled: bool, kinds: dict[str, Any] = SERVED, dim: int = 16) -> list[Any]:
@@ -102,3 +107,34 @@ def embedding_errors(config: Any, rows: list[Tensor], weights: list[Tensor], sto
 
 
 DTYPES = {torch.qint8: DataType.INT8, torch.quint4x2: DataType.INT4}
+
+
+class MixedModel(nn.Module):
+    """A collection of each of four kinds, below a module of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = nn.ModuleDict({"pooled": float_collection(True), "sequences": float_collection(False)})
+        self.theirs_pooled = EmbeddingBagCollection(tables=tables(True, kinds=PLAIN))
+        self.theirs_sequences = EmbeddingCollection(tables=tables(False, kinds=PLAIN))
+        self.dropout = nn.Dropout()
+        randomize(self, seed=0)
+
+    def collections(self) -> list[nn.Module]:
+        return [*self.ours.values(), self.theirs_pooled, self.theirs_sequences]
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        return self.dropout(torch.cat([values_of(collection(features)) for collection in self.collections()]))
+
+
+def processed(inner: Any, as_dict: bool) -> FeatureProcessedEmbeddingBagCollection:
+    names = [name for config in inner.embedding_bag_configs() for name in config.feature_names]
+    weights = PositionWeightedModuleCollection(max_feature_lengths=dict.fromkeys(names, 5))
+    for position, weight in enumerate(weights.position_weights.values()):
+        weight.data.copy_(torch.arange(1.0, 6) + position)
+    if not as_dict:
+        return FeatureProcessedEmbeddingBagCollection(inner, weights)
+    modules = {name: PositionWeightedModule(max_feature_length=5) for name in names}
+    for name, module in modules.items():
+        module.position_weight.data.copy_(weights.position_weights[name])
+    return FeatureProcessedEmbeddingBagCollection(inner, modules)

@@ -7,39 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torchrec.fx
-from cases import randomize
-from quantised_tables import SERVED, features_of, float_collection, qconfig, tables, values_of
+from quantised_tables import PLAIN, MixedModel, features_of, float_collection, processed, qconfig, tables, values_of
 from small_collections import pooled_or_not
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.inference import modules as inference
-from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
-from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.quant import embedding_modules as theirs
 
 from torchrec_qr.inference import quantize_embeddings
 from torchrec_qr.quant import QuantCompositionalEmbeddingBagCollection, QuantCompositionalEmbeddingCollection
-
-PLAIN = {"plain": SERVED["plain"]}
-
-
-class Model(nn.Module):
-    """A collection of each of four kinds, below a module of the user's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ours = nn.ModuleDict({"pooled": float_collection(True), "sequences": float_collection(False)})
-        self.theirs_pooled = EmbeddingBagCollection(tables=tables(True, kinds=PLAIN))
-        self.theirs_sequences = EmbeddingCollection(tables=tables(False, kinds=PLAIN))
-        self.dropout = nn.Dropout()
-        randomize(self, seed=0)
-
-    def collections(self) -> list[nn.Module]:
-        return [*self.ours.values(), self.theirs_pooled, self.theirs_sequences]
-
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        return self.dropout(torch.cat([values_of(collection(features)) for collection in self.collections()]))
-
 
 CLASSES = [
     QuantCompositionalEmbeddingBagCollection,
@@ -51,7 +27,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_all_collections_of_a_model_are_quantised(inplace: bool) -> None:
-    model = Model()
+    model = MixedModel()
     features = features_of(model.ours["pooled"])
     expected = model.eval()(features)
     model.train()
@@ -96,19 +72,6 @@ def test_models_that_cannot_be_quantised_are_refused() -> None:
         quantize_embeddings(nn.ModuleDict({"x": Derived(tables=tables(True, kinds=PLAIN))}), torch.qint8)
 
 
-def processed(inner: Any, as_dict: bool) -> FeatureProcessedEmbeddingBagCollection:
-    names = [name for config in inner.embedding_bag_configs() for name in config.feature_names]
-    weights = PositionWeightedModuleCollection(max_feature_lengths=dict.fromkeys(names, 5))
-    for position, weight in enumerate(weights.position_weights.values()):
-        weight.data.copy_(torch.arange(1.0, 6) + position)
-    if not as_dict:
-        return FeatureProcessedEmbeddingBagCollection(inner, weights)
-    modules = {name: PositionWeightedModule(max_feature_length=5) for name in names}
-    for name, module in modules.items():
-        module.position_weight.data.copy_(weights.position_weights[name])
-    return FeatureProcessedEmbeddingBagCollection(inner, modules)
-
-
 @pytest.mark.parametrize("quantise", ["ours", "ours, in place", "quantize_inference_model", "quantize_embeddings"])
 @pytest.mark.parametrize("as_dict", [False, True], ids=["collection", "dict"])
 def test_a_collection_within_feature_processors_is_quantised(as_dict: bool, quantise: str) -> None:
@@ -136,7 +99,7 @@ def test_feature_processors_around_torchrecs_own_collection_become_its_own() -> 
 
 
 def test_torchrecs_inference_model_quantises_ours_with_types_per_table() -> None:
-    model = Model().eval()
+    model = MixedModel().eval()
     features = features_of(model.ours["pooled"])
     ours = quantize_embeddings(model, torch.qint8, per_table_weight_dtype={"hash": torch.quint4x2})
     expected = ours(features)
@@ -147,7 +110,7 @@ def test_torchrecs_inference_model_quantises_ours_with_types_per_table() -> None
 
 
 def test_torchrecs_quantize_embeddings_takes_ours_without_arguments() -> None:
-    model = Model().eval()
+    model = MixedModel().eval()
     features = features_of(model.ours["pooled"])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*stays as floats")

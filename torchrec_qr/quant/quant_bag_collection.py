@@ -62,6 +62,9 @@ class QuantCompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface, 
         {'embedding_bags.t_user.partition_0.weight': (3, 8), 'embedding_bags.t_user.partition_1.weight': (2, 8)}
     """
 
+    # Whether a batch may be on another device, as that of a copy on one of several devices.
+    batches_move: bool = False
+
     def __init__(
         self,
         tables: list[EmbeddingBagConfig],
@@ -86,6 +89,11 @@ class QuantCompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface, 
         Returns:
             KeyedTensor: (B, ΣD) of ``output_dtype``.
         """
+        if self.batches_move:
+            return self._looked_up(features.to(self.device)).to(features.device())
+        return self._looked_up(features)
+
+    def _looked_up(self, features: KeyedJaggedTensor) -> KeyedTensor:
         outputs = [group(features, self.embedding_bags, self._is_weighted) for group in self._groups]
         values = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self._output_dtype != torch.float32:

@@ -57,6 +57,9 @@ class QuantCompositionalEmbeddingCollection(EmbeddingCollectionInterface, Module
                 [20., 20., 20., 20.]])
     """
 
+    # Whether a batch may be on another device, as that of a copy on one of several devices.
+    batches_move: bool = False
+
     def __init__(
         self,
         tables: list[EmbeddingConfig],
@@ -93,6 +96,12 @@ class QuantCompositionalEmbeddingCollection(EmbeddingCollectionInterface, Module
         Returns:
             dict[str, JaggedTensor]: (N, D) of ``output_dtype`` for each feature.
         """
+        if self.batches_move:
+            found = self._looked_up(features.to(self.device))
+            return {of.name: found[of.name].to(features.device()) for of in self._outputs}
+        return self._looked_up(features)
+
+    def _looked_up(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         found = self._by_operators(features) if self._served else {}
         if len(self._served) == len(self._outputs) and self._output_dtype == torch.float32:
             return found

@@ -3,6 +3,7 @@
 - ``quantize_inference_model`` looks the name of a class up in ``DEFAULT_QUANT_MAPPING``.
 - ``quantize_embeddings`` has a mapping of its own, and takes more by arguments. Their defaults are None; they become
   the entries of our collections, because a caller of the function names none.
+- ``shard_quant_model`` dispatches on the classes of ``DEFAULT_SHARDERS``.
 - A feature-processed collection is quantised by a class of TorchRec's, whatever it has inside. Its ``from_float``, and
   those of TorchRec's other quantised collections, return ours for a collection of ours.
 """
@@ -10,17 +11,21 @@
 import copy
 import inspect
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.quant import embedding_modules as theirs
 
+from torchrec_qr.quant.quant_bag_collection import QuantCompositionalEmbeddingBagCollection
+from torchrec_qr.quant.quant_collection import QuantCompositionalEmbeddingCollection
+from torchrec_qr.quant.quant_sharder import QuantCompositionalSharder
+
 try:
     from torchrec.inference import modules as inference
 
-    _MAPPING = inference.DEFAULT_QUANT_MAPPING
+    _MAPPING, _SHARDERS = inference.DEFAULT_QUANT_MAPPING, inference.DEFAULT_SHARDERS
     _QUANTISED_BY_THEM = (
         theirs.EmbeddingBagCollection,
         theirs.EmbeddingCollection,
@@ -35,6 +40,9 @@ except (AttributeError, KeyError) as error:
         f"this version of TorchRec has no {error} in its quantisation, by which it would leave compositional tables "
         "as floats; `torchrec-qr doctor` names the versions that are tested"
     ) from error
+
+for _quantised in (QuantCompositionalEmbeddingBagCollection, QuantCompositionalEmbeddingCollection):
+    _SHARDERS.append(cast(Any, QuantCompositionalSharder(_quantised)))
 
 _OURS: dict[type[nn.Module], Any] = {}
 _KEYS: list[type[nn.Module]] = []
