@@ -58,7 +58,8 @@ def serving() -> list[Extension]:
             # in its messages.
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000ULL")],
             include_dirs=[str(home / "include")],
-            extra_compile_args=[*COMPILE_ARGS, f"-ffile-prefix-map={home / 'include'}=."],
+            # Products and sums are rounded one by one, so that all instruction sets give the same bits.
+            extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off", f"-ffile-prefix-map={home / 'include'}=."],
             # The process has loaded PyTorch by then, so that no path to it is stored.
             extra_link_args=[f"-L{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"],
             optional=True,

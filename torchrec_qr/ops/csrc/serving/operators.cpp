@@ -12,12 +12,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "output_memory.h"
 #include "serve.h"
 #include "stored_rows.h"
 
@@ -90,7 +91,10 @@ struct Tables {
         return text;
     }
 
-    [[noreturn]] void raise(const qr::Failure& failure, int64_t table, int64_t feature) const {
+    // `feature` counts those of all tables.
+    [[noreturn]] void raise(const qr::Failure& failure, int64_t feature) const {
+        int64_t table = 0;
+        while (feature >= num_features[table]) feature -= num_features[table++];
         if (failure.code == qr::kIdOutOfRange) {
             refuse(label(table, feature), ": id ", failure.value, " is outside [0, ", tables[table].rows.num_ids,
                    "); out_of_range may be 'error' (as here), 'clamp', 'wrap' or 'unchecked'");
@@ -173,7 +177,6 @@ private:
         served.policy = static_cast<int32_t>(policy);
         served.dim = dim;
         served.mean = mean != 0;
-        served.width_of_registers = qr::served_register_width(served);
         num_features.push_back(own_features);
         features += own_features;
         columns += own_features * dim;
@@ -199,15 +202,48 @@ int32_t type_of_integers(const Tensor& t, const char* name) {
     return t.scalar_type() == ScalarType::Int ? qr::kInt32 : qr::kInt64;
 }
 
+// (bags + 1,): the first id of each bag of each feature, and the number of ids.
+std::vector<int64_t> offsets_of(const Tensor& lengths, int32_t type, int64_t num_ids) {
+    const void* data = lengths.const_data_ptr();
+    const int64_t count = lengths.numel();
+    std::vector<int64_t> offsets(count + 1);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t length = qr::integer_at(data, type, i);
+        if (length < 0 || length > num_ids) refuse("lengths: ", length, "; allowed: 0 to ", num_ids);
+        offsets[i + 1] = offsets[i] + length;
+    }
+    if (offsets.back() != num_ids) refuse("lengths: their sum is ", offsets.back(), "; allowed: ", num_ids);
+    return offsets;
+}
+
 Tensor new_output(int64_t rows, int64_t columns) {
-    return torch::stable::empty({rows, columns}, ScalarType::Float, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(float));
+    if (bytes < qr::kRecycledFrom) return torch::stable::empty({rows, columns}, ScalarType::Float, std::nullopt, cpu);
+    return torch::stable::from_blob(qr::OutputMemory::take(bytes), {rows, columns}, {columns, 1}, cpu, ScalarType::Float,
+                                    &qr::OutputMemory::give_back);
+}
+
+// The best instruction set that the machine has and the environment allows.
+int32_t chosen_isa() {
+    static const int32_t isa = [] {
+        const char* given = std::getenv("TORCHREC_QR_CPU_KERNELS");
+        const std::string choice = given ? given : "auto";
+        if (choice == "baseline") return qr::usable_isa(qr::kBaseline);
+        if (choice == "avx2") return qr::usable_isa(qr::kAvx2);
+        if (choice != "avx512" && choice != "auto") {
+            refuse("environment variable TORCHREC_QR_CPU_KERNELS='", choice,
+                   "'; allowed in a process that has loaded the operators: auto, baseline, avx2, avx512");
+        }
+        return qr::best_isa();
+    }();
+    return isa;
 }
 
 // Looks all tasks up, and returns the number of the first that failed, or -1. Nothing may be thrown in a thread.
 int64_t serve_all(const std::vector<qr::ServedTask>& tasks, int64_t num_ids, qr::Failure& failure) {
     const int64_t count = static_cast<int64_t>(tasks.size());
-    const int32_t isa = qr::best_isa();
+    const int32_t isa = chosen_isa();
     std::vector<qr::Failure> failures(count);
     const int64_t grain = std::max<int64_t>(1, count * kIdsPerThread / std::max<int64_t>(num_ids, 1));
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -249,16 +285,9 @@ Tensor pooled(std::vector<Tensor> weights, std::vector<Tensor> class_maps, const
     for (int64_t f : features) {
         if (f < 0 || f >= in_batch) refuse("features: ", f, "; allowed: at least 0 and below ", in_batch);
     }
-    std::vector<int64_t> offsets(lengths.numel() + 1);
-    for (int64_t i = 0; i < lengths.numel(); ++i) {
-        const int64_t length = qr::integer_at(lengths.const_data_ptr(), length_type, i);
-        if (length < 0 || length > ids.numel()) refuse("lengths: ", length, "; allowed: 0 to ", ids.numel());
-        offsets[i + 1] = offsets[i] + length;
-    }
-    if (offsets.back() != ids.numel()) refuse("lengths: their sum is ", offsets.back(), "; allowed: ", ids.numel());
+    const std::vector<int64_t> offsets = offsets_of(lengths, length_type, ids.numel());
 
     std::vector<qr::ServedTask> tasks;
-    std::vector<std::pair<int64_t, int64_t>> labels;
     float* values = out.mutable_data_ptr<float>();
     const int64_t step = std::clamp<int64_t>(kServedBlockBytes / (4 * columns), 64, 1024);
     for (int64_t b = 0; b < bags; b += step) {
@@ -268,14 +297,13 @@ Tensor pooled(std::vector<Tensor> weights, std::vector<Tensor> class_maps, const
                 const int64_t first = features[feature] * bags + b;
                 tasks.push_back({&given.tables[t], ids.const_data_ptr(), id_type, weights_of_ids, offsets.data(), first,
                                  first + std::min(step, bags - b), values + b * columns + column, columns});
-                labels.emplace_back(t, f);
                 column += given.tables[t].dim;
             }
         }
     }
     qr::Failure failure{};
     const int64_t failed = serve_all(tasks, ids.numel(), failure);
-    if (failed >= 0) given.raise(failure, labels[failed].first, labels[failed].second);
+    if (failed >= 0) given.raise(failure, failed % given.features);
     return out;
 }
 
@@ -295,7 +323,7 @@ Tensor composed(std::vector<Tensor> weights, std::vector<Tensor> class_maps, con
                          std::min(i + kIdsPerThread, n), values + i * columns, columns});
     }
     qr::Failure failure{};
-    if (serve_all(tasks, n, failure) >= 0) given.raise(failure, 0, 0);
+    if (serve_all(tasks, n, failure) >= 0) given.raise(failure, 0);
     return out;
 }
 

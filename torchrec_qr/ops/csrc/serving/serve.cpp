@@ -5,9 +5,9 @@
 namespace qr {
 namespace {
 
-// How many ids ahead rows are fetched into the cache, and the ring that holds where they lie.
+// So many ids have their rows fetched into the cache while those before them are pooled. A ring holds where both lie.
 constexpr int kServedAhead = 16;
-constexpr int kServedRing = 32;
+constexpr int kServedRing = 2 * kServedAhead;
 
 // The id that is looked up in place of one outside of [0, S).
 QR_INLINE int64_t bounded(const ServedTable& t, int64_t id) {
@@ -17,23 +17,37 @@ QR_INLINE int64_t bounded(const ServedTable& t, int64_t id) {
     return id;
 }
 
-template <int K>
 struct ServedRowsAhead {
-    const void* row[kServedRing][kMaxPartitions];
+    const char* row[kServedRing][kMaxPartitions];
     int64_t next, end;
 
+    // Finds the rows of the ids from `position` on, as far as the ring holds them.
     QR_INLINE bool reach(const ServedTask& task, int64_t position, Failure& failure) {
+        while (__builtin_expect(next <= position + kServedAhead && next < end, 0)) {
+            if (!find_some(task, failure)) return false;
+        }
+        return true;
+    }
+    QR_INLINE bool find_some(const ServedTask& task, Failure& failure) {
+        switch (task.table->rows.num_partitions) {
+            case 1: return find<1>(task, failure);
+            case 2: return find<2>(task, failure);
+            case 3: return find<3>(task, failure);
+            default: return find<4>(task, failure);
+        }
+    }
+    template <int K>
+    QR_INLINE bool find(const ServedTask& task, Failure& failure) {
         const ServedTable& t = *task.table;
-        const int k = K > 0 ? K : t.rows.num_partitions;
-        const int64_t until = position + kServedAhead < end ? position + kServedAhead : end;
+        const int64_t until = next + kServedAhead < end ? next + kServedAhead : end;
         for (; next < until; ++next) {
-            int64_t rows[kMaxPartitions];
+            int64_t rows[K];
             const int64_t id = bounded(t, integer_at(task.ids, task.id_type, next));
             if (__builtin_expect(!t.rows.find<K>(id, rows, failure), 0)) {
                 failure.position = next;
                 return false;
             }
-            for (int j = 0; j < k; ++j) {
+            for (int j = 0; j < K; ++j) {
                 const PartitionRows& p = t.rows.partition[j];
                 const char* address = p.weight + rows[j] * p.row_bytes;
                 if (p.prefetched) prefetch(address, p.row_bytes);
@@ -44,124 +58,126 @@ struct ServedRowsAhead {
     }
 };
 
-template <typename V, int TYPE, int W>
-struct Reader {
-    const uint8_t* row;
-    Affine affine;
-
-    QR_INLINE explicit Reader(const void* stored) : row(static_cast<const uint8_t*>(stored)), affine{1.0f, 0.0f} {
-        if (TYPE == kInt8Rows) affine = affine_at(row + W);
-    }
-    QR_INLINE V at(int v) const {
-        if (TYPE == kFloat32) return load<V>(reinterpret_cast<const float*>(row) + v * kLanes<V>);
-        return widened_bytes<V>(row + v * kLanes<V>) * affine.scale + affine.bias;
-    }
+// Some columns of a table's output, composed of partitions [first, last).
+struct Columns {
+    int first, last;
+    int64_t column;  // of rows of these partitions
+    float* out;
 };
 
-template <typename V, int TYPE, int W, int OP, int K>
-QR_INLINE void compose_served(const void* const* row, V* e) {
-    constexpr int NV = W / kLanes<V>;
-    const Reader<V, TYPE, W> first(row[0]);
-    for (int v = 0; v < NV; ++v) e[v] = first.at(v);
-    for (int j = 1; j < K; ++j) {
-        const Reader<V, TYPE, W> other(row[j]);
-        for (int v = 0; v < NV; ++v) e[v] = OP == kMult ? e[v] * other.at(v) : e[v] + other.at(v);
+template <typename V, int NV, int TYPE>
+QR_INLINE void read_stored(const char* row, const PartitionRows& p, int64_t column, V* e) {
+    const StoredRow<V, TYPE> values(row, p.width);
+    for (int v = 0; v < NV; ++v) e[v] = values.at(column + v * kLanes<V>);
+}
+
+template <typename V, int NV>
+QR_INLINE void read_columns(const char* row, const PartitionRows& p, int64_t column, V* e) {
+    switch (p.weight_type) {
+        case kFloat32: return read_stored<V, NV, kFloat32>(row, p, column, e);
+        case kFloat16: return read_stored<V, NV, kFloat16>(row, p, column, e);
+        case kBFloat16: return read_stored<V, NV, kBFloat16>(row, p, column, e);
+        case kInt8Rows: return read_stored<V, NV, kInt8Rows>(row, p, column, e);
+        default: return read_stored<V, NV, kInt4Rows>(row, p, column, e);
     }
 }
 
-// Writes compose_j( W_j[row_j] ) into `e`.
-QR_INLINE void compose_any(const ServedTable& t, const void* const* row, float* e) {
-    float buffer[kMaxWidth];
-    for (int j = 0; j < t.rows.num_partitions; ++j) {
-        const PartitionRows& p = t.rows.partition[j];
-        const float* values = dequantised(row[j], p.weight_type, p.width, buffer);
-        if (j == 0 || t.operation == kConcat) {
-            for (int64_t d = 0; d < p.width; ++d) e[d] = values[d];
-            if (t.operation == kConcat) e += p.width;
-        } else if (t.operation == kMult) {
-            for (int64_t d = 0; d < p.width; ++d) e[d] *= values[d];
+// e = compose_j( W_j[row_j] )
+template <typename V, int NV>
+QR_INLINE void compose_columns(const ServedTable& t, const char* const* row, const Columns& of, V* e) {
+    const PartitionRows* p = t.rows.partition;
+    read_columns<V, NV>(row[of.first], p[of.first], of.column, e);
+    for (int j = of.first + 1; j < of.last; ++j) {
+        V other[NV];
+        read_columns<V, NV>(row[j], p[j], of.column, other);
+        if (t.operation == kMult) {
+            for (int v = 0; v < NV; ++v) e[v] *= other[v];
         } else {
-            for (int64_t d = 0; d < p.width; ++d) e[d] += values[d];
+            for (int v = 0; v < NV; ++v) e[v] += other[v];
         }
     }
 }
 
-template <typename V, int TYPE, int W, int OP, int K>
-QR_INLINE bool serve_as(const ServedTask& task, Failure& failure) {
-    constexpr int NV = W / kLanes<V>;
+// Ids [begin, end) of a bag, whose rows are all in the ring.
+struct BagPart {
+    int64_t begin, end;
+    bool begins;    // otherwise `out` holds the sum of the ids before
+    float divisor;  // 1: none
+};
+
+template <typename V, int NV>
+QR_INLINE void pool_vectors(const ServedTask& task, const ServedRowsAhead& ahead, const BagPart& bag, const Columns& of) {
+    V sum[NV];
+    for (int v = 0; v < NV; ++v) sum[v] = bag.begins ? V{} : load<V>(of.out + v * kLanes<V>);
+    for (int64_t n = bag.begin; n < bag.end; ++n) {
+        V e[NV];
+        compose_columns<V, NV>(*task.table, ahead.row[n % kServedRing], of, e);
+        if (task.id_weights) {
+            for (int v = 0; v < NV; ++v) sum[v] += e[v] * task.id_weights[n];
+        } else {
+            for (int v = 0; v < NV; ++v) sum[v] += e[v];
+        }
+    }
+    if (bag.divisor != 1.0f) {
+        for (int v = 0; v < NV; ++v) sum[v] /= bag.divisor;
+    }
+    for (int v = 0; v < NV; ++v) store(of.out + v * kLanes<V>, sum[v]);
+}
+
+// One column, for widths that are no multiple of any vector.
+QR_INLINE void pool_one(const ServedTask& task, const ServedRowsAhead& ahead, const BagPart& bag, const Columns& of) {
+    float sum = bag.begins ? 0.0f : *of.out;
+    for (int64_t n = bag.begin; n < bag.end; ++n) {
+        float e = 0.0f;
+        for (int j = of.first; j < of.last; ++j) {
+            const PartitionRows& p = task.table->rows.partition[j];
+            const float value = stored_value(ahead.row[n % kServedRing][j], p.weight_type, p.width, of.column);
+            e = j == of.first ? value : task.table->operation == kMult ? e * value : e + value;
+        }
+        sum += task.id_weights ? e * task.id_weights[n] : e;
+    }
+    *of.out = bag.divisor != 1.0f ? sum / bag.divisor : sum;
+}
+
+// No more than four vectors at a time: with those that they are composed of, they fit the registers of all sets.
+template <typename V>
+QR_INLINE void pool_width(const ServedTask& task, const ServedRowsAhead& ahead, const BagPart& bag, Columns of,
+                          int64_t width) {
+    for (int64_t taken; width > 0; width -= taken, of.column += taken, of.out += taken) {
+        const int64_t vectors = width / kLanes<V>;
+        taken = (vectors < 4 ? vectors : 4) * kLanes<V>;
+        if (vectors >= 4) {
+            pool_vectors<V, 4>(task, ahead, bag, of);
+        } else if (vectors == 3) {
+            pool_vectors<V, 3>(task, ahead, bag, of);
+        } else if (vectors == 2) {
+            pool_vectors<V, 2>(task, ahead, bag, of);
+        } else if (vectors == 1) {
+            pool_vectors<V, 1>(task, ahead, bag, of);
+        } else if (kLanes<V> > 8 && width >= 8) {
+            pool_vectors<Vector8, 1>(task, ahead, bag, of);
+            taken = 8;
+        } else if (kLanes<V> > 4 && width >= 4) {
+            pool_vectors<Vector4, 1>(task, ahead, bag, of);
+            taken = 4;
+        } else {
+            pool_one(task, ahead, bag, of);
+            taken = 1;
+        }
+    }
+}
+
+template <typename V>
+QR_INLINE void pool_part(const ServedTask& task, const ServedRowsAhead& ahead, const BagPart& bag, float* out) {
     const ServedTable& t = *task.table;
-    float* out = task.out;
-    ServedRowsAhead<K> ahead;
-    float e_in_memory[W > 0 ? 1 : kMaxWidth * kMaxPartitions];
-    if (!task.offsets) {
-        ahead.next = task.first;
-        ahead.end = task.last;
-        for (int64_t n = task.first; n < task.last; ++n, out += task.out_stride) {
-            if (!ahead.reach(task, n, failure)) return false;
-            const void* const* row = ahead.row[n % kServedRing];
-            if constexpr (W > 0) {
-                V e[NV];
-                compose_served<V, TYPE, W, OP, K>(row, e);
-                for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, e[v]);
-            } else {
-                compose_any(t, row, out);
-            }
-        }
-        return true;
+    if (t.operation != kConcat) {
+        pool_width<V>(task, ahead, bag, {0, t.rows.num_partitions, 0, out}, t.dim);
+        return;
     }
-    int64_t n = task.offsets[task.first];
-    ahead.next = n;
-    ahead.end = task.offsets[task.last];
-    for (int64_t b = task.first; b < task.last; ++b, out += task.out_stride) {
-        const int64_t begin = n, end = task.offsets[b + 1];
-        const float divisor = t.mean && end - begin > 1 ? static_cast<float>(end - begin) : 1.0f;
-        if constexpr (W > 0) {
-            V sum[NV];
-            for (int v = 0; v < NV; ++v) sum[v] = V{};
-            for (; n < end; ++n) {
-                if (!ahead.reach(task, n, failure)) return false;
-                V e[NV];
-                compose_served<V, TYPE, W, OP, K>(ahead.row[n % kServedRing], e);
-                if (task.id_weights) {
-                    for (int v = 0; v < NV; ++v) sum[v] += e[v] * task.id_weights[n];
-                } else {
-                    for (int v = 0; v < NV; ++v) sum[v] += e[v];
-                }
-            }
-            if (divisor != 1.0f) {
-                for (int v = 0; v < NV; ++v) sum[v] /= divisor;
-            }
-            for (int v = 0; v < NV; ++v) store(out + v * kLanes<V>, sum[v]);
-        } else {
-            for (int64_t d = 0; d < t.dim; ++d) out[d] = 0.0f;
-            for (; n < end; ++n) {
-                if (!ahead.reach(task, n, failure)) return false;
-                compose_any(t, ahead.row[n % kServedRing], e_in_memory);
-                const float s = task.id_weights ? task.id_weights[n] : 1.0f;
-                for (int64_t d = 0; d < t.dim; ++d) out[d] += e_in_memory[d] * s;
-            }
-            if (divisor != 1.0f) {
-                for (int64_t d = 0; d < t.dim; ++d) out[d] /= divisor;
-            }
-        }
-    }
-    return true;
-}
-
-template <typename V, int TYPE, int W>
-QR_INLINE bool serve_width(const ServedTask& task, Failure& failure) {
-    if (task.table->rows.num_partitions == 1) return serve_as<V, TYPE, W, kAdd, 1>(task, failure);
-    if (task.table->operation == kMult) return serve_as<V, TYPE, W, kMult, 2>(task, failure);
-    return serve_as<V, TYPE, W, kAdd, 2>(task, failure);
-}
-
-template <typename V, int TYPE>
-QR_INLINE bool serve_type(const ServedTask& task, Failure& failure) {
-    switch (task.table->width_of_registers) {
-        case 16: return serve_width<V, TYPE, 16>(task, failure);
-        case 32: return serve_width<V, TYPE, 32>(task, failure);
-        case 64: return serve_width<V, TYPE, 64>(task, failure);
-        default: return serve_width<V, TYPE, 128>(task, failure);
+    for (int j = 0; j < t.rows.num_partitions; ++j) {
+        const int64_t width = t.rows.partition[j].width;
+        pool_width<V>(task, ahead, bag, {j, j + 1, 0, out}, width);
+        out += width;
     }
 }
 
@@ -173,13 +189,28 @@ struct Call {
 
 template <typename V>
 QR_INLINE void serve_by_body(const Call& call) {
-    if (!call.task.table->width_of_registers) {
-        *call.found = serve_as<V, kFloat32, 0, kAdd, 0>(call.task, call.failure);
-    } else if (call.task.table->rows.partition[0].weight_type == kInt8Rows) {
-        *call.found = serve_type<V, kInt8Rows>(call.task, call.failure);
-    } else {
-        *call.found = serve_type<V, kFloat32>(call.task, call.failure);
+    const ServedTask& task = call.task;
+    const int64_t* offsets = task.offsets;
+    float* out = task.out;
+    int64_t n = offsets ? offsets[task.first] : task.first;
+    ServedRowsAhead ahead;
+    ahead.next = n;
+    ahead.end = offsets ? offsets[task.last] : task.last;
+    for (int64_t b = task.first; b < task.last; ++b, out += task.out_stride) {
+        const int64_t end = offsets ? offsets[b + 1] : b + 1;
+        const float divisor = task.table->mean && end - n > 1 ? static_cast<float>(end - n) : 1.0f;
+        BagPart bag{n, n, true, 1.0f};
+        do {
+            if (!ahead.reach(task, n, call.failure)) return;
+            n = end < n + kServedAhead ? end : n + kServedAhead;
+            bag.end = n;
+            if (n == end) bag.divisor = divisor;
+            pool_part<V>(task, ahead, bag, out);
+            bag.begin = n;
+            bag.begins = false;
+        } while (n < end);
     }
+    *call.found = true;
 }
 QR_VERSIONS(serve_by, (const Call& call), (call))
 
@@ -189,17 +220,6 @@ bool serve(int32_t isa, const ServedTask& task, Failure& failure) {
     bool found = false;
     serve_by(isa, Call{task, failure, &found});
     return found;
-}
-
-int64_t served_register_width(const ServedTable& t) {
-    const int k = t.rows.num_partitions;
-    if (k > 2 || (t.operation == kConcat && k > 1)) return 0;
-    const int32_t type = t.rows.partition[0].weight_type;
-    if (type != kFloat32 && type != kInt8Rows) return 0;
-    for (int j = 1; j < k; ++j) {
-        if (t.rows.partition[j].weight_type != type) return 0;
-    }
-    return t.dim == 16 || t.dim == 32 || t.dim == 64 || t.dim == 128 ? t.dim : 0;
 }
 
 }  // namespace qr

@@ -12,7 +12,7 @@ enum Policy : int32_t { kError = 0, kClamp = 1, kWrap = 2, kUnchecked = 3 };
 struct ServedTable {
     TableRows rows;
     int32_t operation, policy;
-    int64_t dim, width_of_registers;  // 0: the rows take no fast path
+    int64_t dim;
     bool mean;
 };
 
@@ -30,8 +30,5 @@ struct ServedTask {
 
 // Looks a task up. Returns false, with `failure` set, if an id has no row.
 bool serve(int32_t isa, const ServedTask& task, Failure& failure);
-
-// The width that the fast path takes, or 0.
-int64_t served_register_width(const ServedTable& table);
 
 }  // namespace qr
