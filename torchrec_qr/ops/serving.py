@@ -3,8 +3,8 @@
 - ``torchrec_qr_serving::pooled`` pools all features of all tables in one call;
 - ``torchrec_qr_serving::composed`` composes the ids of one feature, without pooling.
 
-C++ has both on a CPU: see ``csrc/serving/operators.cpp``. On other devices, and if the library was not built, PyTorch
-takes their place. They have no gradients.
+C++ has both on a CPU: see ``csrc/serving/operators.cpp``. On other devices, and if the library was not built or is
+switched off as the kernels of training are, PyTorch takes their place. They have no gradients.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,12 @@
 """The shared library of the operators of served models, loaded where it was built."""
 
+import os
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from torchrec_qr.ops.cpu_library import VARIABLE
 
 _PATH = Path(__file__).with_name("_serving.so")
 
@@ -31,8 +34,8 @@ def operators_library() -> Path:
 
 @cache
 def load_operators() -> bool:
-    """Loads the library, once. Returns whether there is one."""
-    if not _PATH.exists():
+    """Loads the library, once, but not under ``TORCHREC_QR_CPU_KERNELS=off``. Returns whether it is loaded."""
+    if not _PATH.exists() or os.environ.get(VARIABLE) == "off":
         return False
     torch.ops.load_library(str(_PATH))
     return True
