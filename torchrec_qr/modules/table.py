@@ -24,7 +24,7 @@ class _Table:
     sharded. torch's own method of a plain table draws N(0, 1).
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["init_fn", "layout"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["init_fn", "layout", "on_meta"]
     init_fn: InitFn | None = None
     # The name of the table or partition, and its parameter if it was built on the meta device. The parameter is in a
     # tuple, because nn.Module would register it.
