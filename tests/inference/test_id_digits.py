@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kinds import COPRIME, RADIX, kind_of
 
 from torchrec_qr import ChineseRemainder, HashPartition, MixedRadix, QuotientRemainder
-from torchrec_qr.inference.id_digits import digits_of, id_grid
+from torchrec_qr.inference.id_digits import Digit, digits_of, id_grid, number_of_lower
 from torchrec_qr.ops.description import TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions import PartitionSpec
@@ -39,12 +39,12 @@ def with_digits() -> st.SearchStrategy[tuple[PartitionSpec, int]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(with_digits(), st.integers(1, 300))
-def test_blocks_have_the_rows_of_their_ids(of: tuple[PartitionSpec, int], most: int) -> None:
+@given(with_digits(), st.integers(0, 3), st.integers(1, 300))
+def test_blocks_have_the_rows_of_their_ids(of: tuple[PartitionSpec, int], num_lower: int, most_rows: int) -> None:
     spec, num_ids = of
     digits = digits_of(layout_of(spec, num_ids), num_ids)
     assert digits is not None
-    grid = id_grid(digits, most)
+    grid = id_grid(digits, min(num_lower, len(digits) - 1), most_rows)
     ids: list[int] = []
     rows: list[dict[int, int]] = []
     for block in grid.blocks():
@@ -57,7 +57,7 @@ def test_blocks_have_the_rows_of_their_ids(of: tuple[PartitionSpec, int], most: 
                     rest, of_lower[digit.partition] = divmod(rest, digit.size)
                 ids.append(len(ids))
                 rows.append(of_upper | {grid.split.partition: row} | of_lower)
-        assert len(ids) - block.first <= max(most, grid.period)
+        assert len(ids) - block.first <= most_rows * grid.period
     expected = spec.bind(num_ids).rows(torch.arange(num_ids))
     assert len(ids) >= num_ids
     assert [[of[j] for j in range(expected.shape[1])] for of in rows[:num_ids]] == expected.tolist()
@@ -76,14 +76,11 @@ def test_rows_that_are_no_digits(spec: PartitionSpec, num_ids: int) -> None:
 
 
 def test_blocks_are_nearly_equal() -> None:
-    for sizes, most, period, num_rows in (
-        (RADIX[3], 60, 30, 2),
-        ([130, 130, 60], 16_384, 130, 65),
-        ([100, 100, 100], 16_384, 10_000, 1),
-        ([250_000, 4], 16_384, 1, 15_625),
-    ):
-        num_ids = math.prod(sizes)
-        digits = digits_of(layout_of(MixedRadix(sizes=sizes), num_ids), num_ids)
-        assert digits is not None
-        grid = id_grid(digits, most)
-        assert (grid.period, grid.num_rows) == (period, num_rows), sizes
+    for size, most_rows, num_rows in ((130, 126, 65), (250_000, 16_384, 15_625), (4, 10, 4), (7, 1, 1)):
+        assert id_grid([Digit(0, size)], 0, most_rows).num_rows == num_rows
+
+
+def test_the_lower_digits_are_those_with_few_combinations() -> None:
+    digits = [Digit(j, size) for j, size in enumerate(RADIX[4])]  # 4, 3, 3, 3
+    for most, most_of_several, count in ((3, 100, 0), (4, 11, 1), (4, 12, 2), (100, 36, 3), (1000, 1000, 3)):
+        assert number_of_lower(digits, most, most_of_several) == count

@@ -1,6 +1,8 @@
 """Scores of all items, and the best items, equal the product with the full rows, which the oracle has."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,14 +146,16 @@ def test_no_users_and_no_gradient() -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operator returns."""
+    """Notes the number of elements of the largest tensor, of one type or of any, that an operator returns."""
 
-    elements = 0
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.elements, self.dtype = 0, dtype
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and self.dtype in (None, tensor.dtype):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
 
@@ -159,23 +163,40 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("operation", ["mult", "add", "concat", "path"])
 @pytest.mark.parametrize("spec", ["strided", "adjacent", "coprime"])
 def test_no_tensor_has_all_scores_or_all_full_rows(spec: str, operation: str) -> None:
-    num_ids, dim, count = 400_000, 32, 24
-    table = sequence_table(
-        SPECS[spec],
-        num_embeddings=num_ids,
-        embedding_dim=dim,
-        operation=operation,
-        path_hidden=1 if operation == "path" else None,
-    )
+    num_ids, dim = 200_000, 32
+    hidden = 1 if operation == "path" else None
+    fields = {"num_embeddings": num_ids, "embedding_dim": dim, "operation": operation, "path_hidden": hidden}
+    table = sequence_table(SPECS[spec], **fields)
     collection = collection_of([table])
-    users = users_of(count, dim)
-    with LargestResult() as largest:
-        best = top_items(collection, "t", users, 7)
     stored = max(weight.numel() for weight in collection.parameters())
-    of_rows = sum(size * count for size in table.bound_partitions.sizes)
-    assert largest.elements <= max(2**21, stored, of_rows) < num_ids * count
-    dense = users @ materialize(collection, "t").T
-    torch.testing.assert_close(best.scores, dense.topk(7).values)
+    full = materialize(collection, "t")
+    for count in (1, 24):
+        users = users_of(count, dim)
+        with LargestResult() as largest:
+            best = top_items(collection, "t", users, 7)
+        of_rows = sum(size * count for size in table.bound_partitions.sizes)
+        most = max(2**21, stored, of_rows)
+        assert largest.elements <= most < num_ids * dim
+        assert count == 1 or most < num_ids * count
+        torch.testing.assert_close(best.scores, (users @ full.T).topk(7).values)
+
+
+@pytest.mark.parametrize("data_type", [DataType.FP16, DataType.BF16])
+@pytest.mark.parametrize("spec", ["strided", "no collisions"])
+def test_no_copy_of_a_table_in_half_precision_is_as_large_as_the_table(spec: str, data_type: DataType) -> None:
+    num_ids, dim = 100_000, 64
+    table = sequence_table(SPECS[spec], num_embeddings=num_ids, embedding_dim=dim, data_type=data_type)
+    collection = collection_of([table])
+    with LargestResult(torch.float32) as largest:
+        best = top_items(collection, "t", users_of(1, dim), 7)
+    assert largest.elements <= 2**20 < num_ids * dim
+    torch.testing.assert_close(best.scores, (users_of(1, dim) @ materialize(collection, "t").T).topk(7).values)
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text()
+    (example,) = re.findall(r"<!-- A test runs this\. -->\n```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "scoring.md", "exec"), {})
 
 
 def test_bad_input_is_named() -> None:

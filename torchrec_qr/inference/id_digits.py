@@ -72,7 +72,7 @@ class IdGrid:
         num_rows (int): the values of ``split`` in a block.
 
     Example:
-        >>> grid = id_grid([Digit(0, 10), Digit(1, 30)], most=200)
+        >>> grid = id_grid([Digit(0, 10), Digit(1, 30)], num_lower=1, most_rows=20)
         >>> grid.period, [(block.first, block.rows) for block in grid.blocks()]
         (10, [(0, slice(0, 15, None)), (150, slice(15, 30, None))])
     """
@@ -97,17 +97,35 @@ class IdGrid:
                 first += (rows.stop - rows.start) * self.period
 
 
-def id_grid(digits: list[Digit], most: int) -> IdGrid:
-    """Returns the grid of the largest blocks that have at most ``most`` ids, all nearly equal.
+def number_of_lower(digits: list[Digit], most: int, most_of_several: int) -> int:
+    """Returns how many digits have few enough combinations, and at least one less than there are.
 
     Args:
         digits (list[Digit]): see `digits_of`.
-        most (int): at least 1.
+        most (int): the most values of the lowest digit.
+        most_of_several (int): the most combinations of several digits.
+
+    Example:
+        >>> number_of_lower([Digit(0, 10), Digit(1, 30), Digit(2, 5)], most=500, most_of_several=300)
+        2
     """
     count = 0
-    while count < len(digits) - 1 and math.prod(digit.size for digit in digits[: count + 1]) <= most:
+    while count < len(digits) - 1:
+        combinations = math.prod(digit.size for digit in digits[: count + 1])
+        if combinations > (most_of_several if count else most):
+            break
         count += 1
-    lower, split, upper = digits[:count], digits[count], digits[:count:-1]
-    fitting = max(1, most // math.prod(digit.size for digit in lower))
-    num_blocks = -(-split.size // fitting)
-    return IdGrid(lower, split, upper, -(-split.size // num_blocks))
+    return count
+
+
+def id_grid(digits: list[Digit], num_lower: int, most_rows: int) -> IdGrid:
+    """Returns the grid of nearly equal blocks, each of at most ``most_rows`` values of the split digit.
+
+    Args:
+        digits (list[Digit]): see `digits_of`.
+        num_lower (int): how many digits are lower ones. The next one is split.
+        most_rows (int): at least 1.
+    """
+    split = digits[num_lower]
+    num_blocks = -(-split.size // most_rows)
+    return IdGrid(digits[:num_lower], split, digits[:num_lower:-1], -(-split.size // num_blocks))

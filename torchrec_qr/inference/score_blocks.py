@@ -3,6 +3,7 @@
 Legend: u (B, D) are the user vectors, and e(x) = compose_j( W_j[p_j(x)] ) is the full row of id x.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import cast
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_qr.inference.full_rows import Collection, materialized_blocks, tables_of
-from torchrec_qr.inference.id_digits import IdGrid, digits_of, id_grid
+from torchrec_qr.inference.id_digits import Digit, IdGrid, digits_of, id_grid, number_of_lower
 from torchrec_qr.modules.table import Table
 from torchrec_qr.ops.memory import empty
 
@@ -59,9 +60,9 @@ def score_blocks(
     # Take the only partition for a product, because a sum begins with the scores of all rows, which may be S.
     is_single, is_sum = len(layout.partitions) == 1, layout.operation in ("add", "concat")
     if digits is not None and (is_single or layout.operation == "mult"):
-        blocks = _products_on_grid(own, users, id_grid(digits, of_rows), place)
+        blocks = _products_on_grid(own, users, _grid_of_products(own, digits, count, at_once), place)
     elif digits is not None and is_sum:
-        blocks = _sums_on_grid(own, users, id_grid(digits, of_scores), place)
+        blocks = _sums_on_grid(own, users, _grid_of_sums(digits, of_scores), place)
     elif is_single or is_sum:
         blocks = _sums(own, users, num_ids, of_scores)
     else:
@@ -77,6 +78,28 @@ def score_blocks(
                 target.copy_(scores.contiguous())
             scores = target
         yield first, scores
+
+
+def _grid_of_sums(digits: list[Digit], most: int) -> IdGrid:
+    num_lower = number_of_lower(digits, most, most)
+    return id_grid(digits, num_lower, most // math.prod(digit.size for digit in digits[:num_lower]))
+
+
+def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: int) -> IdGrid:
+    """Returns a grid of which neither scores nor copies of rows in fp32 exceed ``at_once`` by much."""
+    dim = table.layout.dim
+    of_scores, of_rows = at_once // count, at_once // max(count, dim)
+    # Rows in fp32 are no copies, unless rows of several digits are multiplied.
+    are_copied = any(weight.dtype != torch.float32 for weight in table.weights())
+    num_lower = number_of_lower(digits, of_rows if are_copied else of_scores, of_rows)
+    period = math.prod(digit.size for digit in digits[:num_lower])
+    if not num_lower:
+        most_rows = of_rows if are_copied else of_scores
+    elif period < count:
+        most_rows = of_rows // period
+    else:
+        most_rows = min(of_scores // period, at_once // (count * dim))
+    return id_grid(digits, num_lower, max(1, most_rows))
 
 
 def _sums_on_grid(table: Table, users: Tensor, grid: IdGrid, place: Place) -> Iterator[ScoreBlock]:
