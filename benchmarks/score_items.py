@@ -1,7 +1,7 @@
 """Scores of all items from compositional tables against the dense product: ``python -m benchmarks.score_items``.
 
 The dense product is ``u @ E.T`` of the S × D full rows, which a server without compositional tables has in memory. It
-is also timed into memory that it was given, and with ``torch.topk``. All take turns in one run, and each result is
+is also timed into memory that is given, and with ``torch.topk``. All take turns in one run, and each result is
 compared with the dense one before anything is timed. One thread is timed by its processor time, which other work on the
 machine lengthens less than the time that passes.
 """
@@ -58,12 +58,11 @@ def main() -> None:
                 own = measure(operation, options.items, options.dim, users, options.k, options.runs)
                 rows += [{"threads": threads, **row} for row in own]
     for row in rows:
-        print(
-            f"{row['threads']} threads, B={row['users']:<3} {row['operation']:7} {row['partitions']:14} all scores "
-            f"{row['all_ms']:7.1f} ms, {row['all_ratio']:4.2f} {row['all_spread']} of dense; top {row['k']} "
-            f"{row['top_ms']:7.1f} ms, {row['top_ratio']:4.2f} {row['top_spread']}; dense {row['dense_ms']:.1f}, into "
-            f"given memory {row['dense_into_ms']:.1f}, with top-k {row['dense_top_ms']:.1f}"
+        figures = ", ".join(
+            f"{label} {row[f'{what}_ms']:.1f} ms, {row[f'{what}_ratio']:.2f} {row[f'{what}_spread']} of dense"
+            for what, label in (("all", "all scores"), ("into", "into given memory"), ("top", f"top {row['k']}"))
         )
+        print(f"{row['threads']} threads, B={row['users']:<3} {row['operation']:7} {row['partitions']:14} {figures}")
     if options.json:
         options.json.write_text(json.dumps({**about(), "rows": rows}, indent=1) + "\n")
 
@@ -85,6 +84,7 @@ def measure(operation: str, items: int, dim: int, users: int, k: int, runs: int)
         "dense_top": lambda: (vectors @ full.T).topk(k),
     }
     for name, collection in collections.items():
+        functions[f"into {name}"] = lambda own=collection: score_all(own, "t", vectors, out=out)  # type: ignore[misc]
         functions[f"all {name}"] = lambda own=collection: score_all(own, "t", vectors)  # type: ignore[misc]
         functions[f"top {name}"] = lambda own=collection: top_items(own, "t", vectors, k)  # type: ignore[misc]
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -114,7 +114,7 @@ def measure(operation: str, items: int, dim: int, users: int, k: int, runs: int)
         row["clock"] = clock.__name__
         row |= {f"{of}_ms": round(statistics.median(times[of]), 2) for of in ("dense", "dense_into", "dense_top")}
         row["stored_mib"] = round(sum(p.nbytes for p in collection.parameters()) / 2**20, 2)
-        for what, dense in (("all", "dense"), ("top", "dense_top")):
+        for what, dense in (("all", "dense"), ("into", "dense_into"), ("top", "dense_top")):
             own = times[f"{what} {name}"]
             ratios = [a / b for a, b in zip(own, times[dense], strict=True)]
             row[f"{what}_ms"] = round(statistics.median(own), 2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torchrec_qr.inference.best_scores import BestScores
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from([1, 2, 5, 63, 64, 65, 130, 1000]), min_size=1, max_size=5),
     st.sampled_from([0, 1, 4]),

@@ -38,7 +38,7 @@ def with_digits() -> st.SearchStrategy[tuple[PartitionSpec, int]]:
     return st.one_of(sizes.flatmap(radix), st.integers(1, 200).flatmap(remainder))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(with_digits(), st.integers(0, 3), st.integers(1, 300))
 def test_blocks_have_the_rows_of_their_ids(of: tuple[PartitionSpec, int], num_lower: int, most_rows: int) -> None:
     spec, num_ids = of

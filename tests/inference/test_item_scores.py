@@ -52,7 +52,7 @@ def all_scores(collection: Any, users: Tensor, num_ids: int, at_once: int) -> Te
     return torch.cat([scores for _, scores in blocks], dim=1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(configs(), st.booleans(), st.sampled_from([0, 1, 3, 40]), st.sampled_from([1, 60, 700, 5000, 10**6]))
 def test_scores_are_those_of_the_full_rows(given_table: Any, pooled: bool, count: int, at_once: int) -> None:
     bag, kind = given_table
@@ -107,6 +107,9 @@ def test_equal_scores_are_in_the_order_of_ids(spec: str, operation: str) -> None
         users = users_of_integers(count, rows.shape[1])
         dense = users @ rows.T
         assert torch.equal(score_all(collection, "t", users), dense)
+        out = torch.full_like(dense, torch.nan)
+        assert score_all(collection, "t", users, out=out) is out
+        assert torch.equal(out, dense)
         best = top_items(collection, "t", users, k)
         values, ids = best_of(dense, k)
         assert torch.equal(best.scores, values)
@@ -207,6 +210,9 @@ def test_bad_input_is_named() -> None:
             ValueError, match=rf"table 't': k={k}; allowed: an integer from 1 to {S}, the number of ids"
         ):
             top_items(collection, "t", users, k)  # type: ignore[arg-type]
+    for out in (torch.empty(2, 5), torch.empty(2, S).double(), torch.empty(S, 2).T, torch.empty(2, S, device="meta")):
+        with pytest.raises(ValueError, match=rf"'t': out is .*; allowed: contiguous \(2, {S}\), torch.float32, on"):
+            score_all(collection, "t", users, out=out)
     for function in (score_all, lambda *given: top_items(*given, 3)):
         with pytest.raises(ValueError, match="table 'u' is not in the collection; allowed: t"):
             function(collection, "u", users)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torchrec_qr.inference.best_scores import BestScores
 from torchrec_qr.inference.full_rows import Collection, tables_of
 from torchrec_qr.inference.score_blocks import score_blocks
-from torchrec_qr.ops.memory import empty
 
 
 class TopItems(NamedTuple):
@@ -30,7 +29,7 @@ class TopItems(NamedTuple):
 
 
 @torch.no_grad()
-def score_all(collection: Collection, table: str, user_vectors: Tensor) -> Tensor:
+def score_all(collection: Collection, table: str, user_vectors: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns the scores of all S items of a table, without the S × D table of their embeddings.
 
     scores[b, x] = u_b · e(x), with e(x) = compose_j( W_j[p_j(x)] ). Sums of rows are scored by K products (B × |P_j|),
@@ -44,13 +43,14 @@ def score_all(collection: Collection, table: str, user_vectors: Tensor) -> Tenso
             `CompositionalEmbeddingCollection`.
         table (str): the name of the items' table, plain or compositional.
         user_vectors (Tensor): u, (B, D) floats on the collection's device. They are taken as fp32.
+        out (Tensor | None): (B, S) fp32, contiguous memory for the result. New memory costs its first writing.
 
     Returns:
         Tensor: (B, S) fp32, without a gradient. `top_items` does not hold so many.
 
     Raises:
-        ValueError: the collection has no such table or is on the meta device, or the user vectors are not (B, D) or are
-            on another device.
+        ValueError: the collection has no such table or is on the meta device, the user vectors are not (B, D) or are on
+            another device, or ``out`` is no such memory.
         TypeError: the collection is none of ours or is sharded, or the user vectors are no floats.
 
     Example:
@@ -67,7 +67,14 @@ def score_all(collection: Collection, table: str, user_vectors: Tensor) -> Tenso
                 [ 2.,  4.,  6., 20., 40., 60.]])
     """
     num_ids, users = _checked(collection, table, user_vectors)
-    out = empty((len(users), num_ids), torch.float32, users.device)
+    shape = (len(users), num_ids)
+    if out is None:
+        out = torch.empty(shape, device=users.device)
+    elif (out.shape, out.dtype, out.device) != (shape, torch.float32, users.device) or not out.is_contiguous():
+        raise ValueError(
+            f"table {table!r}: out is {tuple(out.shape)}, {out.dtype}, on {out.device}; allowed: contiguous {shape}, "
+            f"torch.float32, on {users.device}"
+        )
     for _ in score_blocks(collection, table, users, num_ids, into=out):
         pass
     return out

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torchrec_qr.inference.full_rows import Collection, materialized_blocks, tables_of
 from torchrec_qr.inference.id_digits import Digit, IdGrid, digits_of, id_grid, number_of_lower
 from torchrec_qr.modules.table import Table
-from torchrec_qr.ops.memory import empty
 
 # So many scores at a time, because 4 MiB stay in a processor's cache.
 _AT_ONCE = 1 << 20
@@ -111,12 +110,14 @@ def _sums_on_grid(table: Table, users: Tensor, grid: IdGrid, place: Place) -> It
         of_digit = scores[digit.partition][:, : digit.size]
         lower = of_digit if lower is None else _outer_sum(of_digit, lower)
     for block in grid.blocks():
+        fixed = [scores[digit.partition][:, row, None] for digit, row in zip(grid.upper, block.upper, strict=True)]
         upper = scores[grid.split.partition][:, block.rows]
-        for digit, row in zip(grid.upper, block.upper, strict=True):
-            upper = upper + scores[digit.partition][:, row, None]
-        if lower is not None:
-            upper = _outer_sum(upper, lower, place(block.first, upper.shape[1] * lower.shape[1]))
-        yield block.first, upper
+        if lower is None:
+            out = place(block.first, upper.shape[1])
+            yield block.first, torch.add(upper, sum(fixed[1:], start=fixed[0]), out=out)
+        else:
+            out = place(block.first, upper.shape[1] * lower.shape[1])
+            yield block.first, _outer_sum(sum(fixed, start=upper), lower, out)
 
 
 def _outer_sum(upper: Tensor, lower: Tensor, out: Tensor | None = None) -> Tensor:
@@ -148,7 +149,7 @@ def _scores_of_rows(table: Table, users: Tensor, by_user: bool) -> list[Tensor]:
     found = []
     for weight, own in zip(weights, columns, strict=True):
         shape = (len(users), len(weight)) if by_user else (len(weight), len(users))
-        out = empty(shape, torch.float32, users.device)
+        out = torch.empty(shape, device=users.device)
         found.append(out if by_user else out.T)
         step = max(1, _AT_ONCE // weight.shape[1])
         for rows, scores in zip(weight.split(step), found[-1].split(step, dim=1), strict=True):

@@ -18,12 +18,13 @@ _HUGE_PAGE = 2 << 20
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """``torch.empty``, on Linux and a CPU in huge pages where the system grants them.
+def zeros(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """``torch.zeros``, on Linux and a CPU in huge pages where the system grants them.
 
     Example:
-        >>> empty((2, 2), torch.float32, None).shape
-        torch.Size([2, 2])
+        >>> zeros((2, 2), torch.float32, None)
+        tensor([[0., 0.],
+                [0., 0.]])
     """
     out = torch.empty(shape, dtype=dtype, device=device)
     if _libc is not None and out.device.type == "cpu" and out.nbytes >= 2 * _HUGE_PAGE:
@@ -31,18 +32,7 @@ def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device
         first, last = -(-out.data_ptr() // page) * page, (out.data_ptr() + out.nbytes) // page * page
         # A hint: that the system ignores it changes nothing but the time.
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_HUGEPAGE))
-    return out
-
-
-def zeros(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """``torch.zeros``, in the memory of `empty`.
-
-    Example:
-        >>> zeros((2, 2), torch.float32, None)
-        tensor([[0., 0.],
-                [0., 0.]])
-    """
-    return empty(shape, dtype, device).zero_()
+    return out.zero_()
 
 
 def recycled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
