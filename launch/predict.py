@@ -44,6 +44,9 @@ class Run:
         folder (Path): ``runs/<name>``.
         device (torch.device): of the model.
 
+    Attributes:
+        model (nn.Module): (dense, ids) → logits (B, 1).
+
     Raises:
         DataError: the folder lacks weights or the map, or a file of it is corrupt.
         MeaningError: config, map and weights do not belong together.
@@ -67,6 +70,7 @@ class Run:
         except (RuntimeError, ValueError) as error:
             raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
         # Use the precision of training, because logits must be those of its evaluation.
+        self.model = model
         self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()
         torch.set_float32_matmul_precision("high" if self.job.train.tf32 else "highest")
 

@@ -1,4 +1,4 @@
-"""From a trained collection to scores, to full or quantised rows, to TorchRec's own, and from checkpoints of others."""
+"""From a trained collection to scores, full or quantised rows, packages that serve, and from checkpoints of others."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torchrec_qr.inference.item_scores import TopItems, score_all, top_items
     from torchrec_qr.inference.plain_collection import to_plain
     from torchrec_qr.inference.quantised_model import quantize_embeddings
+    from torchrec_qr.inference.serving_package import write_package
 
 __all__ = [
     "TopItems",
@@ -19,6 +20,7 @@ __all__ = [
     "score_all",
     "to_plain",
     "top_items",
+    "write_package",
 ]
 
 # Give no module the name of a function, because an import of the module replaces the function.
@@ -31,6 +33,7 @@ _MODULES = {
     "score_all": "item_scores",
     "to_plain": "plain_collection",
     "top_items": "item_scores",
+    "write_package": "serving_package",
 }
 
 

@@ -1,0 +1,26 @@
+"""The examples of docs/serving.md run as they stand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+EXPORT = "### A package of AOTInductor"
+
+
+def names_after(section: str) -> dict[str, Any]:
+    """Runs the blocks of a section, and returns the names that they leave."""
+    text = re.split(r"\n##+ ", PAGE.split(section)[1])[0]
+    names: dict[str, Any] = {}
+    for block in re.findall(r"<!-- A test runs this. -->\n```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/serving.md", "exec"), names)
+    return names
+
+
+def test_the_exported_model_computes_what_the_model_does() -> None:
+    names = names_after(EXPORT)
+    served = names["Served"](names["model"], ["user", "country"]).eval()
+    dense, ids, lengths = torch.rand(2, 4), torch.tensor([5, 0, 12]), torch.tensor([[1, 1], [0, 1]])
+    torch.testing.assert_close(names["program"].module()(dense, ids, lengths), served(dense, ids, lengths))
