@@ -294,6 +294,19 @@ def stored_shapes(config: BaseEmbeddingConfig) -> list[PartitionShape]:
     return [PartitionShape(config.num_embeddings, config.embedding_dim, DTYPES[config.data_type])]
 
 
+def stored_bytes(config: BaseEmbeddingConfig) -> int:
+    """Returns the bytes of what a table stores: see `stored_shapes`.
+
+    Args:
+        config (BaseEmbeddingConfig): of a plain or compositional table.
+
+    Example:
+        >>> stored_bytes(EmbeddingBagConfig(num_embeddings=100, embedding_dim=8))
+        3200
+    """
+    return sum(rows * columns * dtype.itemsize for rows, columns, dtype in stored_shapes(config))
+
+
 def check_allowed(config: BaseEmbeddingConfig, field: str, allowed: Sequence[object]) -> None:
     """Checks a field of a plain or compositional table.
 

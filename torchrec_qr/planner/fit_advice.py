@@ -20,6 +20,7 @@ from torchrec_qr.distributed import (
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
 from torchrec_qr.partitions import QuotientRemainder
+from torchrec_qr.partitions.row_limit import within_rows
 from torchrec_qr.planner.enumerators import Enumerator, Option
 from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.hardware import GIB
@@ -180,12 +181,6 @@ class Infeasible:
                 least = bisect_left(range(last), True, lo=nodes + 1, key=fits)
                 return f"more ranks: {least * group} ({least}x{group}), now {nodes * group}"
         return None
-
-
-def within_rows(num_embeddings: int, rows: int) -> QuotientRemainder:
-    """Returns the quotient-remainder partitions of at most ``rows`` rows, or of the fewest possible."""
-    balanced = QuotientRemainder(balanced=True)
-    return QuotientRemainder(rows=rows) if rows >= balanced.bind(num_embeddings).num_rows else balanced
 
 
 def compressed(table: PlannedTable, partitions: QuotientRemainder) -> PlannedTable:

@@ -1,15 +1,11 @@
 """The least compression under which a model fits a cluster."""
 
-import math
-from bisect import bisect_left
-
 import yaml
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import dump, to_spec
 from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map
-from torchrec_qr.partitions import QuotientRemainder
-from torchrec_qr.planner.fit_advice import within_rows
+from torchrec_qr.partitions.row_limit import highest_row_limit, within_rows
 
 
 def fit(sizing: Sizing) -> tuple[int, Sizing]:
@@ -21,22 +17,17 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
     Raises:
         ValueError: the least rows of all tables, ⌈2√S⌉ each, do not fit.
     """
-    largest = max(table.num_embeddings for table in sizing.tables)
-    least = QuotientRemainder(balanced=True).bind(largest).num_rows
+    sizes = [table.num_embeddings for table in sizing.tables]
 
     def limited(rows: int) -> Sizing:
         return sizing.of_tables([_limited(table, rows) for table in sizing.tables])
 
-    if limited(largest).fits():
-        return largest, limited(largest)
-    if not limited(least).fits():
+    rows = highest_row_limit(sizes, lambda rows: limited(rows).fits())
+    if rows is None:
         raise ValueError(
-            f"no compression fits {sizing.spec.topology}: not even with at most {least:,} rows in each table, the "
-            "least that keep the ids of the largest apart; allowed: more ranks, more memory, a smaller batch"
+            f"no compression fits {sizing.spec.topology}: not even with ⌈2√S⌉ rows in each table, the least that keep "
+            "its S ids apart; allowed: more ranks, more memory, a smaller batch"
         )
-    # Search to a thousandth, because the exact number of rows would take as many plans again.
-    steps = [round(least * 1.001**k) for k in range(math.ceil(math.log(largest / least, 1.001)))]
-    rows = steps[bisect_left(steps, True, lo=1, key=lambda rows: not limited(rows).fits()) - 1]
     return rows, limited(rows)
 
 

@@ -11,7 +11,7 @@ from torchrec_qr.cli.schema import ConfigError
 from torchrec_qr.cli.sizing.least_compression import as_yaml, fit
 from torchrec_qr.cli.sizing.plan_report import Totals, as_json, as_text, compared
 from torchrec_qr.cli.sizing.sized_job import VARIANTS, Sizing, Tables, read_sizing
-from torchrec_qr.configs import stored_shapes
+from torchrec_qr.configs import stored_bytes, stored_shapes
 from torchrec_qr.planner import EstimatedPlan
 
 
@@ -121,5 +121,4 @@ def _parameters(tables: Tables) -> int:
 
 
 def _bytes(tables: Tables) -> int:
-    shapes = (shape for table in tables for shape in stored_shapes(table))
-    return sum(rows * columns * dtype.itemsize for rows, columns, dtype in shapes)
+    return sum(stored_bytes(table) for table in tables)

@@ -18,8 +18,8 @@ from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
+from torchrec_qr.partitions.row_limit import within_rows
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, EstimatedPlan, hardware_named
-from torchrec_qr.planner.fit_advice import within_rows
 
 VARIANTS = ("full", "hash", "qr")
 
