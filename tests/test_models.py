@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
+from torchrec.models.dlrm import DLRMTrain
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
+from torchrec_models import DENSE, D, deepfm, dlrm, dlrm_dcn, dlrm_projection
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
 from torchrec_qr import (
@@ -25,7 +26,7 @@ from torchrec_qr import (
     CompositionalEmbeddingBagConfig,
 )
 
-S, D, DENSE, SAMPLES = 100, 8, 3, 64
+S, SAMPLES = 100, 64
 
 
 def kinds() -> dict[str, Kind]:
@@ -95,29 +96,6 @@ class Expanded(EmbeddingBagCollectionInterface):
 
 def row_of_partition(kind: Kind, j: int, x: int) -> tuple[int]:
     return (kind.rows_of(x)[j],)
-
-
-def dlrm(collection: Any) -> nn.Module:
-    return DLRM(collection, DENSE, [16, D], [16, 1])
-
-
-def dlrm_dcn(collection: Any) -> nn.Module:
-    return DLRM_DCN(collection, DENSE, [16, D], [16, 1], dcn_num_layers=2, dcn_low_rank_dim=4)
-
-
-def dlrm_projection(collection: Any) -> nn.Module:
-    return DLRM_Projection(
-        embedding_bag_collection=collection,
-        dense_in_features=DENSE,
-        dense_arch_layer_sizes=[16, D],
-        over_arch_layer_sizes=[16, 1],
-        interaction_branch1_layer_sizes=[16, 2 * D],
-        interaction_branch2_layer_sizes=[16, 2 * D],
-    )
-
-
-def deepfm(collection: Any) -> nn.Module:
-    return SimpleDeepFMNN(DENSE, collection, hidden_layer_size=16, deep_fm_dimension=4)
 
 
 def toy_batch() -> tuple[Tensor, KeyedJaggedTensor, Tensor]:
