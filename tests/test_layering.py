@@ -15,6 +15,7 @@ LAYERS = (
     ("init", "fingerprint"),
     ("ops",),
     ("modules", "quant"),
+    ("compression", "compress"),
     ("distributed",),
     ("planner",),
     ("inference",),

@@ -1,0 +1,1 @@
+"""What `torchrec_qr.compress_` consists of: finding collections, choosing partitions, fitting them, replacing."""
