@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchrec_qr.compress import compress_
     from torchrec_qr.configs import CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
     from torchrec_qr.late_errors import raise_pending
     from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
@@ -31,6 +32,7 @@ __all__ = [
     "HashPartition",
     "MixedRadix",
     "QuotientRemainder",
+    "compress_",
     "raise_pending",
 ]
 
@@ -39,6 +41,7 @@ _MODULES = {
     "CompositionalEmbeddingBagConfig": "configs",
     "CompositionalEmbeddingCollection": "modules.embedding_collection",
     "CompositionalEmbeddingConfig": "configs",
+    "compress_": "compress",
     "raise_pending": "late_errors",
 }
 
