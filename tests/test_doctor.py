@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 
 from torchrec_qr.cli.installed_stack import Stack
 from torchrec_qr.cli.stack_advice import TESTED, TORCHREC_NEEDS, Trio, version_problem
-from torchrec_qr.ops import cpu_library
+from torchrec_qr.ops import cpu_library, serving_library
+from torchrec_qr.ops.serving_library import load_operators, operators_library
 
 ROOT = Path(__file__).parents[1]
 TORCH = """
@@ -102,7 +103,14 @@ def test_this_environment_fits() -> None:
     assert table["torchrec"] == [metadata.version("torchrec"), "ok"]
     assert table["triton"] == [metadata.version("triton")]
     assert table["torchx"] == [metadata.version("torchx")]
-    assert result.stdout.splitlines()[-1] == f"Lookups on a CPU: {cpu_library.status()}."
+    assert result.stdout.splitlines()[-2:] == [
+        f"Lookups on a CPU: {cpu_library.status()}.",
+        f"Lookups of served models: {serving_library.status()}.",
+    ]
+    if load_operators():
+        assert serving_library.status() == f"the operators of {operators_library()}"
+    else:
+        assert serving_library.status().startswith("PyTorch")
 
 
 def test_nothing_installed(environment: Environment) -> None:
@@ -123,18 +131,19 @@ def test_fitting_stack(environment: Environment) -> None:
         ["fbgemm-gpu-cpu", "1.8.0", "CPU", "ok"],
         ["torchrec", "1.8.0", "ok"],
     ]
-    verdict, lookups = result.stdout.splitlines()[-2:]
+    verdict, lookups, served = result.stdout.splitlines()[-3:]
     assert verdict == "OK: torch 2.13.0, fbgemm-gpu-cpu 1.8.0 and torchrec 1.8.0 fit together (tested)."
     assert re.fullmatch(
         r"Lookups on a CPU: (kernels \((baseline|avx2|avx512)\)|PyTorch, several times slower.*)\.", lookups
     )
+    assert served.startswith("Lookups of served models: PyTorch")  # this torch loads no libraries
 
 
 def test_newer_trio_that_fits_by_its_numbers(environment: Environment) -> None:
     environment.place_stack("2.15.1", "1.10.0", "1.10.2")
     result = environment.doctor()
     assert problems_of(result) == []
-    assert result.stdout.splitlines()[-2].endswith("fit together (by their numbers; this trio is not tested).")
+    assert result.stdout.splitlines()[-3].endswith("fit together (by their numbers; this trio is not tested).")
 
 
 def test_fbgemm_of_another_torch(environment: Environment) -> None:
@@ -363,3 +372,21 @@ def test_command_is_required() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.endswith("the following arguments are required: COMMAND\n")
+
+
+OPERATORS = {"off": "PyTorch (TORCHREC_QR_CPU_KERNELS=off)", "auto": "the operators of"}
+
+
+@pytest.mark.parametrize("setting", OPERATORS)
+def test_the_operators_of_served_models_may_be_off(setting: str) -> None:
+    if not load_operators():
+        pytest.skip("the operators' library was not built")
+    result = subprocess.run(
+        [sys.executable, "-c", "from torchrec_qr.ops.serving_library import status; print(status())"],
+        env={**os.environ, "TORCHREC_QR_CPU_KERNELS": setting},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert result.stdout.startswith(OPERATORS[setting])

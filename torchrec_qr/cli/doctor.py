@@ -32,6 +32,7 @@ def run() -> int:
         OK: torch 2.13.0, fbgemm-gpu 1.8.0 and torchrec 1.8.0 fit together (tested).
         Lookups on a GPU: Triton's kernels, whose driver is compiled by /usr/bin/gcc.
         Lookups on a CPU: kernels (avx512).
+        Lookups of served models: the operators of /venv/lib/python3.12/site-packages/torchrec_qr/ops/_serving.so.
         0
     """
     stack = Stack.installed()
@@ -52,7 +53,8 @@ def run() -> int:
     print(f"OK: {described(stack)} fit together ({how}).")
     if on_gpu:
         print(f"Lookups on a GPU: {on_gpu}.")
-    print(f"Lookups on a CPU: {_lookup_on_cpu()}.")
+    print(f"Lookups on a CPU: {_status_of('cpu_library')}.")
+    print(f"Lookups of served models: {_status_of('serving_library')}.")
     return 0
 
 
@@ -63,13 +65,13 @@ def _lookup_on_gpu() -> str:
     return f"Triton's kernels, whose driver is compiled by {c_compiler()}"
 
 
-def _lookup_on_cpu() -> str:
-    """Returns what looks tables up on a CPU: the kernels and their instruction set, or PyTorch and why.
+def _status_of(library: str) -> str:
+    """Returns what looks tables up on a CPU: a library of ``torchrec_qr.ops``, or PyTorch and why.
 
-    A process of its own answers, after the import of torch, because the library takes torch's OpenMP.
+    A process of its own answers, after the import of torch, because the libraries take symbols of torch's.
     """
     asked = subprocess.run(
-        [sys.executable, "-c", "import torch; from torchrec_qr.ops import cpu_library; print(cpu_library.status())"],
+        [sys.executable, "-c", f"import torch; from torchrec_qr.ops import {library}; print({library}.status())"],
         capture_output=True,
         text=True,
         timeout=MOST_SECONDS,
@@ -77,7 +79,7 @@ def _lookup_on_cpu() -> str:
     )
     lines = asked.stdout.splitlines()
     if asked.returncode or not lines:
-        return f"PyTorch: loading the kernels ended with {way_of_ending(asked.returncode)}"
+        return f"PyTorch: loading the library ended with {way_of_ending(asked.returncode)}"
     return lines[-1]
 
 

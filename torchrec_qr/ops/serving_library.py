@@ -39,3 +39,18 @@ def load_operators() -> bool:
         return False
     torch.ops.load_library(str(_PATH))
     return True
+
+
+def status() -> str:
+    """Returns, in a few words, what looks the tables of served models up on a CPU: the library, or PyTorch and why.
+
+    Example:
+        >>> status()  # doctest: +SKIP
+        'the operators of /usr/lib/python3.11/site-packages/torchrec_qr/ops/_serving.so'
+    """
+    if not _PATH.exists():
+        return f"PyTorch, and exported models cannot be loaded: {_PATH.name} was not built"
+    try:
+        return f"the operators of {_PATH}" if load_operators() else f"PyTorch ({VARIABLE}=off)"
+    except OSError as error:
+        return f"PyTorch, and exported models cannot be loaded: {error}"
