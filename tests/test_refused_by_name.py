@@ -5,18 +5,23 @@ from typing import Any
 import pytest
 import torch
 from batches import batch
-from single_tables import bag_table, collection_of, plain_table, sequence_table
+from single_tables import bag_table, collection_of, plain_table
 from small_collections import BATCH, collection, partitions_of, pooled_or_not
 from torch import nn
 from torch.ao.quantization import PlaceholderObserver, QConfig
 from torchrec import EmbeddingBagCollection
-from torchrec.modules.feature_processor_ import PositionWeightedModule
-from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, fuse_embedding_optimizer
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    ManagedCollisionCollection,
+    MCHManagedCollisionModule,
+)
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantBags
-from torchrec.quant.embedding_modules import EmbeddingCollection as QuantSequences
-from torchrec.quant.embedding_modules import FeatureProcessedEmbeddingBagCollection as QuantProcessed
+from torchrec.quant.embedding_modules import QuantManagedCollisionEmbeddingBagCollection as QuantManaged
+
+from torchrec_qr.inference import quantize_embeddings
 
 CPU = torch.device("cpu")
 PARTITIONS = partitions_of("strided")
@@ -64,23 +69,34 @@ def with_qconfig(module: nn.Module, dtype: torch.dtype) -> Any:
     return module
 
 
-@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint4x2, torch.float16])
-def test_from_float_of_torchrecs_quantised_collections_is_refused(dtype: torch.dtype) -> None:
+def test_from_float_of_quantised_managed_collisions_is_refused() -> None:
     tables = [plain_table(name="p"), bag_table(PARTITIONS)]
-    bags = collection_of(tables)
-    weighted = collection_of(tables, is_weighted=True)
-    processed = FeatureProcessedEmbeddingBagCollection(
-        weighted, {feature: PositionWeightedModule(5) for feature in ("f", "f_p")}
-    )
-    sequences = collection_of([sequence_table(PARTITIONS)])
-    quantised: list[tuple[Any, Any]] = [(QuantBags, bags), (QuantProcessed, processed), (QuantSequences, sequences)]
-    for cls, module in quantised:
-        match = r"Compositional\w+, tables \['t'\]: from_float .* allowed: torchrec_qr.inference.quantize_embeddings"
-        with pytest.raises(NotImplementedError, match=match):
-            cls.from_float(with_qconfig(module, dtype))
+    module = managed(tables)
+    match = r"CompositionalEmbeddingBagCollection, tables \['t'\]: from_float .* allowed: torchrec_qr.inference.quanti"
+    with pytest.raises(NotImplementedError, match=match):
+        QuantManaged.from_float(with_qconfig(module, torch.qint8))
+    features = batch({"f": [[5], [7, 9]], "f_p": [[1], []]})
+    expected, _ = module.eval()(features)
+    out, _ = quantize_embeddings(module, torch.float32)(features)
+    assert expected.values().any()
+    assert torch.equal(out.values(), expected.values())
 
 
-def test_from_float_takes_plain_tables_alone() -> None:
+def managed(tables: list[Any]) -> ManagedCollisionEmbeddingBagCollection:
+    """A collection behind managed collisions, as TorchRec builds it unsharded."""
+    modules = {
+        table.name: MCHManagedCollisionModule(
+            zch_size=table.num_embeddings,
+            device=CPU,
+            eviction_interval=2,
+            eviction_policy=DistanceLFU_EvictionPolicy(),
+        )
+        for table in tables
+    }
+    return ManagedCollisionEmbeddingBagCollection(collection_of(tables), ManagedCollisionCollection(modules, tables))
+
+
+def test_from_float_of_plain_tables_equals_torchrecs_own() -> None:
     tables = [plain_table(name="p"), plain_table(name="q")]
     ours, theirs = collection_of(tables), EmbeddingBagCollection(tables=tables)
     theirs.load_state_dict(ours.state_dict())
