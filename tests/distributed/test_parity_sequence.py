@@ -16,6 +16,8 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.types import CommOp, EmbeddingModuleShardingPlan
 from varied_runs import possible
 
+from torchrec_qr import CompositionalEmbeddingCollection
+
 SEQUENCE_FACTORS = {
     **{name: values for name, values in FACTORS.items() if name not in ("pooling", "weighted")},
     "sharding": BASIC_SHARDINGS,
@@ -133,8 +135,12 @@ def test_out_of_range_error_names_the_id(index_dedup: bool) -> None:
 
 def indices(rank: int, world_size: int, run: Run) -> list[tuple[str, bool]]:
     """Per output, whether the ids that come with it are those of the unsharded module."""
-    collection, reference = run.collection("meta"), run.initial()
-    collection._need_indices = reference._need_indices = True
+    values = run.initial()
+    collection, reference = (
+        CompositionalEmbeddingCollection(values.embedding_configs(), torch.device(device), need_indices=True)
+        for device in ("meta", "cpu")
+    )
+    reference.load_state_dict(values.state_dict())
     dmp = shard_run(run, collection=collection)
     kjt = run.own_batch(0)
     out, expected = dmp.module.collection(kjt), reference(kjt)

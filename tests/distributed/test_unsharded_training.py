@@ -20,6 +20,8 @@ from torchrec_qr.distributed import get_default_sharders
 
 CPU = torch.device("cpu")
 PASS = r"allowed: sharders=torchrec_qr.distributed.get_default_sharders\(\)"
+# DDP makes a stream for optimizers that are attached when it is called first. A torch for CUDA needs a GPU for that.
+DDP_TAKES_OPTIMIZERS = torch.cuda.is_available() or not torch.backends.cuda.is_built()
 
 
 def model_of(configs: list[Any], device: str, attached: bool = True) -> Model:
@@ -38,15 +40,19 @@ def without_sharders(rank: int, world_size: int) -> None:
     for configs in kinds():
         with pytest.raises(RuntimeError, match=f"table '{configs[0].name}.*Adagrad, which was .* lost on cpu.*{PASS}"):
             DistributedModelParallel(model_of(configs, "meta"), device=CPU)
-        replicated = DistributedModelParallel(model_of(configs, "cpu"), device=CPU)
         batch = batch_of(configs, 0, rank, world_size)
-        with torch.no_grad():
-            assert replicated(batch).numel()
-        if world_size == 1:
-            assert replicated(batch).numel()
-        else:
-            with pytest.raises(RuntimeError, match=f"table '{configs[0].name}.*Adagrad is .*: each of 2 ranks.*{PASS}"):
-                replicated(batch)
+        for early in [True, False] if DDP_TAKES_OPTIMIZERS else [False]:
+            replicated = DistributedModelParallel(model_of(configs, "cpu", attached=early), device=CPU)
+            with torch.no_grad():
+                assert replicated(batch).numel()
+            if not early:
+                apply_optimizer_in_backward(torch.optim.Adagrad, replicated.parameters(), {"lr": 0.5})
+            if world_size == 1:
+                assert replicated(batch).numel()
+            else:
+                match = f"table '{configs[0].name}.*Adagrad is .*: each of 2 ranks.*{PASS}"
+                with pytest.raises(RuntimeError, match=match):
+                    replicated(batch)
         # A collection of each rank alone trains, such as one to compare a sharded one with.
         alone = model_of(configs, "cpu")
         before = [p.detach().clone() for p in alone.parameters()]
