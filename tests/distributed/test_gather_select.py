@@ -18,6 +18,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec_qr import CompositionalEmbeddingCollection
 from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
+BY_SORTING = hasattr(EmbeddingCollection, "set_use_sorted_select")
 PER_SHARDING = "use_gather_select_per_sharding" in inspect.signature(EmbeddingCollection).parameters
 
 
@@ -33,12 +34,15 @@ def test_the_collection_has_torchrecs_options() -> None:
     assert collection.use_sorted_select()
 
 
-def trained(sharding: str, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor], set[str]]:
+def trained(
+    sharding: str, options: dict[str, Any], by_sorting: bool = False
+) -> tuple[list[Tensor], dict[str, Tensor], set[str]]:
     """Outputs and values after two steps, and which of torch's two functions looked embeddings up."""
     compositional = [sequences(name) for name in ("a", "b")]
     plain: Any = EmbeddingConfig(name="plain", feature_names=["f_plain"], num_embeddings=NUM_IDS, embedding_dim=8)
     configs: list[Any] = [*compositional, plain]
     collection = CompositionalEmbeddingCollection(configs, torch.device("meta"), **options)
+    collection.set_use_sorted_select(by_sorting)
     fused = {"optimizer": ADAGRAD, "learning_rate": LR}
     sharder = CompositionalEmbeddingCollectionSharder(fused, use_index_dedup=True)
     generators = placements(compositional, sharding) | {"plain": table_wise(rank=0, compute_kernel="fused")}
@@ -60,6 +64,12 @@ def same(rank: int, world_size: int) -> None:
         options: list[dict[str, Any]] = [{"use_gather_select": True}]
         if PER_SHARDING:
             options.append({"use_gather_select_per_sharding": dict.fromkeys([sharding, "table_wise"], True)})
+        if BY_SORTING:
+            actual, own, used = trained(sharding, {}, by_sorting=True)
+            assert not used & {"GatherBackward0", "IndexSelectBackward0"}
+            assert all(map(torch.equal, actual[:1], expected[:1]))
+            for name, value in values.items():
+                torch.testing.assert_close(own[name], value, rtol=1e-6, atol=1e-6)
         for chosen in options:
             actual, own, used = trained(sharding, chosen)
             assert "GatherBackward0" in used, (sharding, chosen)
