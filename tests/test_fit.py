@@ -206,6 +206,14 @@ def test_the_error_is_that_of_the_stored_rows(operation: Any, data_type: DataTyp
     assert found.weighted_error == pytest.approx(weighted, rel=1e-6)
 
 
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+def test_the_default_device_is_not_that_of_the_fit(operation: Any) -> None:
+    config, full = config_of(SPECS["strided"], operation), torch.randn(S, D)
+    with torch.device("meta"):
+        found = fitted(config, full, FREQUENCIES["zipf"])
+    assert {r.device.type for r in found.rows} == {"cpu"}
+
+
 def test_rows_of_ids_without_frequency_fit_these_ids() -> None:
     """A main class of ids that never occur has their own fit, and no zeros."""
     config, full = config_of(QuotientRemainder(num_collisions=2), "add", num_embeddings=8), torch.randn(8, D)

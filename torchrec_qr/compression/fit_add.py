@@ -54,7 +54,8 @@ def fit_add(table: FullTable) -> list[Tensor]:
 
     def main_of(rows: dict[int, Tensor]) -> Tensor:
         """Returns the mean of the other partitions' sum over the ids of each main class."""
-        return sum((back[i] @ rows[i] for i in others), torch.zeros(())) / totals[bound.main]
+        first, *further = (back[i] @ rows[i] for i in others)
+        return sum(further, first) / totals[bound.main]
 
     def equations(rows: dict[int, Tensor]) -> dict[int, Tensor]:
         mains = main_of(rows)

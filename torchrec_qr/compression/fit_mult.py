@@ -39,7 +39,7 @@ def fit_mult(table: FullTable) -> list[Tensor]:
         [1.0, 2.0, -3.0, -6.0]
     """
     bound, columns = table.bound, table.rows.shape[1]
-    energy = sum((block.energy(block.rows) for block in table.blocks()), torch.zeros(()))
+    energy = float(sum(block.energy(block.rows).sum() for block in table.blocks()))
     means = table.means([slice(0, columns)] * bound.num_partitions)[bound.main]
     if bound.num_partitions == 1:
         return [means]
@@ -47,10 +47,10 @@ def fit_mult(table: FullTable) -> list[Tensor]:
     second, second_explained = _swept(table, _start(table, means, torch.Generator().manual_seed(0)))
     better = second_explained > first_explained
     rows = [torch.where(better, b, a) for a, b in zip(first, second, strict=True)]
-    error = float((energy - torch.where(better, second_explained, first_explained)).sum())
+    error = energy - float(torch.where(better, second_explained, first_explained).sum())
     for _ in range(_MOST_SWEEPS):
         rows, explained = _swept(table, rows)
-        before, error = error, float((energy - explained).sum())
+        before, error = error, energy - float(explained.sum())
         if before - error <= _LEAST_GAIN * before:
             break
     for j in range(bound.num_partitions):
@@ -65,7 +65,7 @@ def fit_mult(table: FullTable) -> list[Tensor]:
 def _start(table: FullTable, means: Tensor, generator: torch.Generator | None) -> list[Tensor]:
     rows = []
     for size in table.bound.sizes:
-        drawn = torch.ones(size, means.shape[1], dtype=torch.float64)
+        drawn = torch.ones(size, means.shape[1], dtype=torch.float64, device="cpu")
         if generator is not None:
             drawn.normal_(generator=generator)
         rows.append(drawn.to(means.device))
@@ -77,7 +77,7 @@ def _start(table: FullTable, means: Tensor, generator: torch.Generator | None) -
 def _swept(table: FullTable, rows: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Returns the rows after a sweep, and the part of Σ w E² that they explain in each column."""
     rows, main = list(rows), table.bound.main
-    explained = torch.zeros(())
+    explained = rows[main].new_zeros(())
     for j in [*(j for j in range(len(rows)) if j != main), main]:
         sums = table.zeros(j, 2 * table.rows.shape[1])
         factors = {i: row.to(_BLOCK_TYPE) for i, row in enumerate(rows) if i != j}

@@ -87,8 +87,7 @@ class FullTable:
         # Multiply by a sparse matrix of weights, because `index_add_` takes ten times as long on a CPU.
         cells = torch.stack([classes, torch.arange(len(classes), device="cpu")])
         weights = torch.ones_like(classes, dtype=out.dtype) if block.weights is None else block.weights
-        shape = (len(out), len(classes))
-        out.addmm_(torch.sparse_coo_tensor(cells, weights, shape, check_invariants=False), values)
+        out.addmm_(_sparse(cells, weights, (len(out), len(classes))), values)
 
     def row_of_each(self, rows: Tensor, j: int, block: Block) -> Tensor:
         """Returns the row of partition j that each id of a block selects, (N, D_j)."""
@@ -140,4 +139,10 @@ class FullTable:
         indices = torch.stack([self.classes(i), self.classes(j)])
         ones = torch.ones(len(self.rows), dtype=torch.float64, device=indices.device)
         weights = ones if self.weights is None else self.weights
-        return torch.sparse_coo_tensor(indices, weights, (rows, columns), check_invariants=False).coalesce()
+        return _sparse(indices, weights, (rows, columns)).coalesce()
+
+
+def _sparse(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    # Turn the checks of indices off, because they are classes, and because torch warns if nothing decides.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        return torch.sparse_coo_tensor(indices, values, shape, device=values.device)
