@@ -66,6 +66,7 @@ def test_rules_that_cannot_hold(given: dict[str, Any], message: str) -> None:
     ("given", "message"),
     [
         ({"partitions": 4}, "partitions=4; allowed: None or a spec"),
+        ({"tables": ["t_user"]}, r"tables=\['t_user'\]; allowed: None or a mapping"),
         ({"tables": {"t_user": 4.0}}, r"tables\['t_user'\]=4.0; allowed: None or a spec"),
         ({"partitions": None, "budget": 1e6}, "budget must be an int, got 1000000.0"),
         ({"min_rows": "7"}, "min_rows must be an int, got '7'"),

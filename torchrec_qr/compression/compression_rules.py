@@ -37,6 +37,8 @@ class CompressionRules:
     fit: bool
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tables, Mapping):
+            raise TypeError(f"{_OWNER}: tables={self.tables!r}; allowed: None or a mapping of names to specs and None")
         if self.operation not in get_args(Operation):
             raise ValueError(f"{_OWNER}: operation={self.operation!r}; allowed: {', '.join(get_args(Operation))}")
         if self.partitions is not None and self.budget is not None:
