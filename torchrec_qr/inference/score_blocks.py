@@ -18,6 +18,8 @@ from torchrec_qr.modules.table import Table
 
 # So many scores at a time, because 4 MiB stay in a processor's cache.
 _AT_ONCE = 1 << 20
+# A product of so many scores takes much longer than the call.
+_WORTH_A_CALL = 1 << 18
 
 ScoreBlock = tuple[int, Tensor]
 Place = Callable[[int, int], Tensor | None]
@@ -59,7 +61,7 @@ def score_blocks(
     # Take the only partition for a product, because a sum begins with the scores of all rows, which may be S.
     is_single, is_sum = len(layout.partitions) == 1, layout.operation in ("add", "concat")
     if digits is not None and (is_single or layout.operation == "mult"):
-        blocks = _products_on_grid(own, users, _grid_of_products(own, digits, count, at_once), place)
+        blocks = _products_on_grid(own, users, _grid_of_products(own, digits, count, at_once, into is not None), place)
     elif digits is not None and is_sum:
         blocks = _sums_on_grid(own, users, _grid_of_sums(digits, of_scores), place)
     elif is_single or is_sum:
@@ -84,7 +86,7 @@ def _grid_of_sums(digits: list[Digit], most: int) -> IdGrid:
     return id_grid(digits, num_lower, most // math.prod(digit.size for digit in digits[:num_lower]))
 
 
-def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: int) -> IdGrid:
+def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: int, is_placed: bool) -> IdGrid:
     """Returns a grid of which neither scores nor copies of rows in fp32 exceed ``at_once`` by much."""
     dim = table.layout.dim
     of_scores, of_rows = at_once // count, at_once // max(count, dim)
@@ -92,10 +94,16 @@ def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: in
     are_copied = any(weight.dtype != torch.float32 for weight in table.weights())
     num_lower = number_of_lower(digits, of_rows if are_copied else of_scores, of_rows)
     period = math.prod(digit.size for digit in digits[:num_lower])
-    if not num_lower:
-        most_rows = of_rows if are_copied else of_scores
+    if not num_lower and not are_copied:
+        # Write all scores of a place by one product, because it needs no other memory.
+        most_rows = digits[0].size if is_placed else of_scores
+    elif not num_lower:
+        most_rows = of_rows
     elif period < count:
         most_rows = of_rows // period
+    elif is_placed and count * period >= _WORTH_A_CALL:
+        # Write the scores of one row by a product of its own, because no copy follows.
+        most_rows = 1
     else:
         most_rows = min(of_scores // period, at_once // (count * dim))
     return id_grid(digits, num_lower, max(1, most_rows))
@@ -173,7 +181,9 @@ def _products_on_grid(table: Table, users: Tensor, grid: IdGrid, place: Place) -
             rows = _outer_product(upper, lower)
             scores = torch.mm(scaled, rows.T, out=place(block.first, len(rows)))
         else:
-            scores = (_outer_product(scaled, upper) @ lower.T).view(len(users), len(upper) * len(lower))
+            out = place(block.first, len(lower)) if len(upper) == 1 else None
+            scores = torch.mm(_outer_product(scaled, upper), lower.T, out=out)
+            scores = scores.view(len(users), len(upper) * len(lower))
         yield block.first, scores
 
 
