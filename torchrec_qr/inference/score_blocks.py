@@ -86,7 +86,7 @@ def _grid_of_sums(digits: list[Digit], most: int) -> IdGrid:
     return id_grid(digits, num_lower, most // math.prod(digit.size for digit in digits[:num_lower]))
 
 
-def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: int, is_placed: bool) -> IdGrid:
+def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: int, has_place: bool) -> IdGrid:
     """Returns a grid of which neither scores nor copies of rows in fp32 exceed ``at_once`` by much."""
     dim = table.layout.dim
     of_scores, of_rows = at_once // count, at_once // max(count, dim)
@@ -96,12 +96,12 @@ def _grid_of_products(table: Table, digits: list[Digit], count: int, at_once: in
     period = math.prod(digit.size for digit in digits[:num_lower])
     if not num_lower and not are_copied:
         # Write all scores of a place by one product, because it needs no other memory.
-        most_rows = digits[0].size if is_placed else of_scores
+        most_rows = digits[0].size if has_place else of_scores
     elif not num_lower:
         most_rows = of_rows
     elif period < count:
         most_rows = of_rows // period
-    elif is_placed and count * period >= _WORTH_A_CALL:
+    elif has_place and count * period >= _WORTH_A_CALL:
         # Write the scores of one row by a product of its own, because no copy follows.
         most_rows = 1
     else:
