@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torchrec.fx
 from quantised_tables import PLAIN, MixedModel, features_of, float_collection, processed, qconfig, tables, values_of
-from small_collections import pooled_or_not
-from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.inference import modules as inference
 from torchrec.quant import embedding_modules as theirs
 
@@ -142,69 +140,3 @@ def test_from_float_of_torchrecs_classes_returns_ours_for_ours(their_class: Any)
     quantised = their_class.from_float(module)
     assert type(quantised) is CLASSES[not pooled]
     del module.qconfig  # warns, because the module itself stays
-
-
-class Pooled(nn.Module):
-    """TorchScript needs the types of a model's input."""
-
-    def __init__(self, sparse: nn.Module) -> None:
-        super().__init__()
-        self.sparse = sparse
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        return self.sparse(features)
-
-
-class Sequences(Pooled):
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        return self.sparse(features)
-
-
-def scripted(module: nn.Module) -> Any:
-    """TorchRec's way to TorchScript."""
-    return torch.jit.script(torch.fx.GraphModule(module, torchrec.fx.Tracer().trace(module)))
-
-
-@pytest.mark.parametrize("output", [torch.float32, torch.float16])
-@pytest.mark.parametrize("is_weighted", [False, True])
-@pooled_or_not
-def test_torchscript_computes_the_same(pooled: bool, is_weighted: bool, output: torch.dtype, tmp_path: Any) -> None:
-    module = quantize_embeddings(float_collection(pooled, pooled and is_weighted), torch.qint8, output_dtype=output)
-    torch.jit.save(scripted((Pooled if pooled else Sequences)(module)), tmp_path / "model.pt")
-    loaded = torch.jit.load(tmp_path / "model.pt")
-    for bags in (1, 6):
-        features = features_of(module, bags=bags)
-        assert torch.equal(values_of(loaded(features)), values_of(module(features)))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pooled_or_not
-def test_exported_programs_compute_the_same(pooled: bool, strict: bool) -> None:
-    module = quantize_embeddings(float_collection(pooled, pooled), torch.qint8)
-
-    class OfTensors(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sparse = module
-
-        def forward(self, values: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
-            out = self.sparse(
-                KeyedJaggedTensor(
-                    keys=keys, values=values, lengths=lengths.view(-1), weights=weights, stride=lengths.shape[1]
-                )
-            )
-            return values_of(out)
-
-    features = features_of(module)
-    keys = features.keys()
-
-    def arguments(features: KeyedJaggedTensor) -> tuple[Tensor, Tensor, Tensor]:
-        return features.values(), features.lengths().view(len(keys), -1), features.weights()
-
-    ids, bags = torch.export.Dim("ids"), torch.export.Dim("bags", min=2)
-    exported = torch.export.export(
-        OfTensors(), arguments(features), dynamic_shapes=({0: ids}, {1: bags}, {0: ids}), strict=strict
-    ).module()
-    for seed, count in ((1, 6), (2, 13)):
-        other = features_of(module, seed, count)
-        assert torch.equal(exported(*arguments(other)), OfTensors()(*arguments(other)))

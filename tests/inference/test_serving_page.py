@@ -8,6 +8,7 @@ import torch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 EXPORT = "### A package of AOTInductor"
+QUANTISED = "## Quantised rows"
 
 
 def names_after(section: str) -> dict[str, Any]:
@@ -24,3 +25,11 @@ def test_the_exported_model_computes_what_the_model_does() -> None:
     served = names["Served"](names["model"], ["user", "country"]).eval()
     dense, ids, lengths = torch.rand(2, 4), torch.tensor([5, 0, 12]), torch.tensor([[1, 1], [0, 1]])
     torch.testing.assert_close(names["program"].module()(dense, ids, lengths), served(dense, ids, lengths))
+
+
+def test_the_quantised_model_computes_nearly_what_the_model_does() -> None:
+    names = names_after(QUANTISED)
+    out, expected = names["out"].to_dict(), names["model"]["sparse"](names["batch"]).to_dict()
+    torch.testing.assert_close(out["user"], expected["user"], rtol=0.05, atol=1e-4)
+    torch.testing.assert_close(out["country"], expected["country"], rtol=0, atol=0.01)
+    assert out["user"].any(dim=1).tolist() == [True, True]
