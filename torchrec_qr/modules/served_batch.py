@@ -3,6 +3,8 @@
 Each function takes plain values and tensors. TorchScript compiles them, and `torch.fx` records a call of one.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torchrec.pt2.checks import pt2_checks_tensor_slice
@@ -38,6 +40,11 @@ def feature_positions(keys: list[str], names: str) -> list[int]:
     return positions
 
 
+@lru_cache
+def _known_positions(keys: tuple[str, ...], names: str) -> list[int]:
+    return feature_positions(list(keys), names)
+
+
 @torch.fx.wrap
 def served_pooled(
     features: KeyedJaggedTensor,
@@ -68,17 +75,18 @@ def served_pooled(
     """
     check_served(features, weighted)
     ids, lengths = features.values().contiguous(), features.lengths().contiguous()
-    positions, bags = feature_positions(features.keys(), names), features.stride()
+    keys, bags = features.keys(), features.stride()
     id_weights: Tensor | None = None
     if weighted:
         id_weights = features.weights().float().contiguous()
     if torch.jit.is_scripting():
+        positions = feature_positions(keys, names)
         # Copy lists, because the operator takes the tensors out of those of TorchScript.
         return torch.ops.torchrec_qr_serving.pooled(
             list(weights), list(class_maps), layout, names, ids, lengths, id_weights, positions, bags, columns
         )
     else:
-        return _pooled(weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
+        return _pooled(weights, class_maps, layout, names, ids, lengths, id_weights, keys, bags, columns)
 
 
 @torch.fx.wrap
@@ -170,16 +178,18 @@ def _pooled(
     ids: Tensor,
     lengths: Tensor,
     id_weights: Tensor | None,
-    positions: list[int],
+    keys: list[str],
     bags: int,
     columns: int,
 ) -> Tensor:
     operator = torch.ops.torchrec_qr_serving.pooled
     if torch.compiler.is_compiling():
+        positions = feature_positions(keys, names)
         maps = class_maps or [layout]  # programs of AOTInductor cannot pass an empty list
         return operator(weights, maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
+    known = _known_positions(tuple(keys), names)
     try:
-        return operator(weights, class_maps, layout, names, ids, lengths, id_weights, positions, bags, columns)
+        return operator(weights, class_maps, layout, names, ids, lengths, id_weights, known, bags, columns)
     except RuntimeError as error:
         raise _as_in_python(error) from None
 

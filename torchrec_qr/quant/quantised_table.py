@@ -33,7 +33,7 @@ class Held:
 
     def tensors(self) -> list[Tensor]:
         """Returns the buffers, in order."""
-        return [cast(Tensor, buffers[name]) for buffers, name in self._of_modules]
+        return cast(list[Tensor], [buffers[name] for buffers, name in self._of_modules])
 
 
 class _StoredRows(nn.Module):
