@@ -12,7 +12,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec_qr.modules import served_batch
 from torchrec_qr.modules.served_batch import served_pooled, served_sequences
 from torchrec_qr.ops.description import PartitionLayout, TableLayout
-from torchrec_qr.ops.serving import ServedTable, served_layout
+from torchrec_qr.ops.served_operators import ServedTable, served_layout
 
 S = 100
 QR = TableLayout("mult", (PartitionLayout(8, 1, 25), PartitionLayout(8, 25, 4)), num_ids=S)

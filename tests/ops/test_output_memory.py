@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.test_serving import Case, S
+from tests.ops.test_served_operators import Case, S
 from torchrec_qr import QuotientRemainder
 from torchrec_qr.ops.serving_library import load_operators
 from torchrec_qr.ops.serving_reference import composed_by_torch

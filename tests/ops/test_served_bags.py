@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from tests.ops.test_serving import SPECS, Case, S, read, stored
+from tests.ops.test_served_operators import SPECS, Case, S, read, stored
 from torchrec_qr import MixedRadix, QuotientRemainder
 from torchrec_qr.ops.description import PartitionLayout, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
-from torchrec_qr.ops.serving import ROW_TYPES, ServedTable, served_layout
+from torchrec_qr.ops.served_operators import ROW_TYPES, ServedTable, served_layout
 from torchrec_qr.ops.serving_library import load_operators
 
 pytestmark = pytest.mark.skipif(not load_operators(), reason="the operators' library was not built")

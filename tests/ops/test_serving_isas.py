@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.test_serving import SPECS, Case
+from tests.ops.test_served_operators import SPECS, Case
 from torchrec_qr.ops.cpu_library import ISAS, VARIABLE
-from torchrec_qr.ops.serving import ROW_TYPES
+from torchrec_qr.ops.served_operators import ROW_TYPES
 from torchrec_qr.ops.serving_library import load_operators, operators_library
 
 pytestmark = pytest.mark.skipif(not load_operators(), reason="the operators' library was not built")

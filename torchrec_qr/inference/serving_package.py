@@ -9,7 +9,7 @@ import torch
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor
 
-from torchrec_qr.ops import serving  # noqa: F401  (registers the operators)
+from torchrec_qr.ops import served_operators  # noqa: F401  (registers the operators)
 
 try:
     from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -12,7 +12,7 @@ from torchrec_qr.modules.feature_batch import in_range
 from torchrec_qr.modules.pooled_columns import columns_of, joined_columns
 from torchrec_qr.modules.table_lookup import TableLookup, Tables, lookups_of
 from torchrec_qr.modules.tables_as_values import id_spaces
-from torchrec_qr.ops.serving import ServedTable
+from torchrec_qr.ops.served_operators import ServedTable
 from torchrec_qr.ops.transforms import is_transformed
 
 

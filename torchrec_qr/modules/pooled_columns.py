@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrec.modules.embedding_modules import process_pooled_embeddings
 
 from torchrec_qr.modules.table_lookup import TableLookup
-from torchrec_qr.ops.serving import ServedTable
+from torchrec_qr.ops.served_operators import ServedTable
 
 
 class Columns(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec.pt2.checks import pt2_checks_tensor_slice
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_qr.ops import serving  # noqa: F401  (registers the operators)
+from torchrec_qr.ops import served_operators  # noqa: F401  (registers the operators)
 
 
 def feature_positions(keys: list[str], names: str) -> list[int]:
@@ -18,7 +18,7 @@ def feature_positions(keys: list[str], names: str) -> list[int]:
 
     Args:
         keys (list[str]): the keys of the batch.
-        names (str): tables and their features, as `torchrec_qr.ops.serving.served_layout` returns them.
+        names (str): tables and their features, as `torchrec_qr.ops.served_operators.served_layout` returns them.
 
     Raises:
         KeyError: the batch lacks a feature.
@@ -61,7 +61,7 @@ def served_pooled(
         features (KeyedJaggedTensor): F features × B bags in any order, and any others.
         weights (list[Tensor]): K partitions of each table.
         class_maps (list[Tensor]): one of each table with explicit partitions.
-        layout (Tensor): as `torchrec_qr.ops.serving.served_layout` returns it.
+        layout (Tensor): as `torchrec_qr.ops.served_operators.served_layout` returns it.
         names (str): as ``layout``.
         weighted (bool): whether to use the batch's weights of ids.
         columns (int): ΣD.

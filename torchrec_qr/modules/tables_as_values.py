@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.modules.table import Table
 from torchrec_qr.ops.description import TableLayout, kernels_have, layout_of_fields
-from torchrec_qr.ops.serving import ServedTable, served_layout
+from torchrec_qr.ops.served_operators import ServedTable, served_layout
 
 _ROW_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -20,7 +20,7 @@ class PooledValues(NamedTuple):
     """What a graph has of a pooled collection besides its weights and class maps.
 
     Args:
-        layout (Tensor): see `torchrec_qr.ops.serving.served_layout`.
+        layout (Tensor): see `torchrec_qr.ops.served_operators.served_layout`.
         names (str): as ``layout``.
         columns (int): ΣD.
         weighted (bool): whether to use the batch's weights of ids.

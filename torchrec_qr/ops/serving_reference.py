@@ -112,7 +112,7 @@ def pooled_by_torch(
     bags: int,
     columns: int,
 ) -> Tensor:
-    """Returns (bags, columns) fp32: each feature of each table, pooled; see `torchrec_qr.ops.serving`."""
+    """Returns (bags, columns) fp32: each feature of each table, pooled; see `torchrec_qr.ops.served_operators`."""
     of_features = lengths.view(-1, bags) if bags else lengths.view(max(features) + 1, 0)
     counts = of_features.sum(1).tolist()
     all_ids = ids.split(counts)
@@ -134,6 +134,6 @@ def pooled_by_torch(
 def composed_by_torch(
     weights: list[Tensor], class_maps: list[Tensor], layout: Tensor, names: str, ids: Tensor, columns: int
 ) -> Tensor:
-    """Returns (N, columns) fp32 of the ids of one feature, not pooled; see `torchrec_qr.ops.serving`."""
+    """Returns (N, columns) fp32 of the ids of one feature, not pooled; see `torchrec_qr.ops.served_operators`."""
     (table,) = _tables(weights, class_maps, layout, names)
     return table.compose(ids, 0)

@@ -13,7 +13,7 @@ from torchrec_qr.ids import IdSpace, bounded_ids
 from torchrec_qr.modules.table import table_layout
 from torchrec_qr.ops.description import MAX_WIDTH, PartitionLayout, TableLayout
 from torchrec_qr.ops.path import apply_class_mlps
-from torchrec_qr.ops.serving import ServedTable
+from torchrec_qr.ops.served_operators import ServedTable
 from torchrec_qr.partitions.class_map import class_map_on
 from torchrec_qr.quant.row_storage import no_rows, read_stored, row_type_of, stored_rows
 

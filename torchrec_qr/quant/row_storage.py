@@ -44,7 +44,7 @@ def data_type_of(dtype: torch.dtype, table: str) -> DataType:
 
 
 def row_type_of(config: BaseEmbeddingConfig) -> str:
-    """Returns the name of a table's type of rows in `torchrec_qr.ops.serving.ROW_TYPES`.
+    """Returns the name of a table's type of rows in `torchrec_qr.ops.served_operators.ROW_TYPES`.
 
     Args:
         config (BaseEmbeddingConfig): of the table.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_qr.modules.served_batch import check_served, served_pooled
-from torchrec_qr.ops.serving import ServedTable, served_layout
+from torchrec_qr.ops.served_operators import ServedTable, served_layout
 from torchrec_qr.quant.quantised_table import Held, QuantisedTable
 
 

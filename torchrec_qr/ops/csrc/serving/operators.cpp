@@ -4,7 +4,7 @@
 // `layout` is int64 numbers: a version, the number of tables; for each table its operation, K, the number of its
 // features, S (-1: any id), its policy for ids outside of [0, S), 1 if it has a class map, 1 if its pooling is MEAN; and
 // for each partition the type of its rows, D_j, the divisor and the modulus of its ids. `names` has one line a table:
-// its name and those of its features, with tabs between them. `torchrec_qr.ops.serving` writes both.
+// its name and those of its features, with tabs between them. `torchrec_qr.ops.served_operators` writes both.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrec_qr import ChineseRemainder, ExplicitPartitions, HashPartition, MixedRadix, QuotientRemainder
 from torchrec_qr.ops.description import PartitionLayout, TableLayout
 from torchrec_qr.ops.partition_layouts import partition_layouts
-from torchrec_qr.ops.serving import ROW_TYPES, ServedTable, served_layout
+from torchrec_qr.ops.served_operators import ROW_TYPES, ServedTable, served_layout
 from torchrec_qr.ops.serving_library import load_operators, operators_library
 from torchrec_qr.ops.serving_reference import composed_by_torch, dequantised_rows, pooled_by_torch
 
