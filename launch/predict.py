@@ -6,6 +6,8 @@ It needs the run's folder alone, with ``config.yaml``, the map from values to ro
 process, on a GPU if there is one. Row i of the output is row i of the input, file after file: ``logit`` and ``score``,
 its probability; both are null for a malformed row, under ``--on-bad-row skip``. If rows have labels, it prints AUC
 and log loss.
+
+``--dtype int8`` and ``int4`` score by rows of embeddings that are quantised when the model is read, on a CPU.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +36,11 @@ from launch.task import TrainTask
 from launch.weights import read_weights
 from torchrec_qr import raise_pending
 from torchrec_qr.cli.schema import ConfigError
+from torchrec_qr.inference import quantize_embeddings
 
+Dtype = Literal["fp32", "int8", "int4"]
+
+_QUANTISED: dict[Dtype, torch.dtype] = {"int8": torch.qint8, "int4": torch.quint4x2}
 _SCHEMA = pa.schema([("logit", pa.float32()), ("score", pa.float32())])
 
 
@@ -43,6 +50,7 @@ class Run:
     Args:
         folder (Path): ``runs/<name>``.
         device (torch.device): of the model.
+        dtype (Dtype): of the rows of embeddings; ``fp32``: as they were trained.
 
     Attributes:
         model (nn.Module): (dense, ids) → logits (B, 1).
@@ -53,7 +61,7 @@ class Run:
         ConfigError: the config cannot be used.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: Dtype = "fp32") -> None:
         self.job = read_job(folder / "config.yaml")
         self.meaning = Meaning.read(folder)
         self.meaning.check_config(self.job, folder)
@@ -69,6 +77,8 @@ class Run:
             model.load_state_dict(tensors)
         except (RuntimeError, ValueError) as error:
             raise DataError(str(folder / "weights"), f"of another model than config.yaml: {error}") from error
+        if dtype in _QUANTISED:
+            model = quantize_embeddings(model, _QUANTISED[dtype], inplace=True)
         # Use the precision of training, because logits must be those of its evaluation.
         self.model = model
         self._task = TrainTask(model, device, torch.bfloat16 if self.job.train.bf16 else None).eval()
@@ -105,7 +115,12 @@ class Scored:
 
 
 def predict(
-    run: Path, files: Sequence[str], out: Path, on_bad_row: OnBadRow | None = None, device: str | None = None
+    run: Path,
+    files: Sequence[str],
+    out: Path,
+    on_bad_row: OnBadRow | None = None,
+    device: str | None = None,
+    dtype: Dtype = "fp32",
 ) -> Scored:
     """Scores the rows of ``files`` and writes them to ``out``, which appears when it is complete.
 
@@ -114,14 +129,19 @@ def predict(
         files (Sequence[str]): of the run's ``data.format``: paths, or patterns; with labels or without.
         out (Path): a Parquet file.
         on_bad_row (OnBadRow | None): what a malformed row does; default: as in the run's config.
-        device (str | None): default: the GPU, or the CPU if there is none.
+        device (str | None): default: the GPU, or the CPU if there is none or ``dtype`` quantises.
+        dtype (Dtype): of the rows of embeddings; ``fp32``: as they were trained. ``int8`` and ``int4`` are for a CPU.
 
     Raises:
+        ValueError: ``dtype`` quantises, and ``device`` is no CPU.
         DataError: a file of the run, or of the rows, cannot be used; a malformed row, with file and line.
         MeaningError: the files of the run do not belong together.
         ConfigError: the run was trained on no files.
     """
-    opened = Run(run, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if dtype in _QUANTISED and device not in (None, "cpu"):
+        raise ValueError(f"--dtype {dtype}: --device is {device}; allowed: cpu, for which quantised rows have a kernel")
+    chosen = device or ("cuda" if torch.cuda.is_available() and dtype not in _QUANTISED else "cpu")
+    opened = Run(run, torch.device(chosen), dtype)
     data = opened.opened(files, on_bad_row)
     num_rows = left = len(data.splits.test)
     logits, labels = [torch.empty(0)], [torch.empty(0)]  # of all labelled rows, as AUC needs them
@@ -152,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     silence_the_stack()
     try:
-        scored = predict(arguments.run, arguments.data, arguments.out, arguments.on_bad_row, arguments.device)
+        scored = predict(
+            arguments.run, arguments.data, arguments.out, arguments.on_bad_row, arguments.device, arguments.dtype
+        )
     except (DataError, OSError, ValueError) as error:
         print(f"launch.predict: {error}", file=sys.stderr)
         return 1
@@ -178,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the Parquet file to write")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), help="default: as in the run's config")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="fp32", help="of rows of embeddings; int8 and int4 run on the CPU"
+    )
     return parser
 
 

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fbgemm_gpu  # noqa: F401  (registers the operators of rows)
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from launch.predict import main, predict
@@ -71,6 +73,37 @@ def test_on_one_rank_the_metrics_are_equal_to_the_bit(tmp_path: Path) -> None:
     quality = predict(tmp_path / "t", [str(tmp_path / "test.parquet")], tmp_path / "scores.parquet").quality
     tested = metrics(tmp_path / "t")[-1]
     assert (quality.auc, quality.logloss, quality.ne) == (tested["auc"], tested["logloss"], tested["ne"])
+
+
+def rounded(run: Path, bits: int) -> Path:
+    """Returns a copy of a run with the values that FBGEMM's rows of so many bits have."""
+    copy, ops = shutil.copytree(run, run.parent / f"rounded_{bits}"), torch.ops.fbgemm
+    weights = copy / "weights" / "00000.safetensors"
+    with safe_open(weights, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(weights)
+    for name in [n for n in tensors if "embedding_bags" in n and n.endswith("weight")]:
+        stored = ops.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(tensors[name], bits)
+        tensors[name] = ops.FusedNBitRowwiseQuantizedSBHalfToFloat(stored, bits)
+    save_file(tensors, weights, about)
+    return copy
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_rows_score_as_the_values_that_they_keep(
+    ended: Path, tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = str(ended / "test.parquet"), tmp_path / "scores.parquet"
+    arguments = ["--run", str(ended / "t"), "--data", file, "--out", str(out), "--dtype", f"int{bits}"]
+    assert main(arguments) == 0
+    assert f"{NEW:,} with labels: AUC " in capsys.readouterr().out
+    given = scores(out)["logit"]
+    predict(rounded(ended / "t", bits), [file], out)
+    np.testing.assert_allclose(given, scores(out)["logit"], rtol=1e-4, atol=1e-5)
+    predict(ended / "t", [file], out)
+    assert np.abs(given - scores(out)["logit"]).max() > 1e-4
+    assert main([*arguments, "--device", "cuda"]) == 1
+    assert f"--dtype int{bits}: --device is cuda; allowed: cpu, for which" in capsys.readouterr().err
 
 
 KINDS = {
