@@ -14,9 +14,11 @@ from ranks import run_ranks
 from sharded_model import weights_of
 from torch import Tensor
 
+from torchrec_qr.inference import materialize, to_plain
+
 PAGE = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
 BLOCKS = re.findall(r"<!-- A test runs this( on every rank)?\. -->\n```python\n(.*?)```", PAGE, re.DOTALL)
-MODEL, SAVE, ONE_FILE, WITHOUT_CODE, BACK, ROWS, DLRM = (source for _, source in BLOCKS)
+MODEL, SAVE, ONE_FILE, WITHOUT_CODE, BACK, ROWS, FULL, DLRM = (source for _, source in BLOCKS)
 
 
 def run(source: str, names: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ def load_back(rank: int, world_size: int, folder: Path) -> None:
 
 
 def test_which_blocks_need_ranks() -> None:
-    assert [bool(ranks) for ranks, _ in BLOCKS] == [False, True, False, False, True, False, False]
+    assert [bool(ranks) for ranks, _ in BLOCKS] == [False, True, False, False, True, False, False, False]
 
 
 @pytest.mark.slow
@@ -76,6 +78,27 @@ def check_rows(names: dict[str, Any]) -> None:
     assert torch.equal(names["norms"], full.norm(dim=1))
     assert torch.equal(names["plain"](given).values(), names["ebc"](given).values())
     assert torch.equal(names["embedding"](torch.tensor(ids)), full)
+
+
+def test_a_full_table_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full rows are products of partitions, so that the fit finds them again."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    run(MODEL, names)
+    model = names["make_model"]("cpu")
+    full = to_plain(model.sparse_arch.embedding_bag_collection)
+    state = {k: v for k, v in model.state_dict().items() if "embedding_bags" not in k}
+    state |= {f"sparse_arch.embedding_bag_collection.{k}": v for k, v in full.state_dict().items()}
+    torch.save(state, "full.pt")
+    with pytest.raises(ValueError, match=r"table 't_user': .*compress_\(model, partitions, fit=True\)"):
+        names["make_model"]("cpu").load_state_dict(torch.load("full.pt"), strict=False)
+    run(FULL, names)
+    fitted = names["make_model"]("meta")
+    fitted.load_state_dict(torch.load("fitted.pt", weights_only=True), assign=True)
+    ebc = fitted.sparse_arch.embedding_bag_collection
+    expected = full.state_dict()["embedding_bags.t_user.weight"]
+    assert (materialize(ebc, "t_user") - expected).norm() < 1e-3 * expected.norm()
+    assert torch.equal(materialize(ebc, "t_country"), full.state_dict()["embedding_bags.t_country.weight"])
 
 
 def test_a_checkpoint_of_dlrm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
