@@ -21,6 +21,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantBags
 from torchrec.quant.embedding_modules import QuantManagedCollisionEmbeddingBagCollection as QuantManaged
 
+from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.inference import quantize_embeddings
 
 CPU = torch.device("cpu")
@@ -69,12 +70,18 @@ def with_qconfig(module: nn.Module, dtype: torch.dtype) -> Any:
     return module
 
 
-def test_from_float_of_quantised_managed_collisions_is_refused() -> None:
+class DerivedEmbeddingBagCollection(CompositionalEmbeddingBagCollection):
+    """A class of a user's."""
+
+
+def test_from_float_of_managed_collisions_and_of_derived_classes_is_refused() -> None:
     tables = [plain_table(name="p"), bag_table(PARTITIONS)]
     module = managed(tables)
     match = r"CompositionalEmbeddingBagCollection, tables \['t'\]: from_float .* allowed: torchrec_qr.inference.quanti"
     with pytest.raises(NotImplementedError, match=match):
         QuantManaged.from_float(with_qconfig(module, torch.qint8))
+    with pytest.raises(NotImplementedError, match=match.replace("Compositional", "Derived")):
+        QuantBags.from_float(with_qconfig(DerivedEmbeddingBagCollection([bag_table(PARTITIONS)]), torch.qint8))
     features = batch({"f": [[5], [7, 9]], "f_p": [[1], []]})
     expected, _ = module.eval()(features)
     out, _ = quantize_embeddings(module, torch.float32)(features)

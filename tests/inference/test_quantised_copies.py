@@ -32,7 +32,7 @@ def test_shard_quant_model_copies_ours_to_the_devices_of_its_plan(world_size: in
 
 
 def test_shard_quant_model_on_the_meta_device_keeps_no_values() -> None:
-    """These are its defaults. Beside TorchRec's own, whose shards have no values either."""
+    """That device is the function's default. Shards of TorchRec's collections have no values there either."""
     model = quantize_embeddings(MixedModel(), torch.qint8)
     copied, plan = sharded(model)
     assert {path: list(of) for path, of in plan.plan.items()} == {

@@ -137,7 +137,7 @@ def test_a_batch_that_lacks_a_feature_or_weights_is_refused() -> None:
 
 @pooled_or_not
 def test_rows_that_are_replaced_are_read(pooled: bool) -> None:
-    """By `functional_call`, in a deep copy, and by assignment."""
+    """`functional_call`, deep copies, pickles and assignment replace buffers."""
     module = quantize_embeddings(float_collection(pooled), torch.float32)
     features = features_of(module)
     expected = values_of(module(features))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.fused_embedding_modules import fuse_embedding_optimizer
-from torchrec.quant.embedding_modules import _get_device
+from torchrec.quant.embedding_modules import _get_device, quantize_state_dict
 
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.modules.attached_optimizers import refuse_replicas
@@ -17,8 +17,8 @@ from torchrec_qr.modules.table import stored_parameters
 
 # The code of the function in ``fuse_embedding_optimizer`` that replaces TorchRec's own collections by fused ones.
 _FUSING = [code for code in fuse_embedding_optimizer.__code__.co_consts if isinstance(code, CodeType)]
-# The code by which ``from_float`` of TorchRec's quantised managed collisions reads the collection behind them.
-_QUANTISING = [_get_device.__code__]
+# The code by which ``from_float`` of TorchRec reads collections derived from ours, and those behind managed collisions.
+_QUANTISING = [quantize_state_dict.__code__, _get_device.__code__]
 
 
 class GuardedCollection(nn.Module):
@@ -65,14 +65,15 @@ class GuardedCollection(nn.Module):
 
         Raises:
             NotImplementedError: the caller is ``from_float`` of TorchRec's quantised managed collisions, which would
-                make full tables without values, and a table is compositional.
+                make full tables without values, or that of its quantised collections, which take no class derived
+                from ours; and a table is compositional.
         """
         if _is_called_by(_QUANTISING):
             tables = [config.name for config in self.embedding_configs() if is_compositional(config)]
             if tables:
                 raise NotImplementedError(
-                    f"{type(self).__name__}, tables {tables}: from_float of TorchRec's quantised managed collisions is "
-                    "not supported by compositional tables; allowed: torchrec_qr.inference.quantize_embeddings"
+                    f"{type(self).__name__}, tables {tables}: from_float of TorchRec's quantised classes is not "
+                    "supported here by compositional tables; allowed: torchrec_qr.inference.quantize_embeddings"
                 )
         return super().state_dict(*args, **kwargs)
 

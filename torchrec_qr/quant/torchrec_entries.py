@@ -70,7 +70,7 @@ def register_quantised(collection: type[nn.Module], quantised: Any) -> None:
 
 
 def _take_entries_of_calls() -> None:
-    """Makes our entries the defaults of ``quantize_embeddings``, also for who has imported the function before."""
+    """Makes our entries the defaults of ``quantize_embeddings``, also in modules that have imported it before."""
     function: Any = inference.quantize_embeddings
     with_defaults = [p.name for p in _PARAMETERS.values() if p.default is not p.empty]
     ours = {_KEYS_OF_CALL: _KEYS, _MAPPING_OF_CALL: _OURS}
@@ -91,9 +91,11 @@ def _return_ours(own: Any) -> None:
             inner = module._embedding_bag_collection
             if twin := quantised_class(inner):
                 vars(inner)["qconfig"] = module.qconfig
-                processed = copy.deepcopy(module, {id(inner): twin.from_float(inner)})
-                for float_module in (inner, processed):
-                    vars(float_module).pop("qconfig", None)
+                try:
+                    processed = copy.deepcopy(module, {id(inner): twin.from_float(inner)})
+                finally:
+                    vars(inner).pop("qconfig")
+                vars(processed).pop("qconfig")
                 return processed
         return original(cls, module, *args, **kwargs)
 
