@@ -63,7 +63,7 @@ class CompressionReport:
     @property
     def ratio(self) -> float:
         """How many times fewer bytes are stored."""
-        return self.bytes_before / self.bytes_after
+        return _ratio(self.bytes_before, self.bytes_after)
 
     def __str__(self) -> str:
         fitted = any(table.error is not None for table in self.tables)
@@ -111,8 +111,12 @@ def _sizes(tables: Sequence[CompressedTable]) -> list[str]:
         f"{sum(t.stored_rows for t in tables):,}",
         f"{before / _MIB:,.3f}",
         f"{after / _MIB:,.3f}",
-        f"{before / after:,.2f}",
+        f"{_ratio(before, after):,.2f}",
     ]
+
+
+def _ratio(before: int, after: int) -> float:
+    return before / after if after else 1.0
 
 
 def _decimal(value: float | None) -> str:
