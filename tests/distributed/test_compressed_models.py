@@ -155,3 +155,21 @@ def test_sharded_losses_are_those_of_the_unsharded_model(case: tuple[str, str], 
     (first, expected), (second, same) = found_losses[case]
     assert expected == same
     assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(expected, rel=1e-5)
+
+
+def fitted_values(rank: int, world_size: int) -> None:
+    """Checks that a model on the CPU is sharded with the values that were fitted, and those of tables that stay plain."""
+    torch.manual_seed(0)
+    model = dlrm(bags(*SIZES))
+    compress_(model, QuotientRemainder(num_collisions=5), min_rows=30, fit=True)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    sharders = sharders_of({"optimizer": SGD, "learning_rate": LR})
+    (found,) = collections_in(model)
+    plan = ShardingPlan({found.path: plan_for(found, sharders[0])})
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    for key, value in weights_of(sharded).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_fitted_model_is_sharded_with_its_values() -> None:
+    run_ranks(fitted_values, 2)

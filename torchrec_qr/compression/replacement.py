@@ -87,6 +87,7 @@ def replacement_of(
         else:
             init_tables(table)
         _train_as(table, weight)
+    new.has_fitted_values = bool(fits)
     new.train(found.module.training)
     replacement: nn.Module = new
     return replacement

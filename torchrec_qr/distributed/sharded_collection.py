@@ -45,7 +45,7 @@ class ShardedCompositionalCollection:
 
     # TorchRec's name for the tables of the subclass.
     _tables_attribute: str
-    # The devices of a module whose values are drawn anew. The sharded module keeps other values.
+    # The devices of a module whose values are drawn anew, unless they were fitted. The sharded module keeps others.
     _drawn_anew: tuple[str, ...]
 
     # The configs of all tables, and the layouts of compositional ones.
@@ -80,7 +80,8 @@ class ShardedCompositionalCollection:
         self._prepare(plan)
         super().__init__(view, plan, env, fused_params, device, **kwargs)  # type: ignore[call-arg]
         self._replicate_lookups()
-        if module.device.type not in self._drawn_anew and not self._is_meta:
+        has_values = module.device.type not in self._drawn_anew or module.has_fitted_values
+        if has_values and not self._is_meta:
             cast(nn.Module, self).load_state_dict(module.state_dict())
 
     def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:

@@ -28,6 +28,8 @@ class GuardedCollection(nn.Module):
     what ``nn.Module`` returns. `torchrec_qr.modules.attached_optimizers` has the rule of training.
     """
 
+    # Whether the values came from a full table, which a sharded collection must not draw anew.
+    has_fitted_values: bool = False
     # Whether a call in training was within DDP, for calls that were allowed.
     _checked: tuple[bool, ...] = ()
 
