@@ -158,7 +158,7 @@ def test_sharded_losses_are_those_of_the_unsharded_model(case: tuple[str, str], 
 
 
 def fitted_values(rank: int, world_size: int) -> None:
-    """Checks that a model on the CPU is sharded with the values that were fitted, and those of tables that stay plain."""
+    """Checks that a fitted model on the CPU is sharded with its values, those of plain tables too."""
     torch.manual_seed(0)
     model = dlrm(bags(*SIZES))
     compress_(model, QuotientRemainder(num_collisions=5), min_rows=30, fit=True)

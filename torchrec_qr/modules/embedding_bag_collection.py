@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, get_embedding_names_by_table
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -152,4 +153,6 @@ class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollect
         return device_of(self)
 
 
-register_quantised(CompositionalEmbeddingBagCollection, QuantCompositionalEmbeddingBagCollection)
+register_quantised(
+    CompositionalEmbeddingBagCollection, QuantCompositionalEmbeddingBagCollection, QuantEmbeddingBagCollection
+)

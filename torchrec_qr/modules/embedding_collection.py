@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get_embedding_names_by_table
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -184,4 +185,4 @@ class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInt
         return device_of(self)
 
 
-register_quantised(CompositionalEmbeddingCollection, QuantCompositionalEmbeddingCollection)
+register_quantised(CompositionalEmbeddingCollection, QuantCompositionalEmbeddingCollection, QuantEmbeddingCollection)
