@@ -62,3 +62,19 @@ def test_quantised_rows_of_any_width(row_type: str, bits: int, width: int) -> No
     numbers, names = served_layout([ServedTable("t", ("f",), layout, 5, "error", False, (row_type,))])
     out = torch.ops.torchrec_qr_serving.composed([weight], [], numbers, names, torch.arange(5), width)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_threads_give_the_same_bits() -> None:
+    case = Case([(spec, op, 64, 1, "error", True, "int8") for spec, op in SPECS.values()], 0, False)
+    case.bags = 2000
+    case.lengths = torch.randint(0, 40, ((len(SPECS) + 1) * case.bags,))
+    case.ids = torch.randint(0, S, (int(case.lengths.sum()),))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.torchrec_qr_serving.pooled(*case.arguments(False)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, found[0]) for out in found)
