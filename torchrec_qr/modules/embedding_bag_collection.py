@@ -112,7 +112,7 @@ class CompositionalEmbeddingBagCollection(GuardedCollection, EmbeddingBagCollect
 
     @torch.jit.unused
     def _looked_up(self, features: KeyedJaggedTensor) -> Tensor:
-        if isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting():
+        if isinstance(features, torch.fx.Proxy) or graph_lookup.is_exported():
             return self._from_graph(features)
         return self._lookup(self.embedding_bags, features)
 

@@ -112,7 +112,7 @@ class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInt
 
     @torch.jit.unused
     def _looked_up(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        if isinstance(features, torch.fx.Proxy) or torch.compiler.is_exporting():
+        if isinstance(features, torch.fx.Proxy) or graph_lookup.is_exported():
             return self._from_graph(features)
         return self._lookup(self.embeddings, features)
 

@@ -16,6 +16,15 @@ from torchrec_qr.modules.served_batch import served_pooled, served_sequences
 from torchrec_qr.modules.tables_as_values import PooledValues, SequenceValues, TableParts, parts_of, tables_of
 
 
+@torch.compiler.assume_constant_result
+def is_exported() -> bool:
+    """Returns whether ``torch.export`` is tracing, and not ``torch.compile``.
+
+    The function is called while a compiler traces, because that of PyTorch 2.11 takes ``is_exporting`` itself for true.
+    """
+    return torch.compiler.is_exporting()
+
+
 @torch.fx.wrap
 def pooled_in_graph(
     features: KeyedJaggedTensor, weights: list[list[Tensor]], class_maps: list[list[Tensor]], values: PooledValues
@@ -35,7 +44,7 @@ def pooled_in_graph(
     if torch.jit.is_scripting():
         return _served_pooled(features, weights, class_maps, values)
     else:
-        if torch.compiler.is_exporting():
+        if is_exported():
             return _served_pooled(features, weights, class_maps, values)
         lookup = _pooled_lookup(values.tables, values.weighted)
         return lookup(parts_of(tables_of(values.tables), weights, class_maps), features)
@@ -56,7 +65,7 @@ def sequences_in_graph(
     if torch.jit.is_scripting():
         return _served_sequences(features, weights, class_maps, values)
     else:
-        if torch.compiler.is_exporting():
+        if is_exported():
             return _served_sequences(features, weights, class_maps, values)
         lookup = _sequence_lookup(values.tables, tuple(values.outputs), len(values.indices) > 0)
         return lookup(parts_of(tables_of(values.tables), weights, class_maps), features)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_qr.ops.read_rows import Rows, number_of_rows, read_rows
-from torchrec_qr.ops.transforms import is_traced
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 # Fewer ids make no matrix product that is worth a launch's share of a GPU.
@@ -34,7 +33,7 @@ def apply_class_mlps(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None,
     """
     # Only a CPU knows how many ids each class has, because elsewhere the host would wait for these numbers. A compiler
     # does not know them either.
-    apply = _by_class if x.device.type == "cpu" and not is_traced(x) else _by_blocks
+    apply = _by_class if x.device.type == "cpu" and not torch.compiler.is_compiling() else _by_blocks
     return apply(x, mlps, classes, hidden, activation)
 
 
@@ -67,7 +66,9 @@ def _by_blocks(x: Tensor, mlps: Rows, classes: Tensor, hidden: int | None, activ
     block = (rank % size == 0).cumsum(0) - 1
     place = torch.empty_like(order).scatter_(0, order, block * size + rank % size)
     # Blocks that stay empty have a class that occurs, because no other row may be read, and so be stepped.
-    of_blocks = read_rows(mlps, F.pad(in_order, (0, 1))[0].expand(blocks).scatter(0, block, in_order))
+    # A compiler does not know if there is a class, and has no rows to step.
+    one = F.pad(in_order, (0, 1))[0] if torch.compiler.is_compiling() else in_order[-1:]
+    of_blocks = read_rows(mlps, one.expand(blocks).scatter(0, block, in_order))
     inputs = x.new_zeros(blocks * size, dim).index_copy(0, place, x).view(blocks, size, dim)
     return _mlp(inputs, of_blocks, hidden, activation, _batched_linear).view(-1, dim).index_select(0, place)
 
