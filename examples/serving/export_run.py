@@ -16,8 +16,10 @@ from torchrec import KeyedJaggedTensor
 from launch.data.loader import Data
 from launch.data.split import open_splits
 from launch.predict import Run
-from torchrec_qr.inference import write_package
+from torchrec_qr.inference import quantize_embeddings, write_package
 from torchrec_qr.ops.serving_library import operators_library
+
+QUANTISED = {"int8": torch.qint8, "int4": torch.quint4x2}
 
 
 class Scores(nn.Module):
@@ -32,9 +34,10 @@ class Scores(nn.Module):
         return self.model(dense, batch).squeeze(1).sigmoid()
 
 
-def export_run(run: Path, out: Path, num_rows: int = 100) -> None:
-    """Exports the model of the folder ``run`` into the folder ``out``."""
+def export_run(run: Path, out: Path, dtype: str = "fp32", num_rows: int = 100) -> None:
+    """Exports the model of the folder ``run`` into the folder ``out``, with rows of tables of type ``dtype``."""
     opened = Run(run, torch.device("cpu"))
+    model = opened.model if dtype == "fp32" else quantize_embeddings(opened.model, QUANTISED[dtype])
     data = Data(opened.job, open_splits(opened.job.data, opened.job.rows_of_features()), opened.meaning)
     with data.test() as batches:
         batch = next(iter(batches))
@@ -46,7 +49,7 @@ def export_run(run: Path, out: Path, num_rows: int = 100) -> None:
     rows = (batch.dense[:num_rows].contiguous(), torch.cat(ids), lengths)
     dynamic = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC})  # B rows, N ids, B columns
     with torch.no_grad():
-        program = torch.export.export(Scores(opened.model, features).eval(), rows, dynamic_shapes=dynamic)
+        program = torch.export.export(Scores(model, features).eval(), rows, dynamic_shapes=dynamic)
     write_package(program, out / "model.pt2")
     shutil.copy(operators_library(), out / "serving_operators.so")
     # Copy the rows, because the export has left attributes on the tensors, which C++ does not read.
@@ -57,5 +60,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run that came to its end")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--dtype", choices=("fp32", *QUANTISED), default="fp32", help="of the rows of tables")
     arguments = parser.parse_args()
-    export_run(arguments.run, arguments.out)
+    export_run(arguments.run, arguments.out, arguments.dtype)

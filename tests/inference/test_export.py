@@ -15,10 +15,8 @@ from torch import nn
 from torch.export import Dim
 from torchrec import KeyedJaggedTensor
 
-from torchrec_qr import (
-    CompositionalEmbeddingBagConfig,
-    CompositionalEmbeddingConfig,
-)
+from torchrec_qr import CompositionalEmbeddingBagConfig, CompositionalEmbeddingConfig
+from torchrec_qr.inference import quantize_embeddings
 
 OUTSIDE = r"table 'mult', feature 'g': id 100 is outside \[0, 100\)"
 
@@ -166,6 +164,27 @@ def kjt_of(ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | Non
     return KeyedJaggedTensor(keys=list(KEYS), values=ids, lengths=lengths.reshape(-1), weights=weights)
 
 
+@pooled_or_not
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint4x2])
+def test_quantised_collections_are_exported_and_scripted(pooled: bool, dtype: torch.dtype) -> None:
+    module = quantize_embeddings(model(pooled), dtype)
+    given = inputs(7)
+    for strict in (False, True):
+        made = exported(module, strict).module()
+        for bags in (2, 8):
+            own = inputs(bags)
+            torch.testing.assert_close(made(*own), module(*own), rtol=1e-5, atol=1e-6)
+    scripted_collection = traced_and_scripted(module.collection)
+    out, expected = scripted_collection(kjt_of(*given)), module.collection(kjt_of(*given))
+    if pooled:
+        torch.testing.assert_close(out.values(), expected.values(), rtol=1e-5, atol=1e-6)
+    else:
+        for name, found in expected.items():
+            torch.testing.assert_close(out[name].values(), found.values(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=OUTSIDE):
+        made(torch.tensor([1, S, 2]), torch.tensor([[1, 1], [0, 0], [1, 0], [0, 0]]))
+
+
 def test_rows_of_another_type_are_exported_as_such() -> None:
     """The type of rows is that of the parameters, and not the one with which the collection was made."""
     module = model(True).to(torch.bfloat16)
@@ -175,7 +194,8 @@ def test_rows_of_another_type_are_exported_as_such() -> None:
         exported(model(True).double(), False)
 
 
-def test_operators_of_training_serve_a_compiled_collection_in_training() -> None:
+@pytest.mark.slow
+def test_a_compiled_collection_trains_with_weights_of_ids() -> None:
     """The output of a compiled collection has gradients, also of the weights of ids."""
     torch._dynamo.reset()
     collection = model(True, weighted=True).collection
@@ -193,6 +213,7 @@ def test_operators_of_training_serve_a_compiled_collection_in_training() -> None
         compiled(kjt_of(torch.tensor([1, S]), torch.tensor([[1, 1], [0, 0], [0, 0], [0, 0]]), torch.ones(2)))
 
 
+@pytest.mark.slow
 def test_a_compiled_collection_without_pooling_trains() -> None:
     torch._dynamo.reset()
     module = model(False)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from examples.serving.export_run import export_run
+from examples.serving.export_run import QUANTISED, export_run
 from launch.predict import Run
 from tests.launch.jobs import SMALL, run, with_set
+from torchrec_qr.inference import quantize_embeddings
 from torchrec_qr.ops.serving_library import load_operators
 
 pytestmark = [
@@ -39,11 +40,18 @@ except RuntimeError as error:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("ended")
     run(folder, *with_set(*SMALL), world_size=1)
-    export_run(folder / "demo", folder / "out")
-    return folder
+    return folder / "demo"
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def served(request: pytest.FixtureRequest, ended: Path) -> Path:
+    """The folder with the run's exported model. Its name is the type of rows."""
+    export_run(ended, ended / request.param, request.param)
+    return ended / request.param
 
 
 def torch_alone(*arguments: str) -> str:
@@ -61,8 +69,10 @@ def printed(*command: str) -> str:
     return done.stdout
 
 
-def expected(folder: Path, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    model = Run(folder / "demo", torch.device("cpu")).model.eval()
+def expected(served: Path, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    model = Run(served.parent, torch.device("cpu")).model.eval()
+    if served.name != "fp32":
+        model = quantize_embeddings(model, QUANTISED[served.name])
     dense, ids, lengths = rows
     keys = [f"cat_{i}" for i in range(26)]
     with torch.no_grad():
@@ -74,7 +84,7 @@ def by_python(served: Path) -> str:
 
 
 def rows_of(served: Path) -> list[str]:
-    return [str(served / "out" / name) for name in ("model.pt2", "rows.pt")]
+    return [str(served / name) for name in ("model.pt2", "rows.pt")]
 
 
 def test_python_scores_as_the_model_with_torch_alone(served: Path) -> None:
@@ -93,7 +103,7 @@ def test_cpp_scores_as_python(served: Path, tmp_path: Path) -> None:
 
 
 def test_every_number_of_rows_is_scored_as_by_the_model(served: Path, tmp_path: Path) -> None:
-    dense, ids, lengths = torch.load(served / "out" / "rows.pt")
+    dense, ids, lengths = torch.load(served / "rows.pt")
     of_features = ids.split(lengths.sum(1).tolist())
     batches = []
     for count in range(1, 65):
@@ -104,22 +114,22 @@ def test_every_number_of_rows_is_scored_as_by_the_model(served: Path, tmp_path: 
             own[3], found[3] = 0, found[3][:0]
         batches.append((dense[:count].clone(), torch.cat(found), own))
     batches.append((dense[:2].clone(), ids[:0], torch.zeros_like(lengths[:, :2])))
-    torch.save(batches, served / "out" / "batches.pt")
+    torch.save(batches, served / "batches.pt")
     script = tmp_path / "every_size.py"
     script.write_text(EVERY_SIZE)
-    message = torch_alone(str(script), str(served / "out"))
+    message = torch_alone(str(script), str(served))
     assert "table 'cat_0', feature 'cat_0': id 100000 is outside [0, 100000)" in message
-    for rows, scores in zip(batches, torch.load(served / "out" / "scores.pt"), strict=True):
+    for rows, scores in zip(batches, torch.load(served / "scores.pt"), strict=True):
         torch.testing.assert_close(scores, expected(served, rows), rtol=1e-5, atol=1e-6)
 
 
 def test_a_package_names_its_cpu_and_no_path_of_this_machine(served: Path) -> None:
-    package = served / "out" / "model.pt2"
+    package = served / "model.pt2"
     own = {str(Path.home()), str(Path.cwd()), sys.prefix, str(Path(torch.__file__).parent), str(served), "/tmp/"}
     own |= {os.path.realpath(path) for path in own}
     with zipfile.ZipFile(package) as archive:
         text = {name: archive.read(name) for name in archive.namelist()}
-    assert not [name for name in text if name.endswith(".cpp")]
+    assert not any(content for name, content in text.items() if name.endswith(".cpp"))
     libraries = [name for name in text if name.endswith(".so")]
     assert len(libraries) == 1
     for name, content in text.items():

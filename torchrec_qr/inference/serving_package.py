@@ -72,14 +72,13 @@ def write_package(program: torch.export.ExportedProgram, file: Path, cpu: str = 
 
 
 def _copy_without_paths(package: Path, out: Path, folders: list[str]) -> None:
-    """Copies a package without sources of C++, which no loader reads, and without paths of this machine."""
+    """Copies a package without the text of its sources of C++, and without paths of this machine."""
     torch_folder = Path(torch.__file__).parent
     places = {cache_dir(), str(torch_folder), str(torch_folder.resolve()), str(Path(cache_dir()).resolve()), *folders}
     with zipfile.ZipFile(package) as compiled, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as copy:
         for entry in compiled.infolist():
-            if entry.filename.endswith(".cpp"):
-                continue
-            content = compiled.read(entry)
+            # No loader reads a source, but that of PyTorch 2.11 finds other files by the name of one.
+            content = b"" if entry.filename.endswith(".cpp") else compiled.read(entry)
             # The longest first, because one may lie in another.
             for place in sorted(places, key=len, reverse=True):
                 content = content.replace(place.encode(), _of_same_length(place))

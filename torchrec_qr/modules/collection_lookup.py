@@ -32,6 +32,7 @@ class PooledLookup:
         self._spaces = [space for lookup in self._lookups for space in lookup.spaces]
         self._features = [space.feature for space in spaces]
         self._columns = columns_of(described, self._lookups)
+        self._divides = any(columns.is_mean for columns in self._columns)
         self._dims = [t.layout.dim for t in described for _ in t.features]
 
     def __call__(self, tables: Tables, features: KeyedJaggedTensor) -> Tensor:
@@ -43,12 +44,14 @@ class PooledLookup:
                 lookup.by_operators(of, features, weighted, True)
                 for lookup, of in zip(self._lookups, given, strict=True)
             ]
-            lengths = torch.cat([own for _, _, own in found])
+            lengths = torch.cat([own for _, _, own in found]) if self._divides else None
             return joined_columns([out for out, _, _ in found], self._columns, lengths, self._dims, torch.empty(0))
         inverse_indices = reorder_inverse_indices(features.inverse_indices_or_none(), self._features)
         features = in_range(arranged(features, self._spaces, weighted, True), self._spaces, given)
         sums = [lookup.pooled(of, features, weighted) for lookup, of in zip(self._lookups, given, strict=True)]
-        return joined_columns(sums, self._columns, features.lengths(), self._dims, inverse_indices)
+        # A batch of offsets has no lengths yet.
+        lengths = features.lengths() if self._divides else None
+        return joined_columns(sums, self._columns, lengths, self._dims, inverse_indices)
 
 
 class SequenceLookup:

@@ -55,7 +55,7 @@ def columns_of(tables: Sequence[ServedTable], lookups: Sequence[TableLookup]) ->
 def joined_columns(
     outputs: list[Tensor],
     columns: list[Columns],
-    lengths: Tensor,
+    lengths: Tensor | None,
     dims: list[int],
     inverse_indices: Tensor,
 ) -> Tensor:
@@ -64,7 +64,7 @@ def joined_columns(
     Args:
         outputs (list[Tensor]): the sums of each lookup, (B, ΣD) of its features.
         columns (list[Columns]): see `columns_of`.
-        lengths (Tensor): (F·B,) of the bags, in the order of the lookups.
+        lengths (Tensor | None): (F·B,) of the bags, in the order of the lookups, if columns are MEAN.
         dims (list[int]): D of each feature of the output.
         inverse_indices (Tensor): (F, samples) of which bag of a feature each sample has, or none.
     """
@@ -82,8 +82,9 @@ def joined_columns(
     return out
 
 
-def _divided(sums: Tensor, columns: Columns, lengths: Tensor, num_features: int) -> Tensor:
+def _divided(sums: Tensor, columns: Columns, lengths: Tensor | None, num_features: int) -> Tensor:
     """Returns the sums of bags (B, f·D) divided by their numbers of ids, or by 1 if a bag is empty."""
+    assert lengths is not None
     bags, last = sums.shape[0], columns.first + columns.num_features
     sizes = lengths.view(num_features, bags)[columns.first : last].clamp(min=1)
     of_features = sums.view(bags, columns.num_features, columns.width // columns.num_features)
