@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torchrec import KeyedJaggedTensor
 
 from examples.serving.export_run import QUANTISED, export_run
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not load_operators(), reason="the operators' library was not built"),
+    pytest.mark.skipif(not hasattr(inductor.cpp, "march"), reason="torch 2.11 compiles for its own CPU alone"),
 ]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serving"
 # Prints the scores of batches of 1 to 64 rows, and of none with an id.
