@@ -1,12 +1,12 @@
 """Exports the model of a run's folder: ``python -m examples.serving.export_run --run runs/demo --out served``.
 
-Writes ``model.pt2``, which AOTInductor has compiled; the operators' library that a process loads before it; and
-``rows.pt``, some rows of the run's test split as the model takes them.
+Writes a package of AOTInductor, the library that a process loads before it, and some rows of the run's test split.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from torchrec import KeyedJaggedTensor
 
 from launch.data.loader import Data
 from launch.data.split import open_splits
-from launch.predict import Run
-from torchrec_qr.inference import quantize_embeddings, write_package
+from launch.predict import Dtype, Run
+from torchrec_qr.inference import write_package
 from torchrec_qr.ops.serving_library import operators_library
-
-QUANTISED = {"int8": torch.qint8, "int4": torch.quint4x2}
 
 
 class Scores(nn.Module):
@@ -34,22 +32,19 @@ class Scores(nn.Module):
         return self.model(dense, batch).squeeze(1).sigmoid()
 
 
-def export_run(run: Path, out: Path, dtype: str = "fp32", num_rows: int = 100) -> None:
+def export_run(run: Path, out: Path, dtype: Dtype = "fp32", num_rows: int = 100) -> None:
     """Exports the model of the folder ``run`` into the folder ``out``, with rows of tables of type ``dtype``."""
-    opened = Run(run, torch.device("cpu"))
-    model = opened.model if dtype == "fp32" else quantize_embeddings(opened.model, QUANTISED[dtype])
-    data = Data(opened.job, open_splits(opened.job.data, opened.job.rows_of_features()), opened.meaning)
-    with data.test() as batches:
+    opened = Run(run, torch.device("cpu"), dtype)
+    splits = open_splits(opened.job.data, opened.job.rows_of_features())
+    with Data(opened.job, splits, opened.meaning).test() as batches:
         batch = next(iter(batches))
     features = batch.sparse.keys()
     lengths = batch.sparse.lengths().view(len(features), -1)[:, :num_rows].long().contiguous()
-    ids = [
-        found.values()[: int(own.sum())] for found, own in zip(batch.sparse.to_dict().values(), lengths, strict=True)
-    ]
+    ids = [x.values()[: int(n.sum())] for x, n in zip(batch.sparse.to_dict().values(), lengths, strict=True)]
     rows = (batch.dense[:num_rows].contiguous(), torch.cat(ids), lengths)
-    dynamic = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC})  # B rows, N ids, B columns
+    dynamic = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC})  # B, N, B
     with torch.no_grad():
-        program = torch.export.export(Scores(model, features).eval(), rows, dynamic_shapes=dynamic)
+        program = torch.export.export(Scores(opened.model, features).eval(), rows, dynamic_shapes=dynamic)
     write_package(program, out / "model.pt2")
     shutil.copy(operators_library(), out / "serving_operators.so")
     # Copy the rows, because the export has left attributes on the tensors, which C++ does not read.
@@ -57,9 +52,8 @@ def export_run(run: Path, out: Path, dtype: str = "fp32", num_rows: int = 100) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run that came to its end")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--dtype", choices=("fp32", *QUANTISED), default="fp32", help="of the rows of tables")
-    arguments = parser.parse_args()
-    export_run(arguments.run, arguments.out, arguments.dtype)
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="fp32", help="of the rows of tables")
+    export_run(**vars(parser.parse_args()))

@@ -6,16 +6,16 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._inductor import config as inductor
 from torchrec import KeyedJaggedTensor
 
-from examples.serving.export_run import QUANTISED, export_run
+from examples.serving.export_run import export_run
 from launch.predict import Run
 from tests.launch.jobs import SMALL, run, with_set
-from torchrec_qr.inference import quantize_embeddings
 from torchrec_qr.ops.serving_library import load_operators
 
 pytestmark = [
@@ -72,9 +72,8 @@ def printed(*command: str) -> str:
 
 
 def expected(served: Path, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    model = Run(served.parent, torch.device("cpu")).model.eval()
-    if served.name != "fp32":
-        model = quantize_embeddings(model, QUANTISED[served.name])
+    dtype: Any = served.name
+    model = Run(served.parent, torch.device("cpu"), dtype).model.eval()
     dense, ids, lengths = rows
     keys = [f"cat_{i}" for i in range(26)]
     with torch.no_grad():
