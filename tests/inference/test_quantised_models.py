@@ -140,3 +140,21 @@ def test_from_float_of_torchrecs_classes_returns_ours_for_ours(their_class: Any)
     quantised = their_class.from_float(module)
     assert type(quantised) is CLASSES[not pooled]
     del module.qconfig  # warns, because the module itself stays
+
+
+@pytest.mark.parametrize("quantise", ["quantize_inference_model", "quantize_embeddings"])
+def test_plain_tables_alone_become_torchrecs_own(quantise: str) -> None:
+    module = float_collection(True, kinds=PLAIN)
+    plain = EmbeddingBagCollection(tables=tables(True, kinds=PLAIN))
+    plain.load_state_dict(module.state_dict())
+    found = []
+    for collection in (module, plain):
+        model = nn.ModuleDict({"sparse": collection})
+        if quantise == "quantize_embeddings":
+            found.append(inference.quantize_embeddings(model, torch.qint8, inplace=False)["sparse"])
+        else:
+            found.append(inference.quantize_inference_model(model)["sparse"])
+    assert [type(quantised) for quantised in found] == [theirs.EmbeddingBagCollection] * 2
+    features = features_of(module)
+    assert torch.equal(found[0](features).values(), found[1](features).values())
+    assert type(quantize_embeddings(module, torch.qint8)) is QuantCompositionalEmbeddingBagCollection
