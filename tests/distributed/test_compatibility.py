@@ -284,6 +284,7 @@ def compiled(rank: int, world_size: int) -> None:
     torch.__version__.startswith("2.11."),
     reason="compiled, TorchRec's own row-wise input dist fails with torch 2.11 in AOTAutograd (maybe_mark_dynamic)",
 )
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_eager_one() -> None:
     """With replicated partitions, their hook and codes of rows; compiling is slow, of TorchRec's own tables too."""
     run_ranks(compiled, 2, timeout=280, alone=True)

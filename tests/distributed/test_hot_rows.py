@@ -88,9 +88,11 @@ def changes(rank: int, world_size: int, sharding: str, kernels: bool) -> dict[st
     ("sharding", "kernels"),
     [
         *((sharding, True) for sharding in ("table_wise", "row_wise", "data_parallel")),
-        ("row_wise", False),
         pytest.param("column_wise", True, marks=pytest.mark.slow),
-        *(pytest.param(s, False, marks=pytest.mark.slow) for s in ("table_wise", "column_wise", "data_parallel")),
+        *(
+            pytest.param(s, False, marks=pytest.mark.slow)
+            for s in ("table_wise", "row_wise", "column_wise", "data_parallel")
+        ),
     ],
 )
 def test_a_hot_row_takes_its_whole_step(sharding: str, kernels: bool) -> None:

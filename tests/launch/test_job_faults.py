@@ -106,7 +106,7 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path:
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     # The same rows a step: so the step count means the same.
     def steps(ranks: int) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def losses(runs: Path, sharding: str, data_type: str) -> list[float]:
     return [line["loss"] for line in metrics(runs / "demo") if line["split"] == "train"]
 
 
-@pytest.mark.parametrize("sharding", ["data_parallel", "table_wise"])
+@pytest.mark.parametrize("sharding", [pytest.param("data_parallel", marks=pytest.mark.slow), "table_wise"])
 def test_half_precision_tables_train_wherever_they_lie(tmp_path: Path, sharding: str) -> None:
     """Adagrad's eps of 1e-8 is 0 in fp16: stepped in fp16, a row without a gradient would become NaN."""
     # Values start otherwise than those of TorchRec's own tables, so that losses are near one another and not equal.
