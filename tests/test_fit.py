@@ -231,6 +231,10 @@ def test_what_cannot_be_fitted_is_refused_by_name() -> None:
         fitted(config, full[:-1])
     with pytest.raises(ValueError, match="table 't': the full table is on the meta device"):
         fitted(config, full.to("meta"))
+    huge = full.clone()
+    huge[201, 3] = 1e20
+    with pytest.raises(ValueError, match=r"table 't': values up to 1\.0\d*e\+20 overflow while partitions are fitted"):
+        fitted(config_of(SPECS["strided"], "mult"), huge)
     full[201, 3] = float("inf")
     with pytest.raises(ValueError, match="table 't': the full table has a value that is not finite, first at id 201"):
         fitted(config, full)

@@ -5,6 +5,7 @@ fingerprint, a model could load one as the other and train on wrong rows.
 """
 
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,33 @@ def check_form(saved: Container[str], path: str, compositional: bool) -> None:
             f"plain; allowed: a full table, {full!r}. For full rows, load the checkpoint into a collection with the "
             "compositional config, and call torchrec_qr.inference.to_plain(collection)"
         )
+
+
+def check_row_types(saved: Mapping[str, Any], path: str, quantised: bool) -> None:
+    """Refuses quantised rows for rows of floats, and the reverse, because their shapes may be equal.
+
+    Args:
+        saved (Mapping[str, Any]): the state dict to load.
+        path (str): the table in its keys, such as ``embedding_bags.t``.
+        quantised (bool): whether rows are quantised here.
+
+    Raises:
+        ValueError: rows are saved in the other form. The message has the table, the key, and what is allowed.
+
+    Example:
+        >>> check_row_types({"embedding_bags.t.weight": torch.zeros(2, 8)}, "embedding_bags.t", quantised=False)
+    """
+    for key in (f"{path}.weight", f"{path}.partition_0.weight"):
+        dtype = getattr(saved.get(key), "dtype", None)
+        if dtype is not None and (dtype == torch.uint8) != quantised:
+            allowed = (
+                "those of a quantised collection, which torchrec_qr.inference.quantize_embeddings makes of a float one"
+                if quantised
+                else "those of a float collection, before it was quantised"
+            )
+            raise ValueError(
+                f"table {path.rpartition('.')[2]!r}: {key!r} has rows of {dtype} in the checkpoint; allowed: {allowed}"
+            )
 
 
 def check_saved_tables(

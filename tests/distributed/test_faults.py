@@ -285,3 +285,20 @@ def test_a_sharded_batch_raises_what_an_earlier_one_left_to_be_checked() -> None
     (messages,) = run_ranks(deferred, 1)
     for message in messages:
         assert message.startswith("table 'a', feature 'f_a': id 60 is outside [0, 60)")
+
+
+def other_keys(rank: int, world_size: int) -> None:
+    configs = list(TABLES)
+    model = shard(configs, "table_wise")
+    first = batch_of(configs, 0, rank, world_size)
+    keys = first.keys()
+    with pytest.raises(KeyError, match=f"feature {keys[-1]!r} is not in the batch; its keys are"):
+        model(first.permute(list(range(len(keys) - 1))))
+    out = model(first)
+    with pytest.raises(ValueError, match=f"feature {keys[0]!r}: the batch has the keys .* at place 0, where the first"):
+        model(first.permute(list(reversed(range(len(keys))))))
+    assert torch.equal(model(first), out)
+
+
+def test_features_at_other_places_than_in_the_first_batch_are_refused() -> None:
+    run_ranks(other_keys, 1)

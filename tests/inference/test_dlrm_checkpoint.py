@@ -253,3 +253,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": saved_state(), "model": torch.nn.Linear(2, 2)}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match=r"code\.pt: has more than tensors, numbers and strings"):
         load_dlrm_checkpoint(tmp_path / "code.pt")
+    (tmp_path / "text.pt").write_text("emb_l.0.weight 1.0\n")
+    with pytest.raises(ValueError, match=r"text\.pt: has more than tensors, .*, or is no file of PyTorch"):
+        load_dlrm_checkpoint(tmp_path / "text.pt")

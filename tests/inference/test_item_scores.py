@@ -227,7 +227,7 @@ def test_bad_input_is_named() -> None:
             ValueError, match="table 't': user_vectors are on meta; allowed: cpu, the device of the coll"
         ):
             function(collection, "t", users.to("meta"))
-        with pytest.raises(TypeError, match="Linear has no compositional tables"):
+        with pytest.raises(TypeError, match="Linear is no float collection of torchrec_qr"):
             function(torch.nn.Linear(1, 1), "t", users)
 
 

@@ -106,5 +106,5 @@ def test_what_torchrec_cannot_have_is_refused_by_name() -> None:
         to_plain(mixed)
     with pytest.raises(ValueError, match="is on the meta device"):
         to_plain(collection_of([bag_table(SPEC)], "meta"))
-    with pytest.raises(TypeError, match="Linear has no compositional tables"):
+    with pytest.raises(TypeError, match="Linear is no float collection of torchrec_qr"):
         to_plain(torch.nn.Linear(2, 2))  # type: ignore[call-overload]

@@ -160,3 +160,16 @@ def _saved(module: Any) -> io.BytesIO:
     torch.save(module, file)
     file.seek(0)
     return file
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_rows_of_floats_and_of_bytes_are_not_loaded_as_one_another(assign: bool) -> None:
+    """An int4 row of 8 columns has 8 bytes, so that shapes do not differ."""
+    module = collection_of([bag_table(QuotientRemainder(num_collisions=10), embedding_dim=8)])
+    quantised = quantize_embeddings(module, torch.quint4x2)
+    saved = module.state_dict()["embedding_bags.t.partition_0.weight"], quantised.embedding_bags["t"].weights()[0]
+    assert saved[0].shape == saved[1].shape
+    with pytest.raises(ValueError, match=r"table 't': .*partition_0\.weight' has rows of torch\.float32"):
+        quantised.load_state_dict(module.state_dict(), assign=assign)
+    with pytest.raises(ValueError, match=r"table 't': .*partition_0\.weight' has rows of torch\.uint8"):
+        module.load_state_dict(quantised.state_dict(), assign=assign)

@@ -119,6 +119,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         pooled(batch(BATCH, torch.ones(1)), weighted=True)
     with pytest.raises(TypeError, match=r"ids have dtype torch\.float32; allowed: int32, int64"):
         pooled(KeyedJaggedTensor(keys=["f", "g"], values=torch.ones(2), lengths=torch.tensor([1, 1])))
+    for made in (module, scripted(module)):
+        with pytest.raises(Exception, match="3 lengths; allowed: one of each bag of the 2 features"):
+            made(KeyedJaggedTensor(keys=["f", "g"], values=torch.arange(6), lengths=torch.tensor([2, 2, 2])))
     varying = KeyedJaggedTensor(
         keys=["f", "g"],
         values=torch.tensor([1, 2]),
@@ -127,3 +130,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     )
     with pytest.raises(NotImplementedError, match="one number of bags for all"):
         pooled(varying)
+
+
+def test_rows_on_the_meta_device_have_no_values() -> None:
+    module = Pooled().to("meta")
+    assert module(batch(BATCH)).device.type == "meta"
+    assert scripted(module)(batch(BATCH)).device.type == "meta"

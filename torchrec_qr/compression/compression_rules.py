@@ -87,7 +87,7 @@ class CompressionRules:
                 close = get_close_matches(str(name), known, 3)
                 raise ValueError(
                     f"{_OWNER}: tables has {name!r}, which is no table of the model; allowed: "
-                    f"{', '.join(close or known)}{', …' if close else ''}"
+                    f"{', '.join(close or known)}{', …' if close and len(close) < len(known) else ''}"
                 )
             if known[name].is_ours and self.tables[name] is not None:
                 raise ValueError(

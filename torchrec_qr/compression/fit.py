@@ -65,6 +65,11 @@ def fitted(config: CompositionalConfig, full: Tensor, frequencies: Tensor | None
         for columns in _column_groups(config):
             rows = (fit_mult if config.operation == "mult" else fit_add)(table.of_columns(columns))
             _store([weight[:, columns] for weight in stored], rows)
+    if not all(bool(weight.isfinite().all()) for weight in stored):
+        raise ValueError(
+            f"table {config.name!r}: values up to {float(full.abs().max())} overflow while partitions are fitted; "
+            "allowed: a table with smaller values, such as up to 1e15"
+        )
     return Fit(stored, *_errors(config, table, stored))
 
 

@@ -51,7 +51,7 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
         return SEQUENCE_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
-        features = checked_features(features)
+        features = checked_features(self, features)
         return super().input_dist(ctx, features)
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:

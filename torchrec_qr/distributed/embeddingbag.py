@@ -91,7 +91,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         return CompositionalContext()
 
     def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
-        features = checked_features(features)
+        features = checked_features(self, features)
         if self._has_mean:
             sizes = features.lengths().view(len(features.keys()), -1)
             ctx.means = self._means_of(features.keys(), sizes.device)

@@ -30,7 +30,7 @@ from torchrec_qr.distributed.logical_tables import (
 from torchrec_qr.distributed.lookup_kernel import own_lookup, refuse_tracker
 from torchrec_qr.distributed.replication import replicate, step_alone
 from torchrec_qr.distributed.stored_partition import StoredPartition
-from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
+from torchrec_qr.fingerprint import check_form, check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
@@ -59,6 +59,8 @@ class ShardedCompositionalCollection:
     _output_dtensor: bool
     # All partitions by name, None until they are registered, and the tensors of a state dict for split ones.
     _partitions: dict[str, StoredPartition] | None
+    # Where the first batch has each feature.
+    _places: list[tuple[int, str]]
     _split: dict[str, Tensor | ShardedTensor]
 
     def __init__(
@@ -72,6 +74,7 @@ class ShardedCompositionalCollection:
     ) -> None:
         plan = table_name_to_parameter_sharding
         self._configs = module.embedding_configs()
+        self._places = []
         parameters = placeholders(self._configs, getattr(module, self._tables_attribute))
         self._layouts = shard_layouts(self._configs, plan, parameters)
         check_plain_tables(self._configs, plan, parameters, device)
@@ -208,6 +211,7 @@ def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: A
     prefix = f"{prefix}{collection._tables_attribute}."
     for config in collection._configs:
         check_form(state_dict, f"{prefix}{config.name}", is_compositional(config))
+        check_row_types(state_dict, f"{prefix}{config.name}", quantised=False)
     tables = [(of.config, collection._module_of(name).fingerprint) for name, of in collection._layouts.items()]
     check_saved_tables(state_dict, prefix, tables)
     for name, stored in collection._partitions.items():
@@ -216,11 +220,14 @@ def _load_shards(collection: Any, state_dict: dict[str, Any], prefix: str, *_: A
             state_dict[key] = stored.part_of(state_dict[key])
 
 
-def checked_features(features: Any) -> KeyedJaggedTensor:
+def checked_features(collection: "ShardedCompositionalCollection", features: Any) -> KeyedJaggedTensor:
     """Returns a batch, which may be a ``TensorDict``, as a ``KeyedJaggedTensor``.
 
     Raises:
         NotImplementedError: the features differ in their number of bags.
+        KeyError: the batch lacks a feature of a table.
+        ValueError: a feature has another place among the keys than in the first batch. TorchRec's input dist reads
+            features by their places in the first batch.
     """
     features = maybe_td_to_kjt(features, None)
     if features.variable_stride_per_key():
@@ -228,4 +235,24 @@ def checked_features(features: Any) -> KeyedJaggedTensor:
             "variable batch per feature is not supported by sharded compositional collections; features "
             f"{features.keys()}"
         )
+    keys = features.keys()
+    if not collection._places:
+        collection._places = _places_of(collection._configs, keys)
+    for place, feature in collection._places:
+        if place >= len(keys) or keys[place] != feature:
+            raise ValueError(
+                f"feature {feature!r}: the batch has the keys {keys}; allowed: the feature at place {place}, where the "
+                "first batch of the sharded collection had it"
+            )
     return features
+
+
+def _places_of(configs: Sequence[BaseEmbeddingConfig], keys: list[str]) -> list[tuple[int, str]]:
+    """Returns the place of each feature of the tables among the keys of a batch."""
+    places: dict[str, int] = {}
+    for config in configs:
+        for feature in config.feature_names:
+            if feature not in keys:
+                raise KeyError(f"table {config.name!r}: feature {feature!r} is not in the batch; its keys are {keys}")
+            places[feature] = keys.index(feature)
+    return [(place, feature) for feature, place in places.items()]

@@ -150,7 +150,17 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-    except pickle.UnpicklingError as error:
+    # PyTorch raises any of these if a file is none of its own.
+    except (
+        pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{path}: has more than tensors, numbers and strings, or is no file of PyTorch; allowed: the file of "
             "--save-model"

@@ -114,8 +114,9 @@ def tables_of(collection: Collection) -> nn.ModuleDict:
         )
     if not isinstance(collection, Collection):
         raise TypeError(
-            f"{type(collection).__name__} has no compositional tables; allowed: CompositionalEmbeddingBagCollection, "
-            "CompositionalEmbeddingCollection, such as a part of the model"
+            f"{type(collection).__name__} is no float collection of torchrec_qr; allowed: "
+            "CompositionalEmbeddingBagCollection, CompositionalEmbeddingCollection, such as a part of the model before "
+            "it was quantised"
         )
     if collection.device.type == "meta":
         raise ValueError(f"{type(collection).__name__} is on the meta device, without values; allowed: a real device")

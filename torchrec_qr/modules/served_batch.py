@@ -150,6 +150,12 @@ def check_served(features: KeyedJaggedTensor, weighted: bool) -> None:
             f"features {features.keys()}: a number of bags for each feature, or inverse indices; allowed in a served "
             "model: one number of bags for all"
         )
+    # An exporter does not know whether the numbers are equal, and its programs check the shapes of their inputs.
+    if torch.jit.is_scripting():
+        _check_lengths(features)
+    else:
+        if not torch.compiler.is_compiling():
+            _check_lengths(features)
     if weighted:
         weights = features.weights_or_none()
         if weights is None:
@@ -159,6 +165,12 @@ def check_served(features: KeyedJaggedTensor, weighted: bool) -> None:
                 f"features {features.keys()}: {weights.numel()} weights for {ids.numel()} ids; allowed: one weight per "
                 "id"
             )
+
+
+def _check_lengths(features: KeyedJaggedTensor) -> None:
+    count, keys = features.lengths().numel(), features.keys()
+    if count != len(keys) * features.stride():
+        raise ValueError(f"features {keys}: {count} lengths; allowed: one of each bag of the {len(keys)} features")
 
 
 def _bounded(ids: Tensor, out_of_range: str, num_ids: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.utils import skip_init
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
-from torchrec_qr.fingerprint import check_form, check_saved_tables, fingerprint
+from torchrec_qr.fingerprint import check_form, check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.attached_optimizers import refuse_lost_optimizer
 from torchrec_qr.ops.description import CodeLayout, PartitionLayout, TableLayout
@@ -230,6 +230,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
 def _refuse_other_meanings(tables: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     for name, table in tables.named_children():
         check_form(state_dict, f"{prefix}{name}", isinstance(table, CompositionalTable))
+        check_row_types(state_dict, f"{prefix}{name}", quantised=False)
     compositional = (t for t in tables.children() if isinstance(t, CompositionalTable))
     check_saved_tables(state_dict, prefix, ((t.config, t.fingerprint) for t in compositional))
 

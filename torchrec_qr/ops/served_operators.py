@@ -113,9 +113,10 @@ def _(
     bags: int,
     columns: int,
 ) -> Tensor:
-    return ids.new_empty((bags, columns), dtype=torch.float32)
+    # On the device of the rows: rows on the meta device have no values for ids on a CPU.
+    return weights[0].new_empty((bags, columns), dtype=torch.float32)
 
 
 @torch.library.register_fake("torchrec_qr_serving::composed")
 def _(weights: list[Tensor], class_maps: list[Tensor], layout: Tensor, names: str, ids: Tensor, columns: int) -> Tensor:
-    return ids.new_empty((ids.shape[0], columns), dtype=torch.float32)
+    return weights[0].new_empty((ids.shape[0], columns), dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_qr.configs import is_compositional
-from torchrec_qr.fingerprint import check_saved_tables, fingerprint
+from torchrec_qr.fingerprint import check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace, bounded_ids
 from torchrec_qr.modules.table import table_layout
 from torchrec_qr.ops.description import MAX_WIDTH, PartitionLayout, TableLayout
@@ -197,6 +197,8 @@ def quantised_tables(tables: Sequence[BaseEmbeddingConfig], device: torch.device
 
 def _refuse_other_meanings(tables: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     own = [t for t in tables.children() if isinstance(t, QuantisedTable)]
+    for table in own:
+        check_row_types(state_dict, f"{prefix}{table.config.name}", table.weights()[0].dtype == torch.uint8)
     check_saved_tables(state_dict, prefix, ((t.config, t.fingerprint) for t in own if is_compositional(t.config)))
 
 
