@@ -53,6 +53,7 @@ def test_the_plan_is_printed_in_100_columns(capsys: pytest.CaptureFixture[str]) 
     assert full[-1] == "3"
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_what_is_installed(small: str, tmp_path: Path) -> None:
     """It has the files of a wheel and its entry point, but neither the sources nor ``launch``."""
     lib = tmp_path / "lib"

@@ -44,7 +44,8 @@ def quantised(rank: int, world_size: int, precision: str, by_registry: bool, sha
     return values
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_quantised_communication(precision: str) -> None:
     """TorchRec's registry has fp16 alone for a CPU. How far it is from exact: `tests/distributed/test_pipelines.py`."""
     two, four = ("table_wise", "column_wise", "row_wise"), ("table_row_wise", "grid_shard")

@@ -65,6 +65,7 @@ def test_a_job_that_was_silent_stops_before_it_writes_a_checkpoint(tmp_path: Pat
     assert contents(root) == ended
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_is_moved_aside_with_its_lock(tmp_path: Path) -> None:
     run(tmp_path, *FOUR)
     ended = contents(tmp_path / "demo")

@@ -131,7 +131,8 @@ def test_folders_within_a_folder(tmp_path: Path) -> None:
     assert [p.name for p in expanded([str(tmp_path / "all")])] == ["b.csv", "a.csv"]
 
 
-@pytest.mark.parametrize("interaction", ["dcn", pytest.param("deepfm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("interaction", ["dcn", "deepfm"])
 def test_rows_of_categories_alone(tmp_path: Path, interaction: str) -> None:
     write(tmp_path / "a.parquet", {name: c for name, c in rows(4000, seed=1).items() if name != "price"})
     write(tmp_path / "new.parquet", {name: c for name, c in rows(500, seed=2).items() if name != "price"})

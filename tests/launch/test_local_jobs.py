@@ -27,6 +27,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "demo"
 
 
+@pytest.mark.slow
 def test_torchrun_alone_trains(unbroken: Path) -> None:
     lines = metrics(unbroken)
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(5, SMALL_STEPS, 5))

@@ -20,7 +20,7 @@ KERNELS = ["blocks_of_tables", "forward", "keys_of_ids", "step_rows", "sum_long_
     ("rule", "dtype", "pooling", "weights"),
     [
         pytest.param("adagrad", "float32", "pooled", "plain", marks=pytest.mark.slow),
-        ("adam", "bfloat16", "pooled", "weighted"),
+        pytest.param("adam", "bfloat16", "pooled", "weighted", marks=pytest.mark.slow),
         pytest.param("rowwise_adagrad", "float16", "sequences", "plain", marks=pytest.mark.slow),
     ],
 )

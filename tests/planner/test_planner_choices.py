@@ -38,7 +38,8 @@ def test_work_is_balanced(ranks: int) -> None:
         assert max(estimated.ranks.memory) <= min(estimated.reserved)
 
 
-@pytest.mark.parametrize("ranks", EACH_CLUSTER)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [8, 16, 64])
 def test_work_is_balanced_without_data_parallel(ranks: int) -> None:
     for tables, constraints in (mlperf(), zipf(1000)):
         forbidden = only(constraints, tables, SHARDED)
