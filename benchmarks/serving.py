@@ -44,7 +44,7 @@ IDS_OF_CELL = 4_000_000
 
 
 class Cell(NamedTuple):
-    """What is served, and how."""
+    """The tables, their rows, the batch and the threads of one measurement."""
 
     tables: int
     rows: int

@@ -59,7 +59,7 @@ def trained(model: nn.Module, teacher: Callable[[Tensor], Tensor], steps: int, s
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["mult", "add"])
 def test_a_fitted_start_beats_a_new_one_after_the_same_steps(operation: Any) -> None:
-    """By more than three times the deviation over seeds of either, and it is ahead of the fit alone."""
+    """The gain is above three times the deviation over seeds of either, and above that of the fit alone."""
     torch.manual_seed(1)
     # Rows of the teacher are those of groups of ids, and some of their own, as after training on real data.
     rows = [1.2 * torch.randn(size // 20, DIM).repeat(20, 1) + 0.4 * torch.randn(size, DIM) for size in SIZES.values()]

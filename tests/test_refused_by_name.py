@@ -51,7 +51,7 @@ def test_torchrecs_own_collections_are_fused_as_ever() -> None:
 
 @pooled_or_not
 def test_an_optimizer_in_backward_steps_an_unsharded_collection(pooled: bool) -> None:
-    """By the gradients of a collection without one: SGD of a rate of 0.5."""
+    """The reference steps by the gradients of a collection without one: SGD of a rate of 0.5."""
     model, alone = (collection(PARTITIONS, pooled) for _ in range(2))
     apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.5})
     for of in (model, alone):

@@ -38,7 +38,7 @@ def torchrec_collection(pooled: bool) -> nn.Module:
 
 
 def cases(pooled: bool) -> list[tuple[nn.Module, nn.Module, str]]:
-    """What is saved, what it is loaded into, and the error; table a is the same in both."""
+    """Returns what is saved, what it is loaded into, and the error. Table a is the same in both."""
     first = plain_table(pooled, name="a")
     compositional = collection_of([first, table_of(SPEC, pooled)])
     plain = collection_of([first, plain_table(pooled, name="t", feature_names=["f"])])

@@ -1,4 +1,4 @@
-"""What quantised collections return: against floats within the error of the rows' scales, and against TorchRec's."""
+"""Quantised collections return floats within the error of the rows' scales, and what TorchRec's return."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What quantised collections save, load and refuse."""
+"""Quantised collections save and load their rows, and refuse those of others."""
 
 import copy
 import io

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchrec_qr.compression.full_table import FullTable
 
-# Of the initial error, in the norm that conjugate gradients reduce.
+# The share of the initial error that may stay, in the norm that conjugate gradients reduce.
 _PRECISION = 1e-11
 _MOST_STEPS = 5_000
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchrec_qr.compression.full_table import FullTable
 
-# Of the squared error that is left. A sweep that gains less is the last one.
+# The share of the squared error that a sweep must gain. A sweep that gains less is the last one.
 _LEAST_GAIN = 1e-3
 _MOST_SWEEPS = 20
 # Multiply in fp32 and add in float64, because multiplications take most of the time.

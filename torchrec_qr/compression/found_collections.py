@@ -44,7 +44,7 @@ class FoundCollection:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the collection is compositional already. It then stays."""
+        """Returns whether the collection is compositional already. It then stays."""
         return isinstance(self.module, _OURS)
 
     @property
