@@ -318,6 +318,22 @@ def check_allowed(config: BaseEmbeddingConfig, field: str, allowed: Sequence[obj
         raise ValueError(f"table {config.name!r}: {field}={getattr(config, field)!r}; allowed: {names}")
 
 
+def common_dim(tables: Sequence[BaseEmbeddingConfig]) -> int:
+    """Returns D of all tables.
+
+    Raises:
+        ValueError: the tables differ in D.
+
+    Example:
+        >>> common_dim([EmbeddingBagConfig(num_embeddings=100, embedding_dim=8)])
+        8
+    """
+    dims = {t.name: t.embedding_dim for t in tables}
+    if len(set(dims.values())) != 1:
+        raise ValueError(f"embedding_dim: the tables have dimensions {dims}; allowed: one dimension for all")
+    return next(iter(dims.values()))
+
+
 def _is_dim(dim: object, largest: int = MAX_DIM) -> bool:
     return isinstance(dim, int) and 0 < dim <= largest and dim % DIM_MULTIPLE == 0
 

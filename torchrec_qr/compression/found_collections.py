@@ -49,7 +49,7 @@ class FoundCollection:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether the collection is one of bags."""
+        """Returns whether the collection is one of bags."""
         return isinstance(self.module, EmbeddingBagCollection | CompositionalEmbeddingBagCollection)
 
     @property

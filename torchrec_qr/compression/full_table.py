@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_qr.ops.partition_layouts import partition_layouts
 from torchrec_qr.partitions import BoundPartitions
-from torchrec_qr.partitions.bound import ClosedForm, closed_form_rows, mapped_rows
 
 # Read so many scalars at a time, because a copy of the table may not fit. On a CPU the caches hold a block, and torch
 # uses one thread for it: on a busy host several threads wait longer for one another than they work.
@@ -119,13 +119,9 @@ class FullTable:
         return self._of_ids[key]
 
     def _computed_classes(self, j: int) -> Tensor:
+        (layout,) = partition_layouts(self.bound, {j: self.rows.shape[1]})
         ids = torch.arange(len(self.rows), device="cpu")
-        if isinstance(self.bound, ClosedForm):
-            found = closed_form_rows(ids, self.bound.strides[j], self.bound.sizes[j])
-        else:
-            assert self.bound.class_map is not None
-            found = mapped_rows(ids, self.bound.class_map[j])
-        return found.to(self.rows.device)
+        return layout.rows_of(ids, self.bound.class_map).to(self.rows.device)
 
     def _computed_totals(self, j: int) -> Tensor:
         totals = torch.bincount(self.classes(j), self.weights, self.bound.sizes[j]).to(torch.float64)

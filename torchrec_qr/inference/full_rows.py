@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
@@ -125,15 +126,26 @@ def tables_of(collection: Collection) -> nn.ModuleDict:
     return collection.embeddings
 
 
+def table_of(collection: Collection, table: str) -> tuple[Table, EmbeddingBagConfig | EmbeddingConfig]:
+    """Returns a table of an unsharded collection that has values, and its config.
+
+    Raises:
+        ValueError: the collection has no such table. See also `tables_of`.
+        TypeError: see `tables_of`.
+    """
+    tables = tables_of(collection)
+    if table not in tables:
+        raise ValueError(f"table {table!r} is not in the collection; allowed: {', '.join(tables)}")
+    (config,) = (c for c in collection.embedding_configs() if c.name == table)
+    return cast(Table, tables[table]), config
+
+
 class _Source:
     """The rows of one table."""
 
     def __init__(self, collection: Collection, table: str) -> None:
-        tables = tables_of(collection)
-        if table not in tables:
-            raise ValueError(f"table {table!r} is not in the collection; allowed: {', '.join(tables)}")
-        (self.num_ids,) = (c.num_embeddings for c in collection.embedding_configs() if c.name == table)
-        own = cast(Table, tables[table])
+        own, config = table_of(collection, table)
+        self.num_ids = config.num_embeddings
         maps = [] if own.class_map is None else [own.class_map]
         self._table, self._device = table, collection.device
         self._description = Description([own.layout], [table], maps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrec_qr.inference.best_scores import BestScores
-from torchrec_qr.inference.full_rows import Collection, tables_of
+from torchrec_qr.inference.full_rows import Collection, table_of
 from torchrec_qr.inference.score_blocks import score_blocks
 
 
@@ -125,10 +125,7 @@ def top_items(collection: Collection, table: str, user_vectors: Tensor, k: int) 
 
 def _checked(collection: Collection, table: str, user_vectors: Tensor) -> tuple[int, Tensor]:
     """Returns S, and the user vectors as fp32."""
-    tables = tables_of(collection)
-    if table not in tables:
-        raise ValueError(f"table {table!r} is not in the collection; allowed: {', '.join(tables)}")
-    (config,) = (config for config in collection.embedding_configs() if config.name == table)
+    _, config = table_of(collection, table)
     if not isinstance(user_vectors, Tensor) or not user_vectors.is_floating_point():
         given = user_vectors.dtype if isinstance(user_vectors, Tensor) else type(user_vectors).__name__
         raise TypeError(f"table {table!r}: user_vectors are {given}; allowed: a tensor of floats")

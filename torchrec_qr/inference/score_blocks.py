@@ -6,13 +6,12 @@ Legend: u (B, D) are the user vectors, and e(x) = compose_j( W_j[p_j(x)] ) is th
 import math
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrec_qr.inference.full_rows import Collection, materialized_blocks, tables_of
+from torchrec_qr.inference.full_rows import Collection, materialized_blocks, table_of
 from torchrec_qr.inference.id_digits import Digit, IdGrid, digits_of, id_grid, number_of_lower
 from torchrec_qr.modules.table import Table
 
@@ -49,7 +48,7 @@ def score_blocks(
         into (Tensor | None): (B, S) fp32, memory for the scores. The blocks are then parts of it.
         at_once (int): about the most scores of a block, and the most scalars of its rows.
     """
-    own = cast(Table, tables_of(collection)[table])
+    own, _ = table_of(collection, table)
     layout, count = own.layout, max(1, len(users))
     digits = digits_of(layout, num_ids)
     of_scores, of_rows = max(1, at_once // count), max(1, at_once // max(count, layout.dim))

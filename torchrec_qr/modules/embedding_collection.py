@@ -11,6 +11,7 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from torchrec_qr.configs import common_dim
 from torchrec_qr.modules import graph_lookup
 from torchrec_qr.modules.collection_lookup import SequenceLookup
 from torchrec_qr.modules.guarded_collection import GuardedCollection
@@ -150,10 +151,7 @@ class CompositionalEmbeddingCollection(GuardedCollection, EmbeddingCollectionInt
         Raises:
             ValueError: the tables differ in D.
         """
-        dims = {t.name: t.embedding_dim for t in self._embedding_configs}
-        if len(set(dims.values())) != 1:
-            raise ValueError(f"embedding_dim: the tables have dimensions {dims}; allowed: one dimension for all")
-        return next(iter(dims.values()))
+        return common_dim(self._embedding_configs)
 
     def need_indices(self) -> bool:
         """Returns whether each output has its ids."""

@@ -1,4 +1,4 @@
-"""What both collections refuse, because TorchRec would do it in silence, or with an error that names nothing."""
+"""Both collections refuse what TorchRec would do in silence, or with an error that names nothing."""
 
 import inspect
 from types import CodeType

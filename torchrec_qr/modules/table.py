@@ -153,6 +153,11 @@ def table_layout(
     )
 
 
+def plain_layout(config: BaseEmbeddingConfig) -> TableLayout:
+    """Returns the layout of a plain table in a lookup, whose rows are its ids."""
+    return TableLayout("plain", (PartitionLayout(config.embedding_dim, divisor=1),), num_ids=config.num_embeddings)
+
+
 def build_tables(
     tables: Sequence[BaseEmbeddingConfig],
     plain: type[PlainEmbedding] | type[PlainEmbeddingBag],
@@ -197,8 +202,7 @@ def build_tables(
             **as_torchrec,
         )
         table.begin(config)
-        rows_are_ids = PartitionLayout(config.embedding_dim, divisor=1)
-        table.layout = TableLayout("plain", (rows_are_ids,), num_ids=config.num_embeddings)
+        table.layout = plain_layout(config)
         modules[config.name] = table
     return modules
 

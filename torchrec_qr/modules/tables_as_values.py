@@ -10,7 +10,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 
 from torchrec_qr.ids import IdSpace
 from torchrec_qr.modules.table import Table
-from torchrec_qr.ops.description import TableLayout, kernels_have, layout_of_fields
+from torchrec_qr.ops.description import TableLayout, layout_of_fields
 from torchrec_qr.ops.served_operators import ServedTable, served_layout
 
 _ROW_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -98,7 +98,7 @@ def id_spaces(tables: Sequence[ServedTable]) -> list[IdSpace]:
 def pooled_values(tables: Sequence[ServedTable], weighted: bool) -> PooledValues:
     """Returns what a graph has of the tables of a pooled collection."""
     refusal = _refusal(tables)
-    layout, names = _served_layout([] if refusal else tables)
+    layout, names = served_layout([] if refusal else tables)
     columns = sum(t.layout.dim * len(t.features) for t in tables)
     return PooledValues(layout, names, columns, weighted, text_of(tables), refusal)
 
@@ -107,7 +107,7 @@ def sequence_values(tables: Sequence[ServedTable], outputs: Sequence[str], need_
     """Returns what a graph has of the tables of a collection without pooling."""
     refusal = _refusal(tables)
     alone = [t._replace(features=(feature,)) for t in tables for feature in t.features]
-    described = [_served_layout([] if refusal else [t]) for t in alone]
+    described = [served_layout([] if refusal else [t]) for t in alone]
     return SequenceValues(
         [layout for layout, _ in described],
         [names for _, names in described],
@@ -119,18 +119,13 @@ def sequence_values(tables: Sequence[ServedTable], outputs: Sequence[str], need_
     )
 
 
-def _served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
-    with torch.device("cpu"):
-        return served_layout(tables)
-
-
 def _refusal(tables: Sequence[ServedTable]) -> str:
     return next(filter(None, map(_refusal_of, tables)), "")
 
 
 def _refusal_of(table: ServedTable) -> str:
     layout = table.layout
-    if not kernels_have("add" if layout.operation == "plain" else layout.operation, layout.widths):
+    if not layout.is_served:
         return (
             f"table {table.name!r}: operation {layout.operation!r} with partitions of {list(layout.widths)} columns; "
             "allowed in an exported or scripted model: plain, mult, add and concat with up to 4 partitions of up to "

@@ -97,6 +97,11 @@ class TableLayout(NamedTuple):
         """Whether the kernels have such a table."""
         return kernels_have(self.operation, self.widths)
 
+    @property
+    def is_served(self) -> bool:
+        """Whether the operators of served models have such a table. A plain one is a sum of one partition there."""
+        return kernels_have("add" if self.operation == "plain" else self.operation, self.widths)
+
     def ids_of(self, ids: Tensor) -> Tensor:
         """Returns (N,) int64: the ids that codes stand for, or what was given if ids travel."""
         ids = ids.to(torch.int64)

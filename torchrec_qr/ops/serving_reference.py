@@ -100,6 +100,27 @@ def _tables(weights: list[Tensor], class_maps: list[Tensor], layout: Tensor, nam
         yield _Table(operation, features, num_ids, policy, bool(mean), class_map, partitions, line.split("\t"))
 
 
+def pooled_rows(rows: Tensor, lengths: Tensor, id_weights: Tensor | None, mean: bool) -> Tensor:
+    """Returns (B, D): Σ_{n in bag b} w_n · rows_n, divided by the number of ids of the bag under MEAN.
+
+    Args:
+        rows (Tensor): (N, D), bag after bag.
+        lengths (Tensor): (B,) integers.
+        id_weights (Tensor | None): (N,) w_n, or None for 1.
+        mean (bool): whether the pooling is MEAN.
+
+    Example:
+        >>> pooled_rows(torch.tensor([[1.0], [3.0]]), torch.tensor([2, 0]), None, mean=True)
+        tensor([[2.],
+                [0.]])
+    """
+    if id_weights is not None:
+        rows = rows * id_weights.unsqueeze(1)
+    bags = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
+    out = rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, bags, rows)
+    return out / lengths.clamp(min=1).unsqueeze(1) if mean else out
+
+
 def pooled_by_torch(
     weights: list[Tensor],
     class_maps: list[Tensor],
@@ -123,11 +144,8 @@ def pooled_by_torch(
         for feature in range(table.num_features):
             i = next(of_batch)
             rows = table.compose(all_ids[i], feature)
-            if all_weights is not None:
-                rows = rows * all_weights[i].unsqueeze(1)
-            bag = torch.arange(bags, device=ids.device).repeat_interleave(of_features[i])
-            out = rows.new_zeros(bags, rows.shape[1]).index_add_(0, bag, rows)
-            outputs.append(out / of_features[i].clamp(min=1).unsqueeze(1) if table.mean else out)
+            weights_of_ids = None if all_weights is None else all_weights[i]
+            outputs.append(pooled_rows(rows, of_features[i], weights_of_ids, table.mean))
     return torch.cat(outputs, dim=1)
 
 

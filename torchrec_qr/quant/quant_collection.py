@@ -9,6 +9,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface, get
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.types import ModuleCopyMixin
 
+from torchrec_qr.configs import common_dim
 from torchrec_qr.modules.served_batch import served_sequences
 from torchrec_qr.quant.conversion import checked_output_dtype, qconfig_of, quantised_configs, store_all
 from torchrec_qr.quant.quantised_table import Held, QuantisedTable, quantised_tables
@@ -173,10 +174,7 @@ class QuantCompositionalEmbeddingCollection(EmbeddingCollectionInterface, Module
         Raises:
             ValueError: the tables differ in D.
         """
-        dims = {t.name: t.embedding_dim for t in self._embedding_configs}
-        if len(set(dims.values())) != 1:
-            raise ValueError(f"embedding_dim: the tables have dimensions {dims}; allowed: one dimension for all")
-        return next(iter(dims.values()))
+        return common_dim(self._embedding_configs)
 
     def need_indices(self) -> bool:
         """Returns whether each output has its ids."""

@@ -10,8 +10,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.fingerprint import check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace, bounded_ids
-from torchrec_qr.modules.table import table_layout
-from torchrec_qr.ops.description import MAX_WIDTH, PartitionLayout, TableLayout
+from torchrec_qr.modules.table import plain_layout, table_layout
+from torchrec_qr.ops.backends.torch import combined
 from torchrec_qr.ops.path import apply_class_mlps
 from torchrec_qr.ops.served_operators import ServedTable
 from torchrec_qr.partitions.class_map import class_map_on
@@ -71,7 +71,7 @@ class QuantisedTable(nn.Module):
                 self.add_module(f"partition_{j}", _StoredRows(no_rows(rows, columns, config.data_type, device)))
             self.register_buffer("fingerprint", None)
         else:
-            self.layout = TableLayout("plain", (PartitionLayout(config.embedding_dim, divisor=1),))
+            self.layout = plain_layout(config)
             weight = no_rows(config.num_embeddings, config.embedding_dim, config.data_type, device)
             self.register_buffer("weight", weight)
         self.register_buffer("class_map", None, persistent=False)
@@ -82,7 +82,7 @@ class QuantisedTable(nn.Module):
     @property
     def is_served(self) -> bool:
         """Whether the operators have such a table. PyTorch looks up ``path``, and five or more partitions."""
-        return self.layout.has_kernels or (self.layout.operation == "plain" and self.layout.dim <= MAX_WIDTH)
+        return self.layout.is_served
 
     @property
     def device(self) -> torch.device:
@@ -140,18 +140,15 @@ class QuantisedTable(nn.Module):
         """Returns (N, D) fp32 of ids (N,) int64 in [0, S), in PyTorch."""
         weights = self.weights()
         rows = [partition.rows_of(ids, self.class_map) for partition in self.layout.partitions]
+        if self.layout.operation != "path":
+            parts = [self._read(weight, of, j) for j, (weight, of) in enumerate(zip(weights, rows, strict=True))]
+            return combined(self.layout.operation, parts)
         out = self._read(weights[0], rows[0], 0)
-        parts = [out]
         for j in range(1, len(weights)):
-            if self.layout.operation == "path":
-                classes, numbers = rows[j].unique(return_inverse=True)
-                mlps = self._read(weights[j], classes, j)
-                out = apply_class_mlps(out, mlps, numbers, self.layout.path_hidden, self.layout.path_activation)
-                continue
-            parts.append(self._read(weights[j], rows[j], j))
-            if self.layout.operation != "concat":
-                out = out * parts[j] if self.layout.operation == "mult" else out + parts[j]
-        return torch.cat(parts, dim=1) if self.layout.operation == "concat" else out
+            classes, numbers = rows[j].unique(return_inverse=True)
+            mlps = self._read(weights[j], classes, j)
+            out = apply_class_mlps(out, mlps, numbers, self.layout.path_hidden, self.layout.path_activation)
+        return out
 
     def _read(self, weight: Tensor, rows: Tensor, j: int) -> Tensor:
         return read_stored(weight.index_select(0, rows), self.layout.widths[j], self.config.data_type)

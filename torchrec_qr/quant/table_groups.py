@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_qr.modules.served_batch import check_served, served_pooled
 from torchrec_qr.ops.served_operators import ServedTable, served_layout
+from torchrec_qr.ops.serving_reference import pooled_rows
 from torchrec_qr.quant.quantised_table import Held, QuantisedTable
 
 
@@ -71,12 +72,9 @@ class PyTorchGroup(nn.Module):
         pooled = []
         for feature in table.config.feature_names:
             given = ids_of(table, features, feature, weighted)
-            rows, lengths = table.composed(table.bounded(given.values(), feature)), given.lengths()
-            if weighted:
-                rows = rows * given.weights().float().unsqueeze(1)
-            bags = torch.arange(lengths.shape[0], device=rows.device).repeat_interleave(lengths)
-            out = rows.new_zeros(lengths.shape[0], rows.shape[1]).index_add_(0, bags, rows)
-            pooled.append(out / lengths.clamp(min=1).unsqueeze(1) if table.is_mean else out)
+            rows = table.composed(table.bounded(given.values(), feature))
+            id_weights = given.weights().float() if weighted else None
+            pooled.append(pooled_rows(rows, given.lengths(), id_weights, table.is_mean))
         return torch.cat(pooled, dim=1)
 
 

@@ -147,7 +147,7 @@ def _composed(table: TableLayout, weights: list[Rows], rows: list[Tensor]) -> Te
         for mlps, classes in zip(weights[1:], rows[1:], strict=True):
             x = apply_class_mlps(x, mlps, classes, table.path_hidden, table.path_activation)
         return x
-    return _combined(table.operation, [read_rows(w, r) for w, r in zip(weights, rows, strict=True)])
+    return combined(table.operation, [read_rows(w, r) for w, r in zip(weights, rows, strict=True)])
 
 
 def _pooled_composition(
@@ -160,7 +160,7 @@ def _pooled_composition(
     """
     if table.operation in ("add", "concat", "plain"):
         pooled = [_sum_rows(w, r, offsets, id_weights) for w, r in zip(weights, rows, strict=True)]
-        return _combined(table.operation, pooled)
+        return combined(table.operation, pooled)
     return _sum_bags(_composed(table, weights, rows), offsets, id_weights)
 
 
@@ -182,7 +182,8 @@ def _embedding_bag(weight: Tensor, rows: Tensor, offsets: Tensor, id_weights: Te
     return F.embedding_bag(rows, weight, offsets, mode="sum", include_last_offset=True, per_sample_weights=id_weights)
 
 
-def _combined(operation: str, parts: list[Tensor]) -> Tensor:
+def combined(operation: str, parts: list[Tensor]) -> Tensor:
+    """Returns (N, D): the rows of each partition (N, D_j), composed by any operation but ``path``."""
     if operation == "concat":
         return torch.cat(parts, dim=1)
     out = parts[0]

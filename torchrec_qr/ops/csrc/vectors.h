@@ -71,7 +71,7 @@ QR_INLINE uint16_t rounded_bfloat(float x) {
     return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : h);
 }
 
-// Of an element; rows of quantised values are counted in bytes.
+// The bytes of an element. Rows of quantised values are counted in bytes.
 QR_INLINE int64_t bytes_of(int32_t type) { return type == kFloat32 ? 4 : type >= kInt8Rows ? 1 : 2; }
 
 // The row as fp32: itself, or widened into `buffer`.
