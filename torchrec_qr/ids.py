@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.late_errors import check_later, raise_pending
+from torchrec_qr.variable_batches import with_one_number_of_bags
 
 OutOfRange = Literal["error", "clamp", "wrap", "unchecked"]
 OUT_OF_RANGE_POLICIES: tuple[str, ...] = get_args(OutOfRange)
@@ -49,20 +49,13 @@ def arranged(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool,
     for space in spaces:
         if space.feature not in number:
             raise KeyError(f"table {space.table!r}: feature {space.feature!r} is not in the batch; its keys are {keys}")
+    if pooled:
+        features = with_one_number_of_bags(features)
     order = [number[space.feature] for space in spaces]
-    varies = features.variable_stride_per_key()
-    if order == list(range(len(keys))) and not (varies and pooled):
+    if order == list(range(len(keys))):
         return features
     numbers_of_ids, numbers_of_bags = features.length_per_key(), features.stride_per_key()
-    if pooled and len(set(numbers_of_bags)) > 1 and features.inverse_indices_or_none() is None:
-        raise ValueError(
-            f"features {keys}: {numbers_of_bags} bags and no inverse indices; allowed: one number of bags for all, or "
-            "inverse indices"
-        )
-    lengths = features.lengths().split(numbers_of_bags)
-    most = max(numbers_of_bags)
-    if varies and pooled:
-        lengths = [functional.pad(of, (0, most - of.shape[0])) for of in lengths]
+    varies = features.variable_stride_per_key()
 
     def select(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([parts[i] for i in order])
@@ -71,9 +64,9 @@ def arranged(features: KeyedJaggedTensor, spaces: list[IdSpace], weighted: bool,
         keys=[space.feature for space in spaces],
         values=select(features.values().split(numbers_of_ids)),
         weights=select(features.weights().split(numbers_of_ids)) if weighted else None,
-        lengths=select(lengths),
-        stride=None if varies and not pooled else most,
-        stride_per_key_per_rank=[[numbers_of_bags[i]] for i in order] if varies and not pooled else None,
+        lengths=select(features.lengths().split(numbers_of_bags)),
+        stride=None if varies else features.stride(),
+        stride_per_key_per_rank=[[numbers_of_bags[i]] for i in order] if varies else None,
         length_per_key=[numbers_of_ids[i] for i in order],
     )
 

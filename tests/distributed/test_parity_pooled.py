@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, hand_plan, one_of_each, shard_run, train
+from parity_model import NOT_PLAIN, OPTIMIZERS, ROW_SPLIT, Run, TableCase, Trained, hand_plan, one_of_each, shard_run, train
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
 from placements import SHARDINGS
@@ -95,7 +95,8 @@ def test_world_sizes_agree() -> None:
 
 def test_weighted_mean_under_every_sharding_type() -> None:
     """Divided by the number of ids of a bag, not by the sum of its weights, beside tables that are not divided."""
-    tables = (*one_of_each(pooling="mean"), *(replace(t, name=f"{t.name}_sum") for t in one_of_each()))
+    plain = (replace(t, name=f"{t.name}_plain") for t in one_of_each(ROW_SPLIT, kind="plain", pooling="mean"))
+    tables = (*one_of_each(pooling="mean"), *(replace(t, name=f"{t.name}_sum") for t in one_of_each()), *plain)
     run = Run(tables, optimizer="adagrad", weighted=True)
     for world_size in (2, 4):
         assert_trained_as_reference(run, run_ranks(train, world_size, run, local_world_size=2))

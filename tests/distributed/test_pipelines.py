@@ -10,7 +10,7 @@ from assert_all_close import assert_all_close
 from global_batches import BAGS, batch_of
 from placements import placements
 from ranks import own_device, run_ranks
-from sharded_model import DIM, sequences, shard, tables, train, two_tables, unsharded, weights_of
+from sharded_model import DIM, shard, tables, train, unsharded, weights_of
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.fbgemm_qcomm_codec import (
@@ -26,9 +26,6 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.streamable import Pipelineable
-
-from torchrec_qr import CompositionalEmbeddingCollection
-from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -226,24 +223,3 @@ def by_the_registry(rank: int, world_size: int) -> None:
 
 def test_codecs_of_torchrecs_registry() -> None:
     run_ranks(by_the_registry, 2)
-
-
-def variable_batch(rank: int, world_size: int) -> None:
-    features = KeyedJaggedTensor(
-        keys=["f_a", "f_b"],
-        values=torch.tensor([1, 2, 3]),
-        lengths=torch.tensor([1, 1, 1]),
-        stride_per_key_per_rank=[[1], [2]],
-        inverse_indices=(["f_a", "f_b"], torch.tensor([[0, 0], [0, 1]])),
-    )
-    message = r"variable batch per feature is not supported .*\['f_a', 'f_b'\]"
-    with pytest.raises(NotImplementedError, match=message):
-        shard(two_tables(), "table_wise")(features)
-    sequence = CompositionalEmbeddingCollection(device=torch.device("meta"), tables=[sequences(name) for name in "ab"])
-    model = DistributedModelParallel(sequence, device=CPU, sharders=[CompositionalEmbeddingCollectionSharder()])
-    with pytest.raises(NotImplementedError, match=message):
-        model(features)
-
-
-def test_variable_batch_per_feature_is_refused_by_name() -> None:
-    run_ranks(variable_batch, 1)

@@ -52,6 +52,11 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         features = checked_features(self, features)
+        if features.variable_stride_per_key():
+            raise NotImplementedError(
+                "variable batch per feature is not supported by sharded compositional collections of sequences; "
+                f"features {features.keys()}; allowed: one number of bags for all"
+            )
         return super().input_dist(ctx, features)
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
-from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchrec_qr.configs import CompositionalEmbeddingBagConfig
+from torchrec_qr.distributed.logical_tables import is_divided
 from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
+from torchrec_qr.variable_batches import bags_of_samples, samples_of, with_one_number_of_bags
 
 
 class _Means(NamedTuple):
@@ -25,7 +25,7 @@ class _Means(NamedTuple):
 
     Args:
         features (Tensor): (F,) the position of each in the batch.
-        is_mean (Tensor): (F, 1) whether its pooling is MEAN.
+        is_mean (Tensor): (F, 1) whether its sums are divided.
         columns (Tensor): (ΣD,) the feature that each column of the output is of.
     """
 
@@ -36,15 +36,23 @@ class _Means(NamedTuple):
 
 @dataclass
 class CompositionalContext(EmbeddingBagCollectionContext):
-    """Adds the number of ids of every bag (F, B), which MEAN pooling divides by, and how it divides."""
+    """Adds the bags of a batch.
+
+    Args:
+        bag_sizes (Tensor | None): (F, B) the number of ids of every bag, which MEAN pooling divides by.
+        means (_Means | None): how it divides.
+        bags (Tensor | None): (F, samples) the bag of every sample: see `torchrec_qr.variable_batches`.
+    """
 
     bag_sizes: Tensor | None = None
     means: _Means | None = None
+    bags: Tensor | None = None
 
     def record_stream(self, stream: torch.Stream) -> None:
         super().record_stream(stream)
-        if self.bag_sizes is not None:
-            self.bag_sizes.record_stream(stream)
+        for tensor in (self.bag_sizes, self.bags):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection, ShardedEmbeddingBagCollection):
@@ -67,7 +75,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
             for name in names
         }
-        self._has_mean = any(map(_is_mean, configs))
+        self._divided = {config.name for config in configs if is_divided(config, plan)}
         self._means: dict[Any, _Means] = {}
 
     @classmethod
@@ -91,18 +99,20 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         return CompositionalContext()
 
     def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
-        features = checked_features(self, features)
-        if self._has_mean:
+        given = checked_features(self, features)
+        features = with_one_number_of_bags(given)
+        ctx.bags = bags_of_samples(given, [name.split("@")[0] for name in self._embedding_names])
+        if self._divided:
             sizes = features.lengths().view(len(features.keys()), -1)
             ctx.means = self._means_of(features.keys(), sizes.device)
             ctx.bag_sizes = sizes.index_select(0, ctx.means.features)
         return super().input_dist(ctx, features)
 
     def output_dist(self, ctx: CompositionalContext, output: list[Tensor]) -> Any:  # type: ignore[override]
-        return self._with_mean(ctx, super().output_dist(ctx, output))
+        return self._completed(ctx, super().output_dist(ctx, output))
 
     def compute_and_output_dist(self, ctx: CompositionalContext, input: Any) -> Any:  # type: ignore[override]
-        return self._with_mean(ctx, super().compute_and_output_dist(ctx, input))
+        return self._completed(ctx, super().compute_and_output_dist(ctx, input))
 
     def update_shards(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("dynamic resharding is not supported by sharded compositional collections")
@@ -111,9 +121,11 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
     def unsharded_module_type(self) -> type[CompositionalEmbeddingBagCollection]:  # type: ignore[override]
         return CompositionalEmbeddingBagCollection
 
-    def _with_mean(self, ctx: CompositionalContext, awaitable: Any) -> Any:
+    def _completed(self, ctx: CompositionalContext, awaitable: Any) -> Any:
         if ctx.bag_sizes is not None and ctx.means is not None:
             awaitable.callbacks.append(partial(_divide, ctx.bag_sizes, ctx.means))
+        if ctx.bags is not None:
+            awaitable.callbacks.append(partial(_of_samples, ctx.bags))
         return awaitable
 
     def _means_of(self, keys: list[str], device: torch.device) -> _Means:
@@ -125,7 +137,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             columns = [i for i, config in enumerate(configs) for _ in range(config.embedding_dim)]
             found = self._means[device, *keys] = _Means(
                 torch.tensor([index[name.split("@")[0]] for name in self._embedding_names], device=device),
-                torch.tensor([[_is_mean(config)] for config in configs], device=device),
+                torch.tensor([[config.name in self._divided] for config in configs], device=device),
                 torch.tensor(columns, device=device),
             )
         return found
@@ -151,10 +163,6 @@ class CompositionalEmbeddingBagCollectionSharder(CompositionalSharder[Compositio
     _shardings = POOLED_SHARDINGS
 
 
-def _is_mean(config: Any) -> bool:
-    return isinstance(config, CompositionalEmbeddingBagConfig) and config.pooling == PoolingType.MEAN
-
-
 def _divide(bag_sizes: Tensor, means: _Means, pooled: KeyedTensor) -> KeyedTensor:
     """Divides the features of MEAN pooling in (B, ΣD) by the ids of their bags (features, B), or by 1 if empty."""
     divisors = torch.where(means.is_mean, bag_sizes.clamp(min=1), 1).T.to(pooled.values().dtype)
@@ -163,3 +171,8 @@ def _divide(bag_sizes: Tensor, means: _Means, pooled: KeyedTensor) -> KeyedTenso
         length_per_key=pooled.length_per_key(),
         values=pooled.values() / divisors.index_select(1, means.columns),
     )
+
+
+def _of_samples(bags: Tensor, pooled: KeyedTensor) -> KeyedTensor:
+    dims = pooled.length_per_key()
+    return KeyedTensor(keys=pooled.keys(), length_per_key=dims, values=samples_of(pooled.values(), dims, bags))

@@ -26,6 +26,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, Sha
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 from torchrec.distributed.utils import add_params_from_parameter_sharding
@@ -105,6 +106,7 @@ HOOKS = (
         )
         for kind, ours in (*POOLED_SHARDINGS.items(), *SEQUENCE_SHARDINGS.items())
     ),
+    Hook(RwPooledEmbeddingDist, used=("_codecs", "_pg")),
     Hook(TwPooledEmbeddingDist, used=("_codecs", "_pg", "_callbacks", "_dim_sum_per_rank")),
     Hook(Awaitable, defined=("callbacks",)),
     Hook(FeatureProcessedEmbeddingBagCollection, used=("_embedding_bag_collection",)),

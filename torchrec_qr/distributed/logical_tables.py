@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, is_compositional
-from torchrec_qr.distributed.layout import ShardLayout, ShardLayouts, shards_of
+from torchrec_qr.distributed.layout import ROW_SPLIT, ShardLayout, ShardLayouts, shards_of
 from torchrec_qr.modules.table import CompositionalTable
 
 # The compute kernels that plain tables may have: whose rows are in the memory of a device or of the host, and whose
@@ -68,11 +69,12 @@ def placeholders(configs: Sequence[BaseEmbeddingConfig], tables: nn.ModuleDict) 
 class LogicalView:
     """A collection in the form that TorchRec's sharded classes take: one plain table per logical table.
 
-    The pooling of compositional tables is SUM. `ShardedCompositionalEmbeddingBagCollection` divides for MEAN.
+    The pooling of the tables of `is_divided` is SUM. `ShardedCompositionalEmbeddingBagCollection` divides for MEAN.
 
     Args:
         module (Any): the collection.
         layouts (ShardLayouts): the layouts of its compositional tables.
+        plan (Mapping[str, ParameterSharding]): the plan of the collection.
         parameters (Mapping[str, nn.Parameter]): one per logical table, from `placeholders`.
         prefix (str): TorchRec's prefix of the names of parameters.
     """
@@ -80,9 +82,17 @@ class LogicalView:
     # TorchRec's constructor then copies no values.
     device = torch.device("meta")
 
-    def __init__(self, module: Any, layouts: ShardLayouts, parameters: Mapping[str, nn.Parameter], prefix: str) -> None:
+    def __init__(
+        self,
+        module: Any,
+        layouts: ShardLayouts,
+        plan: Mapping[str, ParameterSharding],
+        parameters: Mapping[str, nn.Parameter],
+        prefix: str,
+    ) -> None:
         self._module = module
-        self._configs = [_as_plain(layouts[c.name]) if c.name in layouts else c for c in module.embedding_configs()]
+        plain = [_as_plain(layouts[c.name]) if c.name in layouts else c for c in module.embedding_configs()]
+        self._configs = [replace(c, pooling=PoolingType.SUM) if is_divided(c, plan) else c for c in plain]
         self._parameters = {f"{prefix}.{name}.weight": p for name, p in parameters.items()}
 
     def embedding_bag_configs(self) -> list[Any]:
@@ -100,6 +110,20 @@ class LogicalView:
         # TorchRec also calls is_weighted, need_indices, embedding_dim, embedding_names_by_table, use_gather_select,
         # use_gather_select_per_sharding and use_sorted_select of the module.
         return getattr(self._module, name)
+
+
+def is_divided(config: BaseEmbeddingConfig, plan: Mapping[str, ParameterSharding]) -> bool:
+    """Returns whether a table has MEAN pooling, and ranks send sums, which the collection divides.
+
+    These are all compositional tables, and plain ones whose rows are split. TorchRec would divide for such a plain
+    table itself, and the tables of other sharding types with it.
+
+    Args:
+        config (BaseEmbeddingConfig): the table.
+        plan (Mapping[str, ParameterSharding]): the plan of the collection.
+    """
+    sends_sums = is_compositional(config) or plan[config.name].sharding_type in ROW_SPLIT
+    return isinstance(config, EmbeddingBagConfig) and config.pooling == PoolingType.MEAN and sends_sums
 
 
 def _as_plain(layout: ShardLayout) -> EmbeddingBagConfig | EmbeddingConfig:

@@ -78,7 +78,7 @@ class ShardedCompositionalCollection:
         parameters = placeholders(self._configs, getattr(module, self._tables_attribute))
         self._layouts = shard_layouts(self._configs, plan, parameters)
         check_plain_tables(self._configs, plan, parameters, device)
-        view: Any = LogicalView(module, self._layouts, parameters, self._tables_attribute)
+        view: Any = LogicalView(module, self._layouts, plan, parameters, self._tables_attribute)
         plan = with_customized_kernel(plan, self._layouts)
         self._prepare(plan)
         super().__init__(view, plan, env, fused_params, device, **kwargs)  # type: ignore[call-arg]
@@ -224,17 +224,11 @@ def checked_features(collection: "ShardedCompositionalCollection", features: Any
     """Returns a batch, which may be a ``TensorDict``, as a ``KeyedJaggedTensor``.
 
     Raises:
-        NotImplementedError: the features differ in their number of bags.
         KeyError: the batch lacks a feature of a table.
         ValueError: a feature has another place among the keys than in the first batch. TorchRec's input dist reads
             features by their places in the first batch.
     """
     features = maybe_td_to_kjt(features, None)
-    if features.variable_stride_per_key():
-        raise NotImplementedError(
-            "variable batch per feature is not supported by sharded compositional collections; features "
-            f"{features.keys()}"
-        )
     keys = features.keys()
     if not collection._places:
         collection._places = _places_of(collection._configs, keys)

@@ -1,7 +1,7 @@
 """TorchRec's sharding types for plain and compositional tables.
 
 `_Compositional` overrides three methods of each: ``create_input_dist`` checks ids, and encodes those of split rows;
-``create_lookup`` returns our lookup; and ``create_output_dist`` may return `PooledAllToAll`.
+``create_lookup`` returns our lookup; and ``create_output_dist`` may return `PooledAllToAll` or `UnevenReduceScatter`.
 """
 
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from torchrec.distributed.sharding.dp_sequence_sharding import DpSequenceEmbeddi
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist, RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sequence_sharding import TwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import BaseTwEmbeddingSharding, TwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
@@ -34,6 +34,7 @@ from torchrec_qr.distributed.customized_kernel import layout_or_none
 from torchrec_qr.distributed.lookup_kernel import PooledLookup, SequenceLookup
 from torchrec_qr.distributed.pooled_all_to_all import without_copies
 from torchrec_qr.distributed.prepared_ids import PrepareIds
+from torchrec_qr.distributed.uneven_reduce_scatter import UnevenReduceScatter
 
 
 class _Compositional:
@@ -48,6 +49,8 @@ class _Compositional:
     def create_output_dist(self, device: torch.device | None = None) -> BaseEmbeddingDist[Any, Any, Any]:
         output_dist: BaseEmbeddingDist[Any, Any, Any] = super().create_output_dist(device)  # type: ignore[misc]
         if isinstance(self, _SCATTERING) and dist.get_backend(self._pg) == "gloo":
+            if isinstance(output_dist, RwPooledEmbeddingDist) and output_dist._codecs is None:
+                return UnevenReduceScatter(output_dist)
             names = ", ".join(sorted({repr(table.name) for table in self._feature_tables()}))
             output_dist.register_forward_pre_hook(partial(_refuse_uneven_batches, names))
         return without_copies(output_dist, device or self._device)  # type: ignore[attr-defined]
@@ -110,9 +113,10 @@ def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any,
     sizes = context.batch_size_per_rank if isinstance(context, EmbeddingShardingContext) else []
     if torch.is_grad_enabled() and len(set(sizes)) > 1:
         raise ValueError(
-            f"tables {tables}: batches of {sizes} samples on the ranks, in order, and gloo cannot gather gradients of "
-            "tables whose rows are split from batches of different sizes; allowed: batches of one size, such as by "
-            "padding or leaving out the last one, NCCL, or another sharding type"
+            f"tables {tables}: batches of {sizes} bags of a feature on the ranks, in order, and gloo cannot gather "
+            "gradients from batches of different sizes for table_row_wise, grid_shard, or row_wise with codecs of "
+            "quantised communication; allowed: batches of one size, such as by padding or leaving out the last one, "
+            "NCCL, row_wise without codecs, or a sharding type that keeps rows whole"
         )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_modules import reorder_inverse_indices
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_qr.ids import arranged
@@ -14,6 +13,7 @@ from torchrec_qr.modules.table_lookup import TableLookup, Tables, lookups_of
 from torchrec_qr.modules.tables_as_values import id_spaces
 from torchrec_qr.ops.served_operators import ServedTable
 from torchrec_qr.ops.transforms import is_transformed
+from torchrec_qr.variable_batches import bags_of_samples, samples_of
 
 
 class PooledLookup:
@@ -45,13 +45,15 @@ class PooledLookup:
                 for lookup, of in zip(self._lookups, given, strict=True)
             ]
             lengths = torch.cat([own for _, _, own in found]) if self._divides else None
-            return joined_columns([out for out, _, _ in found], self._columns, lengths, self._dims, torch.empty(0))
-        inverse_indices = reorder_inverse_indices(features.inverse_indices_or_none(), self._features)
-        features = in_range(arranged(features, self._spaces, weighted, True), self._spaces, given)
+            return joined_columns([out for out, _, _ in found], self._columns, lengths, self._dims)
+        arranged_features = arranged(features, self._spaces, weighted, True)
+        bags = bags_of_samples(features, self._features)
+        features = in_range(arranged_features, self._spaces, given)
         sums = [lookup.pooled(of, features, weighted) for lookup, of in zip(self._lookups, given, strict=True)]
         # A batch of offsets has no lengths yet.
         lengths = features.lengths() if self._divides else None
-        return joined_columns(sums, self._columns, lengths, self._dims, inverse_indices)
+        pooled = joined_columns(sums, self._columns, lengths, self._dims)
+        return pooled if bags is None else samples_of(pooled, self._dims, bags)
 
 
 class SequenceLookup:

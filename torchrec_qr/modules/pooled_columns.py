@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_modules import process_pooled_embeddings
 
 from torchrec_qr.modules.table_lookup import TableLookup
 from torchrec_qr.ops.served_operators import ServedTable
@@ -57,7 +56,6 @@ def joined_columns(
     columns: list[Columns],
     lengths: Tensor | None,
     dims: list[int],
-    inverse_indices: Tensor,
 ) -> Tensor:
     """Returns the output (B, ΣD) of a collection.
 
@@ -66,7 +64,6 @@ def joined_columns(
         columns (list[Columns]): see `columns_of`.
         lengths (Tensor | None): (F·B,) of the bags, in the order of the lookups, if columns are MEAN.
         dims (list[int]): D of each feature of the output.
-        inverse_indices (Tensor): (F, samples) of which bag of a feature each sample has, or none.
     """
     pieces = []
     for i, out in enumerate(outputs):
@@ -76,10 +73,7 @@ def joined_columns(
         _divided(next(pieces[c.lookup]), c, lengths, len(dims)) if c.is_mean else next(pieces[c.lookup])
         for c in columns
     ]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    if inverse_indices.numel():
-        out = process_pooled_embeddings(list(out.split(dims, dim=1)), inverse_indices)
-    return out
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _divided(sums: Tensor, columns: Columns, lengths: Tensor | None, num_features: int) -> Tensor:
