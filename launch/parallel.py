@@ -76,7 +76,8 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         topology=planned_topology(job, device),
         batch_size=job.train.batch_size,
         constraints=job.planner.parameter_constraints(),
-        ranks={name: c.ranks for name, c in job.planner.constraints.items() if c.ranks is not None},
+        ranks=job.planner.bound_ranks(),
+        same_rank_as=job.planner.same_rank_as(),
         storage_reservation=FixedPercentageStorageReservation(percentage=job.planner.storage_reserve),
         dense_optimizer=partial(_make, job.optimizer.sparse),
     )

@@ -114,6 +114,12 @@ def test_constraints_on_unknown_tables() -> None:
     many = [f"table_{i}" for i in range(10_000)]
     assert error_of(PlannerSpec(constraints={"q": ConstraintSpec()}).check_tables, many).endswith("table_19, …")
     spec.check_tables(["t_usr", "t_item", "zzz", "more"])
+    tied = load(PlannerSpec, {"constraints": {"a": {"same_rank_as": "bb"}, "b": {"same_rank_as": "zzz"}}})
+    assert error_of(tied.check_tables, ["a", "b", "bbb"], "planner") == (
+        "2 errors\n  planner.constraints.a.same_rank_as: no table 'bb'; did you mean 'bbb'?\n"
+        "  planner.constraints.b.same_rank_as: no table 'zzz'; allowed: a, b, bbb"
+    )
+    assert load(PlannerSpec, {"constraints": {"a": {"same_rank_as": "b"}}}).same_rank_as() == {"a": "b"}
 
 
 # --- the document ---

@@ -144,6 +144,12 @@ class Enumerator:
             PlannerError: the constraints allow no option.
             NotImplementedError: compositional tables do not support the optimizer.
         """
+        group, device = table.constraints and table.constraints.device_group, self._topology.compute_device
+        if group not in (None, device):
+            raise PlannerError(
+                f"table {table.name!r}: device_group={group!r}; allowed: {device!r}, the device of the ranks",
+                PlannerErrorType.STRICT_CONSTRAINTS,
+            )
         options = [
             self._option(table, sharding_type, kernel, width)
             for sharding_type in self._sharding_types(table)

@@ -95,6 +95,11 @@ class TablePlan:
     @property
     def why(self) -> str:
         """The milliseconds of replication against those of communication, and the reason of the choice."""
+        tie = f"; on the ranks of {self.table.same_rank_as!r}" if self.table.same_rank_as else ""
+        return self._reason + tie
+
+    @property
+    def _reason(self) -> str:
         replicated = [o for o in self.choices if o.sharding_type == DATA_PARALLEL]
         sharded = [o for o in self.choices if o.sharding_type != DATA_PARALLEL]
         cheapest = min(sharded, key=lambda o: o.mean_work, default=None)

@@ -26,6 +26,7 @@ from torchrec_qr.planner.estimators import Estimator
 from torchrec_qr.planner.hardware import GIB
 from torchrec_qr.planner.partitioner import Cluster, Misfit
 from torchrec_qr.planner.proposer import most_frugal
+from torchrec_qr.planner.rank_ties import RankTies
 from torchrec_qr.planner.tables import PlannedTable
 
 _SHOWN_RANKS = 16
@@ -57,15 +58,15 @@ class Infeasible:
     """Tables that do not fit a cluster, and changes that make a plan fit. Each change has been tried.
 
     Args:
-        tables (Sequence[PlannedTable]): the tables of the model.
-        choices (Sequence[Sequence[Option]]): the options of each.
+        ties (RankTies): the tables of the model, and which of them take the same ranks.
+        choices (Sequence[Sequence[Option]]): the options of each table.
         cluster (Cluster): the memory of the ranks.
         misfit (Misfit): the block that fits no rank.
         topology (Topology): the topology of the ranks.
         estimator_for (EstimatorFor): returns the estimator for another topology.
     """
 
-    tables: Sequence[PlannedTable]
+    ties: RankTies
     choices: Sequence[Sequence[Option]]
     cluster: Cluster
     misfit: Misfit
@@ -76,10 +77,11 @@ class Infeasible:
         """Returns an error that lists the changes that make a plan fit, the cheapest first."""
         memory = "host memory" if self.misfit.on_host else "memory"
         lines = [
-            f"no plan fits: table {self._table.name!r} needs {_gib(self.misfit.needs)} of {memory} on a rank, and the "
-            f"ranks have left {_left(self.misfit.left)}"
+            f"no plan fits: {self._names} {'needs' if len(self._members) == 1 else 'need'} {_gib(self.misfit.needs)} "
+            f"of {memory} on a rank, and the ranks have left {_left(self.misfit.left)}"
         ]
-        found = [text for text in (self._sharding_type(), self._compression(), self._ranks()) if text is not None]
+        changes = (self._untied(), self._sharding_type(), self._compression(), self._ranks())
+        found = [text for text in changes if text is not None]
         if found:
             lines.append("what would help, cheapest first:")
             lines += [f"  {i}. {change}" for i, change in enumerate(found, 1)]
@@ -88,8 +90,28 @@ class Infeasible:
         return PlannerError("\n".join(lines), PlannerErrorType.INSUFFICIENT_STORAGE)
 
     @property
+    def _tables(self) -> Sequence[PlannedTable]:
+        return self.ties.tables
+
+    @property
+    def _members(self) -> list[int]:
+        """The numbers of the tables that fit no rank: several if they are tied to the same one."""
+        return self.ties.groups[self.misfit.table]
+
+    @cached_property
+    def _at(self) -> int:
+        """The number of the table that fits no rank, or of the largest one if several are tied."""
+        return max(self._members, key=lambda t: min(o.mean_memory for o in self.choices[t]))
+
+    @property
     def _table(self) -> PlannedTable:
-        return self.tables[self.misfit.table]
+        return self._tables[self._at]
+
+    @property
+    def _names(self) -> str:
+        if len(self._members) == 1:
+            return f"table {self._table.name!r}"
+        return f"tables {self.ties.names(self.misfit.table)}, which same_rank_as ties,"
 
     @cached_property
     def _enumerator(self) -> Enumerator:
@@ -97,22 +119,36 @@ class Infeasible:
 
     def _with(self, options: Sequence[Option]) -> list[Sequence[Option]]:
         """Returns the choices, with other options for the table that does not fit."""
-        at = self.misfit.table
-        return [*self.choices[:at], options, *self.choices[at + 1 :]]
+        return [*self.choices[: self._at], options, *self.choices[self._at + 1 :]]
 
     def _fits(self, choices: Sequence[Sequence[Option]]) -> bool:
-        return not isinstance(most_frugal(choices, [t.ranks for t in self.tables], self.cluster), Misfit)
+        return self._groups_fit(self.ties.merged(choices))
+
+    def _groups_fit(self, choices: Sequence[Sequence[Option]]) -> bool:
+        return all(choices) and not isinstance(most_frugal(choices, self.ties.bounds, self.cluster), Misfit)
+
+    def _untied(self) -> str | None:
+        """Returns that the tables fit on different ranks, if they are tied."""
+        if len(self._members) == 1:
+            return None
+        bounds = [table.ranks for table in self._tables]
+        if isinstance(most_frugal(self.choices, bounds, self.cluster), Misfit):
+            return None
+        return f"different ranks: no same_rank_as for tables {self.ties.names(self.misfit.table)}"
 
     def _sharding_type(self) -> str | None:
         """Returns another sharding type of the table, or else of all tables whose constraints have sharding types."""
-        free = _unconstrained(self._table)
-        for option in sorted(self._enumerator.options(free), key=lambda o: o.mean_work):
-            if self._fits(self._with([option])):
-                return f"another sharding type: {option.sharding_type} for table {self._table.name!r}"
-        bound = [t for t in self.tables if t.constraints is not None and t.constraints.sharding_types]
+        free = [self._enumerator.options(_unconstrained(self._tables[t])) for t in self._members]
+        others = self.ties.merged(self.choices)
+        for option in sorted(self.ties.options_of(free), key=lambda o: o.mean_work):
+            others[self.misfit.table] = [option]
+            if self._groups_fit(others):
+                tied = "table" if len(free) == 1 else "tables"
+                return f"another sharding type: {option.sharding_type} for {tied} {self.ties.names(self.misfit.table)}"
+        bound = [t for t in self._tables if t.constraints is not None and t.constraints.sharding_types]
         if not bound:
             return None
-        choices = [self._enumerator.options(_unconstrained(t)) for t in self.tables]
+        choices = [self._enumerator.options(_unconstrained(t)) for t in self._tables]
         if not self._fits(choices):
             return None
         return f"other sharding types: no sharding_types in the constraints of {len(bound)} tables"
@@ -129,12 +165,12 @@ class Infeasible:
 
         def fits(rows: int) -> bool:
             return self._fits(
-                [self._options_within(t, o, rows) for t, o in zip(self.tables, self.choices, strict=True)]
+                [self._options_within(t, o, rows) for t, o in zip(self._tables, self.choices, strict=True)]
             )
 
         if not fits(1):
             return None
-        rows = bisect_left(range(1, max(t.rows for t in self.tables) + 1), True, key=lambda rows: not fits(rows))
+        rows = bisect_left(range(1, max(t.rows for t in self._tables) + 1), True, key=lambda rows: not fits(rows))
         return f"more compression: at most {rows:,} rows in each table (`torchrec-qr plan --fit` writes them out)"
 
     def _least_collisions(self) -> int | None:
@@ -156,7 +192,7 @@ class Infeasible:
     def _ranks(self) -> str | None:
         group = self.topology.intra_group_size
         nodes = self.cluster.world_size // group
-        if len(self.tables) > _TRIED_TABLES:
+        if len(self._tables) > _TRIED_TABLES:
             total = sum(min(o.mean_memory for o in options) for options in self.choices) * self.cluster.world_size
             least = math.ceil(total / min(self.cluster.memory) / group)
             return (
@@ -171,8 +207,9 @@ class Infeasible:
                 host_memory=(min(self.cluster.host_memory),) * topology.world_size,
             )
             enumerator = Enumerator(topology, self.estimator_for(topology), min(cluster.memory))
-            choices = [enumerator.options(replace(t, ranks=None)) for t in self.tables]
-            return not isinstance(most_frugal(choices, [None] * len(choices), cluster), Misfit)
+            choices = [enumerator.options(replace(t, ranks=None)) for t in self._tables]
+            merged = self.ties.merged(choices)
+            return not isinstance(most_frugal(merged, [None] * len(merged), cluster), Misfit)
 
         last = nodes
         while last < _MOST_NODES:

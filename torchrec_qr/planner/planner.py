@@ -32,6 +32,7 @@ from torchrec_qr.planner.fixed_costs import FixedCosts
 from torchrec_qr.planner.hardware import GIB, HARDWARE, Hardware, hardware_of
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing
 from torchrec_qr.planner.proposer import Proposal, Search, most_frugal
+from torchrec_qr.planner.rank_ties import RankTies
 from torchrec_qr.planner.storage import MakeOptimizer
 from torchrec_qr.planner.tables import PlannedTable, find_tables
 
@@ -73,6 +74,8 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         constraints (Mapping[str, ParameterConstraints] | None): TorchRec's constraints, by table.
         debug (bool): whether to log the work of each rank, and the sharding type of each table with its reason.
         ranks (Mapping[str, Sequence[int]] | None): the ranks that may own a table's shards, by table.
+        same_rank_as (Mapping[str, str] | None): for a table, the table whose ranks it takes. Both take one sharding
+            type and equally many shards, and shard i of one lies on the rank of shard i of the other.
         hardware (Hardware | None): cost factors that a topology lacks. Default: those of the topology's device.
         dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
             plain data-parallel tables. Default: SGD, which has no state.
@@ -106,6 +109,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         constraints: Mapping[str, ParameterConstraints] | None = None,
         debug: bool = False,
         ranks: Mapping[str, Sequence[int]] | None = None,
+        same_rank_as: Mapping[str, str] | None = None,
         hardware: Hardware | None = None,
         dense_optimizer: MakeOptimizer | None = None,
         **of_torchrec: Any,
@@ -121,6 +125,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self._reservation = storage_reservation or FixedPercentageStorageReservation(_RESERVED)
         self._constraints = dict(constraints or {})
         self._ranks = dict(ranks or {})
+        self._same_rank_as = dict(same_rank_as or {})
         self._hardware = hardware or hardware_of(topology)
         self._dense_optimizer = dense_optimizer
         self._debug = debug
@@ -133,8 +138,9 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             sharders (Sequence[ModuleSharder[Any]]): the sharders.
 
         Raises:
-            PlannerError: there are no tables, constraints name unknown tables or allow no option, or nothing fits. The
-                message then has the table, its bytes, the bytes that ranks have left, and changes that make a plan fit.
+            PlannerError: there are no tables, constraints name unknown tables, contradict one another or allow no
+                option, or nothing fits. The message then has the table, its bytes, the bytes that ranks have left, and
+                changes that make a plan fit.
         """
         estimated = self.propose(module, sharders)
         if self._debug:
@@ -187,16 +193,17 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         Raises:
             PlannerError: see `plan`.
         """
-        tables, choices, cluster = self._problem(module, sharders)
-        found = self._search(tables, choices, cluster)
+        ties, choices, cluster = self._problem(module, sharders)
+        found = self._search(ties, choices, cluster)
         if isinstance(found, Misfit):
-            raise Infeasible(tables, choices, cluster, found, self._topology, self._estimator).error()
+            raise Infeasible(ties, choices, cluster, found, self._topology, self._estimator).error()
         everywhere = list(range(self._topology.world_size))
+        options, ranks_of_blocks = ties.apart(found.options), ties.ranks(found.packing.ranks)
         plans = [
             TablePlan(table, option, of_table, _flat(ranks, option, everywhere))
-            for table, option, of_table, ranks in zip(tables, found.options, choices, found.packing.ranks, strict=True)
+            for table, option, of_table, ranks in zip(ties.tables, options, choices, ranks_of_blocks, strict=True)
         ]
-        fixed_ms = self._fixed_costs(tables).ms(option.sharding_type for option in found.options)
+        fixed_ms = self._fixed_costs(ties.tables).ms(option.sharding_type for option in options)
         return EstimatedPlan(plans, self._topology, fixed_ms, list(cluster.memory))
 
     def estimate(self, plan: ShardingPlan, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> RankCosts:
@@ -242,29 +249,28 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
 
     def fits(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> bool:
         """Returns whether a plan fits: see `plan`."""
-        tables, choices, cluster = self._problem(module, sharders)
-        return not isinstance(most_frugal(choices, [table.ranks for table in tables], cluster), Misfit)
+        ties, choices, cluster = self._problem(module, sharders)
+        return not isinstance(most_frugal(ties.checked(choices), ties.bounds, cluster), Misfit)
 
     def _problem(
         self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]
-    ) -> tuple[list[PlannedTable], list[list[Option]], Cluster]:
-        """Returns the tables, their options, and the memory of the ranks."""
+    ) -> tuple[RankTies, list[list[Option]], Cluster]:
+        """Returns the tables with their ties, their options, and the memory of the ranks."""
         tables = find_tables(module, sharders, self._constraints, self._ranks)
+        ties = RankTies(tables, self._same_rank_as, self._topology.world_size)
         cluster = self._cluster(module, sharders)
         enumerator = Enumerator(self._topology, self._estimator(self._topology), min(cluster.memory))
-        return tables, [enumerator.options(table) for table in tables], cluster
+        return ties, [enumerator.options(table) for table in ties.tables], cluster
 
-    def _search(
-        self, tables: Sequence[PlannedTable], choices: Sequence[Sequence[Option]], cluster: Cluster
-    ) -> Proposal | Misfit:
-        fixed = self._fixed_costs(tables)
+    def _search(self, ties: RankTies, choices: Sequence[Sequence[Option]], cluster: Cluster) -> Proposal | Misfit:
+        fixed = self._fixed_costs(ties.tables)
 
         def rate(options: Sequence[Option], packing: Packing) -> float:
             # Prefer even ranks among plans that are about as fast, because estimates err.
             uneven = max(packing.greatest * len(packing.work) / max(sum(packing.work), 1e-12) / _EVEN, 1.0)
-            return packing.greatest * uneven**_EVENNESS + fixed.ms(o.sharding_type for o in options)
+            return packing.greatest * uneven**_EVENNESS + fixed.ms(ties.sharding_types(options))
 
-        return Search(choices, [table.ranks for table in tables], cluster, rate).run()
+        return Search(ties.checked(choices), ties.bounds, cluster, rate).run()
 
     def _estimator(self, topology: Topology) -> Estimator:
         return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)

@@ -36,6 +36,7 @@ class PlannedTable:
         is_weighted (bool): whether ids have weights.
         constraints (ParameterConstraints | None): the user's constraints.
         ranks (tuple[int, ...] | None): the ranks that may own its shards. None means all.
+        same_rank_as (str | None): the table whose ranks it takes.
         fused_params (Mapping[str, Any]): the fused optimizer's options by FBGEMM's names.
     """
 
@@ -51,6 +52,7 @@ class PlannedTable:
     is_weighted: bool
     constraints: ParameterConstraints | None = None
     ranks: tuple[int, ...] | None = None
+    same_rank_as: str | None = None
     fused_params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,7 +159,7 @@ def find_tables(
     if unknown:
         raise PlannerError(
             f"constraints of tables {', '.join(map(repr, unknown))}, which the model does not have; allowed: "
-            f"{_some(sorted(known))}",
+            f"{some_names(sorted(known))}",
             WRONG_INPUT,
         )
     return tables
@@ -194,6 +196,7 @@ def optimizer_of(table: PlannedTable) -> EmbOptimType:
     return optimizer
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """Returns up to ten names, and the number of the others."""
     shown = ", ".join(map(repr, names[:10]))
     return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

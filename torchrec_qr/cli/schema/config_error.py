@@ -85,9 +85,14 @@ def errors_in_file(file: str | Path) -> Iterator[None]:
 def unknown_key(path: str, key: object, given: object, known: Iterable[str], what: str = "unknown key") -> ConfigError:
     """Returns the error of a ``key`` at ``path`` that is not among the ``known``, with the nearest of those."""
     known = list(known)
-    allowed = ", ".join(known[:_MOST_NAMES]) + (", …" if len(known) > _MOST_NAMES else "")
+    allowed = first_names(known)
     hint = did_you_mean(key, known) or f"allowed: {allowed}"
     return ConfigError(key_path(path, key), given, allowed, f"{what}; {hint}")
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Returns the first 20 names, with an ellipsis if there are more."""
+    return ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

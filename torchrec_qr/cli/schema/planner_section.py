@@ -11,7 +11,14 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
-from torchrec_qr.cli.schema.config_error import ConfigError, errors_in_file, key_path, unknown_key
+from torchrec_qr.cli.schema.config_error import (
+    ConfigError,
+    did_you_mean,
+    errors_in_file,
+    first_names,
+    key_path,
+    unknown_key,
+)
 from torchrec_qr.cli.schema.strict_loader import Range, load
 from torchrec_qr.cli.schema.yaml_file import read_yaml
 
@@ -26,6 +33,7 @@ class ConstraintSpec:
         compute_kernels (tuple[EmbeddingComputeKernel, ...] | None): allowed ones, by TorchRec's names (``fused``,
             ``dense``, …).
         ranks (tuple[int, ...] | None): on which the table may lie.
+        same_rank_as (str | None): the table whose ranks this table takes.
         min_partition (int | None): least columns of a column-wise shard.
         pooling_factor (float | None): ids per sample that are looked up in the table, those of all its features
             together.
@@ -43,6 +51,7 @@ class ConstraintSpec:
     sharding_types: tuple[ShardingType, ...] | None = None
     compute_kernels: tuple[EmbeddingComputeKernel, ...] | None = None
     ranks: tuple[Annotated[int, Range(0)], ...] | None = None
+    same_rank_as: str | None = None
     min_partition: Annotated[int, Range(4, multiple_of=4)] | None = None
     pooling_factor: Annotated[float, Range(above=0)] | None = None
 
@@ -52,7 +61,7 @@ class ConstraintSpec:
                 raise ConfigError(key.name, [], "at least one")
 
     def parameter_constraints(self) -> ParameterConstraints:
-        """Returns TorchRec's constraints, which have all of these but ``ranks``."""
+        """Returns TorchRec's constraints, which have all of these but ``ranks`` and ``same_rank_as``."""
         constraints = ParameterConstraints(min_partition=self.min_partition)
         if self.sharding_types is not None:
             constraints.sharding_types = [sharding_type.value for sharding_type in self.sharding_types]
@@ -124,16 +133,28 @@ class PlannerSpec:
     def check_tables(self, names: Iterable[str], path: str = "planner") -> None:
         """Raises ConfigError if a constraint names a table that is not among ``names``, with the nearest that is."""
         known = list(names)
+        where = key_path(path, "constraints")
         unknown = sorted(set(self.constraints) - set(known))
-        if unknown:
-            where = key_path(path, "constraints")
-            raise ConfigError.joined(
-                [unknown_key(where, name, self.constraints[name], known, "no such table") for name in unknown]
-            )
+        errors = [unknown_key(where, name, self.constraints[name], known, "no such table") for name in unknown]
+        for name, other in self.same_rank_as().items():
+            if other not in known:
+                hint = did_you_mean(other, known) or f"allowed: {first_names(known)}"
+                key = key_path(key_path(where, name), "same_rank_as")
+                errors.append(ConfigError(key, other, "a table", f"no table {other!r}; {hint}"))
+        if errors:
+            raise ConfigError.joined(errors)
 
     def parameter_constraints(self) -> dict[str, ParameterConstraints]:
-        """Returns the constraints by table name, as TorchRec's planner takes them; TorchRec has no ``ranks``."""
+        """Returns the constraints by table name, as TorchRec's planner takes them."""
         return {name: constraint.parameter_constraints() for name, constraint in self.constraints.items()}
+
+    def bound_ranks(self) -> dict[str, tuple[int, ...]]:
+        """Returns the ranks that may own a table's shards, for the tables that name them."""
+        return {name: c.ranks for name, c in self.constraints.items() if c.ranks is not None}
+
+    def same_rank_as(self) -> dict[str, str]:
+        """Returns the table whose ranks a table takes, for the tables that name one."""
+        return {name: c.same_rank_as for name, c in self.constraints.items() if c.same_rank_as is not None}
 
     @staticmethod
     def _shape(topology: str) -> tuple[int, int]:

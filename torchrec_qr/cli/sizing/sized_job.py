@@ -64,7 +64,8 @@ class Sizing:
             spec.batch_size,
             storage_reservation=FixedPercentageStorageReservation(spec.storage_reserve),
             constraints=spec.parameter_constraints(),
-            ranks={name: c.ranks for name, c in spec.constraints.items() if c.ranks is not None},
+            ranks=spec.bound_ranks(),
+            same_rank_as=spec.same_rank_as(),
             hardware=hardware,
         )
 
