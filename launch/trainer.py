@@ -14,6 +14,7 @@ from launch.config import Job
 from launch.console import Output
 from launch.data.loader import Batches, Data
 from launch.data.split import Split
+from launch.epoch import Epoch
 from launch.memory_errors import tables_named
 from launch.metrics import Predictions, Quality, quality
 from launch.parallel import Parallel
@@ -74,8 +75,7 @@ class Trainer:
         self._schedule = Schedule(job.schedule, [parallel.sparse, parallel.dense])
         self._termination = Termination(waits.group, lambda: folder.lost)
         self.step, self.speed = 0, Speed()
-        self._epoch = 0
-        self._batch = 0  # trained of this epoch
+        self._epoch = Epoch(data, job.train.batch_size, waits.group)
         self._window = Predictions()  # since the last line of training metrics
         self.skipped = SkippedRows(output.say, waits.group)
         self._trained = TrainedRows(data.splits.train, self.skipped, job.data.on_bad_row)
@@ -89,6 +89,7 @@ class Trainer:
 
         Raises:
             DataError: no row of a split that was read is good.
+            EpochError: an epoch has not trained each of its rows once.
             IndexError: an id outside of its table; on a GPU some steps late, but before anything is saved or reported.
             NonFiniteLossError: names the step, the learning rate, and the likely cause.
             Terminated: after SIGTERM or SIGINT, when a checkpoint has been written.
@@ -124,6 +125,8 @@ class Trainer:
     def resume(self) -> Path | None:
         """Continues from the run's last checkpoint, of any plan and world size; returns it, or None: there is none.
 
+        Rows that are left of an epoch are dealt to the ranks anew if there are more or fewer than before.
+
         Raises:
             ValueError: the checkpoint is of another model; names what changed.
             MeaningError: it is of rows with another meaning than those of the run's folder.
@@ -136,26 +139,28 @@ class Trainer:
         about = self.saved_model.checked(checkpoint)
         self.saved_model.load(checkpoint)
         self.step = self._saved = about["step"]
-        self._epoch, self._best, self._validated = about["epoch"], about["best"], about["validated"]
-        self._worse = about["worse"]
+        self._best, self._validated, self._worse = about["best"], about["validated"], about["worse"]
+        self._epoch.load(about)
         self._trained.load(about)
-        world_size, batch_size = about["world_size"], about["batch_size"]
-        # Count as many samples as were trained, in batches of this world size.
-        self._batch = about["batch"] * world_size * batch_size // (dist.get_world_size() * self._job.train.batch_size)
-        if world_size == dist.get_world_size():
+        if about["world_size"] == dist.get_world_size():
             self._set_rank_state(Checkpoints.load_by_rank(checkpoint))
+        if self._epoch.changed:
+            self._output.say(
+                f"epoch {self._epoch.number} was begun with its rows in another order "
+                f"({'; '.join(self._epoch.changed)}): some may be trained twice, and others not at all"
+            )
         self._folder.drop_after(self.step, self._validated)
         self._best_checkpoint.forget_after(self._validated)
         return checkpoint
 
     def _train_epochs(self) -> None:
-        while self._epoch < self._job.train.epochs and not self._done():
+        while self._epoch.number < self._job.train.epochs and not self._done():
             pipeline: Any = TrainPipelineSparseDist(
                 self._parallel.model, self._parallel.optimizer, self._device, execute_all_batches=True
             )
             self._parallel.model.train()
-            with self._data.train(self._epoch, skip=self._batch) as batches:
-                self._trained.start(self._batch, batches)
+            with self._epoch.start() as batches:
+                self._trained.start(self._epoch.batch, batches)
                 for predicted in self._steps(pipeline, batches):
                     self._window.add(*predicted)
                     self._after_step(pipeline)
@@ -165,7 +170,8 @@ class Trainer:
             pipeline.detach()
             self._after_pass()
             if not self._done():
-                self._epoch, self._batch = self._epoch + 1, 0
+                if ended := self._epoch.end():
+                    self._output.say(ended)
                 if self._validated != self.step:
                     self._validate()
 
@@ -188,7 +194,7 @@ class Trainer:
                 raise NonFiniteLossError(text) from None
             first = False
             self.speed.add(started, train.batch_size)
-            self.step, self._batch = self.step + 1, self._batch + 1
+            self.step, self._epoch.batch = self.step + 1, self._epoch.batch + 1
             if self._profiler is not None:
                 self._profiler.step()
             yield predicted
@@ -197,7 +203,7 @@ class Trainer:
                 raise Terminated(signal)
 
     def _after_pass(self) -> None:
-        self._trained.count(self._batch)
+        self._trained.count(self._epoch.batch)
         self._trained.look_for_good(self._window, self._device, self._waits.group)
         self._trained.require_good()
 
@@ -215,7 +221,7 @@ class Trainer:
 
     def _log_train(self) -> None:
         q = quality(*self._window.gather(self._device, self._waits.group))
-        skipped = self._trained.count(self._batch)
+        skipped = self._trained.count(self._epoch.batch)
         self._trained.has_good |= q.samples > 0
         self._window = Predictions()
         speed = self.speed.samples_per_s
@@ -276,7 +282,9 @@ class Trainer:
         return self._reached or ended or (patience is not None and self._worse >= patience)
 
     def _total_steps(self) -> int:
-        total = self._job.train.epochs * self._data.batches_per_epoch
+        epochs = self._job.train.epochs - self._epoch.number
+        left = self._epoch.batches_left + (epochs - 1) * self._data.batches_per_epoch if epochs > 0 else 0
+        total = self.step + left
         return min(total, self._job.train.max_steps or total)
 
     def _save(self, to: Checkpoints | None = None) -> None:
@@ -285,13 +293,11 @@ class Trainer:
         self._folder.require(self._waits.group)
         self._trained.look_for_good(self._window, self._device, self._waits.group)
         about = {
-            "epoch": self._epoch,
-            "batch": self._batch,
-            "batch_size": self._job.train.batch_size,
             "best": self._best,
             "worse": self._worse,
             "validated": self._validated,
-            **self._trained.state(self._batch),
+            **self._epoch.state(),
+            **self._trained.state(self._epoch.batch),
         }
         self.saved_model.save(to or self._checkpoints, self.step, about, self._rank_state())
         if to is None:

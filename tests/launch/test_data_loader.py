@@ -13,8 +13,10 @@ import torch
 from click_rows import FEATURES, NUM_DENSE, NUM_FEATURES, click_rows, job, tsv_lines, write_tsv
 
 from launch.config import Job
+from launch.data.deals import Deal, continued
 from launch.data.errors import DataError
 from launch.data.loader import Batch, Batches, Data, open_data
+from launch.data.row_sums import RowSums
 from launch.data.rows import MISSING
 from torchrec_qr.cli.schema import dump, load
 
@@ -111,7 +113,46 @@ def test_resumes_after_any_number_of_batches(tmp_path: Path, kind: str) -> None:
         data = open_data(job(section), rank, 2)
         whole = numbers(data.train(1))
         for skip in (1, 5, 9, 10, 13, 14):
-            assert numbers(data.train(1, skip=skip)) == whole[skip:]
+            assert numbers(data.train(1, [Deal(2, 32, skip)])) == whole[skip:]
+
+
+# Ranks, rows of a batch, and how many batches are trained before the job goes on with other ranks. The split has 857.
+HISTORIES = [
+    [(8, 8, 5), (6, 8, 99)],
+    [(3, 32, 2), (2, 32, 1), (5, 16, 3), (1, 64, 99)],
+    [(2, 32, 0), (3, 32, 99)],
+    [(4, 16, 2), (4, 32, 1), (4, 16, 99)],  # other batches for as many ranks
+    [(2, 32, 14), (3, 32, 99)],  # all are trained
+    [(2, 200, 2), (40, 2, 99)],
+    [(3, 285, 1), (9, 2, 99)],  # two rows are left, and most ranks have none
+]
+
+
+@pytest.mark.parametrize(("kind", "shuffle"), [("tsv", True), ("npy", True), ("npy", False)])
+@pytest.mark.parametrize("history", HISTORIES, ids=str)
+def test_other_ranks_train_what_is_left(
+    tmp_path: Path, kind: str, shuffle: bool, history: list[tuple[int, int, int]]
+) -> None:
+    section = write(tmp_path, kind) | {"shuffle": shuffle, "shuffle_rows": 100}
+    deals: list[Deal] = []
+    trained: list[int] = []
+    sums = []
+    for world_size, batch_size, batches in history:
+        deals = continued(deals, world_size, batch_size)
+        config = job(section, batch_size=batch_size)
+        one = open_data(config, 0, 1)
+        of_ranks = [Data(config, one.splits, one.meaning, rank, world_size) for rank in range(world_size)]
+        left = of_ranks[0].batches_left(deals)
+        for data in of_ranks:
+            with data.train(1, deals) as made:
+                of_rank = numbers(made)
+            assert len(of_rank) == left
+            assert all(len(batch) <= batch_size for batch in of_rank)
+            trained += flat(of_rank[:batches])
+            sums += made.sums[:batches]
+        deals[-1] = Deal(world_size, batch_size, min(batches, left))
+    assert sorted(trained) == list(range(TRAIN))
+    assert RowSums.sum(sums) == RowSums.of_range(0, TRAIN)
 
 
 def test_a_batch_holds_the_rows_of_the_file(tmp_path: Path) -> None:
@@ -122,7 +163,7 @@ def test_a_batch_holds_the_rows_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.dense_in_features: 13; allowed: 26"):
         job(section)
     data = open_data(config, 0, 1)
-    batch = next(iter(data.train(0, skip=2)))
+    batch = next(iter(data.train(0, [Deal(1, 32, 2)])))
     assert isinstance(batch, Batch)
     part = slice(64, 96)
     assert batch.labels.tolist() == rows.labels[part].tolist()

@@ -1,5 +1,6 @@
 """A job that was interrupted goes on from its last checkpoint."""
 
+import json
 import os
 import random
 import re
@@ -122,11 +123,35 @@ def test_a_job_continues_on_another_number_of_ranks(tmp_path: Path, before: int,
         forget_the_end(tmp_path / "demo")
     assert "continues at step 10" in printed
     assert validations[1] == pytest.approx(validations[0], rel=1e-5)
-    run(tmp_path, *steps(after), world_size=after)
+    printed = run(tmp_path, *steps(after), world_size=after)
+    dealt = f"{before} ranks in 10 batches of {256 // before}, then {after} ranks in 11 batches of {256 // after}"
+    assert f"epoch 0: 5,143 rows were trained by {dealt}, each row once" in printed
     lines = metrics(tmp_path / "demo")
     assert [line["step"] for line in lines if line["split"] == "train"] == [5, 10, 15, 20]
     assert lines[-2]["step"] == 21
     assert lines[-2]["logloss"] < validations[0]["logloss"]
+
+
+@pytest.mark.slow
+def test_rows_that_were_trained_twice_end_the_job(tmp_path: Path) -> None:
+    run(tmp_path, *FOUR, "--set=train.max_steps=8")
+    forget_the_end(tmp_path / "demo")
+    whole = tmp_path / "demo" / "checkpoints" / "step_8" / "whole.json"
+    about = json.loads(whole.read_text())
+    assert about["trained"]["rows"] == 8 * 2 * 256
+    whole.write_text(json.dumps(about | {"deals": [{"world_size": 2, "batch_size": 256, "batches": 7}]}))
+    for text in refused(tmp_path, *FOUR):
+        assert "EpochError: epoch 0: 5,655 rows were trained by 2 ranks in 11 batches of 256; allowed: each" in text
+
+
+@pytest.mark.slow
+def test_rows_in_another_order_within_an_epoch_are_said(tmp_path: Path) -> None:
+    run(tmp_path, *FOUR, "--set=train.max_steps=8")
+    forget_the_end(tmp_path / "demo")
+    printed = run(tmp_path, *FOUR, "--set=train.seed=1")
+    assert "epoch 0 was begun with its rows in another order (train.seed: saved 0, here 1): some may be" in printed
+    (last,) = (tmp_path / "demo" / "checkpoints").glob("step_11/whole.json")
+    assert not json.loads(last.read_text())["ended"]["each_row_once"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
