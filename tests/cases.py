@@ -23,8 +23,10 @@ def kinds(draw: Callable[..., Any], num_ids: int = 100) -> Kind:
 
 
 @st.composite
-def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True) -> tuple[Any, Kind]:
+def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True, may_hash: bool = False) -> tuple[Any, Kind]:
     kind = draw(kinds())
+    if may_hash and draw(st.booleans()):
+        kind = kind.hashed(draw(st.integers(0, 2**31 - 1)))
     k = kind.bound.num_partitions
     operation = draw(st.sampled_from(["mult", "add", "concat", "path"]))
     dim = draw(st.sampled_from([4, 8, 12])) if operation != "concat" else 4 * draw(st.integers(k, k + 2))
@@ -37,6 +39,8 @@ def configs(draw: Callable[..., Any], name: str = "t", pooled: bool = True) -> t
         "partitions": kind.partitions,
         "operation": operation,
     }
+    if kind.hash_seed is not None:
+        fields |= {"id_hash": "splitmix64", "hash_seed": kind.hash_seed}
     if operation == "path":
         fields["path_hidden"] = draw(st.sampled_from([None, 3]))
         fields["path_activation"] = draw(st.sampled_from(["relu", "tanh"]))

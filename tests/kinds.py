@@ -26,6 +26,12 @@ class Kind:
     partitions: PartitionSpec
     num_embeddings: int
     rows_of: oracle.RowsOf
+    hash_seed: int | None = None
+
+    def hashed(self, seed: int) -> "Kind":
+        """The same partitions of ids that are hashed."""
+        rows_of = oracle.hashed(self.rows_of, self.num_embeddings, seed)
+        return Kind(self.label, self.partitions, self.num_embeddings, rows_of, seed)
 
     @property
     def bound(self) -> BoundPartitions:

@@ -26,6 +26,21 @@ def chinese_remainder(sizes: list[int]) -> RowsOf:
     return lambda x: tuple(x % m for m in sizes)
 
 
+def hashed(rows_of: RowsOf, num_ids: int, seed: int) -> RowsOf:
+    """The output of a SplitMix64 generator whose state is x + seed · increment, without its lowest bit, mod S."""
+
+    def word(x: int) -> int:
+        return x % (1 << 64)
+
+    def row(x: int) -> tuple[int, ...]:
+        state = word(x + (1 + seed) * 0x9E3779B97F4A7C15)
+        state = word((state ^ state // 2**30) * 0xBF58476D1CE4E5B9)
+        state = word((state ^ state // 2**27) * 0x94D049BB133111EB)
+        return rows_of((state ^ state // 2**31) // 2 % num_ids)
+
+    return row
+
+
 def explicit(classes: list[list[int]]) -> RowsOf:
     return lambda x: tuple(c[x] for c in classes)
 

@@ -62,6 +62,11 @@ def map_hash(classes: list[list[int]]) -> int:
             [1, 0, 1, 3, 2, 2, 0, 100, 25, 4, 4, 22],
         ),
         (config(HashPartition(rows=7), num_embeddings=100), [1, 4, 0, 0, 0, 0, 0, 100, 7, 8]),
+        # … and hash of ids, seed of the hash
+        (
+            config(QuotientRemainder(num_collisions=4), num_embeddings=100, id_hash="splitmix64", hash_seed=9),
+            [2, 0, 1, 0, 0, 0, 0, 100, 1, 9, 25, 4, 8, 8],
+        ),
     ],
 )
 def test_values_are_those_of_the_checkpoint_format(table: Any, expected: list[int]) -> None:
@@ -149,6 +154,25 @@ SWAPPED = [EXPLICIT[0], [2 - c for c in EXPLICIT[1]]]
             config(MixedRadix(sizes=[4, 3]), operation="concat", embedding_dim=12, partition_dims=[4, 8]),
             ["columns: saved [8, 4], here [4, 8]"],
         ),
+        (
+            config(MixedRadix(sizes=[4, 3]), id_hash="splitmix64", hash_seed=3),
+            config(MixedRadix(sizes=[4, 3]), id_hash="splitmix64", hash_seed=4),
+            ["hash_seed: saved 3, here 4"],
+        ),
+        (
+            config(MixedRadix(sizes=[4, 3])),
+            config(MixedRadix(sizes=[4, 3]), id_hash="splitmix64"),
+            ["id_hash: saved none, here splitmix64"],
+        ),
+        (
+            config(ChineseRemainder(sizes=[4, 3]), id_hash="splitmix64", hash_seed=3),
+            config(MixedRadix(sizes=[4, 3])),
+            [
+                "kind: saved chinese_remainder, here mixed_radix",
+                "id_hash: saved splitmix64, here none",
+                "hash_seed: saved 3, here 0",
+            ],
+        ),
     ],
 )
 def test_differences_name_the_field_and_both_values(saved: Any, own: Any, expected: list[str]) -> None:
@@ -159,5 +183,5 @@ def test_differences_name_the_field_and_both_values(saved: Any, own: Any, expect
 def test_a_fingerprint_of_a_later_version_is_reported_rather_than_misread() -> None:
     own = fingerprint(config(QuotientRemainder(num_collisions=3)))
     later = own.clone()
-    later[0], later[1] = 2, 9
-    assert differences(later, own) == ["format: saved 2, here 1", "kind: saved unknown (9), here quotient_remainder"]
+    later[0], later[1] = 3, 9
+    assert differences(later, own) == ["format: saved 3, here 1", "kind: saved unknown (9), here quotient_remainder"]

@@ -178,6 +178,17 @@ QR = {"kind": "quotient_remainder", "num_collisions": 4}
             table(partitions=QR, operation="mul"),
             "tables[1].operation: 'mul'; allowed: 'mult', 'add', 'concat', 'path'; did you mean 'mult'?",
         ),
+        (table(id_hash="splitmix64"), "tables[1].id_hash: 'splitmix64'; allowed: only beside partitions, which table"),
+        (
+            table(partitions=QR, id_hash="splitmix"),
+            "tables[1].id_hash: 'splitmix'; allowed: 'splitmix64'; did you mean 'splitmix64'?",
+        ),
+        (table(partitions=QR, id_hash="splitmix64", hash_seed=2**31), "tables[1].hash_seed: 2147483648; allowed: 0..2"),
+        (table(partitions=QR, hash_seed=3), "tables[1]: table 't': hash_seed=3; allowed: 0, except beside id_hash"),
+        (
+            table(partitions=QR, id_hash="splitmix64", out_of_range="wrap"),
+            "tables[1]: table 't': out_of_range='wrap'; allowed: the default, 'error', beside id_hash='splitmix64'",
+        ),
         (table() | {"name": "first"}, "tables[1].name: 'first'; allowed: a name of its own, which tables[0] has too"),
     ],
 )
@@ -302,6 +313,11 @@ compositional_fields: dict[str, Any] = plain_fields | {
     "init": st.just("unit"),
     "out_of_range": st.sampled_from(["error", "clamp", "wrap", "unchecked"]),
 }
+hashed_fields = compositional_fields | {
+    "out_of_range": st.just("error"),
+    "id_hash": st.just("splitmix64"),
+    "hash_seed": st.integers(0, 2**31 - 1),
+}
 specs = st.one_of(
     st.builds(TableSpec, **plain_fields),
     st.builds(
@@ -310,6 +326,7 @@ specs = st.one_of(
         operation=st.sampled_from(["mult", "add", "concat"]),
         **compositional_fields,
     ),
+    st.builds(TableSpec, partitions=closed_forms, **hashed_fields),
     st.builds(
         TableSpec,
         partitions=closed_forms,

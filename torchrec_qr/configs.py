@@ -14,6 +14,7 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
+from torchrec_qr.id_hash import MAX_HASH_SEED, IdHash
 from torchrec_qr.ids import OUT_OF_RANGE_POLICIES, OutOfRange
 from torchrec_qr.partitions import BoundPartitions, PartitionSpec
 
@@ -63,12 +64,15 @@ class _Compositional(BaseEmbeddingConfig):
     path_activation: PathActivation = "relu"
     init: Init = "unit"
     out_of_range: OutOfRange = "error"
+    id_hash: IdHash | None = None
+    hash_seed: int = 0
     # Widen TorchRec's type, one function, because partitions may have one each.
     init_fn: InitFn | Sequence[InitFn] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         # Do not call TorchRec's __post_init__, because it sets init_fn, and None means `init` here.
         self._check_choices()
+        self._check_id_hash()
         self._check_partitions()
         self._check_dims()
         self._check_init()
@@ -99,6 +103,16 @@ class _Compositional(BaseEmbeddingConfig):
     def base_partition(self) -> int:
         """The number of the base partition: the main one, or 0 under ``path``."""
         return 0 if self.operation == "path" else self.bound_partitions.main
+
+    @property
+    def id_policy(self) -> OutOfRange:
+        """The policy for given ids: ``out_of_range``, or ``"unchecked"`` if ids are hashed, because any id is valid."""
+        return self.out_of_range if self.id_hash is None else "unchecked"
+
+    @property
+    def seed_of_hash(self) -> int | None:
+        """``hash_seed``, or None if ids are not hashed."""
+        return None if self.id_hash is None else self.hash_seed
 
     @property
     def partition_columns(self) -> tuple[int, ...]:
@@ -152,6 +166,7 @@ class _Compositional(BaseEmbeddingConfig):
             ("path_activation", get_args(PathActivation)),
             ("init", get_args(Init)),
             ("out_of_range", OUT_OF_RANGE_POLICIES),
+            ("id_hash", (None, *get_args(IdHash))),
             ("data_type", tuple(DTYPES)),
         ):
             check_allowed(self, field, allowed)
@@ -164,6 +179,19 @@ class _Compositional(BaseEmbeddingConfig):
                 raise NotImplementedError(
                     f"table {self.name!r}: {field}={getattr(self, field)!r} is not supported by a compositional table"
                 )
+
+    def _check_id_hash(self) -> None:
+        seed = self.hash_seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_HASH_SEED:
+            self._fail("hash_seed", seed, f"an int between 0 and {MAX_HASH_SEED} (2^31 - 1)")
+        if self.id_hash is None and seed != 0:
+            self._fail("hash_seed", seed, "0, except beside id_hash")
+        if self.id_hash is not None and self.out_of_range != "error":
+            self._fail(
+                "out_of_range",
+                self.out_of_range,
+                f"the default, 'error', beside id_hash={self.id_hash!r}, under which no id is out of range",
+            )
 
     def _check_partitions(self) -> None:
         if not isinstance(self.partitions, PartitionSpec):
@@ -235,6 +263,10 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
             one for each partition.
         out_of_range (str): the policy for ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or
             ``"unchecked"``.
+        id_hash (str | None): ``"splitmix64"`` makes every int32 and int64 a valid id, negative ones too. The lookup
+            hashes each id into [0, S), and the partitions get the hashed id: see `torchrec_qr.id_hash`. About n²/2S
+            pairs of n live ids then share an embedding. None: ids lie in [0, S).
+        hash_seed (int): the seed of the hash, between 0 and 2^31 - 1.
 
     All other fields are TorchRec's. ``data_type`` is FP32, FP16 or BF16. Under ``mult`` and ``path`` it is the type of
     the base partition, and the others are FP32. ``weight_init_min`` and ``weight_init_max`` replace ∓1/√S.

@@ -5,25 +5,31 @@ fingerprint, a model could load one as the other and train on wrong rows.
 """
 
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from torchrec_qr.configs import CompositionalConfig
+from torchrec_qr.id_hash import IdHash
 from torchrec_qr.partitions import ClassMap, QuotientRemainder
 
-_FORMAT = 1
+# Of tables whose ids are hashed, which append ``_HASH_HEADER`` to the header. All others keep the first format.
+_FORMAT, _HASHED_FORMAT = 1, 2
 # Append to these and never reorder them, because checkpoints hold their indices.
 _KINDS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "explicit", "hash")
 _GROUPINGS = ("", "strided", "adjacent")
 _OPERATIONS = ("mult", "add", "concat", "path")
 _ACTIVATIONS = ("", "relu", "tanh")
+_HASHES = ("none", *get_args(IdHash))
 _HEADER = ("format", "kind", "grouping", "operation", "path_hidden", "path_activation", "map_hash", "num_embeddings")
+_HASH_HEADER = ("id_hash", "hash_seed")
 
 
 def fingerprint(config: CompositionalConfig) -> Tensor:
     """Returns (8 + 2K,) int64: format, kind, grouping, operation, MLP, hash of a class map, S, |P_j| and D_j.
+
+    If ids are hashed, the hash and its seed come after S, (10 + 2K,).
 
     Args:
         config (CompositionalConfig): the table.
@@ -37,8 +43,9 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
     """
     spec, bound = config.partitions, config.bound_partitions
     path = config.operation == "path"
+    hashed = config.id_hash is not None
     header = (
-        _FORMAT,
+        _HASHED_FORMAT if hashed else _FORMAT,
         _KINDS.index(spec.kind),
         _GROUPINGS.index(spec.grouping if isinstance(spec, QuotientRemainder) else ""),
         _OPERATIONS.index(config.operation),
@@ -47,6 +54,7 @@ def fingerprint(config: CompositionalConfig) -> Tensor:
         # Take 63 bits of the hash, because the tensor is int64.
         int(bound.sha256[:16], 16) >> 1 if isinstance(bound, ClassMap) else 0,
         bound.num_embeddings,
+        *((_HASHES.index(config.id_hash), config.hash_seed) if config.id_hash is not None else ()),
     )
     return torch.tensor([*header, *bound.sizes, *config.partition_columns], dtype=torch.int64, device="cpu")
 
@@ -147,15 +155,22 @@ def check_saved_tables(
 
 def _decode(fingerprint: Tensor) -> dict[str, object]:
     values = fingerprint.tolist()
-    fields: dict[str, object] = dict(zip(_HEADER, values, strict=False))
+    hashed = values[0] == _HASHED_FORMAT
+    header = (*_HEADER, *_HASH_HEADER) if hashed else _HEADER
+    fields: dict[str, object] = dict(zip(header, values, strict=False))
+    fields |= {name: fields.get(name, 0) for name in _HASH_HEADER}
+    if hashed:
+        # Leave the difference to the hash, because both formats are read here.
+        fields["format"] = _FORMAT
     for field, names in (
         ("kind", _KINDS),
         ("grouping", _GROUPINGS),
         ("operation", _OPERATIONS),
         ("path_activation", _ACTIVATIONS),
+        ("id_hash", _HASHES),
     ):
         code = fields[field]
         assert isinstance(code, int)
         fields[field] = names[code] if code < len(names) else f"unknown ({code})"
-    rest = values[len(_HEADER) :]
+    rest = values[len(header) :]
     return fields | {"sizes": rest[: len(rest) // 2], "columns": rest[len(rest) // 2 :]}

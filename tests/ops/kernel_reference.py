@@ -23,6 +23,8 @@ from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 # These partitions have more rows than a batch has ids, so that most rows stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
 LR, EPS = 0.02, 1e-4
+# Of the hash of ids.
+SEED = 5
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
 
@@ -67,6 +69,7 @@ class StepCase:
     num_bags: int = 7
     hot: bool = False
     max_gradient: float = math.inf
+    hashed: bool = False  # the second table hashes any ids
     stored: list[Tensor] = field(init=False)
     exact: list[Tensor] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False)
@@ -95,15 +98,19 @@ class StepCase:
             num_ids=partitions.num_embeddings,
         )
         class_map = partitions.class_map
-        self.tables = Description([layout, layout], ["a", "b"], [] if class_map is None else [class_map] * 2)
+        num_ids, rows_of = self.of_kind.num_embeddings, self.of_kind.rows_of
+        self._rows_of = [rows_of, oracle.hashed(rows_of, num_ids, SEED) if self.hashed else rows_of]
+        second = layout._replace(hash_seed=SEED if self.hashed else None)
+        self.tables = Description([layout, second], ["a", "b"], [] if class_map is None else [class_map] * 2)
 
     def batch(self, step: int) -> list[list[list[int]]]:
         """Bags of ids per feature: two tables of two features."""
         rng = random.Random(step)
-        num_ids = self.of_kind.num_embeddings
+        num_ids, any_id = self.of_kind.num_embeddings, torch.iinfo(self.id_dtype)
         bags = []
         for f in range(4):
-            pool = [rng.randrange(num_ids) for _ in range(8)]
+            low, high = (any_id.min, any_id.max + 1) if self.hashed and f >= 2 else (0, num_ids)
+            pool = [rng.randrange(low, high) for _ in range(8)]
             lengths = [40 if self.hot else rng.randrange(4) for _ in range(self.num_bags)]
             if step == 2 and f == 1:
                 lengths = [0] * self.num_bags
@@ -122,8 +129,9 @@ class StepCase:
         id_weights = torch.rand(len(ids), generator=generator).add(0.5).requires_grad_() if self.weighted else None
         exact_weights = None if id_weights is None else id_weights.detach().double().requires_grad_()
         out = self.look_up(ids.to(self.id_dtype), offsets.to(self.offset_dtype), id_weights, step)
-        classes = torch.tensor([self.of_kind.rows_of(int(x)) for x in ids]).view(-1, self.k)
         table = torch.repeat_interleave(torch.tensor([0, 0, 1, 1]), lengths.sum(dim=1))
+        of_ids = [self._rows_of[t](x) for t, x in zip(table.tolist(), ids.tolist(), strict=True)]
+        classes = torch.tensor(of_ids).view(-1, self.k)
         expected = self._pool(classes, table, lengths, exact_weights)
         upstream = torch.randn(out.shape, generator=generator)
         out.backward(upstream)

@@ -37,6 +37,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "offset_dtype": (torch.int64, torch.int32),
     "isa": cpu_library.ISAS,
     "threads": (1, 3),
+    "hashed": (False, True),
 }
 
 

@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 def _of(width: int, **fixed: Any) -> dict[str, Any]:
-    tables = {"K": 2, "WIDTH": width, "TYPES": 0, "ALIGN": 16, "MULT": True, "MAP": 0, "CODED": False, "NARROW": True}
+    tables = {"K": 2, "WIDTH": width, "TYPES": 0, "ALIGN": 16, "MULT": True, "MAP": 0, "GIVEN": 0, "NARROW": True}
     steps_of = {"TYPE": 0, "WEIGHT_ALIGN": 16, "STATE_ALIGN": 16, "GRADIENT_ALIGN": 4, "RULE": steps.SGD.value}
     tile = launches.tile_of(width)
     cuts = {"CHUNK": 32, "SUPER": 64, "LANES": tile.lanes, "BLOCK_D": tile.block_d, "BLOCK_T": 32}
@@ -88,7 +88,7 @@ def case(kernel: Any, width: int, id: str, **fixed: Any) -> Case:
 def cases(width: int) -> list[Case]:
     """Every kernel at one width: as most tables have it, and in the form that holds most at once."""
     # Four partitions of a product, of fp16, bf16 and fp32, and ids that travel as codes.
-    heavy = {"K": 4, "TYPES": 0b00_00_10_01, "ALIGN": 8, "CODED": True, "NARROW": False}
+    heavy = {"K": 4, "TYPES": 0b00_00_10_01, "ALIGN": 8, "GIVEN": 1, "NARROW": False}
     replica = {"GRADIENT_ALIGN": 16}
     sequence = {"POOLED": False, "WEIGHTED": False, "MAP": 2, "MULT": False}
     out = [
@@ -102,7 +102,7 @@ def cases(width: int) -> list[Case]:
         case(sums.sum_ranges, width, "sum_ranges-waiting", LAST=False),
         case(sums.sum_ranges, width, "sum_ranges-heavy", **{**heavy, "TARGET": 3, "RULE": steps.AMSGRAD.value}),
         case(long_rows.sum_supers, width, "sum_supers"),
-        case(forward.forward, width, "forward-coded", CODED=True, NARROW=False),
+        case(forward.forward, width, "forward-coded", GIVEN=1, NARROW=False),
         case(forward.forward, width, "forward-three", K=3),
         case(sums.sum_ranges, width, "sum_ranges-three", K=3, RULE=steps.ADAM.value),
         case(sent_ids.send_ids, width, "send_ids"),

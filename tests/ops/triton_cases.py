@@ -24,6 +24,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weighted": (False, True),
     "id_dtype": ("int64", "int32"),
     "offset_dtype": ("int64", "int32"),
+    "hashed": (False, True),
 }
 STEPS = {"-".join(map(str, (*c["kind"], *list(c.values())[1:]))): c for c in pairwise(FACTORS)}
 OTHERS = (

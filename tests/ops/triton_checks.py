@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from kernel_reference import RULES, StepCase, one_table, rule_of, train, update_of
+from kernel_reference import RULES, SEED, StepCase, one_table, rule_of, train, update_of
 from near import assert_near
 from torch import Tensor
 
@@ -218,10 +219,12 @@ def ids_that_are_sent() -> None:
         "narrow": CodeLayout(1000, 0, 0, 0),
     }
     maps = {"wide": base, "narrow": base.to(torch.int32)}
+    hashed = oracle.hashed(lambda x: (x,), num_ids, SEED)
     allowed = {"clamp": lambda x: min(max(x, 0), num_ids - 1), "wrap": lambda x: x % num_ids}
     for dtype in (torch.int64, torch.int32):
         features = [SentFeature(num_ids, policy) for policy in ("unchecked", "clamp", "wrap")]
         features += [SentFeature(num_ids, p, codes[kind], maps.get(kind)) for p in allowed for kind in codes]
+        features += [SentFeature(num_ids, "unchecked", codes[kind], maps.get(kind), SEED) for kind in codes]
         of_feature = [-5, 0, 999, 1000, 2**31 - 1, *range(0, 999, 3)]
         ids, bags = ints(*of_feature * len(features)).to(dtype), len(of_feature) // 2
         offsets = torch.cat([torch.arange(0, len(ids), len(of_feature)).view(-1, 1) + ints(*range(bags))]).flatten()
@@ -230,7 +233,8 @@ def ids_that_are_sent() -> None:
         sent = triton.send_ids(fields, ids, offsets, len(of_feature), pytest.fail).view(len(features), -1)
         assert sent.dtype == torch.int64
         for feature, actual in zip(features, sent, strict=True):
-            expected = list(map(allowed.get(feature.out_of_range, int), of_feature))
+            bounded = allowed.get(feature.out_of_range, int)
+            expected = [bounded(x) if feature.hash_seed is None else hashed(x)[0] for x in of_feature]
             if feature.code is None:
                 assert actual.tolist() == expected
                 continue

@@ -1,4 +1,7 @@
-"""The ids of a batch before the input dist: checked, in range, and as row codes of tables whose rows are split."""
+"""The ids of a batch before the input dist: checked, in range, and as row codes of tables whose rows are split.
+
+Ids that are hashed are so here if the rows of their table are split, or else by the lookup.
+"""
 
 from functools import cached_property
 from itertools import pairwise
@@ -10,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.customized_kernel import layout_or_none
 from torchrec_qr.distributed.layout import RowCode, ShardLayout
+from torchrec_qr.id_hash import hashed_ids
 from torchrec_qr.ids import IdSpace, bounded_ids, check_type, raise_if_outside
 from torchrec_qr.late_errors import raise_pending
 from torchrec_qr.ops.arguments import SentFeature
@@ -79,12 +83,14 @@ class PrepareIds:
         if not self._encode or not at.splits_rows:
             # Leave the check to the kernels of the lookup, if there are some.
             is_only_checked = self._is_only_checked(at, torch.device("cuda"))
-            return SentFeature(config.num_embeddings, "unchecked" if is_only_checked else config.out_of_range)
+            return SentFeature(config.num_embeddings, "unchecked" if is_only_checked else config.id_policy)
         class_map = self._class_maps.get(config.name)
         of_base = None if class_map is None else class_map[config.base_partition]
         # Read nothing past the end of a map, whatever the policy.
-        policy = "error" if of_base is not None and config.out_of_range == "unchecked" else config.out_of_range
-        return SentFeature(config.num_embeddings, policy, RowCode(config).layout(0), of_base)
+        seed = config.seed_of_hash
+        is_unchecked = config.id_policy == "unchecked" and seed is None
+        policy = "error" if of_base is not None and is_unchecked else config.id_policy
+        return SentFeature(config.num_embeddings, policy, RowCode(config).layout(0), of_base, seed)
 
     def _sent(self, features: KeyedJaggedTensor) -> Tensor:
         values, starts = features.values(), features.offset_per_key()
@@ -106,7 +112,7 @@ class PrepareIds:
         """Returns whether the ids of a feature need a check at most."""
         if at is None:
             return True
-        if (self._encode and at.splits_rows) or at.config.out_of_range not in ("error", "unchecked"):
+        if (self._encode and at.splits_rows) or at.config.id_policy not in ("error", "unchecked"):
             return False
         if device.type == "cpu":
             return cpu.available()
@@ -117,7 +123,7 @@ class PrepareIds:
         """Checks all ids of a batch on a CPU in one pass."""
         bounds = cpu.id_bounds(features.values(), features.offset_per_key())
         for at, feature, (low, high) in zip(self._tables, features.keys(), bounds, strict=True):
-            if at is not None and at.config.out_of_range == "error" and low <= high:
+            if at is not None and at.config.id_policy == "error" and low <= high:
                 raise_if_outside(low, high, _id_space(at, feature))
 
     def _prepare(self, ids: Tensor, feature: str, at: ShardLayout) -> Tensor:
@@ -125,8 +131,11 @@ class PrepareIds:
         ids = bounded_ids(ids, _id_space(at, feature))
         if not self._encode or not at.splits_rows:
             return ids
+        seed = config.seed_of_hash
+        if seed is not None:
+            ids = hashed_ids(ids, seed, config.num_embeddings)
         return RowCode(config).encode(ids, self._class_maps.get(config.name))
 
 
 def _id_space(at: ShardLayout, feature: str) -> IdSpace:
-    return IdSpace(at.config.name, feature, at.config.num_embeddings, at.config.out_of_range)
+    return IdSpace(at.config.name, feature, at.config.num_embeddings, at.config.id_policy)

@@ -125,7 +125,9 @@ def top_items(collection: Collection, table: str, user_vectors: Tensor, k: int) 
 
 def _checked(collection: Collection, table: str, user_vectors: Tensor) -> tuple[int, Tensor]:
     """Returns S, and the user vectors as fp32."""
-    _, config = table_of(collection, table)
+    own, config = table_of(collection, table)
+    if own.layout.hash_seed is not None:
+        raise NotImplementedError(f"table {table!r}: id_hash, which leaves no list of all ids to score")
     if not isinstance(user_vectors, Tensor) or not user_vectors.is_floating_point():
         given = user_vectors.dtype if isinstance(user_vectors, Tensor) else type(user_vectors).__name__
         raise TypeError(f"table {table!r}: user_vectors are {given}; allowed: a tensor of floats")

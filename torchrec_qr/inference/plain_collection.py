@@ -52,6 +52,9 @@ def to_plain(collection: Collection) -> EmbeddingBagCollection | EmbeddingCollec
         True
     """
     own = tables_of(collection)
+    for config in collection.embedding_configs():
+        if getattr(config, "id_hash", None) is not None:
+            raise NotImplementedError(f"table {config.name!r}: id_hash, under which no plain table has all ids")
     plain: EmbeddingBagCollection | EmbeddingCollection
     if isinstance(collection, CompositionalEmbeddingBagCollection):
         bags = [_plain_bag(config, collection.is_weighted()) for config in collection.embedding_bag_configs()]

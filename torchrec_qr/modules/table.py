@@ -150,6 +150,7 @@ def table_layout(
         code=code,
         path_hidden=config.path_hidden,
         path_activation=config.path_activation,
+        hash_seed=config.seed_of_hash if code is None else None,
     )
 
 

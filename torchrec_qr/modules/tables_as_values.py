@@ -82,7 +82,7 @@ def served_tables(configs: Sequence[BaseEmbeddingConfig], modules: nn.ModuleDict
                 tuple(config.feature_names),
                 module.layout._replace(num_features=len(config.feature_names)),
                 config.num_embeddings,
-                getattr(config, "out_of_range", "error"),
+                getattr(config, "id_policy", "error"),
                 isinstance(config, EmbeddingBagConfig) and config.pooling == PoolingType.MEAN,
                 tuple(_ROW_TYPES.get(dtype, str(dtype)) for dtype in dtypes),
             )
@@ -131,6 +131,8 @@ def _refusal_of(table: ServedTable) -> str:
             "allowed in an exported or scripted model: plain, mult, add and concat with up to 4 partitions of up to "
             "1,024 columns"
         )
+    if layout.hash_seed is not None:
+        return f"table {table.name!r}: id_hash is not supported in an exported or scripted model"
     other = set(table.row_types) - set(_ROW_TYPES.values())
     if other:
         return f"table {table.name!r}: rows of {sorted(other)}; allowed in an exported or scripted model: " + ", ".join(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_qr.id_hash import hash_offset
 from torchrec_qr.ops.description import MAX_WIDTH, CodeLayout, Description
 from torchrec_qr.ops.update_rules import Update
 
@@ -41,12 +42,19 @@ class SentFeature(NamedTuple):
         out_of_range: the policy for ids outside [0, S), as in `torchrec_qr.ids`.
         code: the row codes that are sent in place of ids, of first row 0; None: ids are sent.
         class_map: (S,) int32 or int64, the base row of each id, if the code has no closed form.
+        hash_seed: of the hash that brings any given ids into [0, S), where the policy is "unchecked"; None: no hash.
     """
 
     num_ids: int
     out_of_range: str
     code: CodeLayout | None = None
     class_map: Tensor | None = None
+    hash_seed: int | None = None
+
+    @property
+    def hash_offset(self) -> int:
+        """As `torchrec_qr.ops.description.TableLayout.hash_offset`."""
+        return 0 if self.hash_seed is None else hash_offset(self.hash_seed)
 
 
 class DenseGradient(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_qr.id_hash import hash_offset, hashed_ids
 from torchrec_qr.partitions.bound import closed_form_rows, mapped_rows
 
 # What the kernels have, as csrc/lookup.h; PyTorch looks up the rest.
@@ -67,6 +68,8 @@ class TableLayout(NamedTuple):
         num_ids: S; -1: any id at all, for closed forms.
         code: None if ids travel.
         path_hidden, path_activation: of the MLPs under ``path``; see `torchrec_qr.CompositionalEmbeddingBagConfig`.
+        hash_seed: of the hash that brings any given ids into [0, S); None: ids are not hashed here. Ids that travel as
+            codes were hashed before.
     """
 
     operation: str
@@ -76,6 +79,7 @@ class TableLayout(NamedTuple):
     code: CodeLayout | None = None
     path_hidden: int | None = None
     path_activation: str = "relu"
+    hash_seed: int | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -86,6 +90,11 @@ class TableLayout(NamedTuple):
     def dim(self) -> int:
         """D: columns of the table's output per feature."""
         return sum(self.widths) if self.operation == "concat" else self.partitions[0].width
+
+    @property
+    def hash_offset(self) -> int:
+        """What the hash adds to ids: see `torchrec_qr.id_hash`. 0 if ids are not hashed."""
+        return 0 if self.hash_seed is None else hash_offset(self.hash_seed)
 
     @property
     def has_map(self) -> bool:
@@ -103,8 +112,10 @@ class TableLayout(NamedTuple):
         return kernels_have("add" if self.operation == "plain" else self.operation, self.widths)
 
     def ids_of(self, ids: Tensor) -> Tensor:
-        """Returns (N,) int64: the ids that codes stand for, or what was given if ids travel."""
+        """Returns (N,) int64: the ids that codes stand for, the hashed ids, or what was given."""
         ids = ids.to(torch.int64)
+        if self.hash_seed is not None:
+            return hashed_ids(ids, self.hash_seed, self.num_ids)
         return ids if self.code is None else self.code.ids_of(ids)
 
 

@@ -66,6 +66,8 @@ def served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
             raise NotImplementedError(
                 f"table {t.name!r}: operation {operation!r}; allowed: plain, {', '.join(KERNEL_OPERATIONS)}"
             )
+        if t.layout.hash_seed is not None:
+            raise NotImplementedError(f"table {t.name!r}: id_hash is not supported in a served model")
         any_id = t.out_of_range == "unchecked" and not t.layout.has_map
         numbers += [
             KERNEL_OPERATIONS.index(operation),

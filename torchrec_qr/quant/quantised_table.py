@@ -65,6 +65,8 @@ class QuantisedTable(nn.Module):
         super().__init__()
         self.config, self.row_type = config, row_type_of(config)
         if is_compositional(config):
+            if config.id_hash is not None:
+                raise NotImplementedError(f"table {config.name!r}: id_hash={config.id_hash!r} of a quantised table")
             self.layout = table_layout(config, dict(enumerate(config.partition_columns)))
             sizes: Sequence[int] = config.bound_partitions.sizes
             for j, (rows, columns) in enumerate(zip(sizes, self.layout.widths, strict=True)):
@@ -130,7 +132,7 @@ class QuantisedTable(nn.Module):
     @property
     def out_of_range(self) -> str:
         """The policy for ids outside [0, S). That of plain tables is ``"error"``."""
-        return getattr(self.config, "out_of_range", "error")
+        return getattr(self.config, "id_policy", "error")
 
     def bounded(self, ids: Tensor, feature: str) -> Tensor:
         """Returns the ids of a feature in [0, S): see `torchrec_qr.ids.bounded_ids`."""

@@ -27,6 +27,7 @@ from torchrec_qr.configs import (
     Operation,
     PathActivation,
 )
+from torchrec_qr.id_hash import MAX_HASH_SEED, IdHash
 from torchrec_qr.ids import OutOfRange
 from torchrec_qr.partitions import (
     MAX_NUM_EMBEDDINGS,
@@ -47,6 +48,8 @@ _COMPOSITIONAL_KEYS = (
     "path_activation",
     "init",
     "out_of_range",
+    "id_hash",
+    "hash_seed",
 )
 
 
@@ -71,6 +74,8 @@ class TableSpec:
         path_activation (PathActivation): of that layer.
         init (Init): of the partitions.
         out_of_range (OutOfRange): policy for ids outside [0, S).
+        id_hash (IdHash | None): the hash by which any id is valid.
+        hash_seed (int): its seed.
         weight_init_min (float | None): replaces -1/√S.
         weight_init_max (float | None): replaces 1/√S.
 
@@ -98,6 +103,8 @@ class TableSpec:
     path_activation: PathActivation = "relu"
     init: Init = "unit"
     out_of_range: OutOfRange = "error"
+    id_hash: IdHash | None = None
+    hash_seed: Annotated[int, Range(0, MAX_HASH_SEED)] = 0
     weight_init_min: float | None = None
     weight_init_max: float | None = None
 

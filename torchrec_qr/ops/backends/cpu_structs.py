@@ -33,7 +33,7 @@ PARTITION = _struct(
     ("numbers", _FLOAT, (len(NUMBERS),)),
 )
 TABLE = _struct(
-    *((name, _INT32) for name in ("operation", "reserved", "first_partition", "num_partitions")),
+    *((name, _INT32) for name in ("operation", "hash_seed", "first_partition", "num_partitions")),
     *((name, _INT32) for name in ("first_feature", "num_features")),
     *((name, _INT64) for name in ("dim", "column", "num_ids")),
     *((name, _INT64) for name in ("codes_per_row", "code_stride", "code_size", "code_first_row")),
@@ -62,8 +62,9 @@ class Structs:
         partition = feature = column = num_maps = 0
         for i, t in enumerate(tables):
             code = t.code or (0, 0, 0, 0)
+            seed = -1 if t.hash_seed is None else t.hash_seed
             self.tables[i] = (
-                *(KERNEL_OPERATIONS.index(t.operation), 0, partition, len(t.partitions), feature, t.num_features),
+                *(KERNEL_OPERATIONS.index(t.operation), seed, partition, len(t.partitions), feature, t.num_features),
                 *(t.dim, column, t.num_ids, *code),
             )
             for p in t.partitions:

@@ -27,6 +27,9 @@ inline int32_t check(const Group& g, Failure* failure) {
             return failed(failure, kBadArgument, t, 1, table.num_partitions);
         }
         features += table.num_features;
+        if (table.hash_seed >= 0 && (table.num_ids < 1 || table.codes_per_row > 0)) {
+            return failed(failure, kBadArgument, t, 7, table.hash_seed);
+        }
         int64_t columns = 0;
         for (int j = 0; j < table.num_partitions; ++j) {
             const Partition& p = g.partitions[table.first_partition + j];

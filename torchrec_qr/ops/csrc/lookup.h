@@ -57,7 +57,8 @@ struct Partition {
 };
 
 struct Table {
-    int32_t operation, reserved;
+    int32_t operation;
+    int32_t hash_seed = -1;  // of the hash that brings any ids into [0, S): `torchrec_qr.id_hash`; -1: none. No codes
     int32_t first_partition, num_partitions, first_feature, num_features;
     int64_t dim;        // columns of its output
     int64_t column;     // pooled: of its first feature in a row of `out`

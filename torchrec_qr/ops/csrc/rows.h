@@ -77,17 +77,24 @@ struct PartitionRows {
 
 struct TableRows {
     PartitionRows partition[kMaxPartitions];
-    Divider codes_per_row, code_stride;
+    Divider codes_per_row, code_stride, id_space;
+    uint64_t hash_offset;
     int64_t num_ids, code_size, code_first_row;
     int32_t num_partitions, index;
-    bool coded, id_is_rest;
+    bool given_are_ids, hashed, id_is_rest;  // given_are_ids: neither codes nor hashed
 
     void set(const Group& group, int32_t table) {
         const Table& t = group.tables[table];
         index = table;
         num_partitions = t.num_partitions;
         num_ids = t.num_ids;
-        coded = t.codes_per_row > 0;
+        const bool coded = t.codes_per_row > 0;
+        hashed = t.hash_seed >= 0;
+        given_are_ids = !coded && !hashed;
+        if (hashed) {
+            hash_offset = (static_cast<uint64_t>(t.hash_seed) + 1) * 0x9E3779B97F4A7C15u;
+            id_space.set(num_ids);
+        }
         id_is_rest = t.code_stride == 0;
         if (coded) codes_per_row.set(t.codes_per_row);
         if (coded && !id_is_rest) code_stride.set(t.code_stride);
@@ -95,8 +102,18 @@ struct TableRows {
         code_first_row = t.code_first_row;
         for (int j = 0; j < num_partitions; ++j) partition[j].set(group.partitions[t.first_partition + j], num_ids);
     }
+    // Of any integer at all: `torchrec_qr.id_hash` has the formula.
+    QR_INLINE int64_t hashed_id(int64_t given) const {
+        uint64_t z = static_cast<uint64_t>(given) + hash_offset;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+        z ^= z >> 31;
+        return static_cast<int64_t>(id_space.remainder(z >> 1));
+    }
     QR_INLINE int64_t id_of(int64_t code) const {
-        if (!coded || code < 0) return code;
+        if (given_are_ids) return code;
+        if (hashed) return hashed_id(code);
+        if (code < 0) return code;
         const uint64_t c = static_cast<uint64_t>(code);
         const uint64_t rest = codes_per_row.remainder(c);
         if (id_is_rest) return static_cast<int64_t>(rest);

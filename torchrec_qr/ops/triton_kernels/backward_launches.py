@@ -236,7 +236,7 @@ def _keys(d: Descriptors, batch: Batch, out_gradient: Tensor) -> _Keys:
         of_batch = (batch.ids, batch.offsets, d.entries, batch.flat_starts, batch.failure)
         sizes = (group.first, batch.num_bags(d), d.num_features, n, d.columns)
         kernel = group.kernel
-        fixed = (kernel.K, group.part or 0, kernel.MAP, kernel.CODED, kernel.NARROW, d.out_align, batch.pooled, 128)
+        fixed = (kernel.K, group.part or 0, kernel.MAP, kernel.GIVEN, kernel.NARROW, d.out_align, batch.pooled, 128)
         grid = (blocks_of(128, batch, d), group.size)
         launch(keys_of_ids, grid, (*keys.padded(), keys.starts, *of_batch, *sizes), fixed, 4)
     return keys

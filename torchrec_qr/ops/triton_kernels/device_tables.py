@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
     ALIGN: int
     MULT: bool
     MAP: int
-    CODED: bool
+    GIVEN: int
     NARROW: bool
 
 
@@ -216,6 +216,8 @@ def _written(
         per_row, stride, size, first_row = table.layout.code or (1, 0, 0, 0)
         own = [e.feature, e.column, *_ids(table.layout), group_of[i], table.layout.dim]
         own += [per_row, *magic(per_row), stride, *magic(max(stride, 1)), size, first_row, e.offset]
+        num_ids = max(table.layout.num_ids, 1)
+        own += [table.layout.hash_offset, num_ids, *magic(num_ids)]
         bits = 32 if e.kernel.NARROW else 64
         for j in e.partitions:
             if entry_of[j][e.table] < 0 or e.feature < entries[entry_of[j][e.table]].feature:
@@ -257,9 +259,15 @@ def _kernel(table: Table, partitions: list[Partition]) -> Kernel:
         ALIGN=gcd(*(p.weight.alignment for p in partitions)),
         MULT=table.layout.operation == "mult" and len(partitions) > 1,
         MAP=0 if class_map is None else 1 if class_map.dtype == torch.int32 else 2,
-        CODED=table.layout.code is not None,
+        GIVEN=_given(table.layout),
         NARROW=_is_narrow(table.layout, partitions),
     )
+
+
+def _given(table: TableLayout) -> int:
+    if table.hash_seed is not None:
+        return int(fields.HASHED.value)
+    return int(fields.IDS.value if table.code is None else fields.CODES.value)
 
 
 def _is_narrow(table: TableLayout, partitions: list[Partition]) -> bool:

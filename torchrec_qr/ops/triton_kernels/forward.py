@@ -89,7 +89,7 @@ def forward(
     ALIGN: tl.constexpr,
     MULT: tl.constexpr,
     MAP: tl.constexpr,
-    CODED: tl.constexpr,
+    GIVEN: tl.constexpr,
     NARROW: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
@@ -120,7 +120,7 @@ def forward(
         for i in range(tl.max(end - start, axis=0)):
             n = start + i
             live = n < end
-            x = id_of(code, entry, CODED)
+            x = id_of(code, entry, GIVEN)
             value, found = composed_rows(
                 x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP, NARROW
             )
@@ -163,7 +163,7 @@ def weights_gradient(
     ALIGN: tl.constexpr,
     MULT: tl.constexpr,
     MAP: tl.constexpr,
-    CODED: tl.constexpr,
+    GIVEN: tl.constexpr,
     NARROW: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
@@ -185,7 +185,7 @@ def weights_gradient(
     for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
-        x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
+        x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, GIVEN)
         value, _ = composed_rows(
             x, live & is_id_of(x, entry), entry, columns, K, WIDTH, TYPES, ALIGN, MULT, MAP, NARROW
         )

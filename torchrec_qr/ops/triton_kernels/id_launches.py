@@ -39,11 +39,13 @@ def fields_of(features: Sequence[SentFeature]) -> tuple[int, ...]:
 
 def _fields(feature: SentFeature) -> tuple[int, ...]:
     per_row, stride, size = feature.code[:3] if feature.code is not None else (0, 0, 0)
-    of_map = feature.class_map
+    of_map, hashed = feature.class_map, feature.hash_seed is not None
+    policy = fields_of_kernel.HASHED.value if hashed else _POLICIES[feature.out_of_range]
     return (
-        *(_POLICIES[feature.out_of_range], feature.num_ids, *magic(feature.num_ids), per_row),
+        *(policy, feature.num_ids, *magic(feature.num_ids), per_row),
         *(stride, *magic(max(stride, 1)), size, *magic(max(size, 1))),
         *(0 if of_map is None else of_map.data_ptr(), int(of_map is not None and of_map.dtype == torch.int64)),
+        feature.hash_offset,
     )
 
 

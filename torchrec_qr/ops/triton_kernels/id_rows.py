@@ -22,7 +22,9 @@ STRIDE = tl.constexpr(9)
 SIZE = tl.constexpr(12)
 CODE_FIRST_ROW = tl.constexpr(13)
 OFFSET = tl.constexpr(14)  # columns of the table's output before those of the entry
-PARTITIONS = tl.constexpr(15)  # where the K partitions begin
+HASH_OFFSET = tl.constexpr(15)  # of the hash of ids: see `torchrec_qr.id_hash`
+NUM_IDS = tl.constexpr(16)  # S, with magic and shift
+PARTITIONS = tl.constexpr(19)  # where the K partitions begin
 # Positions in a partition's part of a descriptor.
 WEIGHT = tl.constexpr(0)
 ROWS = tl.constexpr(1)
@@ -34,7 +36,12 @@ CLASS_MAP = tl.constexpr(10)
 KEY_BASE = tl.constexpr(11)  # see `occurrences`
 WEIGHT_INDEX = tl.constexpr(12)
 PARTITION_FIELDS = tl.constexpr(13)
-ENTRY_FIELDS = tl.constexpr(67)
+ENTRY_FIELDS = tl.constexpr(71)
+
+# What a batch has of a table: its ids, codes, or any integers, which are hashed.
+IDS = tl.constexpr(0)
+CODES = tl.constexpr(1)
+HASHED = tl.constexpr(2)
 
 # As many bytes as a thread reads at once. Memory that PyTorch allocates begins at a multiple.
 WIDEST_READ = tl.constexpr(16)
@@ -64,9 +71,22 @@ def floor_divide(x, divisor_field, NARROW: tl.constexpr):
 
 
 @triton.jit
-def id_of(code, entry, CODED: tl.constexpr):
-    """The id that a code stands for; a negative code is none and stays."""
-    if CODED:
+def hashed_id(x, hash_offset, num_ids_field):
+    """The id in [0, S) that any int64 hashes to: `torchrec_qr.id_hash` has the formula."""
+    z = x.to(tl.uint64) + hash_offset.to(tl.uint64)
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z ^= z >> 31
+    half = (z >> 1).to(tl.int64)
+    return half - floor_divide(half, num_ids_field, False) * tl.load(num_ids_field)
+
+
+@triton.jit
+def id_of(code, entry, GIVEN: tl.constexpr):
+    """The id that a code stands for, or that what was given hashes to; a negative code is none and stays."""
+    if GIVEN == HASHED:
+        return hashed_id(code, tl.load(entry + HASH_OFFSET), entry + NUM_IDS)
+    elif GIVEN == CODES:
         row = floor_divide(code, entry + PER_ROW, False)
         rest = code - row * tl.load(entry + PER_ROW)
         row += tl.load(entry + CODE_FIRST_ROW)

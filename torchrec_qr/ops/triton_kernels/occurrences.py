@@ -69,7 +69,7 @@ def keys_of_ids(
     K: tl.constexpr,
     PART: tl.constexpr,
     MAP: tl.constexpr,
-    CODED: tl.constexpr,
+    GIVEN: tl.constexpr,
     NARROW: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     POOLED: tl.constexpr,
@@ -98,7 +98,7 @@ def keys_of_ids(
     for i in range(tl.max(end - start, axis=0)):
         n = start + i
         live = n < end
-        x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, CODED)
+        x = id_of(tl.load(ids + n, mask=live, other=0).to(tl.int64), entry, GIVEN)
         is_id = live & is_id_of(x, entry)
         narrow = narrowed(x, is_id, NARROW)
         found = is_id

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .id_rows import floor_divide, report
+from .id_rows import floor_divide, hashed_id, report
 from .launcher import kernel
 
 # Positions in a feature's descriptor, int64; each divisor with magic and shift.
@@ -14,12 +14,14 @@ STRIDE = tl.constexpr(5)  # 0: rows are those of the map
 SIZE = tl.constexpr(8)
 CLASS_MAP = tl.constexpr(11)  # (S,) of the base partition
 IS_WIDE = tl.constexpr(12)  # whether the map is int64
-FEATURE_FIELDS = tl.constexpr(13)
-# Policies: `torchrec_qr.ids`.
+HASH_OFFSET = tl.constexpr(13)  # of the hash of ids: see `torchrec_qr.id_hash`
+FEATURE_FIELDS = tl.constexpr(14)
+# Policies: `torchrec_qr.ids`, and the hash in place of one.
 UNCHECKED = tl.constexpr(0)
 ERROR = tl.constexpr(1)
 CLAMP = tl.constexpr(2)
 WRAP = tl.constexpr(3)
+HASHED = tl.constexpr(4)
 
 
 @triton.jit
@@ -59,6 +61,8 @@ def send_ids(sent, failure, ids, offsets, features, num_bags, num_ids, BLOCK: tl
         report(failure, at, exists & ((x < 0) | (x >= count)))
     if policy == WRAP:
         x -= floor_divide(x, feature + NUM_IDS, False) * count
+    elif policy == HASHED:
+        x = hashed_id(x, tl.load(feature + HASH_OFFSET), feature + NUM_IDS)
     elif policy != UNCHECKED:
         x = tl.minimum(tl.maximum(x, 0), count - 1)
     tl.store(sent + at, code_of(x, feature, exists), mask=exists)
