@@ -25,6 +25,7 @@ from torchrec.distributed.types import (
 )
 
 from torchrec_qr import CompositionalEmbeddingBagConfig
+from torchrec_qr.distributed import per_node
 
 SHARDINGS = (
     "table_wise",
@@ -37,6 +38,8 @@ SHARDINGS = (
 )
 # All that sequences can have, and all that differ on one host.
 BASIC_SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
+# One copy of a table per node, for compositional tables.
+PER_NODE = ("table_wise_per_node", "column_wise_per_node", "row_wise_per_node")
 COLUMN_SPLIT = ("column_wise", "table_column_wise", "grid_shard")
 
 
@@ -58,6 +61,12 @@ def placement(sharding: str, i: int, dim: int, width: int = 8) -> ParameterShard
             return table_row_wise(host_index=i % hosts)
         case "grid_shard":
             return grid_of(hosts=[(i + 1 + n) % hosts for n in range(hosts)])
+        case "table_wise_per_node":
+            return per_node(table_wise(rank=i % local_size))
+        case "column_wise_per_node":
+            return per_node(column_wise(ranks=[(i + c) % local_size for c in (1, 0, 1, 1)][: dim // width]))
+        case "row_wise_per_node":
+            return per_node(row_wise())
     return data_parallel()
 
 
@@ -71,9 +80,12 @@ def placements(
 
 def _possible(sharding: str, config: EmbeddingBagConfig) -> str:
     if isinstance(config, CompositionalEmbeddingBagConfig):
-        return "row_wise" if config.operation == "path" and sharding in COLUMN_SPLIT else sharding
+        if config.operation == "path" and sharding.removesuffix("_per_node") in COLUMN_SPLIT:
+            return "row_wise_per_node" if sharding.endswith("_per_node") else "row_wise"
+        return sharding
     # Do as the planner on a CPU, because it has no row-wise plain tables.
     nearest = {"row_wise": "table_wise", "table_row_wise": "column_wise", "grid_shard": "column_wise"}
+    sharding = sharding.removesuffix("_per_node")
     return nearest.get(sharding, sharding)
 
 

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from pairwise import all_pairs, pairs_of, pairwise
-from parity_model import NOT_PLAIN, OPTIMIZERS, ROW_SPLIT, Run, TableCase, Trained, hand_plan, one_of_each, shard_run, train
+from parity_model import (
+    NOT_PLAIN,
+    OPTIMIZERS,
+    ROW_SPLIT,
+    Run,
+    TableCase,
+    Trained,
+    hand_plan,
+    one_of_each,
+    shard_run,
+    train,
+)
 from parity_reference import assert_trained_as_reference
 from pieces import assembled
 from placements import SHARDINGS

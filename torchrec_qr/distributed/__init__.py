@@ -9,6 +9,7 @@ from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSh
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.hooks import HOOKS, require
 from torchrec_qr.distributed.inner_collections import with_compositional_inside
+from torchrec_qr.distributed.per_node_plan import per_node
 from torchrec_qr.distributed.stepped_by import optimizer_of_each_parameter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CompositionalEmbeddingCollectionSharder",
     "get_default_sharders",
     "optimizer_of_each_parameter",
+    "per_node",
 ]
 
 require(HOOKS)

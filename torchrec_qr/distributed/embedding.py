@@ -8,6 +8,8 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_qr.distributed.node_env import node_env_of
+from torchrec_qr.distributed.per_node_plan import is_per_node, within_node
 from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
@@ -39,6 +41,8 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
         device: torch.device | None = None,
         qcomm_codecs_registry: Any = None,
     ) -> Any:
+        env = node_env_of(env) if is_per_node(sharding_type) else env
+        sharding_type = within_node(sharding_type)
         if sharding_type not in SEQUENCE_SHARDINGS:
             names = [info.embedding_config.name for info in sharding_infos]
             raise ValueError(

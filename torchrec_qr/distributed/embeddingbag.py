@@ -13,6 +13,8 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_qr.distributed.logical_tables import is_divided
+from torchrec_qr.distributed.node_env import node_env_of
+from torchrec_qr.distributed.per_node_plan import is_per_node, within_node
 from torchrec_qr.distributed.sharded_collection import ShardedCompositionalCollection, checked_features
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import POOLED_SHARDINGS
@@ -87,12 +89,15 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         permute_embeddings: bool = False,
         qcomm_codecs_registry: Any = None,
     ) -> Any:
-        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        is_copied = is_per_node(sharding_infos[0].param_sharding.sharding_type)
+        sharding_type = within_node(sharding_infos[0].param_sharding.sharding_type)
         kwargs: dict[str, Any] = {}
         if sharding_type != ShardingType.DATA_PARALLEL.value:
             kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
         if sharding_type in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
             kwargs["permute_embeddings"] = permute_embeddings
+        if is_copied:
+            env = node_env_of(env)
         return POOLED_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
 
     def create_context(self) -> CompositionalContext:

@@ -17,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
+from torchrec.distributed.dist_data import KJTAllToAll
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
@@ -28,6 +29,7 @@ from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbedd
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.distributed.train_pipeline.utils import _override_input_dist_forwards
 from torchrec.distributed.types import Awaitable
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
@@ -107,6 +109,9 @@ HOOKS = (
         for kind, ours in (*POOLED_SHARDINGS.items(), *SEQUENCE_SHARDINGS.items())
     ),
     Hook(RwPooledEmbeddingDist, used=("_codecs", "_pg")),
+    # The ids of copies of nodes.
+    Hook(_override_input_dist_forwards, used=("_input_dists", "_dist", "forward")),
+    Hook(KJTAllToAll, defined=("forward",), used=("_pg", "_splits")),
     Hook(TwPooledEmbeddingDist, used=("_codecs", "_pg", "_callbacks", "_dim_sum_per_rank")),
     Hook(Awaitable, defined=("callbacks",)),
     Hook(FeatureProcessedEmbeddingBagCollection, used=("_embedding_bag_collection",)),

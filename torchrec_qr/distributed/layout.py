@@ -126,6 +126,7 @@ class ShardLayout:
             order. There are none under data-parallel.
         compute_kernel (str): the plan's compute kernel.
         frozen (bool): whether the table required no gradient before it was sharded.
+        is_copied (bool): whether each node has a copy of the table. The plan is then that of this rank's node.
     """
 
     config: CompositionalConfig
@@ -133,6 +134,7 @@ class ShardLayout:
     shards: Sequence[ShardMetadata]
     compute_kernel: str = EmbeddingComputeKernel.FUSED.value
     frozen: bool = False
+    is_copied: bool = False
 
     @property
     def splits_rows(self) -> bool:

@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import (
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, is_compositional
 from torchrec_qr.distributed.layout import ROW_SPLIT, ShardLayout, ShardLayouts, shards_of
+from torchrec_qr.distributed.per_node_plan import is_per_node, within_node
 from torchrec_qr.modules.table import CompositionalTable
 
 # The compute kernels that plain tables may have: whose rows are in the memory of a device or of the host, and whose
@@ -156,10 +157,11 @@ def shard_layouts(
         {
             name: ShardLayout(
                 config=config,
-                sharding_type=plan[name].sharding_type,
+                sharding_type=within_node(plan[name].sharding_type),
                 compute_kernel=plan[name].compute_kernel,
                 shards=shards_of(plan[name]),
                 frozen=not parameters[name].requires_grad,
+                is_copied=is_per_node(plan[name].sharding_type),
             )
             for name, config in compositional.items()
         }

@@ -4,7 +4,7 @@ TorchRec's lookup of a sharding type divides the features among groups of tables
 have a `CompositionalKernel` for each group of compositional tables, and store the replicas.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -18,10 +18,13 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, Group
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_qr.distributed.copied_rows import CopiedTables, look_up_copies
 from torchrec_qr.distributed.customized_kernel import is_fused, layout_of, position_of
+from torchrec_qr.distributed.delta_tracker import refuse_tracker
 from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer
 from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.layout import RowCode, stored_columns
+from torchrec_qr.distributed.node_env import Peers
 from torchrec_qr.distributed.replication import Replicas
 from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.modules.feature_batch import batch_of
@@ -108,6 +111,10 @@ class LocalShard(nn.Module):
                 out.append(whole if b - a == whole.shape[1] else whole[:, a:b])
         return out
 
+    def is_stored(self) -> list[bool]:
+        """Returns per weight whether it is of the shard, and no replica."""
+        return [(self._config.name, j) in self._stored for j in self._columns]
+
     def outcomes(
         self, replicas: ReplicatedPartitions, step: Callable[[RowOptimizer, Tensor], Update | None]
     ) -> list[Outcome]:
@@ -122,10 +129,17 @@ class LocalShard(nn.Module):
 
 
 class ShardLookup:
-    """The lookup of consecutive shards of a group, with features [first, first + num_features) of its batches."""
+    """The lookup of consecutive shards of a group, with features [first, first + num_features) of its batches.
 
-    def __init__(self, shards: list[LocalShard], first: int, sequence: bool) -> None:
-        self._shards, self._first, self._sequence = shards, first, sequence
+    Args:
+        shards (list[LocalShard]): the shards.
+        first (int): the number of the first feature.
+        sequence (bool): whether to return an embedding per id.
+        peers (Peers | None): the ranks with copies of the same shards, if each node has one.
+    """
+
+    def __init__(self, shards: list[LocalShard], first: int, sequence: bool, peers: Peers | None = None) -> None:
+        self._shards, self._first, self._sequence, self._peers = shards, first, sequence, peers
         self.num_features = sum(shard.layout.num_features for shard in shards)
         maps = [shard.class_map for shard in shards if shard.class_map is not None]
         self._tables = Description([shard.layout for shard in shards], [shard.name for shard in shards], maps)
@@ -136,11 +150,20 @@ class ShardLookup:
         def outcomes() -> list[Outcome]:
             return [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.begin_step)]
 
+        if self._peers is not None:
+            features.length_per_key()  # for the starts of the features, for which the host waits on a GPU
         batch = batch_of(features, self._first, self.num_features, not self._sequence, weighted)
-        return stepped_lookup(self._tables, self._weights(replicas), batch, outcomes)
+        weights = self._weights(replicas)
+        if self._peers is None:
+            return stepped_lookup(self._tables, weights, batch, outcomes)
+        is_copied = [is_stored for shard in self._shards for is_stored in shard.is_stored()]
+        gradients = [o for shard in self._shards for o in shard.outcomes(replicas, lambda *_: None)]
+        return look_up_copies(CopiedTables(self._tables, weights, is_copied, outcomes, gradients), batch, self._peers)
 
     def warm_up(self, weighted: bool, replicas: ReplicatedPartitions) -> None:
         """Compiles the kernels of a lookup and of its step on a GPU."""
+        if self._peers is not None:
+            return  # the batch determines its tables
         outcomes = [o for shard in self._shards for o in shard.outcomes(replicas, RowOptimizer.same_step)]
         warm_up(self._tables, self._weights(replicas), outcomes, not self._sequence, weighted)
 
@@ -148,12 +171,12 @@ class ShardLookup:
         return [weight for shard in self._shards for weight in shard.weights(replicas)]
 
 
-def shard_lookups(shards: list[LocalShard], sequence: bool) -> list[ShardLookup]:
+def shard_lookups(shards: list[LocalShard], sequence: bool, peers: Peers | None = None) -> list[ShardLookup]:
     """Returns the fewest lookups of the shards, in order, that divide tables with kernels from others."""
     out: list[ShardLookup] = []
     first = 0
     for _, group in groupby(shards, key=lambda shard: shard.layout.has_kernels):
-        out.append(ShardLookup(list(group), first, sequence))
+        out.append(ShardLookup(list(group), first, sequence, peers))
         first += out[-1].num_features
     return out
 
@@ -177,14 +200,20 @@ class CompositionalKernel(BaseEmbedding):
         pg (dist.ProcessGroup | None): the ranks.
         device (torch.device | None): the device of the partitions.
         sequence (bool): whether to return an embedding per id.
+        peers (Peers | None): the ranks with copies of the same shards, if each node has one.
     """
 
     def __init__(
-        self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None, sequence: bool
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        sequence: bool,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self._config = config
-        self._sequence = sequence
+        self._sequence, self._peers = sequence, peers
         # The lookup sets them before every forward.
         self.replicas = ReplicatedPartitions({}, {})
         self.partitions: list[StoredPartition] = []
@@ -201,7 +230,7 @@ class CompositionalKernel(BaseEmbedding):
             LocalShard(t, [p for p in self.partitions if p.key[0] == t.name], optimizers.get(t.name), device)
             for t in config.embedding_tables
         )
-        self._lookups = shard_lookups(list(self._local_shards()), sequence)
+        self._lookups = shard_lookups(list(self._local_shards()), sequence, peers)
         self.optimizers = nn.ModuleList(FusedOptimizerHolder(optimizer) for optimizer in optimizers.values())
         self.dense = nn.ParameterList(p.weight for p in self.partitions if not p.leaves)
 
@@ -223,7 +252,7 @@ class CompositionalKernel(BaseEmbedding):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalKernel":
         super()._apply(fn, recurse)
         # Make the lookups anew, because class maps may be on another device.
-        self._lookups = shard_lookups(list(self._local_shards()), self._sequence)
+        self._lookups = shard_lookups(list(self._local_shards()), self._sequence, self._peers)
         return self
 
     def uses(self) -> set[tuple[str, int]]:
@@ -255,6 +284,7 @@ class _CompositionalLookup:
         tables (list[ShardedEmbeddingTable]): the compositional tables of a sharding type on all ranks, each once.
         is_data_parallel (bool): whether the sharding type is data-parallel.
         device (torch.device | None): the device of the parameters.
+        peers (Peers | None): the ranks with copies of the same shards, if each node has one.
         kwargs (Any): arguments of TorchRec's lookup.
     """
 
@@ -263,8 +293,15 @@ class _CompositionalLookup:
     _replicated: nn.Module
 
     def __init__(
-        self, tables: list[ShardedEmbeddingTable], is_data_parallel: bool, device: torch.device | None, **kwargs: Any
+        self,
+        tables: list[ShardedEmbeddingTable],
+        is_data_parallel: bool,
+        device: torch.device | None,
+        peers: Peers | None,
+        **kwargs: Any,
     ) -> None:
+        # Set the peers first, because TorchRec's constructor makes the kernels.
+        self.peers = peers
         super().__init__(device=device, **kwargs)  # type: ignore[call-arg]
         self.is_data_parallel = is_data_parallel
         self._compositional = [table.name for table in tables]
@@ -326,7 +363,7 @@ class _CompositionalLookup:
         # Find these by type, because TorchRec's two lookups pass them in different orders.
         pg = next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
         device = next((a for a in args if isinstance(a, torch.device)), None)
-        return CompositionalKernel(config, pg, device, self._sequence)
+        return CompositionalKernel(config, pg, device, self._sequence, self.peers)
 
     def _replicas(self) -> Replicas:
         module = self._replicated
@@ -345,20 +382,6 @@ class SequenceLookup(_CompositionalLookup, GroupedEmbeddingsLookup):
     """The lookup of a sharding type without pooling."""
 
     _sequence = True
-
-
-def refuse_tracker(compositional: Iterable[str]) -> None:
-    """Raises NotImplementedError if there are compositional tables, which TorchRec's ``ModelDeltaTracker`` mistakes.
-
-    Args:
-        compositional (Iterable[str]): their names.
-    """
-    if tables := list(compositional):
-        raise NotImplementedError(
-            f"tables {tables}: TorchRec's delta tracker is not supported by compositional tables, because it would "
-            "report ids as rows of a partition; allowed: plain tables in a collection of their own, with this "
-            "collection's name in fqns_to_skip"
-        )
 
 
 def own_lookup(lookup: nn.Module) -> PooledLookup | SequenceLookup:

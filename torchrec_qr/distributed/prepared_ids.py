@@ -116,8 +116,8 @@ class PrepareIds:
             return False
         if device.type == "cpu":
             return cpu.available()
-        # Check nothing on a GPU, because the kernels check each id.
-        return available(device) and kernels_have(at.config.operation, at.config.partition_columns)
+        # Check nothing on a GPU, because the kernels check each id, unless rows are found before the kernels' lookup.
+        return not at.is_copied and available(device) and kernels_have(at.config.operation, at.config.partition_columns)
 
     def _check(self, features: KeyedJaggedTensor) -> None:
         """Checks all ids of a batch on a CPU in one pass."""

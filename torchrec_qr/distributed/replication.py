@@ -14,6 +14,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec_qr.distributed.customized_kernel import is_fused, layout_of
 from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer, step_replicas
 from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.node_env import Peers
 from torchrec_qr.distributed.stored_partition import StoredPartition
 
 
@@ -81,10 +82,13 @@ class Replicas(nn.Module):
 class _Reduction:
     pg: dist.ProcessGroup
     average: bool
+    peers: Peers | None
     optimizer_of: dict[Tensor, RowOptimizer]
 
 
-def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> DistributedDataParallel:
+def replicate(
+    module: nn.Module, pg: dist.ProcessGroup, average: bool, peers: Peers | None = None
+) -> DistributedDataParallel:
     """Wraps ``module`` in DDP, unless it is wrapped, and steps the replicas in it after their reduction.
 
     Args:
@@ -92,6 +96,8 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
         pg (dist.ProcessGroup): the ranks.
         average (bool): whether to average gradients over ranks, as in data-parallel. Otherwise they are summed, because
             the backward of TorchRec's collectives has divided them by W.
+        peers (Peers | None): the ranks with copies of the tables, if these collectives have divided gradients by the
+            ranks of a node alone.
     """
     if not isinstance(module, DistributedDataParallel):
         module = DistributedDataParallel(module, process_group=pg, gradient_as_bucket_view=True)
@@ -102,7 +108,7 @@ def replicate(module: nn.Module, pg: dist.ProcessGroup, average: bool) -> Distri
             # Always average the gradient for a dense optimizer, because it may have that of an earlier backward, which
             # is the same on all ranks. Multiplied by W, the average is a sum.
             child.gradient_scale = 1.0 if average else float(pg.size())
-    module.register_comm_hook(_Reduction(pg, average, optimizer_of), _reduce_and_step)
+    module.register_comm_hook(_Reduction(pg, average, peers, optimizer_of), _reduce_and_step)
     return module
 
 
@@ -134,6 +140,8 @@ def _reduce_and_step(reduction: _Reduction, bucket: dist.GradBucket) -> Future[T
     plain = [grad for p, grad in zip(parameters, gradients, strict=True) if p not in optimizers]
     for averaged in [summed] if reduction.average else plain:
         averaged.div_(reduction.pg.size())
+    if reduction.peers is not None:
+        summed.div_(reduction.peers.divisor)
     masks = {p: optimizers[p].touched_of[p] for p in parameters if p in optimizers and p in optimizers[p].touched_of}
     touched = torch.cat(list(masks.values())) if masks else None
     touched_work = None

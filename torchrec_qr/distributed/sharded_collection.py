@@ -19,6 +19,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.customized_kernel import with_customized_kernel
+from torchrec_qr.distributed.delta_tracker import refuse_tracker
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ShardLayouts
 from torchrec_qr.distributed.logical_tables import (
     IN_STORES,
@@ -27,7 +28,9 @@ from torchrec_qr.distributed.logical_tables import (
     placeholders,
     shard_layouts,
 )
-from torchrec_qr.distributed.lookup_kernel import own_lookup, refuse_tracker
+from torchrec_qr.distributed.lookup_kernel import own_lookup
+from torchrec_qr.distributed.node_env import node_env_of
+from torchrec_qr.distributed.per_node_plan import is_per_node
 from torchrec_qr.distributed.replication import replicate, step_alone
 from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.fingerprint import check_form, check_row_types, check_saved_tables, fingerprint
@@ -108,7 +111,7 @@ class ShardedCompositionalCollection:
             if not own.is_data_parallel:
                 # Leave replicas on the meta device alone, because they have no values to reduce.
                 if not self._is_meta:
-                    own.replicate(partial(replicate, pg=pg, average=False))
+                    own.replicate(partial(replicate, pg=pg, average=False, peers=own.peers))
             elif isinstance(lookup, DistributedDataParallel):
                 replicate(lookup, pg, average=True)
             elif is_marked:
@@ -169,6 +172,8 @@ class ShardedCompositionalCollection:
                 for partition in partition_configs(config):
                     stored = self._partitions[partition.name]
                     self._draw(partition, stored.weight, stored.is_replicated)
+                    if not stored.is_replicated:
+                        self._draw_alike(config.name, stored.weight)
             elif (sharding := self.module_sharding_plan[config.name]).compute_kernel not in IN_STORES:
                 weight = self._module_of(config.name).get_parameter("weight")
                 self._draw(config, weight, sharding.sharding_type == DATA_PARALLEL)
@@ -178,6 +183,11 @@ class ShardedCompositionalCollection:
         config.init_fn(weight)
         if is_replicated:
             dist.broadcast(weight.data, src=0, group=self._env.process_group)
+
+    def _draw_alike(self, table: str, weight: nn.Parameter) -> None:
+        """Gives this rank's rows of a table's copy the values of the first node."""
+        if is_per_node(self.module_sharding_plan[table].sharding_type) and weight.numel():
+            node_env_of(self._env).peers.broadcast(weight.data)
 
     def register_post_lookup_tracker_fn(self, record_fn: Callable[..., None]) -> None:
         """Registers a function of TorchRec's ``ModelDeltaTracker``, which reports the ids of plain tables.

@@ -12,6 +12,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.distributed.logical_tables import placeholders
+from torchrec_qr.distributed.per_node_plan import on_own_node
 
 FUSED = EmbeddingComputeKernel.FUSED.value
 DENSE = EmbeddingComputeKernel.DENSE.value
@@ -46,11 +47,14 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
             module_fqn (str | None): the path of the module in the model.
 
         Raises:
-            NotImplementedError, ValueError: see `torchrec_qr.distributed.logical_tables.check_plan`.
+            NotImplementedError, ValueError: see `torchrec_qr.distributed.logical_tables.check_plan`, and
+                `torchrec_qr.distributed.per_node_plan.on_own_node`.
         """
+        collection: Any = module
+        plan = on_own_node(params, env, collection.embedding_configs())
         return self._sharded(
             module,
-            on_own_device(params, env.rank, device),
+            on_own_device(plan, env.rank, device),
             env,
             self.fused_params,
             device,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.dist_data import KJTAllToAll
 from torchrec.distributed.embedding_sharding import (
     BaseEmbeddingDist,
     BaseSparseFeaturesDist,
@@ -30,8 +31,9 @@ from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingShard
 from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_qr.distributed.customized_kernel import layout_or_none
+from torchrec_qr.distributed.customized_kernel import is_fused, layout_or_none
 from torchrec_qr.distributed.lookup_kernel import PooledLookup, SequenceLookup
+from torchrec_qr.distributed.node_env import NodeEnv
 from torchrec_qr.distributed.pooled_all_to_all import without_copies
 from torchrec_qr.distributed.prepared_ids import PrepareIds
 from torchrec_qr.distributed.uneven_reduce_scatter import UnevenReduceScatter
@@ -44,6 +46,9 @@ class _Compositional:
         input_dist: BaseSparseFeaturesDist[KeyedJaggedTensor] = super().create_input_dist(device)  # type: ignore[misc]
         prepare = PrepareIds(self._feature_tables(), device or self._device)  # type: ignore[attr-defined]
         input_dist.register_forward_pre_hook(lambda _, args: (prepare(args[0]), *args[1:]))
+        if isinstance(self._env, NodeEnv):  # type: ignore[attr-defined]
+            within: Any = input_dist
+            within._dist = _WithinNode(within._dist._pg, within._dist._splits)
         return input_dist
 
     def create_output_dist(self, device: torch.device | None = None) -> BaseEmbeddingDist[Any, Any, Any]:
@@ -74,13 +79,20 @@ class _Compositional:
         if is_data_parallel and device is not None and device.type == "meta":
             # Take the CPU, as TorchRec's dense kernel does, because DDP reads values of its parameters.
             device = torch.device("cpu")
+        tables, env = self._compositional_tables(), self._env  # type: ignore[attr-defined]
+        if isinstance(env, NodeEnv) and (dense := [table.name for table in tables if not is_fused(table)]):
+            raise NotImplementedError(
+                f"tables {dense}: a copy per node without a fused optimizer is not supported; allowed: the optimizer "
+                "in fused_params of the sharder"
+            )
         common: dict[str, Any] = {
-            "tables": self._compositional_tables(),
+            "tables": tables,
             "is_data_parallel": is_data_parallel,
             "device": device,
-            "grouped_configs": self._grouped_embedding_configs_per_rank[self._env.rank],  # type: ignore[attr-defined]
-            "pg": self._env.process_group if is_data_parallel else self._pg,  # type: ignore[attr-defined]
-            "env": self._env,  # type: ignore[attr-defined]
+            "grouped_configs": self._grouped_embedding_configs_per_rank[env.rank],  # type: ignore[attr-defined]
+            "pg": env.process_group if is_data_parallel else self._pg,  # type: ignore[attr-defined]
+            "env": env,
+            "peers": env.peers if isinstance(env, NodeEnv) else None,
         }
         if isinstance(self, _SEQUENCE):
             return SequenceLookup(**common)
@@ -105,6 +117,16 @@ class _Compositional:
             per_rank = [per_rank[self._env.rank]]  # type: ignore[attr-defined]
         groups = [group for groups in per_rank for group in groups]
         return [t for group in groups for t in group.embedding_tables for _ in t.feature_names]
+
+
+class _WithinNode(KJTAllToAll):
+    """Sends ids within a node. TorchRec's pipelines join the splits of all tables in one collective of one group.
+
+    They replace ``forward`` of an instance for that. A call here does not look it up there.
+    """
+
+    def __call__(self, features: KeyedJaggedTensor) -> Any:
+        return KJTAllToAll.forward(self, features)
 
 
 def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any, ...]) -> None:
