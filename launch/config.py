@@ -20,7 +20,8 @@ class Job:
 
     Raises:
         ConfigError: sections that do not fit together: a feature without a table, or with two; a table whose dimension
-            is not the model's; a constraint of the planner for a table that is not there; …
+            is not the model's; a constraint of the planner for a table that is not there; a vocabulary where every
+            table takes raw ids; …
     """
 
     tables: tuple[TableSpec, ...]
@@ -32,7 +33,7 @@ class Job:
     train: TrainSection = field(default_factory=TrainSection)
 
     def __post_init__(self) -> None:
-        errors = [*self._table_errors(), *self._feature_errors()]
+        errors = [*self._table_errors(), *self._feature_errors(), *self._raw_id_errors()]
         if self.model.dense_in_features != self.data.dense_inputs:
             flags = " and their missing flags" if self.data.missing_flags else ""
             allowed = f"{self.data.dense_inputs}, the dense features of data{flags}"
@@ -50,10 +51,19 @@ class Job:
         if errors:
             raise ConfigError.joined(errors)
 
+    def tables_of_features(self) -> tuple[TableSpec, ...]:
+        """Returns the table of each feature, in the order of ``data.features``."""
+        of = {feature: table for table in self.tables for feature in features_of(table)}
+        return tuple(of[feature] for feature in self.data.features)
+
     def rows_of_features(self) -> tuple[int, ...]:
         """Returns S of the table of each feature, in the order of ``data.features``."""
-        rows = {feature: table.num_embeddings for table in self.tables for feature in features_of(table)}
-        return tuple(rows[feature] for feature in self.data.features)
+        return tuple(table.num_embeddings for table in self.tables_of_features())
+
+    def mapped_features(self) -> tuple[str, ...]:
+        """Returns the features whose values ``data.ids`` maps to rows; tables with an ``id_hash`` take them raw."""
+        tables = zip(self.data.features, self.tables_of_features(), strict=True)
+        return tuple(feature for feature, table in tables if table.id_hash is None)
 
     def _table_errors(self) -> Iterable[ConfigError]:
         names: list[str] = []
@@ -80,6 +90,23 @@ class Job:
         for j, feature in enumerate(self.data.features):
             if feature not in table_of:
                 yield ConfigError(f"data.features[{j}]", feature, "features that have a table in tables")
+
+    def _raw_id_errors(self) -> Iterable[ConfigError]:
+        raw = [table.name for table in self.tables if table.id_hash is not None]
+        if not raw:
+            return
+        if len(raw) == len(self.tables):
+            why = "because every table has an id_hash, and takes raw ids without a vocabulary"
+            if self.data.ids == "vocabulary":
+                yield ConfigError("data.ids", self.data.ids, f"'modulo' or 'encoded', {why}")
+            if self.data.min_count != 1:
+                yield ConfigError("data.min_count", self.data.min_count, f"1, {why}")
+        elif self.data.ids == "vocabulary" and self.data.format == "npy" and self.data.vocabulary is None:
+            allowed = (
+                "'modulo' or 'encoded', or a file as data.vocabulary, because npy files have the numbers of a "
+                f"vocabulary otherwise, and table {raw[0]!r} with its id_hash takes raw ids"
+            )
+            yield ConfigError("data.ids", self.data.ids, allowed)
 
 
 def features_of(table: TableSpec) -> tuple[str, ...]:

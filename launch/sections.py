@@ -108,7 +108,8 @@ class DataSection:
         ids (str): ``modulo``: id % rows of the feature's table, as dlrm does, a
             missing one being 0; ``vocabulary``: values in the order of their frequency, the most frequent one first,
             after 0 for all that are unknown or beyond the table; ``encoded``: as they are, checked against the table, a
-            missing one being 0.
+            missing one being 0. A table with an ``id_hash`` takes the 64-bit ids of its features as they are under all
+            of these, a missing one being an id like others.
         vocabulary (str | None): the file that `launch.data.preprocess` wrote; default: it is built from the train split
             at start.
         min_count (int): least number of occurrences in the train split to be in that vocabulary.

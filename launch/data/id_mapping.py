@@ -1,7 +1,7 @@
 """Category ids as the tables' rows: by modulo, by a vocabulary in the order of frequency, or as they are."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -64,25 +64,31 @@ class Vocabulary:
 
 
 class ValueCounts:
-    """Counts of each value of each feature, gathered part by part."""
+    """Counts of each value of some features, gathered part by part.
 
-    def __init__(self, num_features: int) -> None:
-        self._counts = [(np.empty(0, np.int64), np.empty(0, np.int64)) for _ in range(num_features)]
-        self._pending: list[list[Array]] = [[] for _ in range(num_features)]
+    Args:
+        features (Sequence[int]): positions in the rows of those that are counted.
+    """
+
+    def __init__(self, features: Sequence[int]) -> None:
+        self._features = features
+        self._counts = [(np.empty(0, np.int64), np.empty(0, np.int64)) for _ in features]
+        self._pending: list[list[Array]] = [[] for _ in features]
         self._num_pending = 0
 
     def add(self, rows: Rows) -> None:
         """Counts the ids of ``rows`` of weight 1."""
         if rows.weights is not None:
             rows = rows.take(np.flatnonzero(rows.weights))
-        for pending, values in zip(self._pending, columns(rows), strict=True):
-            pending.append(values.reshape(-1))
+        of_all = columns(rows)
+        for pending, feature in zip(self._pending, self._features, strict=True):
+            pending.append(of_all[feature].reshape(-1))
         self._num_pending += len(rows)
         if self._num_pending >= 1 << 20:  # merging costs as much as what is there already
             self._merge()
 
     def cardinalities(self) -> list[int]:
-        """Returns the number of distinct values of each feature, a missing one being a value."""
+        """Returns the number of distinct values of each counted feature, a missing one being a value."""
         self._merge()
         return [len(values) for values, _ in self._counts]
 
@@ -110,27 +116,27 @@ def columns(rows: Rows) -> list[Array]:
     return [rows.ids[feature == f] for f in range(rows.lengths.shape[1])]
 
 
-def count_values(source: RowSource, start: int, stop: int, num_features: int, bad_rows: BadRows) -> ValueCounts:
-    """Counts the values of rows [start, stop) of ``source``, and closes it."""
-    counts = ValueCounts(num_features)
+def count_values(source: RowSource, start: int, stop: int, features: Sequence[int], bad_rows: BadRows) -> ValueCounts:
+    """Counts the values of some features in rows [start, stop) of ``source``, and closes it."""
+    counts = ValueCounts(features)
     with closing(source):
         for row in range(start, stop, 65_536):
             counts.add(source.read(row, min(row + 65_536, stop), bad_rows))
     return counts
 
 
-def save_vocabularies(path: str | Path, features: Sequence[str], vocabularies: Sequence[Vocabulary]) -> None:
+def save_vocabularies(path: str | Path, vocabularies: Mapping[str, Vocabulary]) -> None:
     """Writes an npz file with an array per feature, its values in the order of their ids, and one of their counts."""
-    arrays = {feature: v.values for feature, v in zip(features, vocabularies, strict=True)}
-    for feature, vocabulary in zip(features, vocabularies, strict=True):
+    arrays = {feature: vocabulary.values for feature, vocabulary in vocabularies.items()}
+    for feature, vocabulary in vocabularies.items():
         if vocabulary.counts is not None:
             arrays[_COUNTS + feature] = vocabulary.counts
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabulary]:
-    """Returns the vocabularies that `save_vocabularies` wrote.
+def load_vocabularies(path: str | Path, features: Sequence[str]) -> dict[str, Vocabulary]:
+    """Returns those vocabularies of ``features`` that `save_vocabularies` wrote.
 
     Raises:
         DataError: the file is missing, unreadable, not an npz, or lacks a feature.
@@ -143,7 +149,7 @@ def load_vocabularies(path: str | Path, features: Sequence[str]) -> list[Vocabul
         if missing := [feature for feature in features if feature not in arrays]:
             found = ", ".join(name for name in arrays if not name.startswith(_COUNTS))
             raise DataError(str(path), f"no vocabulary of {missing[0]!r}; it has {found}")
-        return [Vocabulary(arrays[f], arrays.get(_COUNTS + f)) for f in features]
+        return {f: Vocabulary(arrays[f], arrays.get(_COUNTS + f)) for f in features}
 
 
 class IdMapping:
@@ -153,8 +159,10 @@ class IdMapping:
         kind (str): see `launch.sections.DataSection`.
         features (Sequence[str]): names, for messages.
         table_rows (Sequence[int]): S of each feature's table.
-        vocabularies (Sequence[Vocabulary] | None): of each feature, under ``"vocabulary"``; None there: the ids are
-            already those of a vocabulary, and what is beyond a table becomes `UNKNOWN`.
+        vocabularies (Mapping[str, Vocabulary] | None): of each feature that is not raw, under ``"vocabulary"``; None
+            there: the ids are already those of a vocabulary, and what is beyond a table becomes `UNKNOWN`.
+        raw (Collection[str]): the features whose ids stay what they are, any number of 64 bits; a missing one is an id
+            like others.
     """
 
     def __init__(
@@ -162,14 +170,16 @@ class IdMapping:
         kind: Literal["modulo", "vocabulary", "encoded"],
         features: Sequence[str],
         table_rows: Sequence[int],
-        vocabularies: Sequence[Vocabulary] | None = None,
+        vocabularies: Mapping[str, Vocabulary] | None = None,
+        raw: Collection[str] = (),
     ) -> None:
         self._kind = kind
         self._features = list(features)
         self._table_rows = np.array(table_rows, np.int64)
         self._vocabularies = vocabularies
+        self._raw = np.array([feature in raw for feature in features])
         # Take 32 bits if they suffice, because half the memory is moved.
-        self._dtype = np.int32 if max(table_rows) <= 2**31 else np.int64
+        self._dtype = np.int32 if max(table_rows) <= 2**31 and not self._raw.any() else np.int64
 
     def __call__(self, rows: Rows, bad_rows: BadRows, location: Location, quoted: Quoted) -> Rows:
         """Returns ``rows`` with rows of tables as ids.
@@ -186,28 +196,32 @@ class IdMapping:
         feature = _features_of_ids(rows)
         limit = self._table_rows[feature]
         if self._kind == "vocabulary":
-            return self._with_ids(rows, self._looked_up(rows, feature, limit))
+            return self._with_ids(rows, feature, self._looked_up(rows, feature, limit))
         ids = rows.ids
         if self._kind == "modulo":
-            return self._with_ids(rows, _remainder(ids, limit))
-        outside = (ids >= limit) | ((ids < 0) & (ids != MISSING))
+            return self._with_ids(rows, feature, _remainder(ids, limit))
+        outside = ((ids >= limit) | ((ids < 0) & (ids != MISSING))) & ~self._raw[feature]
         if not outside.any():
-            return self._with_ids(rows, np.maximum(ids, 0))
-        mapped = self._with_ids(rows, np.where(outside, 0, np.maximum(ids, 0)))
+            return self._with_ids(rows, feature, np.maximum(ids, 0))
+        mapped = self._with_ids(rows, feature, np.where(outside, 0, np.maximum(ids, 0)))
         return mapped.without(self._report(rows, outside, feature, bad_rows, location, quoted))
 
-    def _with_ids(self, rows: Rows, ids: Array) -> Rows:
+    def _with_ids(self, rows: Rows, feature: Array, ids: Array) -> Rows:
+        """Returns ``rows`` with ``ids`` but for those of raw features, which stay."""
+        if self._raw.any():
+            ids = np.where(self._raw[feature], rows.ids, ids)
         return replace(rows, ids=ids.astype(self._dtype, copy=False))
 
     def _looked_up(self, rows: Rows, feature: Array, limit: Array) -> Array:
         if self._vocabularies is None:
             return np.where((rows.ids < limit) & (rows.ids > 0), rows.ids, UNKNOWN)
         ids = np.empty(rows.ids.shape, np.int64)
-        for f, (vocabulary, num_rows) in enumerate(zip(self._vocabularies, self._table_rows.tolist(), strict=True)):
+        for f in np.flatnonzero(~self._raw).tolist():
             where = np.flatnonzero(feature == f)
             part = (slice(None), slice(where[0], where[-1] + 1)) if rows.lengths is None else where
             if len(where):
-                ids[part] = vocabulary.ids(rows.ids[part], num_rows)
+                vocabulary = self._vocabularies[self._features[f]]
+                ids[part] = vocabulary.ids(rows.ids[part], int(self._table_rows[f]))
         return ids
 
     def _report(

@@ -77,7 +77,8 @@ class Data:
         pinned: bool = False,
     ) -> None:
         self._section, self.splits, self.meaning = job.data, splits, meaning
-        self._mapping = IdMapping(job.data.ids, job.data.features, job.rows_of_features(), meaning.vocabularies)
+        raw = set(job.data.features) - set(job.mapped_features())
+        self._mapping = IdMapping(job.data.ids, job.data.features, job.rows_of_features(), meaning.vocabularies, raw)
         self._batch_size, self._seed = job.train.batch_size, job.train.seed
         self._eval_batch_size = job.train.eval_batch_size or self._batch_size
         self._rank, self._world_size, self._pinned = rank, world_size, pinned

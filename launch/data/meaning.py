@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,20 +32,21 @@ class Meaning:
     """The map from raw values to rows of tables and to a model's inputs.
 
     A run's folder has it as two files of data: ``meaning.json`` with `described`, and under ``ids: vocabulary``
-    ``vocabulary.npz``. That has the values of each feature in the order of their rows, and their counts.
+    ``vocabulary.npz``. That has the values of each feature in the order of their rows, and their counts. Nothing is
+    kept of the values of tables with an ``id_hash``, whose ids are raw.
 
     Args:
-        described (dict[str, Any]): ids mode; of each feature its column and the rows of its table; columns of dense
-            features and what is done to them; the origin of the vocabulary, ``min_count``, and the vocabulary's
-            SHA-256.
-        vocabularies (tuple[Vocabulary, ...] | None): of each feature; None: there is none.
+        described (dict[str, Any]): ids mode; of each feature its column, the rows of its table, and the hash of its
+            ids if there is one; columns of dense features and what is done to them; the origin of the vocabulary,
+            ``min_count``, and the vocabulary's SHA-256.
+        vocabularies (Mapping[str, Vocabulary] | None): of each feature but raw ones; None: there is none.
 
     Attributes:
         hash (str): SHA-256 of all this, which every checkpoint of a run has too.
     """
 
     described: dict[str, Any]
-    vocabularies: tuple[Vocabulary, ...] | None = None
+    vocabularies: Mapping[str, Vocabulary] | None = None
 
     @property
     def hash(self) -> str:
@@ -58,7 +60,7 @@ class Meaning:
         Raises:
             DataError: the train split, or ``data.vocabulary``, cannot be read.
         """
-        vocabularies = _vocabularies(job.data, train)
+        vocabularies = _vocabularies(job, train)
         return cls(_described(job, vocabularies), vocabularies)
 
     @classmethod
@@ -72,15 +74,16 @@ class Meaning:
         path = folder / _MEANING
         with readable(path, "what a run writes there", ValueError, KeyError, TypeError, AttributeError):
             described = json.loads(path.read_text())
-            ids, features = described["ids"], list(described["features"])
+            ids = described["ids"]
+            mapped = [feature for feature, of in described["features"].items() if "id_hash" not in of]
             wanted = described["vocabulary"].get("sha256") if described["vocabulary"] else None
         if described.get("version") != _VERSION:
             problem = f"version {described.get('version')} of the map from values to rows; allowed: {_VERSION}"
             raise DataError(str(path), problem)
         if ids != "vocabulary" or wanted is None:
             return cls(described)
-        vocabularies = tuple(load_vocabularies(folder / _VOCABULARY, features))
-        if (found := _hash_of(features, vocabularies)) != wanted:
+        vocabularies = load_vocabularies(folder / _VOCABULARY, mapped)
+        if (found := _hash_of(vocabularies)) != wanted:
             problem = f"its values have the SHA-256 {found}; allowed: {wanted}, that of the run (meaning.json)"
             raise DataError(str(folder / _VOCABULARY), problem)
         return cls(described, vocabularies)
@@ -89,7 +92,7 @@ class Meaning:
         """Writes the files into a run's folder, ``meaning.json`` last; each is whole or not there."""
         if self.vocabularies is not None:
             part = folder / f"{_VOCABULARY}.part"
-            save_vocabularies(part, list(self.described["features"]), self.vocabularies)
+            save_vocabularies(part, self.vocabularies)
             part.replace(folder / _VOCABULARY)
         part = folder / f"{_MEANING}.part"
         part.write_text(json.dumps(self.described, indent=1) + "\n")
@@ -109,7 +112,7 @@ class Meaning:
         here = _described(job, None)
         saved = dict(self.described)
         both = saved["ids"] == here["ids"] == "vocabulary"
-        here["vocabulary"] = _comparable(saved["vocabulary"], job.data) if both else saved["vocabulary"]
+        here["vocabulary"] = _comparable(saved["vocabulary"], job) if both else saved["vocabulary"]
         if found := differences(saved, here):
             raise MeaningError(
                 f"{origin}: its stored rows would get another meaning: {'; '.join(found)}; allowed: the saved values, "
@@ -127,7 +130,7 @@ class Meaning:
             raise MeaningError(f"{folder}: config.yaml is not of its meaning.json: {'; '.join(found)}")
 
 
-def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any]:
+def _described(job: "Job", vocabularies: Mapping[str, Vocabulary] | None) -> dict[str, Any]:
     section = job.data
     named = section.columns
     dense = [f"int_{i}" for i in range(section.dense_features)] if named is None else list(named.dense)
@@ -136,9 +139,14 @@ def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[
         "version": _VERSION,
         "ids": section.ids,
         "features": {
-            feature: {"column": column, "hexadecimal": column in hexadecimal, "rows": rows}
-            for feature, column, rows in zip(
-                section.features, section.id_columns(), job.rows_of_features(), strict=True
+            feature: {
+                "column": column,
+                "hexadecimal": column in hexadecimal,
+                "rows": table.num_embeddings,
+                **({} if table.id_hash is None else {"id_hash": table.id_hash, "hash_seed": table.hash_seed}),
+            }
+            for feature, column, table in zip(
+                section.features, section.id_columns(), job.tables_of_features(), strict=True
             )
         },
         "dense": {"columns": dense, "transform": section.dense_transform, "missing_flags": section.missing_flags},
@@ -146,46 +154,47 @@ def _described(job: "Job", vocabularies: tuple[Vocabulary, ...] | None) -> dict[
     }
 
 
-def _origin(section: "DataSection", vocabularies: tuple[Vocabulary, ...] | None) -> dict[str, Any] | None:
+def _origin(section: "DataSection", vocabularies: Mapping[str, Vocabulary] | None) -> dict[str, Any] | None:
     if section.ids != "vocabulary":
         return None
     if section.vocabulary is None and section.format == "npy":
         return {"from": _IN_THE_FILES}
-    digest = {} if vocabularies is None else {"sha256": _hash_of(section.features, vocabularies)}
+    digest = {} if vocabularies is None else {"sha256": _hash_of(vocabularies)}
     if section.vocabulary is not None:
         return {"from": _FROM_FILE, **digest}
     return {"from": _FROM_ROWS, "min_count": section.min_count, **digest}
 
 
-def _comparable(saved: dict[str, Any], section: "DataSection") -> dict[str, Any]:
-    """Returns the vocabulary that ``section`` describes, with the saved values of all that it leaves open."""
+def _comparable(saved: dict[str, Any], job: "Job") -> dict[str, Any]:
+    """Returns the vocabulary that ``job`` describes, with the saved values of all that it leaves open."""
+    section = job.data
     here = _origin(section, None)
     assert here is not None
     if _IN_THE_FILES in (saved["from"], here["from"]):
         return here
     if section.vocabulary is not None:
-        given = tuple(load_vocabularies(section.vocabulary, section.features))
-        return {**saved, "sha256": _hash_of(section.features, given)}
+        given = load_vocabularies(section.vocabulary, job.mapped_features())
+        return {**saved, "sha256": _hash_of(given)}
     # A vocabulary of a file had its own least count; one of the train split has the job's.
     return {**saved, "min_count": here["min_count"]} if saved["from"] == _FROM_ROWS else saved
 
 
-def _vocabularies(section: "DataSection", train: Split) -> tuple[Vocabulary, ...] | None:
+def _vocabularies(job: "Job", train: Split) -> dict[str, Vocabulary] | None:
+    section, mapped = job.data, job.mapped_features()
     if section.ids != "vocabulary":
         return None
     if section.vocabulary is not None:
-        return tuple(load_vocabularies(section.vocabulary, section.features))
+        return load_vocabularies(section.vocabulary, mapped)
     if section.format == "npy":
         return None  # written by the preprocessing, in the order of frequency
-    counts = count_values(
-        train.source.reopened(), train.start, train.stop, len(section.features), BadRows(section.on_bad_row)
-    )
-    return tuple(counts.vocabularies(section.min_count))
+    positions = [section.features.index(feature) for feature in mapped]
+    counts = count_values(train.source.reopened(), train.start, train.stop, positions, BadRows(section.on_bad_row))
+    return dict(zip(mapped, counts.vocabularies(section.min_count), strict=True))
 
 
-def _hash_of(features: Any, vocabularies: tuple[Vocabulary, ...]) -> str:
+def _hash_of(vocabularies: Mapping[str, Vocabulary]) -> str:
     digest = hashlib.sha256()
-    for feature, vocabulary in zip(features, vocabularies, strict=True):
+    for feature, vocabulary in vocabularies.items():
         digest.update(f"{feature}\0{len(vocabulary)}\0".encode())
         digest.update(np.ascontiguousarray(vocabulary.values, "<i8").tobytes())
     return digest.hexdigest()

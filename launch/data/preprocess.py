@@ -48,7 +48,7 @@ def preprocess(
     Returns:
         The counts over the first rows, the vocabularies, and the malformed rows.
     """
-    counts = ValueCounts(len(CRITEO_FEATURES))
+    counts = ValueCounts(range(len(CRITEO_FEATURES)))
     for start, stop in _steps(vocabulary_rows, "counting", progress):
         counts.add(source.read(start, stop, BadRows(on_bad_row)))
     vocabularies = counts.vocabularies(min_count)
@@ -77,7 +77,7 @@ def preprocess(
         for part in parts.values():
             part.unlink()
     bad_rows.require_good(written, source.location(0))
-    save_vocabularies(f"{out}_vocabulary.part", CRITEO_FEATURES, vocabularies)
+    save_vocabularies(f"{out}_vocabulary.part", dict(zip(CRITEO_FEATURES, vocabularies, strict=True)))
     for name, part in parts.items():
         part.replace(f"{out}_{name}.npy")
     Path(f"{out}_vocabulary.part").replace(f"{out}_vocabulary.npz")

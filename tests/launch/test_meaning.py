@@ -49,7 +49,7 @@ def test_the_run_keeps_the_map_its_counts_and_its_hash(stopped: Path) -> None:
     values, counts = np.unique(rows(4000, seed=1)["user"], return_counts=True)
     order = np.lexsort((values, -counts))
     assert kept.vocabularies is not None
-    users = kept.vocabularies[0]
+    users = kept.vocabularies["user"]
     np.testing.assert_array_equal(users.values, values[order])
     assert users.counts is not None
     np.testing.assert_array_equal(users.counts, counts[order])
@@ -109,7 +109,7 @@ def test_a_map_that_is_not_the_checkpoints_is_refused(again: Path) -> None:
     """Both files of the map are of another run, and fit together: only the checkpoint's hash shows that."""
     kept = Meaning.read(again / "t")
     assert kept.vocabularies is not None
-    turned = tuple(Vocabulary(v.values[::-1]) for v in kept.vocabularies)
+    turned = {feature: Vocabulary(v.values[::-1]) for feature, v in kept.vocabularies.items()}
     job = read_job(again / "job.yaml")
     Meaning({**kept.described}, turned).write(again / "t")
     with pytest.raises(DataError, match=r"vocabulary\.npz: its values have the SHA-256"):
