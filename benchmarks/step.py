@@ -5,13 +5,15 @@ It uses the ranks that it is started with, each with a GPU of its own where ther
 - headline: uncompressed tables, TorchRec's stock parts, dlrm's QR bag, and ours, all table-wise;
 - grid: uncompressed tables and ours, of many widths and sizes, under several shardings;
 - hosts: where bytes between hosts decide;
+- nodes: tables over all ranks against a copy per node and a copy per rank;
 - dlrm: MLPerf's 26 tables, by the plans of TorchRec's planner and of ours;
 - dynamicemb: 10 tables and Zipf's ids, as NVIDIA's dynamicemb is measured;
 - tbe: our lookup against FBGEMM's of full tables, on one rank.
 
-Without torchrun, headline and grid start two ranks on this machine, hosts starts two in network namespaces (root), and
-the others run on one. Variants of a cell take turns, so that a ratio to full tables holds on a busy machine. Before and
-after, a step of each is compared with float64: one whose values are wrong gets no times, and the exit code is 1.
+Without torchrun, headline and grid start two ranks on this machine, hosts starts two in network namespaces (root),
+nodes two in each of two namespaces, and the others run on one. Variants of a cell take turns, so that a ratio to full
+tables holds on a busy machine. Before and after, a step of each is compared with float64: one whose values are wrong
+gets no times, and the exit code is 1.
 """
 
 import argparse
@@ -41,7 +43,7 @@ _LOCAL_RANKS = 2
 # Options that not all suites have.
 _OF_SUITES = {
     "quick": ("headline",),
-    "rate": ("hosts",),
+    "rate": ("hosts", "nodes"),
     "dims": ("headline", "grid", "tbe"),
     "num_ids": ("headline", "grid", "tbe"),
     "shardings": ("grid",),
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures a suite, prints a line per row, and returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parsed(argv)
-    if "RANK" not in os.environ and options.suite in ("headline", "grid", "hosts"):
+    if "RANK" not in os.environ and options.suite in ("headline", "grid", "hosts", "nodes"):
         return _on_this_machine(options, argv)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -86,7 +88,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-rows", type=_positive, help="dlrm: of a table; default: by --max-gib")
     parser.add_argument("--scale", type=_positive_float, help="dynamicemb: of rows and batch; default: 1, CPU: 0.01")
-    parser.add_argument("--rate", help="hosts, without torchrun: of the link, as tc takes it; default: 1gbit")
+    parser.add_argument("--rate", help="hosts and nodes, without torchrun: of the link, as tc takes it; default: 1gbit")
     options = parser.parse_args(argv)
     for name, suites in _OF_SUITES.items():
         if getattr(options, name) is not None and options.suite not in suites:
@@ -99,10 +101,10 @@ def _on_this_machine(options: argparse.Namespace, argv: Sequence[str]) -> int:
     command = [sys.executable, "-m", "benchmarks.step", *argv]
     gpus = torch.cuda.device_count()
     ranks = min(_LOCAL_RANKS, gpus) if gpus else _LOCAL_RANKS
-    if options.suite != "hosts":
+    if options.suite not in ("hosts", "nodes"):
         return run_ranks(command, [THIS_HOST], ranks)[0]
     with two_hosts(options.rate or "1gbit") as hosts:
-        return run_ranks(command, hosts, 1)[0]
+        return run_ranks(command, hosts, 1 if options.suite == "hosts" else _LOCAL_RANKS)[0]
 
 
 def _as_rank(options: argparse.Namespace, device: torch.device) -> int:

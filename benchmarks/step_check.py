@@ -114,17 +114,23 @@ def _rows_of(variant: Variant, batches: dict[int, Batch]) -> list[list[_Rows]]:
 
 
 def _gathered(value: Any, rows: Tensor, variant: Variant) -> Tensor:
-    """Rows of a tensor in float64, from the ranks that hold them; of a replicated one, this rank's."""
+    """Rows of a tensor in float64, from the ranks that hold them; of a replicated one, this rank's.
+
+    Copies of nodes are averaged, so that a difference between them shows.
+    """
     if not hasattr(value, "local_shards"):
         own: Tensor = value.detach()[rows].double()
         return own
     out = torch.zeros(len(rows), variant.tables.dim, dtype=torch.float64, device=rows.device)
+    copies = torch.zeros_like(out)
     for shard in value.local_shards():
         (first, column), (size, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
         here = (rows >= first) & (rows < first + size)
         out[here, column : column + columns] = shard.tensor[rows[here] - first].double()
+        copies[here, column : column + columns] = 1
     dist.all_reduce(out)
-    return out
+    dist.all_reduce(copies)
+    return out / copies
 
 
 def _sums_of(variant: Variant, batches: dict[int, Batch]) -> list[list[Tensor]]:

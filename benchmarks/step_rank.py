@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchrec.distributed.comm import get_local_size
 
 from benchmarks.step_cells import Batch, Cell, Traffic, upstream
 from benchmarks.step_check import check
@@ -78,6 +79,7 @@ def _measure(
             "a2a_float_mb": round(sent[name]["float"] / 1e6, 2),
             "a2a_int_mb": round(sent[name]["int"] / 1e6, 2),
             "all_reduce_mb": round(sent[name]["all_reduce"] / 1e6, 2),
+            "to_other_nodes_mb": round(sent[name]["to_other_nodes"] / 1e6, 2),
             "peak_memory_mb_of_ranks": [peak for peak, _ in of_all],
             "step_growth_mb_of_ranks": [growth for _, growth in of_all],
         }
@@ -186,7 +188,7 @@ def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
 
 
 def _sent(variant: Variant, batch: Batch, gradient: Tensor) -> Counter[str]:
-    """Bytes of a step that this rank sends to others, by kind."""
+    """Bytes of a step that this rank sends to others, by kind; ``to_other_nodes`` are those of all but all-reduces."""
     with _counting() as bytes_of:
         variant.step(batch, gradient)
     return bytes_of
@@ -195,29 +197,47 @@ def _sent(variant: Variant, batch: Batch, gradient: Tensor) -> Counter[str]:
 @contextmanager
 def _counting() -> Iterator[Counter[str]]:
     bytes_of: Counter[str] = Counter()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    all_to_all, all_reduce, isend = dist.all_to_all_single, dist.all_reduce, dist.isend
+    rank, local_size = dist.get_rank(), get_local_size()
+    all_to_all, all_reduce, all_gather, isend = dist.all_to_all_single, dist.all_reduce, dist.all_gather, dist.isend
+
+    def count(kind: str, to: int, num_bytes: int) -> None:
+        bytes_of[kind] += num_bytes * (to != rank)
+        bytes_of["to_other_nodes"] += num_bytes * (to // local_size != rank // local_size)
+
+    def ranks_of(given: dict[str, Any]) -> list[int]:
+        return dist.get_process_group_ranks(given.get("group") or dist.GroupMember.WORLD)
+
+    def kind_of(tensor: Tensor) -> str:
+        return "float" if tensor.is_floating_point() else "int"
 
     def counted(*a: Any, **k: Any) -> Any:
         given = inspect.signature(all_to_all).bind(*a, **k).arguments
-        tensor, splits = given["input"], given.get("input_split_sizes")
-        own = tensor.numel() // world_size
-        if splits:
-            own = splits[rank] * (tensor.numel() // max(sum(splits), 1))
-        kind = "float" if tensor.is_floating_point() else "int"
-        bytes_of[kind] += (tensor.numel() - own) * tensor.element_size()
+        tensor, ranks = given["input"], ranks_of(given)
+        splits = given.get("input_split_sizes") or [1] * len(ranks)
+        for to, split in zip(ranks, splits, strict=True):
+            count(kind_of(tensor), to, tensor.nbytes // max(sum(splits), 1) * split)
         return all_to_all(*a, **k)
 
-    def counted_send(tensor: Tensor, *a: Any, **k: Any) -> Any:
-        bytes_of["float" if tensor.is_floating_point() else "int"] += tensor.numel() * tensor.element_size()
-        return isend(tensor, *a, **k)
+    def counted_send(*a: Any, **k: Any) -> Any:
+        given = inspect.signature(isend).bind(*a, **k).arguments
+        to = given["dst"] if given.get("dst") is not None else ranks_of(given)[given["group_dst"]]
+        count(kind_of(given["tensor"]), to, given["tensor"].nbytes)
+        return isend(*a, **k)
+
+    def counted_gather(*a: Any, **k: Any) -> Any:
+        given = inspect.signature(all_gather).bind(*a, **k).arguments
+        for to in ranks_of(given):
+            count("all_gather", to, given["tensor"].nbytes)
+        return all_gather(*a, **k)
 
     def counted_reduce(tensor: Tensor, *a: Any, **k: Any) -> Any:
         bytes_of["all_reduce"] += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, *a, **k)
 
-    dist.all_to_all_single, dist.all_reduce, dist.isend = counted, counted_reduce, counted_send
+    dist.all_to_all_single, dist.all_reduce = counted, counted_reduce
+    dist.all_gather, dist.isend = counted_gather, counted_send
     try:
         yield bytes_of
     finally:
-        dist.all_to_all_single, dist.all_reduce, dist.isend = all_to_all, all_reduce, isend
+        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+        dist.all_gather, dist.isend = all_gather, isend

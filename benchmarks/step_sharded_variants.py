@@ -69,6 +69,7 @@ class _Dmp(Variant):
         root = _Root(collection, [name for c in configs for name in c.feature_names])
         found = plan(root, sharder, constraints, self.traffic.bags, self.device, self.our_planner)
         of_tables: Any = found.plan["collection"]
+        self._revise(of_tables, collection, sharder)
         self.plan = dict(Counter(table.sharding_type for table in of_tables.values()))
         self.dmp = DistributedModelParallel(root, device=self.device, plan=found, sharders=[sharder])
         # TorchRec's own data-parallel tables, which its fused optimizer does not step.
@@ -76,6 +77,9 @@ class _Dmp(Variant):
         if left and tables.optimizer != "sgd":
             raise NotImplementedError(f"data-parallel plain tables under {tables.optimizer}; allowed: sgd")
         self._dense = torch.optim.SGD(left, lr=LR) if left else None
+
+    def _revise(self, of_tables: Any, collection: Any, sharder: Any) -> None:
+        """Changes the plan of the tables in place."""
 
     def out(self, batch: Batch) -> Tensor:
         out: Tensor = self.dmp(batch.kjt())

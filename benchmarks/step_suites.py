@@ -99,6 +99,21 @@ def hosts(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool)
     return cells
 
 
+def nodes(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
+    """Tables with 4 ids a row on two nodes: table-wise over all ranks, a copy per node, and a copy per rank.
+
+    Ids are skewed and alike, and bags have one id and ten.
+    """
+    tables = Tables((200_000,) * 4, 64, "sgd", "table_wise")
+    traffics = tuple(
+        Traffic(bags, (hot,) * 4, exponent)
+        for bags in ([options.bags] if options.bags else [1024, 4096])
+        for hot in (1, 10)
+        for exponent in ([1.05, 0.0] if options.zipf is None else [options.zipf])
+    )
+    return [Cell(tables, (4,), traffics, ("full", "fused", "copy_per_node", "copy_per_rank"))]
+
+
 def dlrm(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
     """MLPerf's tables, full and compressed, by the plans of TorchRec's planner and of this project's."""
     most = options.max_rows or largest_rows(room * world_size // 2, MLPERF_ROWS, 128 * 4)
@@ -138,6 +153,7 @@ SUITES: dict[str, Suite] = {
     "headline": headline,
     "grid": grid,
     "hosts": hosts,
+    "nodes": nodes,
     "dlrm": dlrm,
     "dynamicemb": dynamicemb,
     "tbe": tbe,

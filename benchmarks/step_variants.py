@@ -1,6 +1,7 @@
 """The variants of the step benchmark by name."""
 
 from benchmarks.step_lone_variants import DlrmBag, FusedAlone, Tbe
+from benchmarks.step_node_variants import CopyPerNode, CopyPerRank
 from benchmarks.step_sharded_variants import (
     Fallback,
     Full,
@@ -23,4 +24,6 @@ VARIANTS: dict[str, type[Variant]] = {
     "fused": Ours,
     "fused_our_planner": OursOurPlanner,
     "fallback": Fallback,
+    "copy_per_node": CopyPerNode,
+    "copy_per_rank": CopyPerRank,
 }

@@ -28,7 +28,7 @@ if _CHECKOUT not in sys.path:
 from launch.checked_role import CheckedRole
 from launch.job_variables import parsed_variables
 
-_SUITES = ("headline", "grid", "hosts", "dlrm", "dynamicemb", "tbe")
+_SUITES = ("headline", "grid", "hosts", "nodes", "dlrm", "dynamicemb", "tbe")
 
 
 def dlrm(
@@ -95,7 +95,7 @@ def bench(
 
     Args:
         args: arguments of benchmarks.step, after ``--``
-        suite: what is measured: headline, grid, hosts, dlrm, dynamicemb or tbe
+        suite: what is measured: headline, grid, hosts, nodes, dlrm, dynamicemb or tbe
         j: NxM, nodes times ranks per node
         h: a named resource of TorchX for each node, instead of cpu, gpu and memMB
         cpu: CPUs of a node

@@ -1,7 +1,6 @@
 """Tables of which each node has a copy; `tests/cuda_without_gpu/test_waits_nodes.py` trains more kinds of them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_qr.distributed import per_node
-from torchrec_qr.distributed.copied_rows import padded_unique
+from torchrec_qr.distributed.copied_rows import padded_unique, unique_rows
 
 CASES = tuple(TableCase(s, "strided", s, plan="hand") for s in PER_NODE)
 
@@ -223,12 +222,13 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
             assert message.startswith(beginning), message
 
 
-def test_unique_rows_of_a_gpu_are_those_of_a_cpu() -> None:
+def test_unique_rows_are_those_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (0, 1, 100):
-        rows = torch.randint(-1, 30, (n,), generator=generator)
+        rows = torch.randint(0, 30, (n,), generator=generator)
+        expected = rows.unique(return_inverse=True)
+        for num_rows in (30, 10_000):
+            assert all(map(torch.equal, unique_rows(rows, num_rows), expected)), (n, num_rows)
         unique, numbers = padded_unique(rows)
-        expected: Any = rows.unique()
-        assert unique[: len(expected)].tolist() == expected.tolist()
-        assert unique[len(expected) :].tolist() == [-1] * (n - len(expected))
-        assert unique[numbers].tolist() == rows.tolist()
+        assert unique.tolist() == [*expected[0].tolist(), *[-1] * (n - len(expected[0]))]
+        assert torch.equal(numbers, expected[1])

@@ -26,6 +26,8 @@ from torchrec_qr.ops.update_rules import Update
 
 # A row number is int64, and travels as two int32 beside the bits of its gradient.
 _WORDS_OF_ROW = 2
+# Up to so many rows of a weight for each that is looked up, a mask of all rows is faster than sorting.
+_MASKED = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def look_up_copies(given: CopiedTables, batch: Batch, peers: Peers) -> Tensor:
         batch (Batch): the batch of this rank, with ``starts``.
         peers (Peers): the ranks that hold the same rows.
     """
-    copied = iter(given.is_copied)
+    copied = iter(zip(given.weights, given.is_copied, strict=True))
     rows: list[Tensor] = []
     maps: list[Tensor] = []
     layouts: list[TableLayout] = []
@@ -64,8 +66,9 @@ def look_up_copies(given: CopiedTables, batch: Batch, peers: Peers) -> Tensor:
         numbers = []
         for p in table.partitions:
             found = p.rows_of(ids, class_map)
-            if next(copied):
-                own, found = unique_rows(found)
+            weight, is_copied = next(copied)
+            if is_copied:
+                own, found = unique_rows(found, weight.shape[0])
                 rows.append(own)
             numbers.append(found)
         # Have an entry without ids too, because kernels refuse a map of no memory.
@@ -96,15 +99,26 @@ def _ids_of_tables(tables: Description, batch: Batch) -> list[tuple[TableLayout,
     return out
 
 
-def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the unique ones of ``rows`` (N,), ascending, and (N,) the number of each among them.
+def unique_rows(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the unique ones of ``rows`` (N,) in [0, num_rows), ascending, and (N,) the number of each among them.
 
     On a GPU the result has N rows, those past the unique ones -1, so that the host waits for no count.
+
+    Example:
+        >>> unique_rows(torch.tensor([7, 3, 7, 7]), num_rows=8)
+        (tensor([3, 7]), tensor([1, 0, 1, 1]))
     """
-    if rows.device.type == "cpu":
+    if rows.device.type != "cpu":
+        return padded_unique(rows)
+    if num_rows > _MASKED * len(rows):
         unique, numbers = rows.unique(return_inverse=True)
         return unique, numbers
-    return padded_unique(rows)
+    is_used = torch.zeros(num_rows, dtype=torch.bool)
+    is_used[rows] = True
+    unique = is_used.nonzero().squeeze(1)
+    number_of = torch.empty(num_rows, dtype=torch.int64)
+    number_of[unique] = torch.arange(len(unique))
+    return unique, number_of[rows]
 
 
 def padded_unique(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +156,7 @@ class _ReadRows(torch.autograd.Function):
         of_weights = gathered(ctx.rows, gradients, ctx.counts)
         for weight, of_nodes, update in zip(ctx.weights, of_weights, ctx.updates(), strict=True):
             if isinstance(update, Update):
-                rows, summed = summed_rows(of_nodes)
+                rows, summed = summed_rows(of_nodes, weight.shape[0])
                 # Step `.data`, because the graph of an earlier forward may hold this tensor.
                 update_rows(weight.data, rows, summed.div_(peers.divisor), update)
         return None, None, None, *(None for _ in ctx.weights)
@@ -185,9 +199,8 @@ def gathered(rows: Sequence[Tensor], gradients: Sequence[Tensor], counts: Counts
     widths = [gradient.shape[1] for gradient in gradients]
     # Put all row numbers before all gradients, and send an even number of words, because int64 must be aligned.
     words = max(_num_words(of, widths) for of in of_nodes)
-    own = torch.cat([*(part.view(torch.int32) for part in rows), *(g.reshape(-1).view(torch.int32) for g in gradients)])
-    sent = own.new_zeros(words)
-    sent[: len(own)] = own
+    parts = [part.reshape(-1).view(torch.int32) for part in (*rows, *gradients)]
+    sent = torch.cat([*parts, parts[0].new_zeros(words - sum(map(len, parts)))])
     received = [torch.empty_like(sent) for _ in of_nodes]
     if words:
         dist.all_gather(received, sent, group=counts.peers.group)
@@ -211,16 +224,20 @@ def _num_words(counts: Sequence[int], widths: Sequence[int]) -> int:
     return words + words % 2
 
 
-def summed_rows(of_nodes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def summed_rows(of_nodes: Sequence[tuple[Tensor, Tensor]], num_rows: int) -> tuple[Tensor, Tensor]:
     """Returns the rows of any node, each once, and the sums (n, D) of their gradients, in the order of the nodes.
+
+    Args:
+        of_nodes (Sequence[tuple[Tensor, Tensor]]): the rows (n,) of each node, in [0, num_rows), and their gradients.
+        num_rows (int): the rows of the weight.
 
     Example:
         >>> first = torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]])
         >>> second = torch.tensor([0, 4]), torch.tensor([[5.0], [8.0]])
-        >>> [found.tolist() for found in summed_rows([first, second])]
+        >>> [found.tolist() for found in summed_rows([first, second], num_rows=5)]
         [[0, 1, 4], [[5.0], [1.0], [10.0]]]
     """
-    rows, numbers = unique_rows(torch.cat([own for own, _ in of_nodes]))
+    rows, numbers = unique_rows(torch.cat([own for own, _ in of_nodes]), num_rows)
     summed = of_nodes[0][1].new_zeros(len(rows), of_nodes[0][1].shape[1])
     for number, (_, gradient) in zip(numbers.split([len(own) for own, _ in of_nodes]), of_nodes, strict=True):
         # A node sends each row once, so that no two threads add to one row.
