@@ -22,9 +22,11 @@ from launch.sections import OptimizerSection
 from launch.table_bytes import bytes_on_rank
 from launch.table_optimizer import DataParallelTableOptimizer
 from launch.topology import planned_topology
+from torchrec_qr.cli.sizing.saved_plan import saved_plan
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, optimizer_of_each_parameter
 from torchrec_qr.distributed.fused_params import OPTIMIZERS, OptimizerName
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner
+from torchrec_qr.planner.planner import plan_of_rank_0
 
 _DENSE: dict[OptimizerName, Any] = {
     "sgd": torch.optim.SGD,
@@ -62,7 +64,8 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     """Plans ``task`` and shards it. All ranks must call it.
 
     Raises:
-        PlannerError: no plan fits.
+        PlannerError: no plan fits, or another rank refuses the plan of a file.
+        ConfigError: the plan of a file does not fit the job.
         ValueError: a parameter that no optimizer steps, or two do; a card with less memory than the config names.
         OutOfMemoryError: torch's; names the tables of this rank, and what would fit.
     """
@@ -84,7 +87,7 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     # Plan nothing if no sharder takes the collection, because the planner refuses such a model.
     shardable = {sharder.module_type for sharder in sharders}
     planned = any(type(module) in shardable for module in task.modules())
-    plan = planner.collective_plan(task, sharders, dist.GroupMember.WORLD) if planned else ShardingPlan({})
+    plan = _plan(job, task, sharders, planner) if planned else ShardingPlan({})
     shardings: dict[str, ParameterSharding] = {}
     for of_module in plan.plan.values():
         shardings.update(cast(EmbeddingModuleShardingPlan, of_module))
@@ -100,6 +103,18 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, job.train.grad_clip)
     optimizer_of_each_parameter(model, [*of_tables, dense])
     return Parallel(model, shardings, held, CombinedOptimizer([model.fused_optimizer, *of_tables]), dense)
+
+
+def _plan(
+    job: Job, task: nn.Module, sharders: list[Any], planner: CompositionalEmbeddingShardingPlanner
+) -> ShardingPlan:
+    """Returns the plan of ``planner.plan_file`` if the job names one, else the planner's. All ranks must call it."""
+    file = job.planner.plan_file
+    if file is None:
+        return planner.collective_plan(task, sharders, dist.GroupMember.WORLD)
+    group = dist.group.WORLD
+    assert group is not None
+    return plan_of_rank_0(lambda: saved_plan(file, job.planner, task, sharders, planner.topology), group)
 
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec import EmbeddingBagConfig
 
-from launch.class_maps import with_class_maps
 from launch.config import Job, read_job, write_job
 from launch.console import Output
 from launch.data.loader import Data, open_data
 from launch.job_tables import freeze, job_tables
+from launch.kept_files import with_kept_files
 from launch.kept_meaning import agreed_meaning
 from launch.metrics import Quality
 from launch.model import build_model
@@ -93,7 +94,9 @@ def _run(
     )
     model = build_model(job.model, tables, device)
     freeze(model, job.train.frozen)
-    kept = with_class_maps(job, config_folder, folder)
+    kept = with_kept_files(job, config_folder, folder)
+    if job.planner.plan_file is not None:
+        job = replace(job, planner=replace(job.planner, plan_file=str(config_folder / job.planner.plan_file)))
     trainer, test = trained(job, tables, model, data, folder, output, device, waits, arguments.profile, kept)
     speed = trainer.speed
     output.summary(

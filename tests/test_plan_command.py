@@ -80,21 +80,34 @@ def test_the_command_runs_from_what_is_installed(small: str, tmp_path: Path) -> 
 def test_the_plan_is_written_for_machines(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--config", small, "--json", str(file), "--compare", "full,hash,qr"]) == 0
-    plan = json.loads(file.read_text())
-    assert plan["world_size"] == 4
-    assert plan["feasible"] is True
+    devices = json.loads(file.read_text())["devices"]
+    assert list(devices) == ["h100"]
+    plan = devices["h100"]
+    assert plan["request"] == {
+        "device": "h100",
+        "world_size": 4,
+        "local_world_size": 4,
+        "hbm_gib": 80.0,
+        "storage_reserve": 0.15,
+        "batch_size": 2048,
+        "optimizer": "adagrad",
+        "sharding_group_size": None,
+        "inter_host_allreduce": False,
+        "constraints": {"user": dict.fromkeys(plan["request"]["constraints"]["user"]) | {"pooling_factor": 20.0}},
+    }
+    assert re.fullmatch("[0-9a-f]{64}", plan["fingerprint"])
+    assert (plan["feasible"], plan["error"], plan["sync"]) == (True, None, None)
     assert [rank["rank"] for rank in plan["ranks"]] == [0, 1, 2, 3]
-    assert all(set(rank) == {"rank", "hbm_bytes", "work_ms"} for rank in plan["ranks"])
+    assert plan["peak_bytes"] == max(rank["peak_bytes"] for rank in plan["ranks"])
     assert [table["name"] for table in plan["tables"]] == ["user", "item", "country"]
     user = plan["tables"][0]
-    assert set(user) == {"name", "num_embeddings", "physical_rows", "sharding_type", "ranks", "why"}
     assert (user["num_embeddings"], user["physical_rows"]) == (40_000_000, 10_000_004)
     rows = 10_000_004 + plan["tables"][1]["physical_rows"] + 250
     assert plan["totals"] == {"bytes_full": 45_000_250 * 512, "bytes": rows * 512}
     assert list(plan["compare"]) == ["full", "hash", "qr"]
     assert plan["compare"]["full"] == {"bytes": 45_000_250 * 512, "feasible": True, "fewest_ranks": 1}
-    stored = sum(rank["hbm_bytes"] for rank in plan["ranks"])
-    assert stored >= 2 * plan["totals"]["bytes"]  # with Adagrad's state
+    assert sum(rank["value_bytes"] for rank in plan["ranks"]) >= plan["totals"]["bytes"]
+    assert sum(rank["peak_bytes"] for rank in plan["ranks"]) >= 2 * plan["totals"]["bytes"]  # with Adagrad's state
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[-4:]] == ["as", "full", "hash", "qr"]
 
@@ -108,10 +121,46 @@ def test_a_plan_that_does_not_fit_ends_with_code_1_and_says_what_would_help(
     assert "no plan fits: table 'user' needs" in captured.err
     assert "more compression: QuotientRemainder(num_collisions=" in captured.err
     assert re.search(r"more ranks: \d+ \(\d+x2\), now 2", captured.err)
-    plan = json.loads(file.read_text())
-    assert (plan["feasible"], plan["ranks"], plan["tables"]) == (False, [], [])
+    plan = json.loads(file.read_text())["devices"]["h100"]
+    assert (plan["feasible"], plan["ranks"], plan["tables"], plan["peak_bytes"]) == (False, [], [], None)
     assert "no plan fits" in plan["error"]
     assert "does not fit" in captured.out
+
+
+def test_several_devices_have_a_column_each(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, alone = tmp_path / "plan.json", tmp_path / "h200.json"
+    # 2 % of an H200's 141 GiB hold the tables, and 2 % of an A100's 80 GiB do not.
+    reserved = tmp_path / "reserved.yaml"
+    reserved.write_text(SMALL.replace("planner: {", "planner: {storage_reserve: 0.98, "))
+    command = ["plan", "--config", str(reserved), "--json"]
+    assert main([*command, str(alone), "--device", "h200"]) == 0
+    capsys.readouterr()
+    assert main([*command, str(file), "--device", "a100,h200"]) == 1
+    captured = capsys.readouterr()
+    head, *lines = captured.out.splitlines()
+    assert head.endswith("3 tables on 1x4 a100, h200")
+    assert max(map(len, lines)) <= 100
+    cells = {line[:25].strip(): re.split(" {2,}", line[25:].strip()) for line in lines}
+    plans = json.loads(file.read_text())["devices"]
+    assert list(plans) == ["a100", "h200"]
+    assert ["a100", "h200"] in [re.split(" {2,}", line.strip()) for line in lines]
+    assert cells["plan"] == ["does not fit", "fits"]
+    assert [plan["feasible"] for plan in plans.values()] == [False, True]
+    assert cells["step ms"] == ["-", f"{plans['h200']['step_ms']:.3f}"]
+    assert cells["GiB of the fullest rank"] == ["-", f"{plans['h200']['peak_bytes'] / 2**30:.2f}"]
+    for table in plans["h200"]["tables"]:
+        assert cells[table["name"]][0] == "-"
+        assert cells[table["name"]][1].startswith(table["sharding_type"])
+    assert captured.err.startswith("torchrec-qr plan: a100: no plan fits: table 'user' needs")
+    assert plans["h200"] == json.loads(alone.read_text())["devices"]["h200"]
+
+
+def test_variants_are_compared_for_each_device(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", small, "--device", "a100,h100", "--compare", "full"]) == 0
+    out = capsys.readouterr().out
+    tables = [part.splitlines() for part in out.split("\n\n")[-2:]]
+    assert [part[0] for part in tables] == ["a100", "h100"]
+    assert all([line.split()[0] for line in part[1:]] == ["tables", "as", "full"] for part in tables)
 
 
 def test_fit_prints_tables_that_fit_with_least_compression(
@@ -146,7 +195,12 @@ def test_fit_prints_tables_that_fit_with_least_compression(
     ("arguments", "said"),
     [
         (["--topology", "0x8"], r"planner\.topology: '0x8'; allowed: '<nodes>x<ranks per node>'"),
-        (["--device", "tpu"], r"planner\.device: 'tpu'; allowed: .*h100"),
+        (["--device", "tpu"], r"--device tpu: 'tpu' is unknown; allowed: cpu, a100, h100, h200"),
+        (["--device", "h100,tpu"], r"--device h100,tpu: 'tpu' is unknown; allowed: cpu, a100, h100, h200"),
+        (["--device", "h100,a100", "--fit"], r"--fit --device h100,a100; allowed: one device"),
+        (["--sharding-group-size", "3"], r"--sharding-group-size 3; allowed: a divisor of the 4 ranks"),
+        (["--sharding-group-size", "0"], r"--sharding-group-size 0; allowed: a divisor of the 4 ranks"),
+        (["--inter-host-allreduce"], r"--inter-host-allreduce; allowed: beside --sharding-group-size"),
         (["--hbm-gib", "-80"], r"planner\.hbm_gib: -80\.0; allowed: above 0"),
         (["--batch-size", "0"], r"planner\.batch_size: 0; allowed: at least 1"),
         (["--optimizer", "lion"], r"optimizer\.sparse\.name: 'lion'; allowed: sgd"),

@@ -50,11 +50,21 @@ def _add_plan(commands: Any) -> None:
     )
     command.add_argument("--config", required=True, metavar="FILE", help="of the job")
     command.add_argument("--topology", metavar="NxR", help="nodes x ranks per node; default: the config's")
-    command.add_argument("--device", help="cpu, a100, h100 or h200; default: the config's")
+    command.add_argument(
+        "--device", metavar="NAME[,NAME]", help="cpu, a100, h100, h200, or several of them; default: the config's"
+    )
     command.add_argument("--hbm-gib", type=float, metavar="GIB", help="memory of a rank; default: the device's")
     command.add_argument("--batch-size", type=int, metavar="B", help="of a rank; default: the config's")
     command.add_argument("--optimizer", help="of the tables; default: the config's, else sgd")
-    command.add_argument("--json", metavar="FILE", help="write the plan for machines, - for standard output")
+    command.add_argument(
+        "--sharding-group-size", type=int, metavar="N", help="plan for groups of N ranks, as DMPCollection has them"
+    )
+    command.add_argument(
+        "--inter-host-allreduce", action="store_true", help="the ranks of a group are consecutive, in place of its copies"
+    )
+    command.add_argument(
+        "--json", metavar="FILE", help="write the plan for programs, and for planner.plan_file; - for standard output"
+    )
     command.add_argument("--compare", metavar="full,hash,qr", help="the same tables uncompressed, hashed, composed")
     command.add_argument("--fit", action="store_true", help="print the tables: section of least compression that fits")
     command.set_defaults(run=_plan)

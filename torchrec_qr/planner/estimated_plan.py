@@ -6,19 +6,12 @@ from functools import cached_property
 
 import numpy as np
 from torchrec.distributed.planner.types import Topology
-from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
-from torchrec.distributed.sharding_plan import placement as device_of
-from torchrec.distributed.types import (
-    EmbeddingModuleShardingPlan,
-    EnumerableShardingSpec,
-    ParameterSharding,
-    ShardingPlan,
-    ShardMetadata,
-)
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.planner.costs import Cost
 from torchrec_qr.planner.enumerators import Option, Scope
+from torchrec_qr.planner.table_shards import TableShards
 from torchrec_qr.planner.tables import PlannedTable
 
 _FIELDS = tuple(Cost.__dataclass_fields__)
@@ -83,6 +76,11 @@ class TablePlan:
     option: Option
     choices: Sequence[Option]
     ranks: list[int]
+
+    @property
+    def shards(self) -> TableShards:
+        """The shards of the table."""
+        return TableShards(self.option.sharding_type, self.option.kernel, self.option.width, self.ranks)
 
     def cost(self, world_size: int) -> Cost:
         """Returns the table's cost on a rank, on average."""
@@ -164,18 +162,18 @@ class EstimatedPlan:
         """The costs of every rank."""
         costs = RankCosts(self.topology.world_size)
         for planned in self.tables:
-            option = planned.option
-            costs.add_everywhere(option.everywhere)
-            at = 0
-            for block in option.blocks:
-                for equal in block.shards:
-                    if block.scope is Scope.WORLD:
-                        costs.add(slice(at, at + equal.count), equal.cost)
-                    else:
-                        for rank in planned.ranks[at : at + equal.count]:
-                            costs.add(rank, equal.cost)
-                    at += equal.count
+            costs.add_everywhere(planned.option.everywhere)
+            _add_shards(costs, planned)
         return costs
+
+    @property
+    def bytes_of_shards(self) -> list[float]:
+        """The bytes of values and optimizer state of each rank, without what every rank holds."""
+        costs = RankCosts(self.topology.world_size)
+        for planned in self.tables:
+            if planned.option.sharding_type != DATA_PARALLEL:
+                _add_shards(costs, planned)
+        return [costs[rank].parameters + costs[rank].optimizer for rank in range(len(costs))]
 
     @property
     def step_ms(self) -> float:
@@ -184,47 +182,23 @@ class EstimatedPlan:
 
     def sharding_plan(self) -> ShardingPlan:
         """Returns TorchRec's ``ShardingPlan``, for ``DistributedModelParallel``."""
-        everywhere = list(range(self.topology.world_size))
         modules: dict[str, EmbeddingModuleShardingPlan] = {}
         for planned in self.tables:
             module = modules.setdefault(planned.table.path, EmbeddingModuleShardingPlan())
-            module[planned.table.name] = self._parameter_sharding(planned, everywhere)
+            module[planned.table.name] = planned.shards.parameter_sharding(planned.table, self.topology)
         return ShardingPlan(dict(modules))
 
-    def _parameter_sharding(self, planned: TablePlan, everywhere: list[int]) -> ParameterSharding:
-        constraints, option, topology = planned.table.constraints, planned.option, self.topology
-        spec = None
-        if option.sharding_type != DATA_PARALLEL:
-            sizes, offsets = calculate_shard_sizes_and_offsets(
-                planned.table.parameter,
-                topology.world_size,
-                topology.intra_group_size,
-                option.sharding_type,
-                col_wise_shard_dim=option.width,
-            )
-            spec = EnumerableShardingSpec(
-                [
-                    ShardMetadata(
-                        shard_sizes=size,
-                        shard_offsets=offset,
-                        placement=device_of(topology.compute_device, rank, topology.local_world_size),
-                    )
-                    for size, offset, rank in zip(sizes, offsets, planned.ranks, strict=True)
-                ]
-            )
-        sharding = ParameterSharding(
-            sharding_type=option.sharding_type,
-            compute_kernel=option.kernel,
-            ranks=everywhere if option.sharding_type == DATA_PARALLEL else list(planned.ranks),
-            sharding_spec=spec,
-        )
-        if constraints is not None:
-            for name in (
-                *("cache_params", "enforce_hbm", "stochastic_rounding", "bounds_check_mode"),
-                *("output_dtype", "key_value_params"),
-            ):
-                setattr(sharding, name, getattr(constraints, name))
-        return sharding
+
+def _add_shards(costs: RankCosts, planned: TablePlan) -> None:
+    at = 0
+    for block in planned.option.blocks:
+        for equal in block.shards:
+            if block.scope is Scope.WORLD:
+                costs.add(slice(at, at + equal.count), equal.cost)
+            else:
+                for rank in planned.ranks[at : at + equal.count]:
+                    costs.add(rank, equal.cost)
+            at += equal.count
 
 
 def _reduce_ms(option: Option) -> float:

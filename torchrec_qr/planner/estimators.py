@@ -78,10 +78,16 @@ class Estimator:
         hardware (Hardware): the factors of compositional lookups.
         dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
             plain data-parallel tables.
+        replica_topology (Topology | None): the ranks that reduce the gradients of replicas. Default: ``topology``.
     """
 
     def __init__(
-        self, topology: Topology, batch_size: int, hardware: Hardware, dense_optimizer: MakeOptimizer | None = None
+        self,
+        topology: Topology,
+        batch_size: int,
+        hardware: Hardware,
+        dense_optimizer: MakeOptimizer | None = None,
+        replica_topology: Topology | None = None,
     ) -> None:
         self.topology = topology
         self.batch_size = batch_size
@@ -92,6 +98,10 @@ class Estimator:
         self._dense_bandwidth = memory_bandwidth(topology, DENSE)
         self._comms: dict[str, tuple[float, float, float, float]] = {}
         self._stock = _TorchRecEstimators(topology, batch_size)
+        self._replica_topology = replica_topology or topology
+        self._stock_of_replicas = self._stock
+        if replica_topology is not None:
+            self._stock_of_replicas = _TorchRecEstimators(replica_topology, batch_size)
 
     def shard(
         self,
@@ -160,8 +170,9 @@ class Estimator:
         """Returns the milliseconds to all-reduce the gradients of replicas, and to apply them."""
         # A GPU's sums have 4 bytes per value, whatever the replicas store. A CPU's factors are per byte stored.
         size = value_bytes(replicas) if self._on_cpu else 4 * sum(rows * columns for rows, columns, _ in replicas)
-        world, local = self.topology.world_size, self.topology.local_world_size
-        bandwidth = self.topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
+        topology = self._replica_topology
+        world, local = topology.world_size, topology.local_world_size
+        bandwidth = topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
         passes = size * all_reduce_passes(world, local) / bandwidth
         applied = size * self.hardware.replica_factor / self._dense_bandwidth
         return passes + applied + len(replicas) * self.hardware.replica_ms
@@ -261,8 +272,9 @@ class Estimator:
         return topology.comms_bandwidths.get_bw(topology.local_world_size, topology.world_size, collective)
 
     def _plain(self, table: PlannedTable, sharding_type: str, kernel: str, rows: int, columns: int) -> Cost:
-        perf, device_bytes, host_bytes = self._stock.estimate(table, sharding_type, kernel, rows, columns)
         is_replicated = sharding_type == DATA_PARALLEL
+        stock = self._stock_of_replicas if is_replicated else self._stock
+        perf, device_bytes, host_bytes = stock.estimate(table, sharding_type, kernel, rows, columns)
         reduce_ms = perf.bwd_comms if is_replicated else 0.0
         # Add the ids, because TorchRec's total lacks them, and divide them among row blocks, because it does not.
         ids_ms = perf.input_dist_comms / self._share(sharding_type)

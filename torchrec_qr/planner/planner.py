@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         hardware (Hardware | None): cost factors that a topology lacks. Default: those of the topology's device.
         dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
             plain data-parallel tables. Default: SGD, which has no state.
+        replica_topology (Topology | None): the ranks that reduce the gradients of replicas. Default: ``topology``.
+            Under TorchRec's ``DMPCollection`` these are all ranks, and ``topology`` has the ranks of one group.
         of_torchrec (Any): further arguments of TorchRec's planner, which must be None.
 
     Raises:
@@ -112,6 +114,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         same_rank_as: Mapping[str, str] | None = None,
         hardware: Hardware | None = None,
         dense_optimizer: MakeOptimizer | None = None,
+        replica_topology: Topology | None = None,
         **of_torchrec: Any,
     ) -> None:
         _refuse(of_torchrec)
@@ -128,7 +131,13 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         self._same_rank_as = dict(same_rank_as or {})
         self._hardware = hardware or hardware_of(topology)
         self._dense_optimizer = dense_optimizer
+        self._replica_topology = replica_topology
         self._debug = debug
+
+    @property
+    def topology(self) -> Topology:
+        """The ranks."""
+        return self._topology
 
     def plan(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> ShardingPlan:
         """Returns a plan with every table of every module that has a sharder.
@@ -168,20 +177,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         if group is None:
             raise RuntimeError("collective_plan needs torch.distributed.init_process_group(); plan does not")
         sharders = get_default_sharders() if sharders is None else sharders
-        outcome: list[Any] = [None]
-        error: Exception | None = None
-        if group.rank() == 0:
-            try:
-                outcome = [self.plan(module, sharders)]
-            except Exception as failed:  # send any error, because the other ranks wait
-                error = failed
-                outcome = [(str(failed), getattr(failed, "error_type", PlannerErrorType.OTHER))]
-        dist.broadcast_object_list(outcome, dist.get_global_rank(group, 0), group=group)
-        if error is not None:
-            raise error
-        if not isinstance(outcome[0], ShardingPlan):
-            raise PlannerError(*outcome[0])
-        return outcome[0]
+        return plan_of_rank_0(lambda: self.plan(module, sharders), group)
 
     def propose(self, module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> EstimatedPlan:
         """Returns the plan of `plan` with its estimated costs.
@@ -273,7 +269,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         return Search(ties.checked(choices), ties.bounds, cluster, rate).run()
 
     def _estimator(self, topology: Topology) -> Estimator:
-        return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer)
+        return Estimator(topology, self._batch_size, self._hardware, self._dense_optimizer, self._replica_topology)
 
     def _fixed_costs(self, tables: Sequence[PlannedTable]) -> FixedCosts:
         return FixedCosts(tables, self._hardware, self._batch_size, self._topology)
@@ -289,6 +285,32 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
             host_memory=tuple(float(s.ddr) for s in storages),
             group=self._topology.intra_group_size,
         )
+
+
+def plan_of_rank_0(make: Callable[[], ShardingPlan], group: dist.ProcessGroup) -> ShardingPlan:
+    """Returns the plan that ``make`` returns on rank 0 of ``group``. All its ranks must call this together.
+
+    Args:
+        make (Callable[[], ShardingPlan]): makes the plan. Rank 0 alone calls it.
+        group (dist.ProcessGroup): the ranks.
+
+    Raises:
+        PlannerError: ``make`` raised an error, of which rank 0 raises itself.
+    """
+    outcome: list[Any] = [None]
+    error: Exception | None = None
+    if group.rank() == 0:
+        try:
+            outcome = [make()]
+        except Exception as failed:  # send any error, because the other ranks wait
+            error = failed
+            outcome = [(str(failed), getattr(failed, "error_type", PlannerErrorType.OTHER))]
+    dist.broadcast_object_list(outcome, dist.get_global_rank(group, 0), group=group)
+    if error is not None:
+        raise error
+    if not isinstance(outcome[0], ShardingPlan):
+        raise PlannerError(*outcome[0])
+    return outcome[0]
 
 
 def _refuse(of_torchrec: Mapping[str, Any]) -> None:

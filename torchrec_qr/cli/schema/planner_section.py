@@ -22,6 +22,8 @@ from torchrec_qr.cli.schema.config_error import (
 from torchrec_qr.cli.schema.strict_loader import Range, load
 from torchrec_qr.cli.schema.yaml_file import read_yaml
 
+Device = Literal["cpu", "a100", "h100", "h200"]
+
 
 @dataclass(frozen=True)
 class ConstraintSpec:
@@ -83,6 +85,7 @@ class PlannerSpec:
         storage_reserve (float): fraction of it that the plan leaves free.
         batch_size (int | None): of a rank.
         constraints (dict[str, ConstraintSpec]): by table name.
+        plan_file (str | None): a file of `torchrec-qr plan --json` whose plan a job takes, relative to the YAML file.
 
     Raises:
         ConfigError: a malformed topology, or a constraint's rank that it lacks.
@@ -102,11 +105,12 @@ class PlannerSpec:
     """
 
     topology: str | None = None
-    device: Literal["cpu", "a100", "h100", "h200"] | None = None
+    device: Device | None = None
     hbm_gib: Annotated[float, Range(above=0)] | None = None
     storage_reserve: Annotated[float, Range(0, below=1)] = 0.15
     batch_size: Annotated[int, Range(1)] | None = None
     constraints: dict[str, ConstraintSpec] = field(default_factory=dict)
+    plan_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.topology is None:

@@ -1,64 +1,59 @@
-"""A plan as text of 100 columns for a person, and as JSON for a program."""
+"""A plan as text of 100 columns, for one device or side by side for several."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from torchrec_qr.cli.sizing.plan_answer import Answer, Totals
+from torchrec_qr.cli.sizing.plan_file import Sync
+from torchrec_qr.cli.sizing.rank_groups import RankGroups
 from torchrec_qr.planner import EstimatedPlan
 from torchrec_qr.planner.estimated_plan import TablePlan
 
 COLUMNS = 100
 _BAR = 24
 _SHOWN = 40
+_NAME = 25
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sums over one variant of the tables.
-
-    Args:
-        bytes_stored (int): of values.
-        bytes_held (float | None): with optimizer state and buffers, on the rank that has most; None: nothing fits.
-        fewest_ranks (int | None): that fit; None: no number that was tried.
-    """
-
-    name: str
-    parameters: int
-    bytes_stored: int
-    bytes_held: float | None
-    step_ms: float | None
-    balance: float | None
-    fewest_ranks: int | None
-
-
-def as_json(estimated: EstimatedPlan | None, world_size: int, bytes_full: int, bytes_stored: int) -> dict[str, Any]:
-    """Returns the plan for machines; without one, ``feasible`` is false and there are no ranks and tables."""
-    out: dict[str, Any] = {"world_size": world_size, "feasible": estimated is not None, "ranks": [], "tables": []}
-    if estimated is not None:
-        memory, work = estimated.ranks.memory, estimated.ranks.work_ms
-        out["ranks"] = [
-            {"rank": rank, "hbm_bytes": int(m), "work_ms": w}
-            for rank, (m, w) in enumerate(zip(memory, work, strict=True))
-        ]
-        out["tables"] = [
-            {
-                "name": p.table.name,
-                "num_embeddings": p.table.num_embeddings,
-                "physical_rows": p.table.rows,
-                "sharding_type": p.option.sharding_type,
-                "ranks": list(p.ranks),
-                "why": p.why,
-            }
-            for p in estimated.tables
-        ]
-    out["totals"] = {"bytes_full": bytes_full, "bytes": bytes_stored}
-    return out
-
-
-def as_text(estimated: EstimatedPlan) -> str:
+def as_text(estimated: EstimatedPlan, groups: RankGroups | None = None, sync: Sync | None = None) -> str:
     """Returns ranks with a bar of their work, and tables with the reason of their place."""
-    return "\n".join([*_ranks(estimated), "", *_tables(estimated)])
+    copies = [] if groups is None or sync is None else [*_copies(groups, sync), ""]
+    return "\n".join([*copies, *_ranks(estimated), "", *_tables(estimated)])
+
+
+def by_device(answers: Sequence[Answer]) -> str:
+    """Returns the totals of each device and the place of each table, with a column for each device."""
+    width = (COLUMNS - _NAME) // len(answers)
+
+    def row(name: str, cells: Sequence[str]) -> str:
+        return f"{name:<{_NAME}}" + "".join(f"{cell[: width - 1]:>{width}}" for cell in cells)
+
+    def figure(name: str, of: Callable[[Answer], float | None], form: str) -> str:
+        values = [of(answer) for answer in answers]
+        return row(name, ["-" if value is None else format(value, form) for value in values])
+
+    plans = [answer.estimated for answer in answers]
+    syncs = [None if plan is None else answer.sizing.sync(plan) for answer, plan in zip(answers, plans, strict=True)]
+    lines = [
+        row("", [str(answer.sizing.spec.device) for answer in answers]),
+        row("plan", ["does not fit" if plan is None else "fits" for plan in plans]),
+        figure("step ms", lambda a: a.given.step_ms, ".3f"),
+        figure("balance", lambda a: a.given.balance, ".3f"),
+        figure("GiB of the fullest rank", lambda a: a.given.bytes_held and a.given.bytes_held / _GIB, ".2f"),
+        figure("GiB of a rank for tables", lambda a: min(a.estimated.reserved) / _GIB if a.estimated else None, ".2f"),
+        figure("fewest ranks", lambda a: a.given.fewest_ranks, "d"),
+    ]
+    if any(sync is not None for sync in syncs):
+        lines.append(row("ms of a sync", ["-" if sync is None else f"{sync.sync_ms:.3f}" for sync in syncs]))
+    lines.append("")
+    tables = answers[0].sizing.tables
+    shown = sorted(range(len(tables)), key=lambda t: -tables[t].num_embeddings)[:_SHOWN]
+    for t in sorted(shown):
+        places = ["-" if plan is None else _place(plan.tables[t]) for plan in plans]
+        lines.append(row(_short(tables[t].name), places))
+    if len(tables) > _SHOWN:
+        lines.append(f"and {len(tables) - _SHOWN} smaller ones; --json has all")
+    return "\n".join(lines)
 
 
 def compared(variants: Sequence[Totals]) -> str:
@@ -116,7 +111,7 @@ def _tables(estimated: EstimatedPlan) -> list[str]:
     largest = sorted(estimated.tables, key=lambda p: -p.table.num_embeddings)[:_SHOWN]
     shown = {p.table.fqn for p in largest}
     for p in (p for p in estimated.tables if p.table.fqn in shown):
-        name = p.table.name if len(p.table.name) <= 23 else f"{p.table.name[:22]}…"
+        name = _short(p.table.name)
         lines.append(
             f"{name:<24}{p.table.num_embeddings:>16,}{p.table.rows:>14,}  {p.option.sharding_type:<18}{_span(p)}"
         )
@@ -124,6 +119,26 @@ def _tables(estimated: EstimatedPlan) -> list[str]:
     if len(estimated.tables) > _SHOWN:
         lines.append(f"and {len(estimated.tables) - _SHOWN} smaller ones; --json has all")
     return lines
+
+
+def _copies(groups: RankGroups, sync: Sync) -> list[str]:
+    apart = ", use_inter_host_allreduce=True" if groups.inter_host_allreduce else ""
+    return [
+        f"{groups.copies} groups of {groups.group_size} ranks; the ranks below are those of a group: DMPCollection(",
+        f"    sharding_group_size={groups.group_size}, node_group_size={groups.node_group_size}{apart})",
+        f"copies of shards besides the first: {sync.copied_bytes / _GIB:,.2f} GiB of values and state on all ranks",
+        f"sync(): {sync.sync_bytes / _GIB:.2f} GiB of the fullest rank, {groups.copies_per_node} of {groups.copies} "
+        f"copies a node, {sync.sync_ms:.3f} ms;",
+        f"    every k steps it adds {sync.sync_ms:.3f} / k ms to a step",
+    ]
+
+
+def _place(p: TablePlan) -> str:
+    return f"{p.option.sharding_type} {_span(p)}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 23 else f"{name[:22]}…"
 
 
 def _span(p: TablePlan) -> str:

@@ -13,13 +13,18 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import ConfigError, PlannerSpec, load, load_tables, read_yaml
 from torchrec_qr.cli.schema.config_error import errors_in_file
+from torchrec_qr.cli.schema.planner_section import Device
+from torchrec_qr.cli.sizing.plan_file import Request, Sync
+from torchrec_qr.cli.sizing.rank_groups import RankGroups
+from torchrec_qr.cli.sizing.table_meaning import TableMeaning
 from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.distributed.fused_params import OPTIMIZERS
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.partitions import ExplicitPartitions, HashPartition, PartitionSpec, QuotientRemainder
 from torchrec_qr.partitions.row_limit import within_rows
-from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, EstimatedPlan, hardware_named
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, EstimatedPlan, Hardware, hardware_named
+from torchrec_qr.planner.tables import find_tables
 
 VARIANTS = ("full", "hash", "qr")
 
@@ -35,12 +40,14 @@ class Sizing:
         tables (Tables): plain and compositional.
         spec (PlannerSpec): the ``planner:`` section, complete.
         optimizer (str): of the tables, by its name in a job's YAML.
+        groups (RankGroups | None): the groups of 2D parallelism. None means one group of all ranks.
     """
 
     name: str
     tables: Tables
     spec: PlannerSpec
     optimizer: str
+    groups: RankGroups | None = None
 
     def plan(self) -> EstimatedPlan:
         """Returns the plan.
@@ -56,26 +63,89 @@ class Sizing:
 
     def planner(self) -> CompositionalEmbeddingShardingPlanner:
         spec = self.spec
-        assert spec.device is not None
         assert spec.world_size is not None
-        hardware = hardware_named(spec.device)
+        hardware, groups = self.hardware, self.groups
+        everywhere = hardware.topology(spec.world_size, spec.local_world_size, spec.hbm_gib)
         return CompositionalEmbeddingShardingPlanner(
-            hardware.topology(spec.world_size, spec.local_world_size, spec.hbm_gib),
+            everywhere if groups is None else groups.topology(hardware, spec.hbm_gib),
             spec.batch_size,
             storage_reservation=FixedPercentageStorageReservation(spec.storage_reserve),
             constraints=spec.parameter_constraints(),
             ranks=spec.bound_ranks(),
             same_rank_as=spec.same_rank_as(),
             hardware=hardware,
+            replica_topology=None if groups is None else everywhere,
+        )
+
+    @property
+    def hardware(self) -> Hardware:
+        """The hardware of the device."""
+        assert self.spec.device is not None
+        return hardware_named(self.spec.device)
+
+    def meanings(self) -> list[TableMeaning]:
+        """Returns what plans of the tables depend on."""
+        return [TableMeaning.of(table) for table in find_tables(self._collection, self._sharders)]
+
+    def sync(self, estimated: EstimatedPlan) -> Sync | None:
+        """Returns the estimate of the copies of 2D parallelism, if there are several groups."""
+        if self.groups is None:
+            return None
+        shards = estimated.bytes_of_shards
+        return Sync(
+            copies=self.groups.copies,
+            node_group_size=self.groups.node_group_size,
+            copied_bytes=int(sum(shards)) * (self.groups.copies - 1),
+            sync_bytes=int(max(shards)),
+            sync_ms=self.groups.sync_ms(max(shards), self.hardware),
+        )
+
+    def request(self) -> Request:
+        """Returns all that a plan depends on besides the tables."""
+        spec, groups = self.spec, self.groups
+        assert spec.device is not None
+        assert spec.world_size is not None
+        assert spec.local_world_size is not None
+        assert spec.batch_size is not None
+        return Request(
+            device=spec.device,
+            world_size=spec.world_size,
+            local_world_size=spec.local_world_size,
+            hbm_gib=spec.hbm_gib or self.hardware.memory_gib,
+            storage_reserve=spec.storage_reserve,
+            batch_size=spec.batch_size,
+            optimizer=self.optimizer,
+            sharding_group_size=None if groups is None else groups.group_size,
+            inter_host_allreduce=groups is not None and groups.inter_host_allreduce,
+            constraints=spec.constraints,
         )
 
     def of_tables(self, tables: Tables) -> "Sizing":
         return replace(self, tables=list(tables))
 
+    def on_device(self, name: Device) -> "Sizing":
+        """Returns the same on ranks of another device."""
+        return replace(self, spec=replace(self.spec, device=name))
+
+    def in_groups_of(self, size: int | None, inter_host_allreduce: bool) -> "Sizing":
+        """Returns the same under 2D parallelism in groups of ``size`` ranks, if that is not None.
+
+        Raises:
+            ValueError: see `RankGroups`.
+        """
+        if size is None:
+            if inter_host_allreduce:
+                raise ValueError("--inter-host-allreduce; allowed: beside --sharding-group-size")
+            return self
+        world, local = self.spec.world_size, self.spec.local_world_size
+        assert world is not None
+        assert local is not None
+        return replace(self, groups=RankGroups(world, local, size, inter_host_allreduce))
+
     def on(self, nodes: int, ranks: int) -> "Sizing":
         """Returns the same on another cluster, where no table is bound to a rank."""
         free = {name: replace(c, ranks=None) for name, c in self.spec.constraints.items()}
-        return replace(self, spec=replace(self.spec, topology=f"{nodes}x{ranks}", constraints=free))
+        return replace(self, spec=replace(self.spec, topology=f"{nodes}x{ranks}", constraints=free), groups=None)
 
     def fewest_ranks(self, most_nodes: int = 4096) -> int | None:
         """Returns the fewest ranks that hold the tables, of one node, or of so many nodes; None: none do."""
