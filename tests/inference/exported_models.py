@@ -64,6 +64,14 @@ def tables(pooled: bool, **fields: Any) -> list[Any]:
             out_of_range="unchecked",
             **common,
         ),
+        make(
+            name="hashed",
+            feature_names=["f"],
+            partitions=kind_of("mixed_radix", 2).partitions,
+            id_hash="splitmix64",
+            hash_seed=2,
+            **common,
+        ),
     ]
 
 

@@ -25,6 +25,7 @@ SERVED = {
     "chinese_mult": (kind_of("chinese_remainder", 4).partitions, OPERATIONS["mult"]),
     "hash": (kind_of("hash", 1).partitions, OPERATIONS["add"]),
     "explicit_mult": (kind_of("explicit", 2).partitions, OPERATIONS["mult"]),
+    "hashed_mult": (kind_of("strided", 2).partitions, {**OPERATIONS["mult"], "id_hash": "splitmix64", "hash_seed": 3}),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from batches import batch
 from cases import configs, oracle_of, randomize
 from hypothesis import given
-from kinds import Kind
+from kinds import Kind, kind_of
 from single_tables import bag_table, collection_of, plain_table, sequence_table, table_of
 from torch import Tensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
@@ -112,6 +112,20 @@ def test_ids_that_are_none_are_refused_under_every_policy(out_of_range: Any) -> 
         materialize(collection, "t", torch.ones(100, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"table 't': ids have shape \(2, 1\); allowed: \(N,\)"):
         materialize(collection, "t", torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_any_ids_of_a_table_that_hashes_them_have_rows() -> None:
+    kind = kind_of("mixed_radix", 2).hashed(7)
+    config = bag_table(kind.partitions, id_hash="splitmix64", hash_seed=7)
+    collection = collection_of([config])
+    randomize(collection, seed=1)
+    table = oracle_of(config, kind, collection.embedding_bags["t"])
+    ids = [-(2**63), -1, 0, 99, 100, 2**63 - 1]
+    expected = torch.stack([table.embed(x) for x in ids]).detach()
+    torch.testing.assert_close(materialize(collection, "t", ids).double(), expected, rtol=1e-5, atol=1e-5)
+    for call in (lambda: materialize(collection, "t"), lambda: materialized_blocks(collection, "t")):
+        with pytest.raises(ValueError, match="table 't': all rows of a table with id_hash"):
+            call()
 
 
 def test_a_table_that_is_not_there_is_refused_with_those_that_are() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from kinds import kind_of
@@ -45,7 +46,12 @@ def dequantised(module: Any, quantised: Any) -> Any:
 
 
 def rows_of(config: Any, ids: Tensor) -> list[Tensor]:
-    return list(config.bound_partitions.rows(ids).T) if hasattr(config, "partitions") else [ids]
+    if not hasattr(config, "partitions"):
+        return [ids]
+    if config.id_hash is not None:
+        hashed = oracle.hashed(lambda x: (x,), config.num_embeddings, config.hash_seed)
+        ids = torch.tensor([hashed(x)[0] for x in ids.tolist()])
+    return list(config.bound_partitions.rows(ids).T)
 
 
 @each_dtype
@@ -135,6 +141,7 @@ IN_PYTORCH = {
     "path": (kind_of("strided", 2).partitions, OPERATIONS["path"]),
     "path_hidden": (kind_of("strided", 2).partitions, OPERATIONS["path_hidden"]),
     "path_explicit": (kind_of("explicit", 3).partitions, OPERATIONS["path"]),
+    "path_hashed": (kind_of("strided", 2).partitions, {**OPERATIONS["path"], "id_hash": "splitmix64"}),
     "five_mult": (MixedRadix(sizes=[3, 3, 3, 2, 2]), OPERATIONS["mult"]),
     "five_concat": (MixedRadix(sizes=[3, 3, 3, 2, 2]), OPERATIONS["concat"]),
 }

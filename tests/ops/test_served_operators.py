@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import fbgemm_gpu  # noqa: F401  (registers the quantisation of rows)
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +38,10 @@ def read(weight: Tensor, row_type: str, width: int) -> Tensor:
 
 
 class Case:
-    """Tables, their weights, and a batch whose features come in another order than the tables'."""
+    """Tables, their weights, and a batch whose features come in another order than the tables'.
+
+    The policy "hashed" stands for ids that are hashed, with the number of the table as the seed.
+    """
 
     def __init__(self, tables: list[tuple[Any, str, int, int, str, bool, str]], seed: int, policy_ids: bool) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -56,6 +60,8 @@ class Case:
                 layout = TableLayout(operation, partition_layouts(bound, dict(enumerate(widths))))
                 maps = bound.class_map
                 self.bound.append(bound)
+            if policy == "hashed":
+                layout, policy = layout._replace(hash_seed=number, num_ids=S), "unchecked"
             names = tuple(f"f{number}_{i}" for i in range(features))
             self.served.append(
                 ServedTable(f"t{number}", names, layout, S, policy, mean, (row_type,) * len(layout.partitions))
@@ -99,6 +105,8 @@ class Case:
                     begin, end = starts[position * self.bags + b], starts[position * self.bags + b + 1]
                     for n in range(begin, end):
                         x = int(self.ids[n])
+                        if table.layout.hash_seed is not None:
+                            (x,) = oracle.hashed(lambda x: (x,), S, table.layout.hash_seed)(x)
                         x = min(max(x, 0), S - 1) if table.out_of_range == "clamp" else x % S
                         rows = [x] if bound is None else bound.rows(torch.tensor([x]))[0].tolist()
                         found = [w[r] for w, r in zip(own, rows, strict=True)]
@@ -168,6 +176,37 @@ def test_an_id_outside_is_an_error_that_names_it(x: int, of: Any) -> None:
         of(*case.arguments(False))
 
 
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_any_ids_are_hashed(id_type: torch.dtype) -> None:
+    tables = [
+        (spec, operation, 16, 1, policy, False, "int8")
+        for spec, operation in SPECS.values()
+        if spec is not None
+        for policy in ("hashed", "wrap")
+    ]
+    case = Case(tables, seed=1, policy_ids=True)
+    limits = torch.iinfo(id_type)
+    case.ids = torch.randint(limits.min, limits.max, case.ids.shape).to(id_type)
+    case.ids[:4] = torch.tensor([limits.min, limits.max, -1, 0])
+    out = torch.ops.torchrec_qr_serving.pooled(*case.arguments(False))
+    torch.testing.assert_close(out.double(), case.expected(False), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled_by_torch(*case.arguments(False)), out, rtol=1e-5, atol=1e-5)
+
+
+def test_seeds_that_are_none_are_refused() -> None:
+    case = Case([(QuotientRemainder(num_collisions=4), "mult", 16, 1, "hashed", False, "int8")], 0, False)
+    for at, number, message in [
+        (9, -2, "table 't0': seed of a hash -2"),
+        (9, 2**31, "table 't0': seed of a hash 2147483648"),
+        (6, 0, "table 't0': seed of a hash, with policy 0"),
+        (5, -1, "table 't0': seed of a hash, with policy 3"),
+    ]:
+        layout = case.layout.clone()
+        layout[at] = number
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.torchrec_qr_serving.pooled(*broken(case, layout=layout))
+
+
 def test_wild_ids_of_unchecked_tables_follow_the_formula() -> None:
     spec = QuotientRemainder(num_collisions=4)
     case = Case([(spec, "mult", 16, 1, "unchecked", False, "fp32")], 0, False)
@@ -222,7 +261,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         ({"weights": [wide[0].float(), case.weights[1]]}, "partition 0"),
         ({"weights": [case.weights[0][:3], case.weights[1]]}, "row"),
         ({"layout": case.layout[:-1].contiguous()}, "layout: it ends too early"),
-        ({"layout": torch.cat([torch.tensor([2]), case.layout[1:]])}, "layout: version 2; allowed: 1"),
+        ({"layout": torch.cat([torch.tensor([1]), case.layout[1:]])}, "layout: version 1; allowed: 2"),
         ({"layout": case.layout.float()}, "layout: allowed"),
     ]:
         with pytest.raises(RuntimeError, match=message.replace("(", r"\(")):

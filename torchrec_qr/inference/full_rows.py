@@ -31,14 +31,15 @@ def materialize(collection: Collection, table: str, ids: Tensor | Sequence[int] 
         collection (Collection): an unsharded `CompositionalEmbeddingBagCollection` or
             `CompositionalEmbeddingCollection`.
         table (str): the name of a table, plain or compositional.
-        ids (Tensor | Sequence[int] | None): (N,) integers in [0, S), or None for 0 to S - 1.
+        ids (Tensor | Sequence[int] | None): (N,) integers in [0, S), or None for 0 to S - 1. A table with ``id_hash``
+            needs them, and takes any int64.
 
     Returns:
         Tensor: (N, D) or (S, D) fp32, on the collection's device. `materialized_blocks` holds fewer rows at a time.
 
     Raises:
-        ValueError: the collection has no such table, ids are not one-dimensional, or the collection is on the meta
-            device.
+        ValueError: the collection has no such table, ids are not one-dimensional or lack though the table hashes them,
+            or the collection is on the meta device.
         TypeError: the collection is none of ours or is sharded, or ids are not integers.
         IndexError: an id is outside [0, S), whatever the table's ``out_of_range``.
 
@@ -64,6 +65,7 @@ def materialize(collection: Collection, table: str, ids: Tensor | Sequence[int] 
     source = _Source(collection, table)
     if ids is not None:
         return source.rows(source.checked(ids))
+    source.require_id_range()
     full = torch.empty(source.num_ids, source.dim, device=collection.device)
     for first, block in source.blocks(source.num_ids_at_once):
         full[first : first + len(block)] = block
@@ -82,7 +84,7 @@ def materialized_blocks(collection: Collection, table: str, num_rows: int = 65_5
         Iterator[Tensor]: (``num_rows``, D) fp32 of ids 0, 1, …, on the collection's device.
 
     Raises:
-        ValueError: ``num_rows`` is below 1. See also `materialize`.
+        ValueError: ``num_rows`` is below 1, or the table hashes its ids. See also `materialize`.
         TypeError: see `materialize`.
 
     Example:
@@ -95,6 +97,7 @@ def materialized_blocks(collection: Collection, table: str, num_rows: int = 65_5
         [(400, 16), (400, 16), (200, 16)]
     """
     source = _Source(collection, table)
+    source.require_id_range()
     if num_rows < 1:
         raise ValueError(f"table {table!r}: num_rows={num_rows!r}; allowed: 1 or more")
     return (block for _, block in source.blocks(num_rows))
@@ -148,13 +151,22 @@ class _Source:
         self.num_ids = config.num_embeddings
         maps = [] if own.class_map is None else [own.class_map]
         self._table, self._device = table, collection.device
+        self._is_hashed = own.layout.hash_seed is not None
         self._description = Description([own.layout], [table], maps)
         self._weights = [weight.detach() for weight in own.weights()]
         self.dim = own.layout.dim
         self.num_ids_at_once = max(1, _SCALARS // sum(own.layout.widths))
 
+    def require_id_range(self) -> None:
+        """Raises ValueError if the table hashes its ids, which then have no range."""
+        if self._is_hashed:
+            raise ValueError(
+                f"table {self._table!r}: all rows of a table with id_hash, whose ids are any int64; allowed: "
+                "materialize(collection, table, ids) with the ids to compose"
+            )
+
     def rows(self, ids: Tensor) -> Tensor:
-        """Returns (N, D) fp32 of ids (N,) in [0, S)."""
+        """Returns (N, D) fp32 of ids (N,), which `checked` allows."""
         if len(ids) > self.num_ids_at_once:
             return torch.cat([self.rows(chunk) for chunk in ids.split(self.num_ids_at_once)])
         starts = [0, len(ids)]
@@ -174,7 +186,7 @@ class _Source:
             raise TypeError(f"table {self._table!r}: ids have dtype {given.dtype}; allowed: int32, int64")
         if given.dim() != 1:
             raise ValueError(f"table {self._table!r}: ids have shape {tuple(given.shape)}; allowed: (N,)")
-        if given.numel():
+        if given.numel() and not self._is_hashed:
             low, high = (int(x) for x in given.aminmax())
             if low < 0 or high >= self.num_ids:
                 outside = low if low < 0 else high

@@ -131,8 +131,6 @@ def _refusal_of(table: ServedTable) -> str:
             "allowed in an exported or scripted model: plain, mult, add and concat with up to 4 partitions of up to "
             "1,024 columns"
         )
-    if layout.hash_seed is not None:
-        return f"table {table.name!r}: id_hash is not supported in an exported or scripted model"
     other = set(table.row_types) - set(_ROW_TYPES.values())
     if other:
         return f"table {table.name!r}: rows of {sorted(other)}; allowed in an exported or scripted model: " + ", ".join(

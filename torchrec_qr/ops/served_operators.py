@@ -19,7 +19,7 @@ from torchrec_qr.ops.serving_library import load_operators
 from torchrec_qr.ops.serving_reference import composed_by_torch, pooled_by_torch
 
 # As csrc/serving/operators.cpp.
-_VERSION = 1
+_VERSION = 2
 # The types of rows, by their numbers in csrc/lookup.h.
 ROW_TYPES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 5, "int4": 6}
 
@@ -57,7 +57,7 @@ def served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
         >>> qr = TableLayout("mult", (PartitionLayout(8, 1, 25), PartitionLayout(8, 25, 4)), num_ids=100)
         >>> layout, names = served_layout([ServedTable("t", ("f",), qr, 100, "error", False, ("int8", "int8"))])
         >>> layout.tolist(), names
-        ([1, 1, 0, 2, 1, 100, 0, 0, 0, 5, 8, 1, 25, 5, 8, 25, 4], 't\\tf')
+        ([2, 1, 0, 2, 1, 100, 0, 0, 0, -1, 5, 8, 1, 25, 5, 8, 25, 4], 't\\tf')
     """
     numbers = [_VERSION, len(tables)]
     for t in tables:
@@ -66,9 +66,8 @@ def served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
             raise NotImplementedError(
                 f"table {t.name!r}: operation {operation!r}; allowed: plain, {', '.join(KERNEL_OPERATIONS)}"
             )
-        if t.layout.hash_seed is not None:
-            raise NotImplementedError(f"table {t.name!r}: id_hash is not supported in a served model")
-        any_id = t.out_of_range == "unchecked" and not t.layout.has_map
+        hashed = t.layout.hash_seed is not None
+        any_id = t.out_of_range == "unchecked" and not t.layout.has_map and not hashed
         numbers += [
             KERNEL_OPERATIONS.index(operation),
             len(t.layout.partitions),
@@ -77,6 +76,7 @@ def served_layout(tables: Sequence[ServedTable]) -> tuple[Tensor, str]:
             OUT_OF_RANGE_POLICIES.index(t.out_of_range),
             int(t.layout.has_map),
             int(t.mean),
+            t.layout.hash_seed if t.layout.hash_seed is not None else -1,
         ]
         for partition, row_type in zip(t.layout.partitions, t.row_types, strict=True):
             # Rows of a plain table are its ids.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_qr.id_hash import hashed_ids
 from torchrec_qr.partitions.bound import closed_form_rows, mapped_rows
 
 _INT8, _INT4 = 5, 6
@@ -57,6 +58,7 @@ class _Table(NamedTuple):
     num_ids: int
     policy: int
     mean: bool
+    hash_seed: int
     class_map: Tensor | None
     partitions: list[_Partition]
     names: list[str]
@@ -64,6 +66,8 @@ class _Table(NamedTuple):
     def compose(self, ids: Tensor, feature: int) -> Tensor:
         """Returns (N, D): compose_j( W_j[p_j(x_n)] )."""
         ids = self._bounded(ids.to(torch.int64), feature)
+        if self.hash_seed >= 0:
+            ids = hashed_ids(ids, self.hash_seed, self.num_ids)
         maps = [None] * len(self.partitions) if self.class_map is None else list(self.class_map)
         parts = [p.read(ids, classes) for p, classes in zip(self.partitions, maps, strict=True)]
         if self.operation == _CONCAT:
@@ -78,7 +82,8 @@ class _Table(NamedTuple):
             return ids.clamp(0, self.num_ids - 1)
         if self.policy == _WRAP:
             return ids.remainder(self.num_ids)
-        outside = ids[(ids < 0) | (ids >= self.num_ids)] if self.num_ids >= 0 else ids[:0]
+        any_id = self.num_ids < 0 or self.hash_seed >= 0
+        outside = ids[:0] if any_id else ids[(ids < 0) | (ids >= self.num_ids)]
         if outside.numel():
             table, *features = self.names
             raise RuntimeError(
@@ -92,12 +97,14 @@ def _tables(weights: list[Tensor], class_maps: list[Tensor], layout: Tensor, nam
     _, count, *rest = layout.tolist()
     numbers, tensors, maps = iter(rest), iter(weights), iter(class_maps)
     for line in names.split("\n")[:count]:
-        operation, k, features, num_ids, policy, mapped, mean = (next(numbers) for _ in range(7))
+        operation, k, features, num_ids, policy, mapped, mean, hash_seed = (next(numbers) for _ in range(8))
         class_map = next(maps) if mapped else None
         partitions = [
             _Partition(next(numbers), next(numbers), next(numbers), next(numbers), next(tensors)) for _ in range(k)
         ]
-        yield _Table(operation, features, num_ids, policy, bool(mean), class_map, partitions, line.split("\t"))
+        yield _Table(
+            operation, features, num_ids, policy, bool(mean), hash_seed, class_map, partitions, line.split("\t")
+        )
 
 
 def pooled_rows(rows: Tensor, lengths: Tensor, id_weights: Tensor | None, mean: bool) -> Tensor:

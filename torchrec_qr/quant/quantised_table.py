@@ -65,8 +65,6 @@ class QuantisedTable(nn.Module):
         super().__init__()
         self.config, self.row_type = config, row_type_of(config)
         if is_compositional(config):
-            if config.id_hash is not None:
-                raise NotImplementedError(f"table {config.name!r}: id_hash={config.id_hash!r} of a quantised table")
             self.layout = table_layout(config, dict(enumerate(config.partition_columns)))
             sizes: Sequence[int] = config.bound_partitions.sizes
             for j, (rows, columns) in enumerate(zip(sizes, self.layout.widths, strict=True)):
@@ -139,8 +137,8 @@ class QuantisedTable(nn.Module):
         return bounded_ids(ids, IdSpace(self.config.name, feature, self.config.num_embeddings, self.out_of_range))
 
     def composed(self, ids: Tensor) -> Tensor:
-        """Returns (N, D) fp32 of ids (N,) int64 in [0, S), in PyTorch."""
-        weights = self.weights()
+        """Returns (N, D) fp32 of ids (N,) int64, which are in [0, S) or are hashed, in PyTorch."""
+        weights, ids = self.weights(), self.layout.ids_of(ids)
         rows = [partition.rows_of(ids, self.class_map) for partition in self.layout.partitions]
         if self.layout.operation != "path":
             parts = [self._read(weight, of, j) for j, (weight, of) in enumerate(zip(weights, rows, strict=True))]

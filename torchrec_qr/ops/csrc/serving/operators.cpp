@@ -2,8 +2,9 @@
 // for all versions of PyTorch from 2.11 on.
 //
 // `layout` is int64 numbers: a version, the number of tables; for each table its operation, K, the number of its
-// features, S (-1: any id), its policy for ids outside of [0, S), 1 if it has a class map, 1 if its pooling is MEAN; and
-// for each partition the type of its rows, D_j, the divisor and the modulus of its ids. `names` has one line a table:
+// features, S (-1: any id), its policy for ids outside of [0, S), 1 if it has a class map, 1 if its pooling is MEAN, the
+// seed of the hash of its ids (-1: none); and for each partition the type of its rows, D_j, the divisor and the modulus
+// of its ids. `names` has one line a table:
 // its name and those of its features, with tabs between them. `torchrec_qr.ops.served_operators` writes both.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -27,7 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLayoutVersion = 1;
+constexpr int64_t kLayoutVersion = 2;
 // Ids that make up for the start of a thread.
 constexpr int64_t kIdsPerThread = 1024;
 // Bytes of the output that a block of bags takes, for the address translation caches.
@@ -114,13 +116,15 @@ private:
     void add(int64_t t, const std::vector<Tensor>& weights, const std::vector<Tensor>& class_maps, size_t& weight,
              size_t& map) {
         const int64_t operation = next(), k = next(), own_features = next(), size = next(), policy = next(),
-                      mapped = next(), mean = next();
+                      mapped = next(), mean = next(), hash_seed = next();
         const auto bad = [&](const char* field, int64_t value) { refuse(label(t), ": ", field, " ", value); };
         if (operation < qr::kMult || operation > qr::kConcat) bad("operation", operation);
         if (k < 1 || k > qr::kMaxPartitions) bad("partitions", k);
         if (own_features < 1) bad("features", own_features);
         if (policy < qr::kError || policy > qr::kUnchecked) bad("policy", policy);
         if (size < 1 && (size != -1 || mapped || policy != qr::kUnchecked)) bad("number of ids", size);
+        if (hash_seed < -1 || hash_seed > std::numeric_limits<int32_t>::max()) bad("seed of a hash", hash_seed);
+        if (hash_seed >= 0 && (size < 1 || policy != qr::kUnchecked)) bad("seed of a hash, with policy", policy);
         const void* class_map = nullptr;
         int32_t map_type = qr::kInt64;
         int64_t bytes_of_map = 0;
@@ -168,6 +172,7 @@ private:
         table.operation = static_cast<int32_t>(operation);
         table.num_partitions = static_cast<int32_t>(k);
         table.num_ids = size;
+        table.hash_seed = static_cast<int32_t>(hash_seed);
         qr::Group group = {};
         group.tables = &table;
         group.partitions = partitions;
