@@ -129,32 +129,6 @@ def test_managed_collisions_of_an_unsharded_collection(pooled: bool) -> None:
         assert torch.equal(actual, own)
 
 
-def sharded_managed(rank: int, world_size: int) -> list[str]:
-    messages = []
-    for pooled in (True, False):
-        with pytest.raises(NotImplementedError) as error:
-            DistributedModelParallel(managed(pooled), device=CPU, sharders=get_default_sharders())
-        messages.append(str(error.value))
-    # Around TorchRec's own collection they are as ever.
-    plain = EmbeddingBagCollection(tables=[plain_named("p")])
-    plain.embedding_configs = plain.embedding_bag_configs
-    stock = ManagedCollisionEmbeddingBagCollection(plain, remapping(plain, plain.embedding_bag_configs()))
-    (sharder,) = (s for s in get_default_sharders() if s.module_type is type(stock))
-    assert list(sharder.shardable_parameters(stock)) == ["p"]
-    return messages
-
-
-def test_managed_collisions_in_front_of_a_sharded_collection_are_refused() -> None:
-    pooled, sequence = run_ranks(sharded_managed, 1)[0]
-    assert pooled.startswith(
-        "ManagedCollisionEmbeddingBagCollection of CompositionalEmbeddingBagCollection, tables ['a', 'b']: managed "
-        "collision is not supported by sharded compositional collections"
-    )
-    assert sequence.startswith("ManagedCollisionEmbeddingCollection of CompositionalEmbeddingCollection, tables")
-    for message in (pooled, sequence):
-        assert message.endswith("allowed: plain tables in a collection of TorchRec's, or the module unsharded")
-
-
 # --- feature processors --------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,8 @@ require(HOOKS)
 def get_default_sharders() -> list[ModuleSharder[Any]]:
     """Returns TorchRec's default sharders and ours, for ``DistributedModelParallel(model, sharders=…)``.
 
-    They also shard a ``FeatureProcessedEmbeddingBagCollection`` of a compositional collection. They refuse managed
-    collisions in front of one.
+    They also shard a ``FeatureProcessedEmbeddingBagCollection`` of a compositional collection, and managed collisions
+    in front of one.
 
     Example:
         >>> from torchrec_qr.distributed import get_default_sharders

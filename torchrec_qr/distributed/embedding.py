@@ -55,13 +55,21 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
         return SEQUENCE_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        return super().input_dist(ctx, self.prepared(features))
+
+    def prepared(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Returns a batch for an input dist.
+
+        Raises:
+            NotImplementedError: the features differ in their number of bags.
+        """
         features = checked_features(self, features)
         if features.variable_stride_per_key():
             raise NotImplementedError(
                 "variable batch per feature is not supported by sharded compositional collections of sequences; "
                 f"features {features.keys()}; allowed: one number of bags for all"
             )
-        return super().input_dist(ctx, features)
+        return features
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:
         """Puts each id of a feature once into the feature's first bag, because TorchRec can on CUDA alone.

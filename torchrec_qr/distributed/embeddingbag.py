@@ -104,6 +104,10 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         return CompositionalContext()
 
     def input_dist(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
+        return super().input_dist(ctx, self.prepared(ctx, features))
+
+    def prepared(self, ctx: CompositionalContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Returns a batch for an input dist, and keeps in ``ctx`` what the output needs."""
         given = checked_features(self, features)
         features = with_one_number_of_bags(given)
         ctx.bags = bags_of_samples(given, [name.split("@")[0] for name in self._embedding_names])
@@ -111,7 +115,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             sizes = features.lengths().view(len(features.keys()), -1)
             ctx.means = self._means_of(features.keys(), sizes.device)
             ctx.bag_sizes = sizes.index_select(0, ctx.means.features)
-        return super().input_dist(ctx, features)
+        return features
 
     def output_dist(self, ctx: CompositionalContext, output: list[Tensor]) -> Any:  # type: ignore[override]
         return self._completed(ctx, super().output_dist(ctx, output))

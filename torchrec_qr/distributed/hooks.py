@@ -25,7 +25,11 @@ from torchrec.distributed.embedding_sharding import group_tables
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
-from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.mc_embedding_modules import (
+    BaseManagedCollisionEmbeddingCollectionSharder,
+    BaseShardedManagedCollisionEmbeddingCollection,
+)
+from torchrec.distributed.mc_modules import ShardedManagedCollisionCollection
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
@@ -117,7 +121,23 @@ HOOKS = (
     Hook(FeatureProcessedEmbeddingBagCollection, used=("_embedding_bag_collection",)),
     Hook(FeatureProcessedEmbeddingBagCollectionSharder, defined=("shard", "shardable_parameters")),
     Hook(BaseManagedCollisionEmbeddingCollection, used=("_embedding_module", "_managed_collision_collection")),
-    Hook(BaseManagedCollisionEmbeddingCollectionSharder, defined=("shard", "shardable_parameters")),
+    Hook(BaseManagedCollisionEmbeddingCollectionSharder, defined=("shardable_parameters",), used=("_e_sharder",)),
+    # The attributes that TorchRec's constructor sets, and its methods read.
+    Hook(
+        BaseShardedManagedCollisionEmbeddingCollection,
+        used=(
+            *("_embedding_module", "_managed_collision_collection", "_table_to_tbe_and_index", "_buffer_ids", "bagged"),
+            *("_return_remapped_features", "_allow_in_place_embed_weight_update"),
+        ),
+    ),
+    Hook(
+        ShardedManagedCollisionCollection,
+        defined=("compute", "output_dist", "evict"),
+        used=(
+            *("_sharding_tables", "_sharding_per_table_feature_splits", "_table_to_offset", "shards_metadata"),
+            *("_grouped_embedding_configs", "local_metadata", "num_embeddings"),
+        ),
+    ),
     # TorchRec's fused collections, and its quantised ones, which are refused.
     Hook(fuse_embedding_optimizer, used=("named_children",)),
     *(Hook(function, used=("state_dict",)) for function in (quantize_state_dict, _get_device)),

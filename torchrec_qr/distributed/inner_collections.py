@@ -1,6 +1,6 @@
 """Sharders of TorchRec's modules that have a collection inside, plain or compositional."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,11 +11,14 @@ from torchrec.distributed.fp_embeddingbag import (
 from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
+from torchrec_qr.distributed.embedding import CompositionalEmbeddingCollectionSharder
 from torchrec_qr.distributed.embeddingbag import CompositionalEmbeddingBagCollectionSharder
+from torchrec_qr.distributed.managed_collisions import ShardedManagedCollisionBags, ShardedManagedCollisionSequences
+from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
 
@@ -51,27 +54,72 @@ _OF_COMPOSITIONAL = FeatureProcessedEmbeddingBagCollectionSharder(
 )
 
 
-class _RefusingCompositional(BaseManagedCollisionEmbeddingCollectionSharder[Any]):
-    """A mixin that refuses a compositional collection behind managed collisions.
+class _ManagedCollisionSharder(BaseManagedCollisionEmbeddingCollectionSharder[Any]):
+    """A mixin of TorchRec's two sharders of managed collisions, for either collection inside.
 
-    TorchRec resets the row of an id that it evicts. Rows of partitions belong to other ids too.
+    A sharder of ours shards a collection of ours, with the ``fused_params`` and the codecs of TorchRec's one.
     """
 
-    def shard(self, module: BaseManagedCollisionEmbeddingCollection, *args: Any, **kwargs: Any) -> Any:
-        _refuse(module)
-        return super().shard(module, *args, **kwargs)  # type: ignore[call-overload]
+    _inside: ClassVar[type[CompositionalSharder[Any]]]
+    _sharded: ClassVar[Any]
+    # Whether the module of the last call of `shardable_parameters` has a collection of ours.
+    _is_ours = False
+
+    def shard(
+        self,
+        module: BaseManagedCollisionEmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Any:
+        """Returns the sharded module."""
+        if not _is_compositional(module._embedding_module):
+            return super().shard(module, params, env, device, module_fqn)  # type: ignore[call-overload]
+        return self._sharded(module, params, self._of_compositional(), env, device or torch.device("cuda"))
 
     def shardable_parameters(self, module: BaseManagedCollisionEmbeddingCollection) -> dict[str, nn.Parameter]:
-        _refuse(module)
+        self._is_ours = _is_compositional(module._embedding_module)
+        if self._is_ours:
+            return self._of_compositional().shardable_parameters(module._embedding_module)
         return super().shardable_parameters(module)
 
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Returns the sharding types of the module that `shardable_parameters` was called with last."""
+        return [ShardingType.ROW_WISE.value] if self._is_ours else super().sharding_types(compute_device_type)
 
-class ManagedCollisionBagSharder(_RefusingCompositional, ManagedCollisionEmbeddingBagCollectionSharder):
-    """TorchRec's ``ManagedCollisionEmbeddingBagCollectionSharder``, which refuses compositional collections."""
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Returns the kernels of the module that `shardable_parameters` was called with last."""
+        if self._is_ours:
+            return self._of_compositional().compute_kernels(sharding_type, compute_device_type)
+        return super().compute_kernels(sharding_type, compute_device_type)
+
+    def _of_compositional(self) -> CompositionalSharder[Any]:
+        return self._inside(self.fused_params, self._e_sharder.qcomm_codecs_registry)
 
 
-class ManagedCollisionSequenceSharder(_RefusingCompositional, ManagedCollisionEmbeddingCollectionSharder):
-    """TorchRec's ``ManagedCollisionEmbeddingCollectionSharder``, which refuses compositional collections."""
+class ManagedCollisionBagSharder(_ManagedCollisionSharder, ManagedCollisionEmbeddingBagCollectionSharder):
+    """TorchRec's ``ManagedCollisionEmbeddingBagCollectionSharder``, for a collection of ours or TorchRec's inside.
+
+    Args:
+        fused_params (dict[str, Any] | None): the fused optimizer of all tables.
+        qcomm_codecs_registry (dict[str, Any] | None): TorchRec's codecs of embeddings that ranks send.
+
+    Example:
+        >>> from torchrec_qr.distributed.inner_collections import ManagedCollisionBagSharder
+        >>> ManagedCollisionBagSharder(fused_params={"learning_rate": 0.1}).module_type.__name__
+        'ManagedCollisionEmbeddingBagCollection'
+    """
+
+    _inside = CompositionalEmbeddingBagCollectionSharder
+    _sharded = ShardedManagedCollisionBags
+
+
+class ManagedCollisionSequenceSharder(_ManagedCollisionSharder, ManagedCollisionEmbeddingCollectionSharder):
+    """TorchRec's ``ManagedCollisionEmbeddingCollectionSharder``, for a collection of ours or TorchRec's inside."""
+
+    _inside = CompositionalEmbeddingCollectionSharder
+    _sharded = ShardedManagedCollisionSequences
 
 
 def with_compositional_inside(sharders: list[ModuleSharder[Any]]) -> list[ModuleSharder[Any]]:
@@ -87,14 +135,3 @@ def with_compositional_inside(sharders: list[ModuleSharder[Any]]) -> list[Module
 
 def _is_compositional(collection: nn.Module) -> bool:
     return isinstance(collection, CompositionalEmbeddingBagCollection | CompositionalEmbeddingCollection)
-
-
-def _refuse(module: BaseManagedCollisionEmbeddingCollection) -> None:
-    inside = module._embedding_module
-    if _is_compositional(inside):
-        tables = [config.name for config in module._managed_collision_collection.embedding_configs()]
-        raise NotImplementedError(
-            f"{type(module).__name__} of {type(inside).__name__}, tables {tables}: managed collision is not supported "
-            "by sharded compositional collections, whose rows are shared and so cannot be reset when an id is "
-            "evicted; allowed: plain tables in a collection of TorchRec's, or the module unsharded"
-        )
