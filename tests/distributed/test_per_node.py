@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from global_batches import batch_of
 from parity_model import OPTIMIZERS, Run, TableCase, train
 from parity_reference import assert_trained_as_reference
 from pieces import gathered
@@ -25,6 +26,7 @@ from sharded_model import (
     shard,
     sharders_of,
     state_of,
+    table,
     tables,
     two_tables,
     unsharded,
@@ -42,6 +44,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from torchrec_qr import ExplicitPartitions, QuotientRemainder
 from torchrec_qr.distributed import per_node
 from torchrec_qr.distributed.copied_rows import padded_unique, unique_rows
 
@@ -106,6 +109,27 @@ def step_on(rank: int, world_size: int, divides: bool) -> None:
 @pytest.mark.parametrize("divides", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_nodes_with_uneven_batches_step_alike(divides: bool) -> None:
     run_ranks(step_on, 4, divides, local_world_size=2)
+
+
+def train_on_hashed_ids(rank: int, world_size: int) -> None:
+    """Compares copies with a table of all ranks, whose forward is that of the unsharded module."""
+    strided, mapped = QuotientRemainder(num_collisions=7), ExplicitPartitions(torch.arange(60).repeat(2, 1))
+    configs = [table("a", strided, "mult", id_hash="splitmix64"), table("b", mapped, "add", id_hash="splitmix64")]
+    values = unsharded(configs)
+    trained = {}
+    for sharding in ("table_wise", *PER_NODE):
+        model = shard(configs, sharding, ADAGRAD, values)
+        batch = batch_of(configs, 0, rank, world_size)
+        torch.testing.assert_close(model(batch), values(batch), rtol=1e-5, atol=1e-6)
+        train_steps(model, configs, range(2))
+        trained[sharding] = weights_of(model)
+    for sharding in PER_NODE:
+        assert_all_close(trained[sharding], trained["table_wise"], sharding, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ids_are_hashed_once() -> None:
+    run_ranks(train_on_hashed_ids, 4, local_world_size=2)
 
 
 def freeze(rank: int, world_size: int) -> None:

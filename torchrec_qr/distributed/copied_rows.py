@@ -75,7 +75,9 @@ def look_up_copies(given: CopiedTables, batch: Batch, peers: Peers) -> Tensor:
         maps.append(torch.stack(numbers) if len(ids) else ids.new_zeros(len(numbers), 1))
         num_ids.append(len(ids))
         partitions = tuple(PartitionLayout(p.width, map_row=k) for k, p in enumerate(table.partitions))
-        layouts.append(table._replace(partitions=partitions, num_ids=maps[-1].shape[1], code=None))
+        # Say neither how ids travel nor how they are hashed, because the numbers of ids are looked up in their place.
+        path = table.path_hidden, table.path_activation
+        layouts.append(TableLayout(table.operation, partitions, table.num_features, maps[-1].shape[1], None, *path))
     own_weights = [w for w, is_copied in zip(given.weights, given.is_copied, strict=True) if is_copied]
 
     def updates() -> list[Outcome]:
