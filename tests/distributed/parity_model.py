@@ -32,7 +32,7 @@ from torchrec_qr import MixedRadix
 
 # Columns of a shard where the planner splits columns.
 PLANNED_WIDTH = 8
-ROW_SPLIT = ("row_wise", "table_row_wise", "grid_shard", "row_wise_per_node")
+ROW_SPLIT = ("row_wise", "table_row_wise", "grid_shard")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": EmbOptimType.EXACT_SGD},
     "adagrad": {"optimizer": EmbOptimType.EXACT_ADAGRAD},

@@ -85,7 +85,8 @@ class Reference:
         if case.kind == "plain":
             return logical or [(0, case.dim)]
         width = config.partition_columns[j]
-        if logical is None or case.operation == "path" or (case.sharding in ROW_SPLIT and j != config.base_partition):
+        has_replica = case.sharding.removesuffix("_per_node") in ROW_SPLIT and j != config.base_partition
+        if logical is None or case.operation == "path" or has_replica:
             return [(0, width)]
         first = sum(config.partition_columns[:j]) if case.operation == "concat" else 0
         cut = [(max(a - first, 0), min(b - first, width)) for a, b in logical]
