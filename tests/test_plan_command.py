@@ -191,6 +191,37 @@ def test_fit_prints_tables_that_fit_with_least_compression(
     assert main(["plan", "--config", str(again), *cluster]) == (1 if more > 2 else 0)
 
 
+def test_tables_of_hashed_ids_are_planned_and_keep_their_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, file = tmp_path / "job.yaml", tmp_path / "plan.json"
+    hashed = "num_embeddings: 1_099_511_627_776, embedding_dim: 64, id_hash: splitmix64, hash_seed: 3"
+    job.write_text(
+        f"""
+tables:
+  - {{name: three, {hashed}, partitions: {{kind: mixed_radix, num_partitions: 3, rows: 40_000}}}}
+  - {{name: two, {hashed}, partitions: {{kind: quotient_remainder, num_collisions: 1_000_000}}}}
+  - {{name: item, num_embeddings: 50_000_000, embedding_dim: 64}}
+planner: {{topology: 1x2, device: h100, batch_size: 512, hbm_gib: 4}}
+"""
+    )
+    assert main(["plan", "--config", str(job), "--hbm-gib", "40", "--json", str(file), "--compare", "full,qr"]) == 0
+    plan = json.loads(file.read_text())["devices"]["h100"]
+    rows = {table["name"]: table["physical_rows"] for table in plan["tables"]}
+    assert rows == {"three": 40_000, "two": 1_099_512 + 1_000_000, "item": 50_000_000}
+    assert plan["totals"]["bytes_full"] == plan["totals"]["bytes"] == sum(rows.values()) * 256
+    assert {variant["bytes"] for variant in plan["compare"].values()} == {sum(rows.values()) * 256}
+    capsys.readouterr()
+    assert main(["plan", "--config", str(job), "--fit"]) == 0
+    out = capsys.readouterr().out
+    assert "# Tables of hashed ids keep their rows: three, two" in out
+    fitted = tmp_path / "fitted.yaml"
+    fitted.write_text(out)
+    before, after = read_tables(job), read_tables(fitted)
+    assert list(after)[:2] == list(before)[:2]
+    assert 2**20 < after[2].physical_rows < 50_000_000  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

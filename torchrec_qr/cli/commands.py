@@ -60,7 +60,9 @@ def _add_plan(commands: Any) -> None:
         "--sharding-group-size", type=int, metavar="N", help="plan for groups of N ranks, as DMPCollection has them"
     )
     command.add_argument(
-        "--inter-host-allreduce", action="store_true", help="the ranks of a group are consecutive, in place of its copies"
+        "--inter-host-allreduce",
+        action="store_true",
+        help="a group has consecutive ranks, in place of its copies",
     )
     command.add_argument(
         "--json", metavar="FILE", help="write the plan for programs, and for planner.plan_file; - for standard output"

@@ -4,7 +4,8 @@ import yaml
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_qr.cli.schema import dump, to_spec
-from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map
+from torchrec_qr.cli.sizing.sized_job import Sizing, composed, full, is_given_map, is_hashed
+from torchrec_qr.configs import CompositionalEmbeddingBagConfig
 from torchrec_qr.partitions.row_limit import highest_row_limit, within_rows
 
 
@@ -12,12 +13,12 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
     """Returns the rows that no table exceeds, as many as fit, and the tables so.
 
     The largest tables are compressed first, and alone if that is enough. A table of S rows keeps min(S, C) of them, and
-    C is the greatest of which a plan exists. Tables of explicit maps are kept.
+    C is the greatest of which a plan exists. Tables of explicit maps and of hashed ids are kept.
 
     Raises:
         ValueError: the least rows of all tables, ⌈2√S⌉ each, do not fit.
     """
-    sizes = [table.num_embeddings for table in sizing.tables]
+    sizes = [_kept_rows(table) or table.num_embeddings for table in sizing.tables]
 
     def limited(rows: int) -> Sizing:
         return sizing.of_tables([_limited(table, rows) for table in sizing.tables])
@@ -34,7 +35,7 @@ def fit(sizing: Sizing) -> tuple[int, Sizing]:
 def as_yaml(sizing: Sizing, rows: int) -> str:
     """Returns the ``tables:`` section, with a comment on the compression above it."""
     spec = sizing.spec
-    compressed = [table for table in sizing.tables if hasattr(table, "partitions")]
+    compressed = [table for table in sizing.tables if hasattr(table, "partitions") and not is_hashed(table)]
     head = [
         f"# Least compression that fits {spec.topology} {spec.device}, batch {spec.batch_size}, {sizing.optimizer}.",
         f"# Threshold {rows:,} rows: {len(compressed)} of {len(sizing.tables)} tables have more, and keep as many.",
@@ -43,12 +44,20 @@ def as_yaml(sizing: Sizing, rows: int) -> str:
     kept = [table.name for table in sizing.tables if is_given_map(table)]
     if kept:
         head.append(f"# Of explicit maps, which stay as they are in {sizing.name}: {', '.join(kept)}")
+    hashed = [table.name for table in sizing.tables if is_hashed(table)]
+    if hashed:
+        head.append(f"# Tables of hashed ids keep their rows: {', '.join(hashed)}")
     body: str = yaml.safe_dump({"tables": entries}, sort_keys=False, width=100, default_flow_style=None)
     return "\n".join([*head, body])
 
 
+def _kept_rows(table: EmbeddingBagConfig) -> int | None:
+    """Returns the rows of a table of hashed ids, whose S is not the number of ids."""
+    return table.physical_rows if isinstance(table, CompositionalEmbeddingBagConfig) and is_hashed(table) else None
+
+
 def _limited(table: EmbeddingBagConfig, rows: int) -> EmbeddingBagConfig:
-    if is_given_map(table):
+    if is_given_map(table) or is_hashed(table):
         return table
     if table.num_embeddings <= rows:
         return full(table)

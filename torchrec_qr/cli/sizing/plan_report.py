@@ -68,7 +68,7 @@ def compared(variants: Sequence[Totals]) -> str:
         balance = "-" if v.balance is None else f"{v.balance:.3f}"
         fewest = "none" if v.fewest_ranks is None else str(v.fewest_ranks)
         stored = f"{v.bytes_stored / _GIB:,.2f}"
-        lines.append(f"{v.name:<10}{v.parameters:>20,}{stored:>10}{held:>14}{step:>10}{balance:>9}{fewest:>14}")
+        lines.append(f"{v.name:<10}{v.parameters:>20,} {stored:>9}{held:>14}{step:>10}{balance:>9}{fewest:>14}")
     return "\n".join(lines)
 
 

@@ -164,7 +164,10 @@ class Sizing:
         return nodes * ranks
 
     def variant(self, name: str) -> "Sizing":
-        """Returns the same tables ``"full"``, or in as many rows by ``"hash"`` or ``"qr"``."""
+        """Returns the same tables ``"full"``, or in as many rows by ``"hash"`` or ``"qr"``.
+
+        Tables of hashed ids stay as they are, except under ``"hash"``, because they have no row for each id.
+        """
         return self.of_tables([_as(name, table) for table in self.tables])
 
     @cached_property
@@ -214,9 +217,11 @@ def full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
 def composed(table: EmbeddingBagConfig, partitions: PartitionSpec) -> CompositionalEmbeddingBagConfig:
     """Returns the table by other partitions, under its own operation if there are as many of them."""
     other = CompositionalEmbeddingBagConfig(**_plain_fields(table), partitions=partitions)
-    if isinstance(table, CompositionalEmbeddingBagConfig) and table.num_partitions == other.num_partitions:
+    if not isinstance(table, CompositionalEmbeddingBagConfig):
+        return other
+    if table.num_partitions == other.num_partitions:
         return replace(table, partitions=partitions)
-    return other
+    return replace(other, id_hash=table.id_hash, hash_seed=table.hash_seed)
 
 
 def _plain_fields(table: EmbeddingBagConfig) -> dict[str, Any]:
@@ -230,11 +235,20 @@ def is_given_map(table: EmbeddingBagConfig) -> bool:
     return isinstance(table, CompositionalEmbeddingBagConfig) and isinstance(table.partitions, ExplicitPartitions)
 
 
+def is_hashed(table: EmbeddingBagConfig) -> bool:
+    """Returns whether ids are hashed into S, so that S is not the number of ids, and no table has a row for each."""
+    return isinstance(table, CompositionalEmbeddingBagConfig) and table.id_hash is not None
+
+
 def _as(variant: str, table: EmbeddingBagConfig) -> EmbeddingBagConfig:
-    if not isinstance(table, CompositionalEmbeddingBagConfig) or variant == "full":
+    if not isinstance(table, CompositionalEmbeddingBagConfig):
         return full(table)
     if variant == "hash":
         return composed(table, HashPartition(rows=table.physical_rows))
+    if is_hashed(table):
+        return table
+    if variant == "full":
+        return full(table)
     if isinstance(table.partitions, QuotientRemainder):
         return table
     return composed(table, within_rows(table.num_embeddings, table.physical_rows))
