@@ -268,7 +268,7 @@ def trained(
         for name, part in parts_of(run, batch, out).items():
             outputs[name].append(numpy_of(part))
         after()
-    return Trained(outputs, own_weights(dmp), own_state(dmp), _columns_of(dmp))
+    return Trained(outputs, own_weights(dmp), own_state(dmp), columns_of(dmp))
 
 
 def _dense_optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
@@ -277,7 +277,7 @@ def _dense_optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.Adagrad(parameters, lr=LR, eps=DENSE_EPS)
 
 
-def _columns_of(dmp: DistributedModelParallel) -> dict[str, list[tuple[int, int]]]:
+def columns_of(dmp: DistributedModelParallel) -> dict[str, list[tuple[int, int]]]:
     """Per table, the blocks of logical columns that its plan makes."""
     module_plan = dmp.plan.plan["collection"]
     assert isinstance(module_plan, EmbeddingModuleShardingPlan)

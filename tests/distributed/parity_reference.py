@@ -39,6 +39,7 @@ class Reference:
         self._states: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
         self._steps = 0
         self.lr, self.eps, self.max_gradient = LR, EPS, float("inf")
+        self.loss_scale = 1.0
 
     def forward(self, batch: Batch) -> Tensor:
         """Outputs as `Model` returns them."""
@@ -58,7 +59,7 @@ class Reference:
     def step(self, batch: Batch, world_size: int = 1) -> list[Tensor]:
         """One step on the global batch; returns the outputs of each rank."""
         outs = [self.forward(batch.part(rank, world_size)) for rank in range(world_size)]
-        loss = sum(loss_of_exactly(out) for out in outs)
+        loss = sum(self.loss_scale * loss_of_exactly(out) for out in outs)
         if isinstance(loss, Tensor) and loss.requires_grad:  # not where no rank has ids
             loss.backward()
         self._steps += 1
@@ -76,6 +77,18 @@ class Reference:
                         optimizer.step(weight[:, a:b], gradient[:, a:b], state, rows, self._steps)
                     weight.grad = None
         return [out.detach() for out in outs]
+
+    def average_with(self, other: "Reference") -> None:
+        """Gives both the mean of their weights and states."""
+        with torch.no_grad():
+            for name, table in self.tables.items():
+                pairs = list(zip(table.weights, other.tables[name].weights, strict=True))
+                for j in range(len(table.weights)):
+                    of_blocks = zip(self._states[name, j], other._states[name, j], strict=True)
+                    pairs += [(own[state], of_other[state]) for own, of_other in of_blocks for state in own]
+                for a, b in pairs:
+                    a.copy_((a + b) / 2)
+                    b.copy_(a)
 
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""

@@ -5,12 +5,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Pieces = list[tuple[tuple[int, ...], tuple[int, ...], Any]]
 
 
 def pieces_of(value: Any) -> Pieces:
     """(global size, offsets, values) of what this rank holds of a tensor."""
+    if isinstance(value, DTensor):
+        local: Any = value._local_tensor
+        # An empty one has no shards, and yet the offsets of one.
+        return [
+            (tuple(value.size()), tuple(offsets), numpy_of(shard))
+            for offsets, shard in zip(local.local_offsets(), local.local_shards(), strict=False)
+        ]
     if not hasattr(value, "local_shards"):
         return [(tuple(value.shape), (0,) * value.dim(), numpy_of(value))]
     size = tuple(value.size())

@@ -42,10 +42,18 @@ BASIC_SHARDINGS = ("table_wise", "column_wise", "row_wise", "data_parallel")
 PER_NODE = ("table_wise_per_node", "column_wise_per_node", "row_wise_per_node")
 COLUMN_SPLIT = ("column_wise", "table_column_wise", "grid_shard")
 
+# The variable that has the ranks of a sharding group, for which plans are made under 2D parallelism.
+SHARDING_GROUP = "TORCHREC_QR_SHARDING_GROUP"
+
+
+def ranks_of_plan() -> int:
+    """All ranks, or those of a sharding group."""
+    return int(os.environ.get(SHARDING_GROUP, dist.get_world_size()))
+
 
 def placement(sharding: str, i: int, dim: int, width: int = 8) -> ParameterShardingGenerator:
     """How table number i lies under a sharding type: first ranks and hosts differ, column shards are ``width`` wide."""
-    world_size, local_size = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    world_size, local_size = ranks_of_plan(), int(os.environ["LOCAL_WORLD_SIZE"])
     hosts = world_size // local_size
     match sharding:
         case "table_wise":
@@ -125,5 +133,5 @@ def plan_of(
     parameters, plan = sharder.shardable_parameters(collection), EmbeddingModuleShardingPlan()
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     for name, generate in generators.items():
-        plan[name] = generate(parameters[name], local_size, dist.get_world_size(), own_device().type, sharder)
+        plan[name] = generate(parameters[name], local_size, ranks_of_plan(), own_device().type, sharder)
     return plan

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from assert_all_close import assert_all_close
 from global_batches import batch_of
 from placements import BASIC_SHARDINGS, placements, plan_of
@@ -14,7 +13,6 @@ from ranks import run_ranks
 from sharded_model import (
     NUM_IDS,
     SGD,
-    Model,
     plain_named,
     sequences,
     shard,
@@ -27,9 +25,8 @@ from sharded_model import (
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import (
@@ -48,36 +45,6 @@ from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder, 
 CPU = torch.device("cpu")
 LR = 0.05
 TABLES = two_tables()
-
-
-# --- refused -------------------------------------------------------------------------------------------------------
-
-
-def with_dtensor(rank: int, world_size: int) -> None:
-    collection = CompositionalEmbeddingBagCollection(tables=TABLES[:1], device=torch.device("meta"))
-    sharder = CompositionalEmbeddingBagCollectionSharder()
-    plan = construct_module_sharding_plan(collection, {"a": table_wise(rank=0)}, sharder, 1, 1, "cpu")
-    assert dist.group.WORLD is not None
-    env = ShardingEnv.from_process_group(dist.group.WORLD)
-    env.output_dtensor = True
-    with pytest.raises(NotImplementedError, match=r"tables \['a'\]: output_dtensor=True .*DMPCollection"):
-        sharder.shard(collection, dict(plan), env, CPU)
-
-
-def test_dtensor_output_is_refused() -> None:
-    """Also what refuses `DMPCollection` on a GPU: its environment always asks for it."""
-    run_ranks(with_dtensor, 1)
-
-
-def two_dimensional(rank: int, world_size: int) -> None:
-    model = Model(CompositionalEmbeddingBagCollection(tables=list(TABLES), device=torch.device("meta")))
-    assert dist.group.WORLD is not None
-    with pytest.raises(AssertionError, match="DMPCollection only supports CUDA or MTIA"):
-        DMPCollection(model, CPU, ShardingPlan({}), world_size, 1, dist.group.WORLD, sharders=get_default_sharders())
-
-
-def test_two_dimensional_parallelism_is_torchrecs_own_on_accelerators_alone() -> None:
-    run_ranks(two_dimensional, 2)
 
 
 # --- managed collisions (ZCH) --------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ from torch.distributed.checkpoint import StorageWriter
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
+
+from torchrec_qr.distributed.global_tensor import local_pieces
 
 
 def async_save(
@@ -51,7 +54,7 @@ def async_save(
 
     Raises:
         ValueError: the group is missing, the default one, or one without gloo.
-        TypeError: a value is a ``DTensor``.
+        TypeError: a value is a ``DTensor`` of another kind than TorchRec's.
 
     Example:
         >>> import tempfile, torch
@@ -112,7 +115,7 @@ def _copied(value: Any, path: str) -> Any:
         case ShardedTensor():
             return _copied_shards(value)
         case DTensor():
-            raise TypeError(f"{path}: a DTensor; allowed: tensors and ShardedTensors, as without output_dtensor")
+            return _copied_dtensor(value, path)
         case Tensor():
             return value.detach().to("cpu", copy=True)
         case _:
@@ -134,3 +137,14 @@ def _copied_shards(value: ShardedTensor) -> ShardedTensor:
         sharded_tensor_metadata=metadata,
         process_group=value._process_group,
     )
+
+
+def _copied_dtensor(value: DTensor, path: str) -> DTensor:
+    local = value._local_tensor
+    if not isinstance(local, LocalShardsWrapper):
+        raise TypeError(f"{path}: a DTensor of {type(local).__name__}; allowed: one of TorchRec's LocalShardsWrapper")
+    pieces = local_pieces(value)
+    copies = [piece.values.detach().to("cpu", copy=True) for piece in pieces]
+    wrapper = LocalShardsWrapper(copies, [piece.offsets for piece in pieces])
+    # Do not call `DTensor.from_local`, because it moves the copies to the device of the mesh.
+    return DTensor(wrapper, value._spec, requires_grad=False)

@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.default_planner import create_default_local_lo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
+from torchrec_qr.distributed.global_tensor import local_pieces
 from torchrec_qr.fingerprint import check_fingerprint, check_form
 
 Columns = tuple[int, int]
@@ -113,6 +115,7 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         assert metadata is not None
         weights = {path[-1]: key for key, path in self.mappings.items() if "state" not in path}
+        columns = _columns_of_dtensors({key: self.state_dict[key] for key in weights.values()})
         self._conversions: dict[str, _Conversion] = {}
         for key, value in list(self.state_dict.items()):
             saved = metadata.state_dict_metadata.get(key)
@@ -124,7 +127,7 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
             if not isinstance(saved_weight, TensorStorageMetadata) or len(saved_weight.size) != 2:
                 continue
             source = _columns([(c.offsets[1], c.sizes[1]) for c in saved_weight.chunks])
-            target = _columns_of(self.state_dict[weight])
+            target = columns[weight] if weight in columns else _columns_of(self.state_dict[weight])
             if source != target:
                 buffer = torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
                 self._conversions[key] = _Conversion(value, buffer, source, target)
@@ -152,7 +155,7 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
 class _Conversion:
     """Converts state ``read`` of column shards ``source`` into shards ``target`` of ``destination``."""
 
-    destination: Tensor | ShardedTensor
+    destination: Tensor | ShardedTensor | DTensor
     read: Tensor
     source: list[Columns]
     target: list[Columns]
@@ -160,10 +163,7 @@ class _Conversion:
     def convert(self) -> None:
         by_shard = self.read.view(len(self.source), -1)
         rows = by_shard.shape[1]
-        pieces: list[tuple[int, Tensor]] = [(0, self.destination)]
-        if isinstance(self.destination, ShardedTensor):
-            pieces = [(s.metadata.shard_offsets[0], s.tensor) for s in self.destination.local_shards()]
-        for offset, piece in pieces:
+        for (offset,), piece in local_pieces(self.destination):
             if not piece.numel():
                 continue
             start, stop = self.target[offset // rows]
@@ -217,3 +217,18 @@ def _columns_of(weight: Any) -> list[Columns]:
     if not isinstance(weight, ShardedTensor):
         return [(0, weight.shape[1])]
     return _columns([(s.shard_offsets[1], s.shard_sizes[1]) for s in weight.metadata().shards_metadata])
+
+
+def _columns_of_dtensors(weights: dict[str, Any]) -> dict[str, list[Columns]]:
+    """Returns the columns of the shards of all ranks per key, because a ``DTensor`` has those of its rank alone."""
+    own: dict[dist.ProcessGroup, dict[str, list[Columns]]] = {}
+    for key, value in weights.items():
+        if isinstance(value, DTensor) and value.dim() == 2:
+            pieces = [(piece.offsets[1], piece.values.shape[1]) for piece in local_pieces(value)]
+            own.setdefault(value.device_mesh.get_group(value.device_mesh.ndim - 1), {})[key] = pieces
+    columns: dict[str, list[Columns]] = {}
+    for group, of_rank in own.items():
+        of_ranks: list[Any] = [None] * group.size()
+        dist.all_gather_object(of_ranks, of_rank, group=group)
+        columns |= {key: _columns([pair for of in of_ranks for pair in of[key]]) for key in of_rank}
+    return columns

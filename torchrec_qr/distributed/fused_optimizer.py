@@ -1,14 +1,14 @@
 """The fused optimizer of compositional tables, which steps rows in the backward under every plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 
+from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.ops.arguments import Replica
 from torchrec_qr.ops.dispatch import kernels_step, update_replicas, update_rows
@@ -69,7 +69,7 @@ class RowOptimizer(_SteppedInBackward):
     parameter requires no gradient, neither rows nor state change. (FBGEMM changes the state at a rate of 0.)
     """
 
-    def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, pg: dist.ProcessGroup | None) -> None:
+    def __init__(self, partitions: Sequence[StoredPartition], rule: UpdateRule, shards: ShardGroup) -> None:
         self.rule = rule
         self._leaves: dict[Tensor, _Leaf] = {}
         # A mask (rows,) uint8 of the rows that this rank looked up in a step, for each replica whose rows may move
@@ -79,10 +79,10 @@ class RowOptimizer(_SteppedInBackward):
         state: dict[Tensor | ShardedTensor, dict[str, Tensor | ShardedTensor]] = {}
         groups: list[dict[str, Any]] = []
         for p in partitions:
-            shown = p.as_global(pg)
+            shown = p.as_global(shards)
             group = {"params": [shown], "lr": rule.learning_rate}
             params[f"{p.name}.weight"] = shown
-            state[shown] = self._init_state(p, group, pg)
+            state[shown] = self._init_state(p, group, shards)
             groups.append(group)
             # TorchRec reads this attribute of parameters that the backward steps.
             own = PartitionOptimizer({"": shown}, {shown: state[shown]}, [group])
@@ -93,7 +93,7 @@ class RowOptimizer(_SteppedInBackward):
         super().__init__(params, state, groups)
 
     def _init_state(
-        self, p: StoredPartition, group: dict[str, Any], pg: dist.ProcessGroup | None
+        self, p: StoredPartition, group: dict[str, Any], shards: ShardGroup
     ) -> dict[str, Tensor | ShardedTensor]:
         table, j = p.key
         what = f"table {table!r}, state of partition {j}"
@@ -105,10 +105,15 @@ class RowOptimizer(_SteppedInBackward):
         shown: dict[str, Tensor | ShardedTensor] = {}
         for name, shape in self.rule.state_shapes(1, 1).items():
             as_global = p.rows_as_global if len(shape) == 1 else p.as_global
-            shown[f"{p.name}.{name}"] = as_global(pg, [self._leaves[leaf].state[name] for leaf in p.leaves])
+            shown[f"{p.name}.{name}"] = as_global(shards, [self._leaves[leaf].state[name] for leaf in p.leaves])
         if count is not None:
             shown[f"{p.name}.step"] = count.steps
         return shown
+
+    def states(self) -> Iterator[Tensor]:
+        """Yields the states of all leaves, without the number of steps."""
+        for leaf in self._leaves.values():
+            yield from leaf.state.values()
 
     @torch.no_grad()
     def replica(self, leaf: Tensor, gradient: Tensor, looked_up: Tensor | None) -> Replica | None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.dist_data import KJTAllToAll
@@ -30,11 +31,13 @@ from torchrec.distributed.mc_embedding_modules import (
     BaseShardedManagedCollisionEmbeddingCollection,
 )
 from torchrec.distributed.mc_modules import ShardedManagedCollisionCollection
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.train_pipeline.utils import _override_input_dist_forwards
-from torchrec.distributed.types import Awaitable
+from torchrec.distributed.types import Awaitable, ShardingEnv2D
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.fused_embedding_modules import fuse_embedding_optimizer
@@ -62,7 +65,7 @@ class Hook(NamedTuple):
 
 
 _COLLECTION = (
-    *("_lookups", "_env", "_device", "module_sharding_plan", "_output_dtensor", "CUSTOMIZED_KERNEL"),
+    *("_lookups", "_env", "_device", "module_sharding_plan", "CUSTOMIZED_KERNEL"),
     *("_initialize_torch_state", "reset_parameters"),
 )
 
@@ -149,6 +152,11 @@ HOOKS = (
     Hook(_apply_optimizer_in_backward, used=("_in_backward_optimizers", "_optimizer_classes", "_optimizer_kwargs")),
     Hook(DistributedDataParallel, defined=("_get_active_ddp_module",)),
     Hook(ShardedTensor, defined=("_init_from_local_shards_and_global_metadata",), used=("_process_group",)),
+    Hook(DTensor, used=("_local_tensor", "_spec")),
+    Hook(LocalShardsWrapper, defined=("local_shards", "local_offsets")),
+    # TorchRec's 2D parallelism averages what `SyncedTables` returns.
+    Hook(DMPCollection, used=("_lookups", "split_embedding_weights", "get_optimizer_state", "sum")),
+    Hook(ShardingEnv2D, used=("sharding_pg", "replica_pg", "global_rank", "device_mesh", "sharding_strategy")),
     Hook(dist.ProcessGroup, defined=("_device_types",)),
     # launch/ changes the time-outs of process groups.
     Hook(distributed_c10d, defined=("_world", "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout")),

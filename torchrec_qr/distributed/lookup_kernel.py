@@ -5,7 +5,7 @@ have a `CompositionalKernel` for each group of compositional tables, and store t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.types import ShardingEnv2D
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.distributed.copied_rows import CopiedTables, look_up_copies
@@ -23,10 +24,12 @@ from torchrec_qr.distributed.customized_kernel import is_fused, layout_of, posit
 from torchrec_qr.distributed.delta_tracker import refuse_tracker
 from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer
 from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.layout import RowCode, stored_columns
 from torchrec_qr.distributed.node_env import Peers
 from torchrec_qr.distributed.replication import Replicas
 from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.distributed.two_dimensional import SyncedTables
 from torchrec_qr.modules.feature_batch import batch_of
 from torchrec_qr.modules.table import table_layout
 from torchrec_qr.ops.arguments import DenseGradient, Outcome
@@ -225,12 +228,13 @@ class CompositionalKernel(BaseEmbedding):
             stored = _stored_partitions(tables, device)
             self.partitions += stored
             if stored and is_fused(tables[0]):
-                optimizers[name] = RowOptimizer(stored, update_rule(name, tables[0].fused_params or {}), pg)
+                rule = update_rule(name, tables[0].fused_params or {})
+                optimizers[name] = RowOptimizer(stored, rule, ShardGroup.of_table(tables[0], pg))
         self._shards = nn.ModuleList(
             LocalShard(t, [p for p in self.partitions if p.key[0] == t.name], optimizers.get(t.name), device)
             for t in config.embedding_tables
         )
-        self._lookups = shard_lookups(list(self._local_shards()), sequence, peers)
+        self._shard_lookups = shard_lookups(list(self._local_shards()), sequence, peers)
         self.optimizers = nn.ModuleList(FusedOptimizerHolder(optimizer) for optimizer in optimizers.values())
         self.dense = nn.ParameterList(p.weight for p in self.partitions if not p.leaves)
 
@@ -241,18 +245,18 @@ class CompositionalKernel(BaseEmbedding):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Returns (B, ΣD) of the group's features, or without pooling their flattened (N, D), end to end."""
         weighted = self._config.is_weighted
-        outputs = [lookup.look_up(features, weighted, self.replicas) for lookup in self._lookups]
+        outputs = [lookup.look_up(features, weighted, self.replicas) for lookup in self._shard_lookups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=0 if self._sequence else 1)
 
     def warm_up(self, replicas: ReplicatedPartitions) -> None:
         """Compiles the kernels of a step on a GPU."""
-        for lookup in self._lookups:
+        for lookup in self._shard_lookups:
             lookup.warm_up(self._config.is_weighted, replicas)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CompositionalKernel":
         super()._apply(fn, recurse)
         # Make the lookups anew, because class maps may be on another device.
-        self._lookups = shard_lookups(list(self._local_shards()), self._sequence, self._peers)
+        self._shard_lookups = shard_lookups(list(self._local_shards()), self._sequence, self._peers)
         return self
 
     def uses(self) -> set[tuple[str, int]]:
@@ -307,6 +311,10 @@ class _CompositionalLookup:
         self._compositional = [table.name for table in tables]
         self._replicated = Replicas(tables, device)
         used = {key for kernel in self.kernels() for key in kernel.uses()}
+        if isinstance(kwargs["env"], ShardingEnv2D) and not is_data_parallel and self._compositional:
+            holders = chain(self._replicas().optimizers, *(kernel.optimizers for kernel in self.kernels()))
+            optimizers = [holder.fused_optimizer for holder in holders if isinstance(holder, FusedOptimizerHolder)]
+            self.synced = SyncedTables(list(self.partitions()), optimizers)
         self._unused = [i for i, key in enumerate(self._replicas().parameters_of) if key not in used]
 
     def kernels(self) -> Iterator[CompositionalKernel]:

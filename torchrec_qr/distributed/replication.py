@@ -14,6 +14,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec_qr.distributed.customized_kernel import is_fused, layout_of
 from torchrec_qr.distributed.fused_optimizer import FusedOptimizerHolder, RowOptimizer, step_replicas
 from torchrec_qr.distributed.fused_params import update_rule
+from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.node_env import Peers
 from torchrec_qr.distributed.stored_partition import StoredPartition
 
@@ -42,7 +43,7 @@ class Replicas(nn.Module):
             self.partitions += stored
             self.parameters_of.update((p.key, p.reduced) for p in stored)
             if is_fused(table) and stored:
-                optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), pg=None)
+                optimizer = RowOptimizer(stored, update_rule(table.name, table.fused_params or {}), ShardGroup(None))
                 holders.append(FusedOptimizerHolder(optimizer))
                 self.optimizer_of.update((p.reduced, optimizer) for p in stored)
         if self.parameters_of and not any(p.requires_grad for p in self.parameters_of.values()):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
@@ -20,6 +21,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.customized_kernel import with_customized_kernel
 from torchrec_qr.distributed.delta_tracker import refuse_tracker
+from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.layout import DATA_PARALLEL, ShardLayouts
 from torchrec_qr.distributed.logical_tables import (
     IN_STORES,
@@ -33,6 +35,7 @@ from torchrec_qr.distributed.node_env import node_env_of
 from torchrec_qr.distributed.per_node_plan import is_per_node
 from torchrec_qr.distributed.replication import replicate, step_alone
 from torchrec_qr.distributed.stored_partition import StoredPartition
+from torchrec_qr.distributed.two_dimensional import check_ranks, start_alike
 from torchrec_qr.fingerprint import check_form, check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.init import partition_configs
 from torchrec_qr.modules.embedding_bag_collection import CompositionalEmbeddingBagCollection
@@ -59,12 +62,11 @@ class ShardedCompositionalCollection:
     _lookups: list[nn.Module]
     _device: torch.device | None
     _env: ShardingEnv
-    _output_dtensor: bool
     # All partitions by name, None until they are registered, and the tensors of a state dict for split ones.
     _partitions: dict[str, StoredPartition] | None
     # Where the first batch has each feature.
     _places: list[tuple[int, str]]
-    _split: dict[str, Tensor | ShardedTensor]
+    _split: dict[str, Tensor | ShardedTensor | DTensor]
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class ShardedCompositionalCollection:
         parameters = placeholders(self._configs, getattr(module, self._tables_attribute))
         self._layouts = shard_layouts(self._configs, plan, parameters)
         check_plain_tables(self._configs, plan, parameters, device)
+        check_ranks(plan, env)
         view: Any = LogicalView(module, self._layouts, plan, parameters, self._tables_attribute)
         plan = with_customized_kernel(plan, self._layouts)
         self._prepare(plan)
@@ -103,15 +106,16 @@ class ShardedCompositionalCollection:
         Raises:
             RuntimeError: TorchRec has not wrapped a data-parallel lookup, though the mark is not set.
         """
-        pg = self._env.process_group
+        pg, within = self._env.process_group, ShardGroup.of_env(self._env).pg
         assert pg is not None
+        assert within is not None
         is_marked: bool = getattr(self, "_skip_data_parallel_grad_sync", False)
         for lookup in self._lookups:
             own = own_lookup(lookup)
             if not own.is_data_parallel:
                 # Leave replicas on the meta device alone, because they have no values to reduce.
                 if not self._is_meta:
-                    own.replicate(partial(replicate, pg=pg, average=False, peers=own.peers))
+                    own.replicate(partial(replicate, pg=within, average=False, peers=own.peers))
             elif isinstance(lookup, DistributedDataParallel):
                 replicate(lookup, pg, average=True)
             elif is_marked:
@@ -126,17 +130,11 @@ class ShardedCompositionalCollection:
                 )
 
     def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
-        if self._output_dtensor:
-            # Refuse `DMPCollection` too, which sets it, because FBGEMM's kernel synchronises no partitions.
-            raise NotImplementedError(
-                f"tables {list(self._layouts)}: output_dtensor=True of the sharding environment, as of DMPCollection, "
-                "is not supported by sharded compositional collections; allowed: False, with DistributedModelParallel"
-            )
         self._partitions = None
         super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
         self._partitions = self._register_partitions()
-        pg = self._env.process_group
-        self._split = {name: p.as_global(pg) for name, p in self._partitions.items() if not p.is_replicated}
+        shards = ShardGroup.of_env(self._env)
+        self._split = {name: p.as_global(shards) for name, p in self._partitions.items() if not p.is_replicated}
         module = cast(nn.Module, self)
         module.register_state_dict_post_hook(_show_shards)
         module.register_load_state_dict_pre_hook(_load_shards)
@@ -183,6 +181,8 @@ class ShardedCompositionalCollection:
         config.init_fn(weight)
         if is_replicated:
             dist.broadcast(weight.data, src=0, group=self._env.process_group)
+        else:
+            start_alike(weight, self._env)
 
     def _draw_alike(self, table: str, weight: nn.Parameter) -> None:
         """Gives this rank's rows of a table's copy the values of the first node."""

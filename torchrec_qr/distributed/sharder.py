@@ -7,7 +7,13 @@ import torch
 from torch import nn
 from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingEnv, ShardMetadata
+from torchrec.distributed.types import (
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingEnv2D,
+    ShardMetadata,
+)
 
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.distributed.layout import DATA_PARALLEL
@@ -54,7 +60,7 @@ class CompositionalSharder(BaseEmbeddingSharder[M], Generic[M]):
         plan = on_own_node(params, env, collection.embedding_configs())
         return self._sharded(
             module,
-            on_own_device(plan, env.rank, device),
+            on_own_device(plan, env.global_rank if isinstance(env, ShardingEnv2D) else env.rank, device),
             env,
             self.fused_params,
             device,
@@ -122,7 +128,7 @@ def on_own_device(
 
     Args:
         plan (dict[str, ParameterSharding]): the plan of a collection.
-        rank (int): this rank in the plan's group.
+        rank (int): this rank as the plan numbers it.
         device (torch.device | None): the device of this rank. The function returns ``plan`` for None.
     """
     if device is None:

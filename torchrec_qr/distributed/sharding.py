@@ -4,6 +4,7 @@
 ``create_lookup`` returns our lookup; and ``create_output_dist`` may return `PooledAllToAll` or `UnevenReduceScatter`.
 """
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from torchrec_qr.distributed.lookup_kernel import PooledLookup, SequenceLookup
 from torchrec_qr.distributed.node_env import NodeEnv
 from torchrec_qr.distributed.pooled_all_to_all import without_copies
 from torchrec_qr.distributed.prepared_ids import PrepareIds
+from torchrec_qr.distributed.two_dimensional import check_tables
 from torchrec_qr.distributed.uneven_reduce_scatter import UnevenReduceScatter
 
 
@@ -79,6 +81,8 @@ class _Compositional:
         if is_data_parallel and device is not None and device.type == "meta":
             # Take the CPU, as TorchRec's dense kernel does, because DDP reads values of its parameters.
             device = torch.device("cpu")
+        if not is_data_parallel:
+            check_tables(self._tables_of_ranks(), self._env)  # type: ignore[attr-defined]
         tables, env = self._compositional_tables(), self._env  # type: ignore[attr-defined]
         if isinstance(env, NodeEnv) and (dense := [table.name for table in tables if not is_fused(table)]):
             raise NotImplementedError(
@@ -104,9 +108,12 @@ class _Compositional:
         )
 
     def _compositional_tables(self) -> list[ShardedEmbeddingTable]:
+        tables = {t.name: t for t in self._tables_of_ranks() if layout_or_none(t) is not None}
+        return sorted(tables.values(), key=lambda t: t.name)
+
+    def _tables_of_ranks(self) -> Iterator[ShardedEmbeddingTable]:
         per_rank: list[list[GroupedEmbeddingConfig]] = self._grouped_embedding_configs_per_rank  # type: ignore[attr-defined]
-        tables = (t for groups in per_rank for group in groups for t in group.embedding_tables)
-        return sorted({t.name: t for t in tables if layout_or_none(t) is not None}.values(), key=lambda t: t.name)
+        return (t for groups in per_rank for group in groups for t in group.embedding_tables)
 
     def _feature_tables(self) -> list[ShardedEmbeddingTable]:
         """Returns the table of each feature of the input dist, in the order of ``feature_names``."""

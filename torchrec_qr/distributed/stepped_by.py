@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
 from torchrec.optim.fused import FusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 
 from torchrec_qr.distributed.fused_optimizer import PartitionOptimizer, RowOptimizer
 from torchrec_qr.distributed.fused_params import RULES
+from torchrec_qr.distributed.global_tensor import local_pieces
 
 
 def optimizer_of_each_parameter(model: nn.Module, dense_optimizers: Sequence[Optimizer]) -> dict[str, str]:
@@ -95,8 +95,7 @@ def _rules_by_storage(model: nn.Module) -> dict[int, str]:
             continue
         for leaf in _leaves(module.fused_optimizer):
             for value in leaf.params.values() if isinstance(leaf, KeyedOptimizer) else ():
-                shards = [s.tensor for s in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
-                rules.update({_storage(shard): _rule(leaf) for shard in shards})
+                rules.update({_storage(piece.values): _rule(leaf) for piece in local_pieces(value)})
     return rules
 
 

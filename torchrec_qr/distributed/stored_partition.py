@@ -4,13 +4,21 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torchrec.distributed.types import ShardingType
 
+from torchrec_qr.distributed.global_tensor import ShardGroup, local_pieces
 from torchrec_qr.distributed.layout import ShardLayout
 from torchrec_qr.ops.out_of_memory import named_zeros
+
+# How a ``DTensor`` of TorchRec's describes the split of a table: by columns under the other sharding types.
+_PLACEMENTS: dict[str, Placement] = {
+    ShardingType.TABLE_WISE.value: Replicate(),
+    ShardingType.ROW_WISE.value: Shard(0),
+}
 
 
 class StoredPartition:
@@ -46,6 +54,7 @@ class StoredPartition:
         rows, columns, self._dtype = config.partition_shapes[j]
         self._size = rows, columns
         self._shards = layout.stored_shards(j)
+        self._placement = _PLACEMENTS.get(layout.sharding_type, Shard(1))
         self._local: dict[int, ShardMetadata] = {}
         if self._shards is not None:
             here = ((i, layout.stored_shard(j, i)) for i in positions)
@@ -80,11 +89,11 @@ class StoredPartition:
         """True if every rank stores the whole partition."""
         return self._shards is None
 
-    def as_global(self, pg: dist.ProcessGroup | None, pieces: Sequence[Tensor] | None = None) -> Tensor | ShardedTensor:
+    def as_global(self, group: ShardGroup, pieces: Sequence[Tensor] | None = None) -> Tensor | ShardedTensor | DTensor:
         """Returns the tensor of a ``state_dict``: a plain one of a replica, and a sharded one of a split partition.
 
         Args:
-            pg (dist.ProcessGroup | None): the ranks of the shards.
+            group (ShardGroup): the ranks of the shards.
             pieces (Sequence[Tensor] | None): tensors of the shapes of the shards here. Default: the partition's values.
         """
         if pieces is None:
@@ -92,9 +101,9 @@ class StoredPartition:
         if self._shards is None:
             return pieces[0]
         dtype = pieces[0].dtype if pieces else self._dtype
-        return _sharded(pieces, list(self._local.values()), self._shards, self._size, dtype, pg)
+        return group.tensor(pieces, list(self._local.values()), self._shards, self._size, dtype, self._placement)
 
-    def rows_as_global(self, pg: dist.ProcessGroup | None, pieces: Sequence[Tensor]) -> Tensor | ShardedTensor:
+    def rows_as_global(self, group: ShardGroup, pieces: Sequence[Tensor]) -> Tensor | ShardedTensor | DTensor:
         """Returns the tensor of a ``state_dict`` for one scalar per row and column shard.
 
         It has the column shards end to end, as TorchRec's does.
@@ -108,23 +117,24 @@ class StoredPartition:
             for shard, (first, last) in zip(by_column, pairwise(ends), strict=True)
         ]
         mine = [rows_of[by_column.index(shard)] for shard in self._local.values()]
-        return _sharded(pieces, mine, rows_of, (ends[-1],), torch.float32, pg)
+        return group.tensor(pieces, mine, rows_of, (ends[-1],), torch.float32, Shard(0))
 
-    def part_of(self, value: Tensor | ShardedTensor) -> Tensor:
+    def part_of(self, value: Tensor | ShardedTensor | DTensor) -> Tensor:
         """Returns this rank's rows of a partition, in the shape of ``weight``.
 
         Args:
-            value (Tensor | ShardedTensor): the whole partition, or the same shards of it.
+            value (Tensor | ShardedTensor | DTensor): the whole partition, or the same shards of it.
         """
         if self._shards is None:
             assert isinstance(value, Tensor)
             return value
-        if isinstance(value, ShardedTensor):
-            pieces = [shard.tensor for shard in value.local_shards()]
+        if isinstance(value, ShardedTensor | DTensor):
+            pieces = [piece.values for piece in local_pieces(value)]
         else:
             pieces = [_cut(value, shard) for shard in self._local.values()]
         if not pieces:
-            return self.weight.new_empty(0)
+            # Return the shape of no rows here too, because a ``DTensor`` has no empty shards.
+            return self.weight.new_empty(0 if self.weight.numel() else self.weight.shape)
         return torch.cat([piece.reshape(-1) for piece in pieces]).view(self.weight.shape)
 
     def _pieces(self, storage: Tensor) -> list[Tensor]:
@@ -137,22 +147,3 @@ class StoredPartition:
 def _cut(value: Tensor, shard: ShardMetadata) -> Tensor:
     (row, column), (rows, columns) = shard.shard_offsets, shard.shard_sizes
     return value[row : row + rows, column : column + columns]
-
-
-def _sharded(
-    pieces: Sequence[Tensor],
-    local: Sequence[ShardMetadata],
-    shards: list[ShardMetadata],
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    pg: dist.ProcessGroup | None,
-) -> ShardedTensor:
-    # Pass the metadata, because the usual constructor gathers it, and ranks without a shard do not call it.
-    metadata = ShardedTensorMetadata(
-        shards_metadata=shards, size=torch.Size(size), tensor_properties=TensorProperties(dtype=dtype)
-    )
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        local_shards=[Shard(piece, shard) for piece, shard in zip(pieces, local, strict=True)],
-        sharded_tensor_metadata=metadata,
-        process_group=pg,
-    )
