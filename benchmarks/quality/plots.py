@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.summary import Summary
 
-_TEXT, _GRID = "#7d8590", "#7d859040"
+TEXT, GRID = "#7d8590", "#7d859040"
 _HUES = {"hash": "#d9822b", "mult": "#3b82f6", "mixed_radix_3": "#22a06b"}
 _NAMES = {
     "full": "full tables",
@@ -39,28 +39,28 @@ _TITLES = {
     "generator_1e7": "generated, 10⁷ ids",
     "generator_multi_hot": "generated, ten ids a bag",
 }
-_STYLE: Any = {
-    "axes.edgecolor": _TEXT,
-    "axes.labelcolor": _TEXT,
+STYLE: Any = {
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": _TEXT,
+    "axes.titlecolor": TEXT,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "font.size": 9,
     "savefig.transparent": True,
     "svg.fonttype": "path",
     "svg.hashsalt": "quality",
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
+    "text.color": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
 }
 
 
 def draw(found: Mapping[Cell, Summary], folder: Path) -> list[Path]:
     """Writes the plots for which there are runs; returns their PNG files."""
     written = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, figure in (
             ("quality_size", _sizes(found)),
             ("quality_collisions", _collisions(found)),
@@ -111,15 +111,15 @@ def _size_panel(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
             axis.errorbar(x, y, [p.deviation("logloss") for p in points], color=hue, marker="o", ms=4, lw=1.5)
     for method, mark in (("full", "s"), ("natural", "D")):
         for p in curve(found, name, method):
-            axis.errorbar(p.of_tables("mib"), p.mean("logloss"), p.deviation("logloss"), color=_TEXT, marker=mark, ms=5)
-            _label(axis, p, _NAMES[method], _TEXT, above=method == "natural")
+            axis.errorbar(p.of_tables("mib"), p.mean("logloss"), p.deviation("logloss"), color=TEXT, marker=mark, ms=5)
+            _label(axis, p, _NAMES[method], TEXT, above=method == "natural")
     _label_lines(axis, found, name)
     axis.set_xscale("log")
     axis.margins(x=0.15, y=0.15)
     left, right = axis.get_xlim()
     axis.set_xlim(left / 9, right)  # room for names
     axis.set(title=_TITLES[name], xlabel="MiB of tables", ylabel="test log loss")
-    axis.grid(color=_GRID, lw=0.5)
+    axis.grid(color=GRID, lw=0.5)
 
 
 def _label(axis: Axes, point: Summary, text: str, hue: str, above: bool = True) -> None:
@@ -154,17 +154,17 @@ def _collisions(found: Mapping[Cell, Summary]) -> Figure | None:
             hue = shades(0.4 + 0.4 * i / max(len(names) - 1, 1))
             axis.plot(x, y, marker="o", ms=4, lw=1.5, color=hue)
             ends.append((y[0], x[0], name.replace("_", " "), hue))
-        _label_apart(axis, ends)
-        axis.axhline(0, color=_TEXT, lw=0.8)
+        label_apart(axis, ends)
+        axis.axhline(0, color=TEXT, lw=0.8)
         axis.set_xscale("log")
         axis.margins(x=0.25)
         axis.set(title=_NAMES[method], xlabel="logical / stored parameters", ylabel="log loss above full tables, %")
-        axis.grid(color=_GRID, lw=0.5)
+        axis.grid(color=GRID, lw=0.5)
     figure.tight_layout()
     return figure
 
 
-def _label_apart(axis: Axes, ends: list[tuple[float, float, str, Any]]) -> None:
+def label_apart(axis: Axes, ends: list[tuple[float, float, str, Any]]) -> None:
     """Names lines to the right of their ends (y, x, name, hue), so that no two names lie on one another."""
     low, high = axis.get_ylim()
     gap, free = (high - low) / 18, -math.inf
@@ -182,12 +182,12 @@ def _operations(found: Mapping[Cell, Summary]) -> Figure | None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.4), squeeze=False)
     for axis, (size, points) in zip(axes.flat, panels, strict=True):
         for place, p in enumerate(points):
-            hue = _HUES.get(p.cell.method, _TEXT)
+            hue = _HUES.get(p.cell.method, TEXT)
             axis.scatter([r["logloss"] for r in p.runs.values()], [place] * len(p.runs), s=14, color=hue, alpha=0.7)
             axis.scatter([p.mean("logloss")], [place], marker="|", s=160, color=hue)
         axis.set_yticks(range(len(points)), [_NAMES[p.cell.method] for p in points])
         axis.set(title=f"Criteo sample, {size} times fewer parameters", xlabel="test log loss")
-        axis.grid(color=_GRID, lw=0.5, axis="x")
+        axis.grid(color=GRID, lw=0.5, axis="x")
     figure.tight_layout()
     return figure
 

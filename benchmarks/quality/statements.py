@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,7 +68,7 @@ def judged(statement: Statement, found: Mapping[Cell, Summary]) -> Verdict:
         return Verdict(statement, "not run", len(pairs))
     differences = [a - b for a, b in pairs]
     mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    bound = _T.get(len(pairs) - 1, 1.7) * deviation / math.sqrt(len(pairs))
+    bound = half_width(differences)
     level = statistics.fmean(b for _, b in pairs)
     limit = EQUAL * level
     if statement.tie:
@@ -78,6 +78,12 @@ def judged(statement: Statement, found: Mapping[Cell, Summary]) -> Verdict:
         inside, outside = beyond + bound < 0, beyond - bound > 0
     outcome: Outcome = "holds" if inside else "does not hold" if outside else "undecided"
     return Verdict(statement, outcome, len(pairs), mean, deviation, bound)
+
+
+def half_width(differences: Sequence[float]) -> float:
+    """Returns half the width of the interval at 95 % (one-sided) about the mean of differences, seed by seed."""
+    t = _T.get(len(differences) - 1, 1.7)
+    return t * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def statements(data: str) -> list[Statement]:
