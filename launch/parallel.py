@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -35,6 +36,11 @@ _DENSE: dict[OptimizerName, Any] = {
     "adam": torch.optim.Adam,
     "amsgrad": partial(torch.optim.Adam, amsgrad=True),
 }
+_DECOUPLED: dict[OptimizerName, Any] = {
+    "adam": torch.optim.AdamW,
+    "amsgrad": partial(torch.optim.AdamW, amsgrad=True),
+}
+_MODES = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE, "none": WeightDecayMode.NONE}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     """
     rule = job.optimizer.sparse
     fused_params = {**OPTIMIZERS[rule.name].fused_params, "learning_rate": rule.lr, "eps": rule.eps}
+    if rule.weight_decay > 0:
+        fused_params |= {"weight_decay": rule.weight_decay, "weight_decay_mode": _MODES[rule.weight_decay_mode]}
     sharders: list[Any] = [
         EmbeddingBagCollectionSharder(fused_params=fused_params),
         CompositionalEmbeddingBagCollectionSharder(fused_params=fused_params),
@@ -119,4 +127,5 @@ def _plan(
 
 def _make(section: OptimizerSection, parameters: Any) -> torch.optim.Optimizer:
     eps = {} if section.name == "sgd" else {"eps": section.eps}
-    return _DENSE[section.name](parameters, lr=section.lr, **eps)
+    made = _DECOUPLED if section.weight_decay_mode == "decoupled" else _DENSE
+    return made[section.name](parameters, lr=section.lr, weight_decay=section.weight_decay, **eps)

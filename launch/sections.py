@@ -261,11 +261,21 @@ class OptimizerSection:
         name (OptimizerName): the rule.
         lr (float): learning rate, which the schedule multiplies.
         eps (float): added to denominators.
+        weight_decay (float): λ; of tables, the rows that a batch looks up decay, and no others.
+        weight_decay_mode (str): ``l2``: adds λ · w to the gradient; ``decoupled``: adds lr · λ · w to the step. Under
+            ``none`` the decay must be 0.
     """
 
     name: OptimizerName = "adagrad"
     lr: Annotated[float, Range(above=0)] = 0.01
     eps: Annotated[float, Range(0)] = 1e-8
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    weight_decay_mode: Literal["none", "l2", "decoupled"] = "none"
+
+
+# The modes of weight decay of each rule; of all others in ``sparse``: decoupled alone, as in FBGEMM.
+_SPARSE_MODES = dict.fromkeys(("sgd", "adagrad", "rowwise_adagrad"), ("l2", "decoupled"))
+_DENSE_MODES = {"sgd": ("l2",), "adagrad": ("l2",), "adam": ("l2", "decoupled"), "amsgrad": ("l2", "decoupled")}
 
 
 @dataclass(frozen=True)
@@ -276,8 +286,14 @@ class OptimizersSection:
     dense: OptimizerSection = field(default_factory=OptimizerSection)
 
     def __post_init__(self) -> None:
-        if self.dense.name == "rowwise_adagrad":
-            raise ConfigError("dense.name", self.dense.name, "'sgd', 'adagrad', 'adam', 'amsgrad'")
+        if self.dense.name not in _DENSE_MODES:
+            raise ConfigError("dense.name", self.dense.name, ", ".join(map(repr, _DENSE_MODES)))
+        for part, section, modes in (("sparse", self.sparse, _SPARSE_MODES), ("dense", self.dense, _DENSE_MODES)):
+            of_name = modes.get(section.name, ("decoupled",))
+            mode = section.weight_decay_mode
+            if mode not in of_name and (section.weight_decay > 0 or mode != "none"):
+                allowed = f"{' or '.join(map(repr, of_name))}, under weight_decay: {section.weight_decay:g} of "
+                raise ConfigError(f"{part}.weight_decay_mode", mode, f"{allowed}{section.name}")
 
 
 @dataclass(frozen=True)

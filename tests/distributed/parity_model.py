@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import Kind, kind_of, randomize
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from global_batches import BAGS, Batch, global_batch
 from optimizer_reference import BETA1, BETA2
 from pieces import Pieces, numpy_of
@@ -39,9 +40,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rowwise_adagrad": {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD},
     "adam": {"optimizer": EmbOptimType.ADAM, "beta1": BETA1, "beta2": BETA2},
     "amsgrad": {"optimizer": EmbOptimType.ADAM, "beta1": BETA1, "beta2": BETA2, "amsgrad": True},
+    "partial_rowwise_adam": {"optimizer": EmbOptimType.PARTIAL_ROWWISE_ADAM, "beta1": BETA1, "beta2": BETA2},
+    "lamb": {"optimizer": EmbOptimType.LAMB, "beta1": BETA1, "beta2": BETA2},
+    "partial_rowwise_lamb": {"optimizer": EmbOptimType.PARTIAL_ROWWISE_LAMB, "beta1": BETA1, "beta2": BETA2},
 }
+MODES = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE}
 # Those that FBGEMM lacks on a CPU: no plain tables beside.
-NOT_PLAIN = ("adam", "amsgrad")
+NOT_PLAIN = ("adam", "amsgrad", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb")
 # Optimizers of dense kernels, each with the fused one that has its rule.
 DENSE = {"dense_sgd": "sgd", "dense_adagrad": "adagrad"}
 # Its state is of the type of the table, and 1e-8 is zero in fp16.
@@ -119,6 +124,8 @@ class Run:
     int32: bool = False
     index_dedup: bool = False
     wild_ids: bool = False
+    weight_decay: float = 0.0
+    mode: str = "l2"
 
     def configs(self) -> list[Any]:
         return [t.config(self.pooled) for t in self.tables]
@@ -147,6 +154,8 @@ class Run:
         if fused_params is None:
             own = {} if self.optimizer in DENSE else OPTIMIZERS[self.optimizer]
             fused_params = own and {**own, "learning_rate": LR, "eps": EPS}
+            if self.weight_decay:
+                fused_params |= {"weight_decay": self.weight_decay, "weight_decay_mode": MODES[self.mode]}
         return sharders_of(fused_params, codecs, self.index_dedup)
 
     def sharder(self, sharders: list[Any]) -> Any:

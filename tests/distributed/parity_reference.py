@@ -8,7 +8,7 @@ import oracle
 import torch
 from cases import oracle_of
 from near import assert_near
-from optimizer_reference import STATES, OptimizerReference, gradient_of, zero_state
+from optimizer_reference import ROWWISE, STATES, OptimizerReference, gradient_of, zero_state
 from parity_model import DENSE, DENSE_EPS, NOT_PLAIN, ROW_SPLIT, Batch, Run, TableCase, Trained, parts_of
 from pieces import Pieces, assembled
 from sharded_model import EPS, LR
@@ -19,8 +19,9 @@ class Reference:
     """The run in float64 on one machine: the oracle forward and textbook optimizers.
 
     Rowwise Adagrad keeps one accumulator per row *and column shard* where columns are split, as TorchRec does: so it
-    depends on ``columns``, the plan's blocks of logical columns. Under ``concat`` a partition has those parts of the
-    blocks that fall into its own columns. Partitions that all ranks hold whole have one accumulator per row.
+    depends on ``columns``, the plan's blocks of logical columns. So do the second moments of partial rowwise rules and
+    the norms of LAMB. Under ``concat`` a partition has those parts of the blocks that fall into its own columns.
+    Partitions that all ranks hold whole have one accumulator per row.
     """
 
     def __init__(self, run: Run, columns: dict[str, list[tuple[int, int]]] | None = None) -> None:
@@ -63,7 +64,9 @@ class Reference:
         if isinstance(loss, Tensor) and loss.requires_grad:  # not where no rank has ids
             loss.backward()
         self._steps += 1
-        optimizer = OptimizerReference(self.run.optimizer, self.lr, self.eps, self.max_gradient)
+        optimizer = OptimizerReference(
+            self.run.optimizer, self.lr, self.eps, self.max_gradient, self.run.weight_decay, self.run.mode
+        )
         with torch.no_grad():
             for case in self.run.tables:
                 ids = {_bounded(x, case) for f in case.feature_names for bag in batch.ids[f] for x in bag}
@@ -93,7 +96,7 @@ class Reference:
     def _blocks(self, case: TableCase, j: int) -> list[tuple[int, int]]:
         """The blocks of a partition's own columns of which each has accumulators of its own."""
         config, logical = case.config(self.run.pooled), self._columns.get(case.name)
-        if self.run.optimizer != "rowwise_adagrad":
+        if self.run.optimizer not in (*ROWWISE, "lamb"):
             logical = None
         if case.kind == "plain":
             return logical or [(0, case.dim)]
@@ -118,7 +121,8 @@ class Reference:
             case = cases[name]
             own = name if case.kind == "plain" else f"{name}.partition_{j}"
             for state in STATES[self.run.optimizer]:
-                yield f"{self._key(case, j)}.weight {own}.{state}", case, torch.cat([of[state] for of in of_blocks])
+                blocks = [of[state] for of in of_blocks]
+                yield f"{self._key(case, j)}.weight {own}.{state}", case, torch.cat(blocks, dim=blocks[0].dim() - 1)
             if self.run.optimizer in NOT_PLAIN:
                 yield f"{self._key(case, j)}.weight {own}.step", case, torch.tensor(self._steps, dtype=torch.float64)
 

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from assert_all_close import assert_all_close
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from parity_model import Run, TableCase, one_of_each, shard_run
 from pieces import Pieces, assembled, pieces_of
 from placements import BASIC_SHARDINGS
@@ -25,11 +28,11 @@ from torchrec.optim.optimizers import (
     Adam,
     LarsSGD,
     PartialRowWiseAdam,
-    PartialRowWiseLAMB,
     in_backward_optimizer_filter,
 )
 
 from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
+from torchrec_qr.ops.update_rules import Adam as AdamRule
 
 RUN = Run(one_of_each(BASIC_SHARDINGS, plan="hand"))
 ALL_AS = {s: Run(tuple(TableCase(t, "strided", s, plan="hand") for t in ("a", "b"))) for s in BASIC_SHARDINGS}
@@ -64,6 +67,8 @@ def attached_or_by_params(rank: int, world_size: int) -> dict[str, tuple[States,
         "adam": (torch.optim.Adam, {"lr": LR, "eps": EPS}, EmbOptimType.ADAM),
         "torchrec adam": (Adam, {"lr": LR, "eps": EPS}, EmbOptimType.ADAM),
         "amsgrad": (torch.optim.Adam, {"lr": LR, "eps": EPS, **amsgrad}, EmbOptimType.ADAM),
+        "partial rowwise adam": (PartialRowWiseAdam, {"lr": LR, "eps": EPS}, EmbOptimType.PARTIAL_ROWWISE_ADAM),
+        "lamb": (LAMB, {"lr": LR, "eps": EPS}, EmbOptimType.LAMB),
     }
     for name, (optimizer, kwargs, kind) in given.items():
 
@@ -94,7 +99,7 @@ def test_attached_and_by_params_are_one() -> None:
                 if i == 0:
                     assert not torch.equal(value, initial[key.removeprefix("collection.")].double()), (name, key)
         states = [] if "sgd" in name else ["momentum1"]
-        states += ["exp_avg_sq", "step"] if "adam" in name or name == "amsgrad" else []
+        states += ["exp_avg_sq", "step"] if any(of in name for of in ("adam", "amsgrad", "lamb")) else []
         states += ["max_exp_avg_sq"] if name == "amsgrad" else []
         assert set(attached) == {
             f"collection.embedding_bags.{s}.partition_{j}.weight {s}.partition_{j}.{state}"
@@ -106,8 +111,9 @@ def test_attached_and_by_params_are_one() -> None:
 
 # The values by which each key says something: another type of value would be refused for the type.
 _HONOURED = {"optimizer", "learning_rate", "eps", "gradient_clipping", "max_gradient"}
+_HONOURED |= {"weight_decay", "weight_decay_mode"}
 _BY_THE_KERNEL = {"self", "embedding_specs"}
-_TELLING: dict[str, Any] = {"weight_decay": 0.1, "momentum": 0.5, "output_dtype": SparseType.FP16}
+_TELLING: dict[str, Any] = {"momentum": 0.5, "output_dtype": SparseType.FP16}
 KEYS = [
     key
     for key in inspect.signature(SplitTableBatchedEmbeddingBagsCodegen.__init__).parameters
@@ -121,6 +127,29 @@ def test_other_keys_raise(key: str) -> None:
     value = _TELLING.get(key, 0.75)
     with pytest.raises(NotImplementedError, match=rf"table 't_user': {key}=.*; allowed: optimizer, learning_rate"):
         update_rule("t_user", {"optimizer": EmbOptimType.EXACT_SGD, key: value})
+
+
+MODES = {None: "", WeightDecayMode.NONE: "", WeightDecayMode.L2: "l2", WeightDecayMode.DECOUPLE: "decay"}
+
+
+@pytest.mark.parametrize("mode", [None, *WeightDecayMode])
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_weight_decay_has_fbgemms_meaning_or_is_refused(name: str, mode: WeightDecayMode | None) -> None:
+    """FBGEMM decouples the decay of Adam and LAMB without a mode too, and drops that of the others."""
+    params, rule = OPTIMIZERS[name]
+    params = {**params, "weight_decay": 0.1} | ({} if mode is None else {"weight_decay_mode": mode})
+    field = MODES.get(mode, "refused")
+    if issubclass(rule, AdamRule):
+        field = {"": "decay", "l2": "refused"}.get(field, field)
+    if field in ("", "refused"):
+        allowed = "WeightDecayMode.NONE or" if issubclass(rule, AdamRule) else "WeightDecayMode.L2 or"
+        with pytest.raises(NotImplementedError, match=f"table 't': weight_decay=0.1 with .*; allowed: {allowed}"):
+            update_rule("t", params)
+        return
+    found = update_rule("t", params)
+    assert {of: getattr(found, of) for of in ("l2", "decay")} == {"l2": 0.0, "decay": 0.0} | {field: 0.1}
+    with pytest.raises(ValueError, match=r"table 't': weight_decay=-0\.1; allowed: 0 or more"):
+        update_rule("t", params | {"weight_decay": -0.1})
 
 
 @pytest.mark.parametrize("name", get_args(OptimizerName))
@@ -141,27 +170,30 @@ def refused(rank: int, world_size: int) -> list[str]:
     for sharding in BASIC_SHARDINGS:
         # The last: said of a table whose kernel is dense, it must not be dropped either.
         for params in (
-            {"optimizer": EmbOptimType.LAMB},
+            {"optimizer": EmbOptimType.LARS_SGD},
             {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1},
             {"output_dtype": SparseType.FP16},
         ):
             with pytest.raises(NotImplementedError) as error:
                 sharded(ALL_AS[sharding], params)
             messages.append(str(error.value))
-    for optimizer in (LAMB, LarsSGD, PartialRowWiseAdam, PartialRowWiseLAMB):
-        with pytest.raises(NotImplementedError) as error:
-            sharded(
-                ALL_AS["table_wise"],
-                attach=lambda m, o=optimizer: _apply_optimizer_in_backward(o, m.parameters(), {"lr": LR}),
-            )
-        messages.append(str(error.value))
+    with pytest.raises(NotImplementedError) as error:
+        sharded(
+            ALL_AS["table_wise"],
+            attach=lambda m: _apply_optimizer_in_backward(LarsSGD, m.parameters(), {"lr": LR}),
+        )
+    messages.append(str(error.value))
     return messages
 
 
 def test_refused_under_every_plan() -> None:
     (messages,) = run_ranks(refused, 1)
-    names = ["lamb", "weight_decay=0.1", f"output_dtype={SparseType.FP16!r}"] * len(BASIC_SHARDINGS)
-    names += ["lamb", "lars_sgd", "partial_row_wise_adam", "partial_row_wise_lamb"]
+    names = [
+        "lars_sgd",
+        "weight_decay=0.1 with weight_decay_mode=<WeightDecayMode.NONE: 0>",
+        f"output_dtype={SparseType.FP16!r}",
+    ] * len(BASIC_SHARDINGS)
+    names += ["lars_sgd"]
     for message, name in zip(messages, names, strict=True):
         assert message.startswith("table 'a': ")
         assert f"{name} is not supported" in message

@@ -12,7 +12,6 @@ import torch
 from pairwise import all_pairs, pairs_of, pairwise
 from parity_model import (
     NOT_PLAIN,
-    OPTIMIZERS,
     ROW_SPLIT,
     Run,
     TableCase,
@@ -43,7 +42,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     ),
     "sharding": SHARDINGS,
     "operation": ("mult", "add", "concat", "path"),
-    "optimizer": tuple(OPTIMIZERS),
+    "optimizer": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
     "pooling": ("sum", "mean"),
     "plan": ("planner", "hand"),
     "weighted": (False, True),

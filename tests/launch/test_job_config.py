@@ -106,6 +106,19 @@ def test_the_recipes_totals() -> None:
         ({"optimizer": {"sparse": {"name": "adagard"}}}, "did you mean 'adagrad'?"),
         ({"optimizer": {"sparse": {"lr": 0}}}, "optimizer.sparse.lr: 0; allowed: above 0"),
         ({"optimizer": {"dense": {"name": "rowwise_adagrad"}}}, "optimizer.dense.name: 'rowwise_adagrad'; allowed"),
+        ({"optimizer": {"dense": {"name": "lamb"}}}, "optimizer.dense.name: 'lamb'; allowed: 'sgd', 'adagrad', 'adam'"),
+        (
+            {"optimizer": {"sparse": {"weight_decay": 0.5}}},
+            "optimizer.sparse.weight_decay_mode: 'none'; allowed: 'l2' or 'decoupled', under weight_decay: 0.5 of adag",
+        ),
+        (
+            {"optimizer": {"sparse": {"name": "adam", "weight_decay_mode": "l2"}}},
+            "optimizer.sparse.weight_decay_mode: 'l2'; allowed: 'decoupled', under weight_decay: 0 of adam",
+        ),
+        (
+            {"optimizer": {"dense": {"name": "sgd", "weight_decay_mode": "decoupled"}}},
+            "optimizer.dense.weight_decay_mode: 'decoupled'; allowed: 'l2', under weight_decay: 0 of sgd",
+        ),
         ({"schedule": {"kind": "poly"}}, "schedule.decay_steps: 0; allowed: at least 1, under kind: poly"),
         ({"model": {"bottom_mlp": [8, 32]}}, "model.bottom_mlp: [8, 32]; allowed: widths that end in embedding_dim=16"),
         (

@@ -28,6 +28,8 @@ def test_only_tables_that_torchrec_trains_alike_everywhere_are_its_own() -> None
         ("tables[*].data_type=bf16",),
         ("optimizer.sparse.name=adam",),
         ("optimizer.sparse.name=amsgrad",),
+        ("optimizer.sparse.name=lamb",),
+        ("optimizer.sparse.weight_decay=0.1", "optimizer.sparse.weight_decay_mode=l2"),
     ):
         assert plain_tables(*overrides) == []
     assert len(plain_tables("tables[20].data_type=fp16")) == 11

@@ -101,11 +101,19 @@ def test_the_demo_learns_what_only_the_ids_tell(tmp_path: Path) -> None:
     assert 0.9 < test["calibration"] < 1.1
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "amsgrad"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "rowwise_adagrad", "amsgrad", pytest.param("lamb", marks=pytest.mark.slow)]
+)
 def test_each_optimizer_trains(tmp_path: Path, optimizer: str) -> None:
     dense = "sgd" if optimizer == "sgd" else "adam"
     names = (f"optimizer.sparse.name={optimizer}", f"optimizer.dense.name={dense}", "optimizer.dense.lr=0.005")
     names += ("train.bf16=true",) if optimizer == "amsgrad" else ()
+    if optimizer == "lamb":
+        names += tuple(
+            f"optimizer.{part}.{key}"
+            for part in ("sparse", "dense")
+            for key in ("weight_decay=1e-3", "weight_decay_mode=decoupled")
+        )
     run(
         tmp_path,
         *with_set(*SMALL, *names, "train.grad_clip=1.0", "schedule.kind=poly", "schedule.decay_steps=10"),

@@ -28,9 +28,10 @@ SEED = 5
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
 
-def rule_of(name: str, max_gradient: float | None = None) -> UpdateRule:
-    betas = {"beta1": BETA1, "beta2": BETA2} if issubclass(RULES[name], Adam) else {}
-    return RULES[name](eps=EPS, max_gradient=max_gradient, **betas)
+def rule_of(name: str, max_gradient: float | None = None, weight_decay: float = 0.0, mode: str = "l2") -> UpdateRule:
+    fields = {"beta1": BETA1, "beta2": BETA2} if issubclass(RULES[name], Adam) else {}
+    fields["l2" if mode == "l2" else "decay"] = weight_decay
+    return RULES[name](eps=EPS, max_gradient=max_gradient, **fields)
 
 
 def update_of(rule: UpdateRule, weight: Tensor, lr: float = LR, t: int = 1, fill: float = 0.0) -> Update:
@@ -70,6 +71,8 @@ class StepCase:
     hot: bool = False
     max_gradient: float = math.inf
     hashed: bool = False  # the second table hashes any ids
+    weight_decay: float = 0.0
+    mode: str = "l2"
     stored: list[Tensor] = field(init=False)
     exact: list[Tensor] = field(init=False)
     states: list[dict[str, Tensor]] = field(init=False)
@@ -88,9 +91,7 @@ class StepCase:
         self.exact = [w.detach().double().requires_grad_() for w in self.stored]
         self.states = [zero_state(self.rule, w, torch.float32) for w in self.stored]
         self.exact_states = [zero_state(self.rule, w) for w in self.exact]
-        self._optimizer = OptimizerReference(
-            self.rule, LR, EPS, math.inf if self.max_gradient is None else self.max_gradient
-        )
+        self._optimizer = OptimizerReference(self.rule, LR, EPS, self.max_gradient, self.weight_decay, self.mode)
         layout = TableLayout(
             self.operation,
             partition_layouts(partitions, dict(enumerate(self.widths))),
@@ -170,7 +171,8 @@ class StepCase:
         return torch.cat(outputs, dim=1)
 
     def updates(self, step: int) -> list[Outcome]:
-        rule = rule_of(self.rule, None if self.max_gradient == math.inf else self.max_gradient)
+        limit = None if self.max_gradient == math.inf else self.max_gradient
+        rule = rule_of(self.rule, limit, self.weight_decay, self.mode)
         return [Update(rule, state, LR, step + 1) for state in self.states]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_reference import StepCase, train
+from kernel_reference import RULES, StepCase, train
 from near import assert_near
 from pairwise import pairwise
 
@@ -30,7 +30,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     ),
     "operation": ("mult", "add", "concat"),
     "dim": (4, 12, 16, 20, 32, 64, 68, 128, 256, 1024),
-    "rule": ("sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"),
+    "rule": tuple(RULES),
+    "decay": ((0.0, "l2"), (0.25, "l2"), (0.25, "decoupled")),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "weighted": (False, True),
     "id_dtype": (torch.int64, torch.int32),
@@ -47,6 +48,7 @@ def test_ten_steps(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     isa, threads = given.pop("isa"), given.pop("threads")
     monkeypatch.setenv(cpu_library.VARIABLE, isa)
     (kind, k), dtype = given.pop("kind"), given["dtype"]
+    given["weight_decay"], given["mode"] = given.pop("decay")
     rtol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     case = StepCase(kind, k, **given)
     before = torch.get_num_threads()
@@ -64,16 +66,18 @@ def best_isa() -> int:
 
 
 @pytest.mark.parametrize("operation", ["mult", "add", "concat"])
-@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
+@pytest.mark.parametrize("rule", RULES)
 def test_ten_steps_in_pytorch(rule: str, operation: str) -> None:
     """The backend that the kernels give way to: of every operation and rule, with repeated ids and empty bags."""
     kinds = {"mult": ("explicit", 2), "add": ("wide", 3), "concat": ("strided", 2)}
     with without_kernels():
         for dtype, rtol in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
             train(StepCase(*kinds[operation], operation, rule=rule, dtype=dtype, weighted=True), rtol)
+        mode = "l2" if operation == "add" else "decoupled"
+        train(StepCase(*kinds[operation], operation, rule=rule, weight_decay=0.25, mode=mode), 2e-5)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"])
+@pytest.mark.parametrize("rule", RULES)
 def test_untouched_rows_do_not_move(rule: str) -> None:
     assert train(StepCase("wide", 2, rule=rule), 2e-5) > 400
 

@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
-# It takes a minute; the others take ten seconds together.
-SLOW = "every_warm_up_changes_nothing"
+# They take two minutes; the others take ten seconds together.
+SLOW = ("every_warm_up_changes_nothing", *triton_cases.DECAYED_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def failures(selected: set[Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == SLOW else n for n in triton_cases.NAMES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in triton_cases.NAMES]
 )
 def test_interpreted(name: str, failures: dict[str, str]) -> None:
     if name in triton_cases.AGAINST_CPU and not cpu.available():

@@ -26,7 +26,19 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "offset_dtype": ("int64", "int32"),
     "hashed": (False, True),
 }
-STEPS = {"-".join(map(str, (*c["kind"], *list(c.values())[1:]))): c for c in pairwise(FACTORS)}
+DECAYED: dict[str, tuple[Any, ...]] = {
+    **FACTORS,
+    "kind": (("hash", 1), ("explicit", 2)),
+    "rule": (*FACTORS["rule"], "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"),
+    "decay": ((0.0, "l2"), (0.25, "l2"), (0.25, "decoupled")),
+}
+
+
+def named(factors: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+    return {"-".join(map(str, (*c["kind"], *list(c.values())[1:]))): c for c in pairwise(factors)}
+
+
+STEPS, DECAYED_STEPS = named(FACTORS), named(DECAYED)
 OTHERS = (
     "several_steps",
     "hot_rows",
@@ -47,7 +59,7 @@ OTHERS = (
     "a_warm_up_changes_nothing",
     "every_warm_up_changes_nothing",
 )
-NAMES = [*STEPS, *OTHERS]
+NAMES = [*STEPS, *DECAYED_STEPS, *OTHERS]
 # Those that compare with the CPU kernels, which are not on every machine.
 AGAINST_CPU = (
     *("dense_gradients_and_touched_rows", "gradients_that_share_memory"),
@@ -62,7 +74,8 @@ def step(case: dict[str, Any]) -> None:
 
     (kind, k), dtype = case["kind"], getattr(torch, case["dtype"])
     types = {name: getattr(torch, case[name]) for name in ("dtype", "id_dtype", "offset_dtype")}
-    given = {name: value for name, value in case.items() if name not in ("kind", *types)}
+    given = {name: value for name, value in case.items() if name not in ("kind", "decay", *types)}
+    given["weight_decay"], given["mode"] = case.get("decay", (0.0, "l2"))
     rtol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     train(StepThroughTriton(kind, k, num_bags=3, **given, **types), rtol, 1)
 
@@ -71,7 +84,7 @@ def tests() -> dict[str, Callable[[], None]]:
     import triton_checks
 
     found = {name: getattr(triton_checks, name) for name in OTHERS}
-    return {name: partial(step, case) for name, case in STEPS.items()} | found
+    return {name: partial(step, case) for name, case in (STEPS | DECAYED_STEPS).items()} | found
 
 
 def main(names: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Tests of the Triton kernels on the CPU; see `triton_cases`, which runs them."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import oracle
@@ -18,6 +19,9 @@ from torchrec_qr.ops.lookup_warm_up import launch_every_kernel
 from torchrec_qr.ops.triton_kernels import backward_launches, launches
 from torchrec_qr.ops.triton_kernels.device_tables import Stored, describe
 from torchrec_qr.ops.update_rules import Sgd, Update
+
+# Without weight decay, and with that of either mode.
+DECAYS = ((0.0, "l2"), (0.25, "l2"), (0.25, "decoupled"))
 
 
 class _Lookup(torch.autograd.Function):
@@ -171,11 +175,11 @@ def codes() -> None:
 def rows_given() -> None:
     """Steps of rows whose gradients came another way."""
     rows, gradients = ints(3, 0, 4), torch.randn(3, 8)
-    for rule in RULES:
+    for rule, decay in product(RULES, DECAYS):
         results = []
         for backend in (cpu, triton):
             weight = torch.linspace(-1, 1, 40).view(5, 8).to(torch.float16)
-            update = update_of(rule_of(rule, max_gradient=0.5), weight, lr=0.1, fill=0.5)
+            update = update_of(rule_of(rule, 0.5, *decay), weight, lr=0.1, fill=0.5)
             backend.update_rows(weight, rows, gradients, update)
             results.append([weight, *update.state.values()])
         for actual, expected in zip(results[1], results[0], strict=True):
@@ -184,16 +188,16 @@ def rows_given() -> None:
 
 def replicas_given() -> None:
     """Rows that were looked up move, or those with a gradient, of two widths in one call; masks are cleared."""
-    for rule in ("sgd", "rowwise_adagrad", "adagrad", "adam", "amsgrad"):
+    for rule, decay in product(RULES, DECAYS):
         given: list[Replica] = []
         expected: list[list[torch.Tensor]] = []
         for rows, width, dtype in ((5, 8, torch.float16), (70, 8, torch.float16), (3, 12, torch.float32)):
             weight, gradient = torch.randn(rows, width).to(dtype), torch.randn(rows, width)
             gradient[::2] = 0
-            update = update_of(rule_of(rule, max_gradient=0.5), weight, lr=0.1, fill=0.5)
+            update = update_of(rule_of(rule, 0.5, *decay), weight, lr=0.1, fill=0.5)
             masks = [None, None]
             stepped = gradient.ne(0).any(dim=1)
-            if update.rule.counts_steps:
+            if update.rule.moves_without_gradient:
                 stepped = torch.arange(rows) % 3 == 0
                 masks = [stepped.to(torch.uint8), (torch.arange(rows) % 6 == 0).to(torch.uint8)]
             given.append(Replica(weight, gradient, update, *masks))
@@ -316,7 +320,7 @@ def nothing_to_look_up() -> None:
 
 
 def every_warm_up_changes_nothing() -> None:
-    a_warm_up_changes_nothing(list(RULES))
+    a_warm_up_changes_nothing(["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad", "partial_rowwise_lamb"])
 
 
 def a_warm_up_changes_nothing(rules: Sequence[str] = ("amsgrad",)) -> None:

@@ -96,7 +96,8 @@ class ColumnSplitLoadPlanner(DefaultLoadPlanner):
     """DCP's ``DefaultLoadPlanner`` that also converts rowwise optimizer state between column splits.
 
     TorchRec has one value h_C for each row and each shard of columns C, and saves the shards end to end. Under rowwise
-    Adagrad h_C is the sum of mean_{c ∈ C} g_c² over steps. The state of shards A becomes that of shards B by
+    Adagrad h_C is the sum of mean_{c ∈ C} g_c² over steps, and under partial rowwise Adam and LAMB a decayed sum. The
+    state of shards A becomes that of shards B by
 
         h_B = Σ_A |A ∩ B| / |B| · h_A
 

@@ -87,7 +87,7 @@ class RowOptimizer(_SteppedInBackward):
             # TorchRec reads this attribute of parameters that the backward steps.
             own = PartitionOptimizer({"": shown}, {shown: state[shown]}, [group])
             p.weight._in_backward_optimizers = [own]  # type: ignore[attr-defined]
-            if p.is_replicated and rule.counts_steps:
+            if p.is_replicated and rule.moves_without_gradient:
                 leaf = p.reduced
                 self.touched_of[leaf] = torch.zeros(leaf.shape[0], dtype=torch.uint8, device=leaf.device)
         super().__init__(params, state, groups)

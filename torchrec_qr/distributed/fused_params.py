@@ -4,10 +4,30 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 
-from torchrec_qr.ops.update_rules import Adagrad, Adam, AmsGrad, RowWiseAdagrad, Sgd, UpdateRule
+from torchrec_qr.ops.update_rules import (
+    Adagrad,
+    Adam,
+    AmsGrad,
+    Lamb,
+    PartialRowWiseAdam,
+    PartialRowWiseLamb,
+    RowWiseAdagrad,
+    Sgd,
+    UpdateRule,
+)
 
-OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "amsgrad"]
+OptimizerName = Literal[
+    "sgd",
+    "adagrad",
+    "rowwise_adagrad",
+    "adam",
+    "amsgrad",
+    "partial_rowwise_adam",
+    "lamb",
+    "partial_rowwise_lamb",
+]
 
 
 class TableOptimizer(NamedTuple):
@@ -28,6 +48,9 @@ OPTIMIZERS: dict[str, TableOptimizer] = {
     "rowwise_adagrad": TableOptimizer({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}, RowWiseAdagrad),
     "adam": TableOptimizer({"optimizer": EmbOptimType.ADAM}, Adam),
     "amsgrad": TableOptimizer({"optimizer": EmbOptimType.ADAM, "amsgrad": True}, AmsGrad),
+    "partial_rowwise_adam": TableOptimizer({"optimizer": EmbOptimType.PARTIAL_ROWWISE_ADAM}, PartialRowWiseAdam),
+    "lamb": TableOptimizer({"optimizer": EmbOptimType.LAMB}, Lamb),
+    "partial_rowwise_lamb": TableOptimizer({"optimizer": EmbOptimType.PARTIAL_ROWWISE_LAMB}, PartialRowWiseLamb),
 }
 RULES: dict[EmbOptimType, type[UpdateRule]] = {
     EmbOptimType.SGD: Sgd,
@@ -42,6 +65,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "momentum": (0,),
     "dampening": (0,),
     "weight_decay": (0,),
+    "weight_decay_mode": (WeightDecayMode.NONE,),
 }
 
 
@@ -53,11 +77,17 @@ def has_effect(key: str, value: object) -> bool:
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     """Returns the update rule for the ``fused_params`` of a table.
 
-    Supported keys are ``optimizer`` (exact SGD, Adagrad, rowwise Adagrad, Adam; default SGD), ``learning_rate``,
-    ``eps``, ``beta1`` and ``beta2`` of Adam (or torch's ``betas``), ``amsgrad``, and ``gradient_clipping`` with
-    ``max_gradient``. Clipping applies to the gradient of a row, summed over the batch, so that the plan does not change
-    the result. (FBGEMM clips the gradient of the pooled output on CUDA, and does not clip on a CPU.) Weights in fp16
-    and bf16 are stepped in fp32 and rounded to the nearest.
+    Supported keys are ``optimizer`` (a key of `RULES`; default SGD), ``learning_rate``, ``eps``, ``beta1`` and
+    ``beta2`` of Adam and LAMB (or torch's ``betas``), ``amsgrad`` of Adam, ``weight_decay`` with ``weight_decay_mode``,
+    and ``gradient_clipping`` with ``max_gradient``. Weights in fp16 and bf16 are stepped in fp32 and rounded to the
+    nearest.
+
+    Clipping applies to the gradient of a row, summed over the batch, so that the plan does not change the result.
+    (FBGEMM clips the gradient of the pooled output on CUDA, and does not clip on a CPU.)
+
+    Weight decay moves the rows that a batch looked up, and no others. With λ the decay and η the learning rate, mode L2
+    adds λ · w to the gradient, and mode DECOUPLE adds η · λ · w to the step. Rowwise Adagrad has both modes in FBGEMM.
+    Adam and LAMB are decoupled there, whatever the mode. SGD and Adagrad have none there, and here rowwise Adagrad's.
 
     Args:
         table (str): the table's name, for errors.
@@ -68,7 +98,7 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
 
     Example:
         >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
-        Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None)
+        Adagrad(learning_rate=0.1, eps=1e-08, max_gradient=None, l2=0.0, decay=0.0)
     """
     given = {k: v for k, v in fused_params.items() if has_effect(k, v)}
     optimizer = given.pop("optimizer", EmbOptimType.EXACT_SGD)
@@ -79,20 +109,38 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
         )
     rule = RULES[optimizer]
     fields: tuple[str, ...] = ("learning_rate", "eps")
-    if rule is Adam:
+    if issubclass(rule, Adam):
         fields += ("beta1", "beta2")
         if "betas" in given:
             given["beta1"], given["beta2"] = given.pop("betas")
-        if given.pop("amsgrad", False):
-            rule = AmsGrad
+    if rule is Adam and given.pop("amsgrad", False):
+        rule = AmsGrad
     chosen: dict[str, Any] = {k: given.pop(k) for k in fields if k in given}
     max_gradient = given.pop("max_gradient", 1.0)
     if given.pop("gradient_clipping", False):
         chosen["max_gradient"] = max_gradient
+    chosen |= _weight_decay(table, optimizer, given)
     if given:
         key, value = next(iter(given.items()))
         raise NotImplementedError(
             f"table {table!r}: {key}={value!r} is not supported by compositional tables; allowed: optimizer, "
-            "learning_rate, eps, gradient_clipping, max_gradient, and of Adam beta1, beta2, betas, amsgrad"
+            "learning_rate, eps, gradient_clipping, max_gradient, weight_decay, weight_decay_mode, of Adam and LAMB "
+            "beta1, beta2, betas, and of Adam amsgrad"
         )
     return rule(**chosen)
+
+
+def _weight_decay(table: str, optimizer: EmbOptimType, given: dict[str, Any]) -> dict[str, float]:
+    """Returns the field of a rule for its weight decay, and takes the keys out of ``given``."""
+    amount, mode = given.pop("weight_decay", 0), given.pop("weight_decay_mode", WeightDecayMode.NONE)
+    # FBGEMM decouples the decay of Adam and LAMB if no mode is given. It drops that of the others.
+    default = WeightDecayMode.NONE if issubclass(RULES[optimizer], Adam) else WeightDecayMode.L2
+    allowed = default, WeightDecayMode.DECOUPLE
+    if mode not in allowed and (amount or mode != WeightDecayMode.NONE):
+        raise NotImplementedError(
+            f"table {table!r}: weight_decay={amount!r} with weight_decay_mode={mode!r} is not supported for "
+            f"{optimizer} by compositional tables; allowed: {' or '.join(f'WeightDecayMode.{m.name}' for m in allowed)}"
+        )
+    if amount < 0:
+        raise ValueError(f"table {table!r}: weight_decay={amount!r}; allowed: 0 or more")
+    return {"l2" if mode == WeightDecayMode.L2 else "decay": float(amount)}

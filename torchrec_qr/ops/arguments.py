@@ -244,8 +244,9 @@ def check_replica(replica: Replica) -> None:
             f"{tuple(weight.shape)}, torch.float32 on {weight.device}, as the replica"
         )
     for mask in (replica.looked_up, replica.mask):
-        if (mask is not None) != replica.update.rule.counts_steps:
-            raise ValueError(f"{type(replica.update.rule).__name__} with mask {mask}; allowed: two if it counts steps")
+        if (mask is not None) != replica.update.rule.moves_without_gradient:
+            rule = type(replica.update.rule).__name__
+            raise ValueError(f"{rule} with mask {mask}; allowed: two if it moves rows without a gradient")
         if mask is not None:
             _check_touched(mask, weight)
 

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 # What the kernels read of a step: the numbers of `UpdateRule.numbers`, in this order.
-NUMBERS = ("learning_rate", "eps", "beta1", "beta2", "correction1", "correction2", "max_gradient")
+NUMBERS = ("learning_rate", "eps", "beta1", "beta2", "correction1", "correction2", "max_gradient", "l2", "decay")
+# Added to the number of a rule with weight decay, so that Triton compiles the others without it.
+DECAYS = 16
 
 
 @dataclass(frozen=True)
 class UpdateRule(ABC):
-    """w ← w - lr · direction(g), g the gradient of a row, its entries clipped to ±max_gradient."""
+    """w ← w - lr · (direction(g + l2 · w) + decay · w), g the gradient of a row, its entries clipped to ±max_gradient.
+
+    ``l2`` is FBGEMM's weight decay of mode L2, and ``decay`` that of mode DECOUPLE. Only rows that a batch looked up
+    decay.
+    """
 
     # As csrc/lookup.h numbers the rules, from 1.
     number: ClassVar[int]
@@ -27,6 +33,8 @@ class UpdateRule(ABC):
     learning_rate: float = 0.01
     eps: float = 1e-8
     max_gradient: float | None = None
+    l2: float = 0.0
+    decay: float = 0.0
 
     @abstractmethod
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -40,12 +48,33 @@ class UpdateRule(ABC):
         """Returns the new values of ``weight`` (n, columns), all in fp32."""
         if self.max_gradient is not None:
             grad = grad.clamp(-self.max_gradient, self.max_gradient)
-        return weight - lr * self.direction(grad, state, t)
+        if self.l2:
+            grad = grad + self.l2 * weight
+        direction = self.direction(grad, state, t)
+        if self.decay:
+            direction = direction + self.decay * weight
+        return weight - lr * self._scaled(direction, weight)
 
     def numbers(self, lr: float, t: int) -> list[float]:
         """The `NUMBERS` of step t; no limit: -1."""
         limit = -1.0 if self.max_gradient is None else self.max_gradient
-        return [lr, self.eps, 0.0, 0.0, 1.0, 1.0, limit]
+        return [lr, self.eps, *self._moments(t), limit, self.l2, self.decay]
+
+    @property
+    def compiled_number(self) -> int:
+        """The number by which Triton's kernels are compiled: ``number``, or `DECAYS` more with weight decay."""
+        return self.number + (DECAYS if self.l2 or self.decay else 0)
+
+    @property
+    def moves_without_gradient(self) -> bool:
+        """Whether a step moves a row that was looked up and whose gradient is zero."""
+        return self.counts_steps or bool(self.l2 or self.decay)
+
+    def _moments(self, t: int) -> tuple[float, float, float, float]:
+        return 0.0, 0.0, 1.0, 1.0
+
+    def _scaled(self, direction: Tensor, weight: Tensor) -> Tensor:
+        return direction
 
 
 @dataclass(frozen=True)
@@ -107,16 +136,14 @@ class Adam(UpdateRule):
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor], t: int) -> Tensor:
         mean = state["momentum1"].mul_(self.beta1).add_(grad, alpha=1 - self.beta1)
-        square = state["exp_avg_sq"].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        root = (self._bound(square, state) / (1 - self.beta2**t)).sqrt()
+        root = (self._square(grad, state) / (1 - self.beta2**t)).sqrt()
         return mean / (1 - self.beta1**t) / (root + self.eps)
 
-    def numbers(self, lr: float, t: int) -> list[float]:
-        lr, eps, _, _, _, _, limit = super().numbers(lr, t)
-        return [lr, eps, self.beta1, self.beta2, 1 - self.beta1**t, 1 - self.beta2**t, limit]
+    def _moments(self, t: int) -> tuple[float, float, float, float]:
+        return self.beta1, self.beta2, 1 - self.beta1**t, 1 - self.beta2**t
 
-    def _bound(self, square: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return square
+    def _square(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return state["exp_avg_sq"].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
 
 
 @dataclass(frozen=True)
@@ -128,9 +155,44 @@ class AmsGrad(Adam):
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {**super().state_shapes(rows, columns), "max_exp_avg_sq": (rows, columns)}
 
-    def _bound(self, square: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    def _square(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         largest = state["max_exp_avg_sq"]
-        return torch.maximum(largest, square, out=largest)
+        return torch.maximum(largest, super()._square(grad, state), out=largest)
+
+
+@dataclass(frozen=True)
+class PartialRowWiseAdam(Adam):
+    """`Adam` with one v per row and column shard: v ← β₂ v + (1 - β₂) · mean over the row's stored columns of g²."""
+
+    number = 6
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"momentum1": (rows, columns), "exp_avg_sq": (rows,)}
+
+    def _square(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        mean = grad.square().mean(dim=1)
+        return state["exp_avg_sq"].mul_(self.beta2).add_(mean, alpha=1 - self.beta2).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Lamb(Adam):
+    """w ← w - lr · ‖w‖ / ‖r‖ · r, r = `Adam`'s direction + decay · w; norms of a row's stored columns.
+
+    A row whose r is zero stays. (FBGEMM makes it NaN.) A row of zeros stays, as in FBGEMM.
+    """
+
+    number = 7
+
+    def _scaled(self, direction: Tensor, weight: Tensor) -> Tensor:
+        norm = direction.norm(dim=1, keepdim=True)
+        return direction * (weight.norm(dim=1, keepdim=True) / norm).where(norm > 0, 0)
+
+
+@dataclass(frozen=True)
+class PartialRowWiseLamb(Lamb, PartialRowWiseAdam):
+    """`Lamb` with the v of `PartialRowWiseAdam`."""
+
+    number = 8
 
 
 class Update(NamedTuple):

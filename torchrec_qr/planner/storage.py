@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -24,15 +23,6 @@ MakeOptimizer = Callable[[Any], Optimizer]
 
 Stored = Sequence[tuple[int, int, torch.dtype]]
 """The rows, columns and type of each tensor."""
-
-# The float32 values of state per value and per row in FBGEMM's kernels, for optimizers that compositional tables lack.
-# TorchRec assumes (1, 0) for all others.
-_STATE_OF = {
-    EmbOptimType.LAMB: (2, 0),
-    EmbOptimType.LARS_SGD: (1, 0),
-    EmbOptimType.PARTIAL_ROWWISE_ADAM: (1, 1),
-    EmbOptimType.PARTIAL_ROWWISE_LAMB: (1, 1),
-}
 
 
 class DenseState:
@@ -140,8 +130,8 @@ class OptimizerState:
         optimizer = optimizer_of(table)
         if optimizer in RULES:
             return 4 * _state_values(RULES[optimizer](), rows, columns)
-        per_value, per_row = _STATE_OF.get(optimizer, (1, 0))
-        return 4 * rows * (per_value * columns + per_row)
+        # TorchRec assumes one float32 value of state per value for optimizers that compositional tables lack.
+        return 4 * rows * columns
 
     def _of_dense(self, stored: Stored) -> int:
         return sum(self._dense.bytes_of(*tensor) for tensor in stored)

@@ -101,7 +101,7 @@ def update_rows(weight: Tensor, rows: Tensor, gradients: Tensor, update: Update)
         _refuse_capture(weight.device)
         of_first = torch.zeros_like(rows, dtype=torch.int32)
         sums = backward_launches.RowSums(gradients, rows.contiguous(), of_first)
-        stepping = backward_launches.stepping_of([weight], [update.rule.number], [list(update.state.values())])
+        stepping = backward_launches.stepping_of([weight], [update.rule.compiled_number], [list(update.state.values())])
         backward_launches.step_summed_rows(sums, stepping, backward_launches.Step([None], [None], update.numbers()))
 
 
@@ -322,7 +322,7 @@ def _outcome_key(outcome: Outcome) -> Any:
     if outcome is None:
         return backward_launches.NOTHING
     if isinstance(outcome, Update):
-        return outcome.rule.number, *[_place(state) for state in outcome.state.values()]
+        return outcome.rule.compiled_number, *[_place(state) for state in outcome.state.values()]
     touched = outcome.touched
     # A mask that does not fit gets a key of its own, which is then checked.
     return backward_launches.GRADIENT if touched is None else (backward_launches.GRADIENT, *_place(touched)[1:])

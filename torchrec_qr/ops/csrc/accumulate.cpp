@@ -60,7 +60,11 @@ struct EntriesAhead {
             if (pivot.prefetched && (next == part.first || work.sorted.row(next - 1) != e.row)) {
                 const Partition& p = *work.pivot;
                 prefetch(pivot.weight + e.row * pivot.row_bytes, pivot.row_bytes);
-                if (p.rule >= kAdam) prefetch(p.state[1] + e.row * p.width, p.width * 4);
+                if (p.rule == kPartialRowWiseAdam || p.rule == kPartialRowWiseLamb) {
+                    prefetch(p.state[1] + e.row, 4);
+                } else if (p.rule >= kAdam) {
+                    prefetch(p.state[1] + e.row * p.width, p.width * 4);
+                }
                 if (p.rule == kAdagrad || p.rule >= kAdam) prefetch(p.state[0] + e.row * p.width, p.width * 4);
                 if (p.rule == kRowWiseAdagrad) prefetch(p.state[0] + e.row, 4);
             }

@@ -26,7 +26,17 @@ constexpr int kMaxStates = 3;
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt32 = 3, kInt64 = 4, kInt8Rows = 5, kInt4Rows = 6 };
 enum Operation : int32_t { kMult = 0, kAdd = 1, kConcat = 2 };
-enum Rule : int32_t { kNoStep = 0, kSgd = 1, kAdagrad = 2, kRowWiseAdagrad = 3, kAdam = 4, kAmsGrad = 5 };
+enum Rule : int32_t {
+    kNoStep = 0,
+    kSgd = 1,
+    kAdagrad = 2,
+    kRowWiseAdagrad = 3,
+    kAdam = 4,
+    kAmsGrad = 5,
+    kPartialRowWiseAdam = 6,
+    kLamb = 7,
+    kPartialRowWiseLamb = 8,
+};
 enum Isa : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 enum Code : int32_t {
@@ -51,9 +61,10 @@ struct Partition {
     // Backward. One of: a dense gradient (rows, width), zeroed by the caller; an optimizer step; nothing.
     float* gradient;
     uint8_t* touched;            // (rows,), set to 1 where a row was looked up; may be null
-    float* state[kMaxStates];    // (rows, width) each, (rows,) for rowwise Adagrad
+    float* state[kMaxStates];    // (rows, width) each; (rows,) the first of rowwise Adagrad, the second of partial rules
     int32_t rule;
     float learning_rate, eps, beta1, beta2, correction1, correction2, max_gradient;  // corrections: 1 - beta^t
+    float l2, decay;             // weight decay: g + l2 · w, and w - lr · decay · w
 };
 
 struct Table {

@@ -38,12 +38,12 @@ def replica_stepping_of(replicas: list[Replica]) -> ReplicaStepping:
     """Returns how replicas are stepped, one of which has rows at least."""
     weights, updates = [r.weight for r in replicas], [r.update for r in replicas]
     states = [list(u.state.values()) for u in updates]
-    stepping = stepping_of(weights, [u.rule.number for u in updates], states)
+    stepping = stepping_of(weights, [u.rule.compiled_number for u in updates], states)
     forms, most_rows = [], []
     for group in range(len(stepping.kernels)):
         own = [r for r, of in zip(replicas, stepping.of_weights, strict=True) if of == group]
         aligned = gcd(WIDEST_READ, *(r.gradient.data_ptr() for r in own))
-        forms.append(_Form(own[0].update.rule.counts_steps, aligned))
+        forms.append(_Form(own[0].update.rule.moves_without_gradient, aligned))
         most_rows.append(max(r.weight.shape[0] for r in own))
     return ReplicaStepping(stepping, forms, most_rows)
 

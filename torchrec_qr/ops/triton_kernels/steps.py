@@ -2,6 +2,7 @@
 
 Formulas: `torchrec_qr.distributed.fused_params`. In fp32; weights of fp16 and bf16 are rounded to the nearest, once.
 Only rows with a gradient move, and their state.
+Kernels of a rule without weight decay are compiled without it: see `torchrec_qr.ops.update_rules.DECAYS`.
 """
 
 import triton
@@ -26,8 +27,10 @@ BETA2 = tl.constexpr(3)
 CORRECTION1 = tl.constexpr(4)
 CORRECTION2 = tl.constexpr(5)
 MAX_GRADIENT = tl.constexpr(6)
-NUMBERS = tl.constexpr(7)
-# Rules: `torchrec_qr.ops.update_rules`, by `number`.
+L2 = tl.constexpr(7)
+DECAY = tl.constexpr(8)
+NUMBERS = tl.constexpr(9)
+# Rules: `torchrec_qr.ops.update_rules`, by `compiled_number`.
 NOTHING = tl.constexpr(-1)
 GRADIENT = tl.constexpr(0)
 SGD = tl.constexpr(1)
@@ -35,6 +38,10 @@ ADAGRAD = tl.constexpr(2)
 ROWWISE_ADAGRAD = tl.constexpr(3)
 ADAM = tl.constexpr(4)
 AMSGRAD = tl.constexpr(5)
+PARTIAL_ROWWISE_ADAM = tl.constexpr(6)
+LAMB = tl.constexpr(7)
+PARTIAL_ROWWISE_LAMB = tl.constexpr(8)
+DECAYS = tl.constexpr(16)
 
 
 @triton.jit
@@ -49,6 +56,12 @@ def of_lanes(x):
 @triton.jit
 def state_of(weight, S: tl.constexpr, ALIGN: tl.constexpr):
     return of_lanes(tl.multiple_of(tl.load(weight + (STATE + S)).to(tl.pointer_type(tl.float32)), ALIGN))
+
+
+@triton.jit
+def sum_of_squares(x, mask):
+    """Σ_d x_d² of each lane, as (lanes, 1)."""
+    return tl.sum(tl.where(mask, x * x, 0.0), axis=1)[:, None]
 
 
 @triton.jit
@@ -92,14 +105,19 @@ def step_described(
             of_weight = of_lanes(pointer_to(tl.load(weight + WEIGHT), TYPE, ALIGN))
             stored = of_weight + (from_row[:, None] + columns[None, :])
             value = tl.load(stored, mask=mask, other=0.0).to(tl.float32)
-            if RULE == SGD:
+            kind: tl.constexpr = RULE - DECAYS * (RULE >= DECAYS)
+            if RULE >= DECAYS:
+                gradient += of_lanes(tl.load(n + L2)) * value
+                if kind < LAMB:
+                    value *= 1 - rate * of_lanes(tl.load(n + DECAY))
+            if kind == SGD:
                 value -= rate * gradient
-            elif RULE == ADAGRAD:
+            elif kind == ADAGRAD:
                 state = state_of(weight, 0, STATE_ALIGN) + in_state
                 squares = tl.load(state, mask=mask, other=0.0) + gradient * gradient
                 tl.store(state, squares, mask=mask)
                 value -= rate * (gradient / (tl.sqrt_rn(squares) + eps))
-            elif RULE == ROWWISE_ADAGRAD:
+            elif kind == ROWWISE_ADAGRAD:
                 of_row = state_of(weight, 0, 4) + row[:, None]
                 squares = tl.sum(tl.where(mask, gradient * gradient, 0.0), axis=1)[:, None] / WIDTH
                 squares += tl.load(of_row, mask=has_row[:, None], other=0.0)
@@ -109,18 +127,32 @@ def step_described(
                 beta1 = of_lanes(tl.load(n + BETA1))
                 beta2 = of_lanes(tl.load(n + BETA2))
                 of_mean = state_of(weight, 0, STATE_ALIGN) + in_state
-                of_square = state_of(weight, 1, STATE_ALIGN) + in_state
                 mean = beta1 * tl.load(of_mean, mask=mask, other=0.0) + (1 - beta1) * gradient
-                square = beta2 * tl.load(of_square, mask=mask, other=0.0) + (1 - beta2) * (gradient * gradient)
+                if (kind == PARTIAL_ROWWISE_ADAM) | (kind == PARTIAL_ROWWISE_LAMB):
+                    of_square = state_of(weight, 1, 4) + row[:, None]
+                    has_square = has_row[:, None]
+                    squares = sum_of_squares(gradient, mask) / WIDTH
+                else:
+                    of_square = state_of(weight, 1, STATE_ALIGN) + in_state
+                    has_square = mask
+                    squares = gradient * gradient
+                square = beta2 * tl.load(of_square, mask=has_square, other=0.0) + (1 - beta2) * squares
                 tl.store(of_mean, mean, mask=mask)
-                tl.store(of_square, square, mask=mask)
+                tl.store(of_square, square, mask=has_square)
                 bound = square
-                if RULE == AMSGRAD:
+                if kind == AMSGRAD:
                     of_largest = state_of(weight, 2, STATE_ALIGN) + in_state
                     bound = tl.maximum(tl.load(of_largest, mask=mask, other=0.0), square)
                     tl.store(of_largest, bound, mask=mask)
                 root = tl.sqrt_rn(bound / of_lanes(tl.load(n + CORRECTION2)))
-                value -= rate * ((mean / of_lanes(tl.load(n + CORRECTION1))) / (root + eps))
+                direction = (mean / of_lanes(tl.load(n + CORRECTION1))) / (root + eps)
+                if kind >= LAMB:
+                    if RULE >= DECAYS:
+                        direction += of_lanes(tl.load(n + DECAY)) * value
+                    norm = tl.sqrt_rn(sum_of_squares(direction, mask))
+                    ratio = tl.sqrt_rn(sum_of_squares(value, mask)) / tl.where(norm > 0, norm, 1.0)
+                    direction *= tl.where(norm > 0, ratio, 0.0)
+                value -= rate * direction
             tl.store(stored, value.to(stored.dtype.element_ty), mask=mask)
 
 
