@@ -40,11 +40,11 @@ class Batch:
         )
 
 
-def global_batch(configs: Sequence[Any], step: int, bags: int = BAGS, wild_ids: bool = False) -> Batch:
+def global_batch(configs: Sequence[Any], step: int, bags: int = BAGS, wild_ids: bool = False, bits: int = 64) -> Batch:
     """Jagged, with empty bags, and of few ids, so that rows stay untouched; on step 1 only the first bags have ids.
 
     On step 2 the first feature has no ids on any rank. ``wild_ids``: outside of [0, S), too, where
-    the table takes them.
+    the table takes them. A table that hashes ids has any of so many ``bits``.
     """
     rng = random.Random(f"batch {step}")
     tables = {f: config for config in reversed(configs) for f in config.feature_names}
@@ -54,6 +54,8 @@ def global_batch(configs: Sequence[Any], step: int, bags: int = BAGS, wild_ids: 
         pool = rng.sample(range(size), min(12, size - 2))
         if wild_ids and getattr(table, "out_of_range", "error") in ("clamp", "wrap"):
             pool += [size, -1, 3 * size + 5]
+        if getattr(table, "id_hash", None) is not None:
+            pool = [rng.randrange(-(2 ** (bits - 1)), 2 ** (bits - 1)) for _ in pool]
         of_feature = [rng.choices(pool, k=rng.choice([0, 1, 2, 3, 5])) for _ in range(bags)]
         if step == 1:
             of_feature = [bag if b < bags // 4 else [] for b, bag in enumerate(of_feature)]

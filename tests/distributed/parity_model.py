@@ -69,6 +69,7 @@ class TableCase:
     out_of_range: str = "error"
     plan: str = "planner"
     hidden: int = 3
+    hash_seed: int | None = None
 
     @property
     def num_ids(self) -> int:
@@ -79,9 +80,9 @@ class TableCase:
         return list(self.features or (f"f_{self.name}",))
 
     def of_kind(self) -> Kind:
-        if self.kind == "tiny":
-            return Kind("tiny", MixedRadix(sizes=[3, 3]), 9, oracle.mixed_radix([3, 3]))
-        return kind_of(self.kind, self.k)
+        tiny = Kind("tiny", MixedRadix(sizes=[3, 3]), 9, oracle.mixed_radix([3, 3]))
+        kind = tiny if self.kind == "tiny" else kind_of(self.kind, self.k)
+        return kind if self.hash_seed is None else kind.hashed(self.hash_seed)
 
     def config(self, pooled: bool) -> Any:
         fields: dict[str, Any] = {
@@ -101,6 +102,8 @@ class TableCase:
             "path_hidden": self.hidden if self.operation == "path" else None,
             "path_activation": "tanh" if self.operation == "path" else "relu",
         }
+        if self.hash_seed is not None:
+            fields |= {"id_hash": "splitmix64", "hash_seed": self.hash_seed}
         if self.operation == "concat" and self.k == 3 and self.dim == 16:
             fields["partition_dims"] = (8, 4, 4)
         return table_of(self.of_kind().partitions, pooled, **fields)
@@ -142,7 +145,7 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """The batch of all ranks."""
-        return global_batch(self.configs(), step, self.bags, self.wild_ids)
+        return global_batch(self.configs(), step, self.bags, self.wild_ids, 32 if self.int32 else 64)
 
     def own_batch(self, step: int) -> KeyedJaggedTensor:
         """This rank's part of it, on its device."""

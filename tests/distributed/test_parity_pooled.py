@@ -47,6 +47,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "plan": ("planner", "hand"),
     "weighted": (False, True),
     "world_size": (2, 4),
+    "hash_seed": (None, 9),
 }
 
 

@@ -51,7 +51,8 @@ SHARED = (
 
 @pytest.mark.parametrize("index_dedup", [False, True])
 def test_shared_features(index_dedup: bool) -> None:
-    run = Run(SHARED, optimizer="adagrad", pooled=False, int32=not index_dedup, index_dedup=index_dedup)
+    tables = (*SHARED, *one_of_each(hash_seed=3))
+    run = Run(tables, optimizer="adagrad", pooled=False, int32=not index_dedup, index_dedup=index_dedup)
     assert_trained_as_reference(run, run_ranks(train, 4, run, local_world_size=2))
 
 
@@ -155,6 +156,6 @@ def indices(rank: int, world_size: int, run: Run) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("index_dedup", [False, True])
 def test_need_indices(index_dedup: bool) -> None:
     """The ids come with the embeddings, also where rows are split, as the unsharded module returns them."""
-    run = Run(SHARED, pooled=False, index_dedup=index_dedup)
+    run = Run((*SHARED, *one_of_each(hash_seed=3)), pooled=False, index_dedup=index_dedup)
     for rank in run_ranks(indices, 2, run):
         assert rank == [(name, True) for name, _, _ in run.outputs()]

@@ -32,7 +32,7 @@ def tables_of(cases: list[dict[str, Any]], *by: str, **fields: Any) -> dict[tupl
     tables: dict[tuple[Any, ...], list[TableCase]] = {}
     for case in cases:
         (kind, k), own = case["kind"], {n: v for n, v in case.items() if n not in ("kind", *by)}
-        table = TableCase("_".join([f"{kind}{k}", *own.values()]), kind, k=k, **own, **fields)
+        table = TableCase("_".join([f"{kind}{k}", *map(str, own.values())]), kind, k=k, **own, **fields)
         of_collection = tables.setdefault(tuple(case.get(n, False) for n in by), [])
         if table not in of_collection:
             of_collection.append(table)

@@ -33,10 +33,10 @@ PARTITION = _struct(
     ("numbers", _FLOAT, (len(NUMBERS),)),
 )
 TABLE = _struct(
-    *((name, _INT32) for name in ("operation", "hash_seed", "first_partition", "num_partitions")),
+    *((name, _INT32) for name in ("operation", "first_partition", "num_partitions")),
     *((name, _INT32) for name in ("first_feature", "num_features")),
     *((name, _INT64) for name in ("dim", "column", "num_ids")),
-    *((name, _INT64) for name in ("codes_per_row", "code_stride", "code_size", "code_first_row")),
+    *((name, _INT64) for name in ("codes_per_row", "code_stride", "code_size", "code_first_row", "hash_seed")),
 )
 GROUP = _struct(
     *((name, _POINTER) for name in ("tables", "partitions", "ids", "offsets", "id_weights", "out", "out_gradient")),
@@ -64,8 +64,8 @@ class Structs:
             code = t.code or (0, 0, 0, 0)
             seed = -1 if t.hash_seed is None else t.hash_seed
             self.tables[i] = (
-                *(KERNEL_OPERATIONS.index(t.operation), seed, partition, len(t.partitions), feature, t.num_features),
-                *(t.dim, column, t.num_ids, *code),
+                *(KERNEL_OPERATIONS.index(t.operation), partition, len(t.partitions), feature, t.num_features),
+                *(t.dim, column, t.num_ids, *code, seed),
             )
             for p in t.partitions:
                 row = self._partitions[partition]

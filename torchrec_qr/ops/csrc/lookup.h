@@ -68,9 +68,7 @@ struct Partition {
 };
 
 struct Table {
-    int32_t operation;
-    int32_t hash_seed = -1;  // of the hash that brings any ids into [0, S): `torchrec_qr.id_hash`; -1: none. No codes
-    int32_t first_partition, num_partitions, first_feature, num_features;
+    int32_t operation, first_partition, num_partitions, first_feature, num_features;
     int64_t dim;        // columns of its output
     int64_t column;     // pooled: of its first feature in a row of `out`
     int64_t num_ids;    // S; negative: any id, closed forms only
@@ -78,6 +76,7 @@ struct Table {
     // row = code / codes_per_row + code_first_row, rest = code % codes_per_row,
     // id = rest % code_stride + code_stride · (row + code_size · (rest / code_stride)); code_stride = 0: id = rest.
     int64_t codes_per_row, code_stride, code_size, code_first_row;  // codes_per_row = 0: ids travel
+    int64_t hash_seed = -1;  // of the hash that brings any ids into [0, S): `torchrec_qr.id_hash`; -1: none, as of codes
 };
 
 struct Group {
