@@ -103,6 +103,8 @@ def cases(width: int) -> list[Case]:
         case(sums.sum_ranges, width, "sum_ranges-heavy", **{**heavy, "TARGET": 3, "RULE": steps.AMSGRAD.value}),
         case(long_rows.sum_supers, width, "sum_supers"),
         case(forward.forward, width, "forward-coded", GIVEN=1, NARROW=False),
+        case(forward.forward, width, "forward-hashed", GIVEN=2),
+        case(occurrences.keys_of_ids, width, "keys_of_ids-hashed", LANES=128, GIVEN=2, NARROW=False),
         case(forward.forward, width, "forward-three", K=3),
         case(sums.sum_ranges, width, "sum_ranges-three", K=3, RULE=steps.ADAM.value),
         case(sent_ids.send_ids, width, "send_ids"),
