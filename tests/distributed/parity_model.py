@@ -55,7 +55,8 @@ DENSE_EPS = 1e-3
 
 @dataclass(frozen=True)
 class TableCase:
-    """One table. ``kind`` "plain" is a TorchRec table, "tiny" has fewer base rows than there are ranks."""
+    """One table. ``kind`` "plain" is a TorchRec table, "tiny" has fewer base rows than there are ranks, and "open" has
+    2^40 ids."""
 
     name: str
     kind: str
@@ -73,15 +74,18 @@ class TableCase:
 
     @property
     def num_ids(self) -> int:
-        return 9 if self.kind == "tiny" else 100
+        return {"tiny": 9, "open": 2**40}.get(self.kind, 100)
 
     @property
     def feature_names(self) -> list[str]:
         return list(self.features or (f"f_{self.name}",))
 
     def of_kind(self) -> Kind:
-        tiny = Kind("tiny", MixedRadix(sizes=[3, 3]), 9, oracle.mixed_radix([3, 3]))
-        kind = tiny if self.kind == "tiny" else kind_of(self.kind, self.k)
+        sizes = {"tiny": [3, 3], "open": [2**16, 2**12, 2**12]}.get(self.kind)
+        if sizes is None:
+            kind = kind_of(self.kind, self.k)
+        else:
+            kind = Kind(self.kind, MixedRadix(sizes=sizes), self.num_ids, oracle.mixed_radix(sizes))
         return kind if self.hash_seed is None else kind.hashed(self.hash_seed)
 
     def config(self, pooled: bool) -> Any:

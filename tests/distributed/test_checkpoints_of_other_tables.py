@@ -39,6 +39,11 @@ OTHER_TABLES = {
         table("t", MixedRadix(sizes=[5, 4, 3]), "mult"),
         r"sizes: saved \[10, 6\], here \[5, 4, 3\]",
     ),
+    "hash": (
+        table("t", MixedRadix(sizes=[10, 6]), "mult"),
+        table("t", MixedRadix(sizes=[10, 6]), "mult", id_hash="splitmix64"),
+        "id_hash: saved none, here splitmix64",
+    ),
 }
 
 

@@ -339,6 +339,8 @@ def refused(rank: int, world_size: int) -> None:
         shard(TABLES[0], strided=table_wise(rank=0))
     with pytest.raises(NotImplementedError, match="table 'e': managed collisions of ExplicitPartitions"):
         shard(table("e", ExplicitPartitions(torch.arange(NUM_IDS).unsqueeze(0)), "mult"))
+    with pytest.raises(NotImplementedError, match="table 'h': id_hash='splitmix64' behind sharded managed collisions"):
+        shard(table("h", STRIDED, "mult", id_hash="splitmix64"))
     config = table("b", STRIDED, "mult")
     with pytest.raises(
         ValueError, match=r"table 'b': the slots of the ranks end at \[35, 60\], and the buckets .* at \[30, 60\]"

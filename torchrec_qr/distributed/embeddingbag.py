@@ -70,6 +70,12 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
     # Draw the values of a module on a CPU anew, because TorchRec's pooled collection does.
     _drawn_anew = ("meta", "cpu")
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Leave plain tables alone to TorchRec's check of the first batch, because it warns of ids outside [0, S), which
+        # a hash or a policy of ours allows.
+        self._embedding_bag_configs = [c for c in self._embedding_bag_configs if c.name not in self._layouts]
+
     def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
         configs: Any = self._configs
         self._config_of = {

@@ -35,6 +35,7 @@ from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.model_tracker.model_delta_tracker import ModelDeltaTrackerTrec
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.distributed.sharding.twrw_sharding import TwRwSparseFeaturesDist
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.train_pipeline.utils import _override_input_dist_forwards
 from torchrec.distributed.types import Awaitable, ShardingEnv2D
@@ -81,7 +82,7 @@ HOOKS = (
             *("input_dist", "output_dist", "compute_and_output_dist", "update_shards", "unsharded_module_type"),
             "register_post_lookup_tracker_fn",
         ),
-        used=(*_COLLECTION, "embedding_bags", "_embedding_names"),
+        used=(*_COLLECTION, "embedding_bags", "_embedding_names", "_embedding_bag_configs"),
     ),
     Hook(
         ShardedEmbeddingCollection,
@@ -110,12 +111,17 @@ HOOKS = (
             used=(
                 *("_env", "_device", "_grouped_embedding_configs_per_rank"),
                 *(() if kind == DATA_PARALLEL else ("_pg",)),
-                *(("_grouped_embedding_configs_per_node",) if kind in ("table_row_wise", "grid_shard") else ()),
+                *(
+                    ("_grouped_embedding_configs_per_node", "_get_feature_hash_sizes")
+                    if kind in ("table_row_wise", "grid_shard")
+                    else ()
+                ),
             ),
         )
         for kind, ours in (*POOLED_SHARDINGS.items(), *SEQUENCE_SHARDINGS.items())
     ),
     Hook(RwPooledEmbeddingDist, used=("_codecs", "_pg")),
+    Hook(TwRwSparseFeaturesDist, used=("_feature_block_sizes_tensor", "_local_size")),
     # The ids of copies of nodes.
     Hook(_override_input_dist_forwards, used=("_input_dists", "_dist", "forward")),
     Hook(KJTAllToAll, defined=("forward",), used=("_pg", "_splits")),

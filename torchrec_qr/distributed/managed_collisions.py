@@ -306,7 +306,8 @@ def _check(
     """Raises on every rank if a table cannot have managed collisions.
 
     Raises:
-        NotImplementedError: a table is not row-wise, or a compositional one has partitions without a closed form.
+        NotImplementedError: a table is not row-wise, or a compositional one hashes its ids, or has partitions without
+            a closed form.
         ValueError: a compositional table has no ids for one of the ranks, or the slots of a rank end within a bucket
             of TorchRec's MPZCH.
     """
@@ -318,6 +319,11 @@ def _check(
             )
         if not is_compositional(config):
             continue
+        if config.id_hash is not None:
+            raise NotImplementedError(
+                f"table {config.name!r}: id_hash={config.id_hash!r} behind sharded managed collisions is not "
+                "supported, because the slot itself gives its rank; allowed: either of the two"
+            )
         if not isinstance(config.bound_partitions, ClosedForm):
             raise NotImplementedError(
                 f"table {config.name!r}: managed collisions of {type(config.partitions).__name__} are not supported if "

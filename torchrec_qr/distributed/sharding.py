@@ -6,7 +6,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -126,6 +126,23 @@ class _Compositional:
         return [t for group in groups for t in group.embedding_tables for _ in t.feature_names]
 
 
+class _BlocksWithinNode(_Compositional):
+    """A mixin of sharding types that split rows within a node. Row codes of 2^40 ids exceed TorchRec's int32 blocks."""
+
+    def create_input_dist(self, device: torch.device | None = None) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
+        input_dist: Any = super().create_input_dist(device)
+        sizes: list[int] = super()._get_feature_hash_sizes()  # type: ignore[misc]
+        blocks = [-(-size // input_dist._local_size) for size in sizes]
+        narrow = input_dist._feature_block_sizes_tensor
+        input_dist._feature_block_sizes_tensor = torch.tensor(blocks, dtype=torch.int64, device=narrow.device)
+        return cast(BaseSparseFeaturesDist[KeyedJaggedTensor], input_dist)
+
+    def _get_feature_hash_sizes(self) -> list[int]:
+        """Returns TorchRec's numbers of codes, as far as its blocks are int32."""
+        sizes: list[int] = super()._get_feature_hash_sizes()  # type: ignore[misc]
+        return [min(size, torch.iinfo(torch.int32).max) for size in sizes]
+
+
 class _WithinNode(KJTAllToAll):
     """Sends ids within a node. TorchRec's pipelines join the splits of all tables in one collective of one group.
 
@@ -149,8 +166,8 @@ def _refuse_uneven_batches(tables: str, output_dist: nn.Module, args: tuple[Any,
         )
 
 
-def _with_compositional(sharding: type[Any]) -> type[Any]:
-    return type(f"Compositional{sharding.__name__}", (_Compositional, sharding), {})
+def _with_compositional(sharding: type[Any], mixin: type[_Compositional] = _Compositional) -> type[Any]:
+    return type(f"Compositional{sharding.__name__}", (mixin, sharding), {})
 
 
 POOLED_SHARDINGS = {
@@ -158,8 +175,8 @@ POOLED_SHARDINGS = {
     ShardingType.COLUMN_WISE.value: _with_compositional(CwPooledEmbeddingSharding),
     ShardingType.TABLE_COLUMN_WISE.value: _with_compositional(TwCwPooledEmbeddingSharding),
     ShardingType.ROW_WISE.value: _with_compositional(RwPooledEmbeddingSharding),
-    ShardingType.TABLE_ROW_WISE.value: _with_compositional(TwRwPooledEmbeddingSharding),
-    ShardingType.GRID_SHARD.value: _with_compositional(GridPooledEmbeddingSharding),
+    ShardingType.TABLE_ROW_WISE.value: _with_compositional(TwRwPooledEmbeddingSharding, _BlocksWithinNode),
+    ShardingType.GRID_SHARD.value: _with_compositional(GridPooledEmbeddingSharding, _BlocksWithinNode),
     ShardingType.DATA_PARALLEL.value: _with_compositional(DpPooledEmbeddingSharding),
 }
 SEQUENCE_SHARDINGS = {
