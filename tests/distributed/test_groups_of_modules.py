@@ -15,9 +15,13 @@ from single_tables import collection_of
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import DMPCollectionConfig, EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import LFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
 
 from torchrec_qr import CompositionalEmbeddingCollection, QuotientRemainder
+from torchrec_qr.distributed.inner_collections import ManagedCollisionBagSharder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 
 FUSED = {"optimizer": ADAGRAD, "learning_rate": LR, "eps": EPS}
@@ -130,3 +134,36 @@ def planned(rank: int, world_size: int, ours: bool) -> set[str]:
 @pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_planners_plan_for_the_ranks_of_a_group(ours: bool) -> None:
     assert run_ranks(planned, 4, ours, local_world_size=1)[0]
+
+
+def managed(rank: int, world_size: int) -> str:
+    inside = collection_of(BAGS[:1], "meta")
+    slots = MCHManagedCollisionModule(
+        zch_size=BAGS[0].num_embeddings,
+        device=own_device(),
+        eviction_policy=LFU_EvictionPolicy(),
+        eviction_interval=2,
+        input_hash_size=1000,
+        buckets=GROUP_SIZE,
+    )
+    collisions = ManagedCollisionCollection({BAGS[0].name: slots}, BAGS[:1])
+    module = ManagedCollisionEmbeddingBagCollection(inside, collisions)
+    sharder = ManagedCollisionBagSharder(fused_params=FUSED)
+    plan = construct_module_sharding_plan(module, {"rw": row_wise()}, sharder, 1, GROUP_SIZE, "cpu")
+    assert dist.group.WORLD is not None
+    with pytest.raises(NotImplementedError) as error:
+        Groups(
+            nn.ModuleDict({"managed": module}),
+            own_device(),
+            ShardingPlan({"managed": plan}),
+            world_size,
+            GROUP_SIZE,
+            dist.group.WORLD,
+            sharders=[sharder],
+        )
+    return str(error.value)
+
+
+def test_managed_collisions_are_refused_in_groups() -> None:
+    for message in run_ranks(managed, 4, local_world_size=1):
+        assert message.startswith("tables ['rw']: managed collisions in front of a compositional collection are not")

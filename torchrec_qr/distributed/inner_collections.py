@@ -11,7 +11,7 @@ from torchrec.distributed.fp_embeddingbag import (
 from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.mc_embedding_modules import BaseManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
@@ -76,6 +76,12 @@ class _ManagedCollisionSharder(BaseManagedCollisionEmbeddingCollectionSharder[An
         """Returns the sharded module."""
         if not _is_compositional(module._embedding_module):
             return super().shard(module, params, env, device, module_fqn)  # type: ignore[call-overload]
+        if isinstance(env, ShardingEnv2D):
+            raise NotImplementedError(
+                f"tables {list(params)}: managed collisions in front of a compositional collection are not supported "
+                "under DMPCollection, whose sync() averages neither the slots nor the tables behind them; allowed: "
+                "DistributedModelParallel, or a compositional table of raw ids with id_hash='splitmix64'"
+            )
         return self._sharded(module, params, self._of_compositional(), env, device or torch.device("cuda"))
 
     def shardable_parameters(self, module: BaseManagedCollisionEmbeddingCollection) -> dict[str, nn.Parameter]:
