@@ -18,6 +18,8 @@ from ranks import run_ranks
 from sharded_model import own_weights
 from torchrec.distributed.types import ShardingStrategy
 
+from torchrec_qr.distributed import optimizer_of_each_parameter
+
 STEPS = [0, 1, 2]
 # The batches of each group, and the steps after which groups are averaged: not the first one.
 STEPS_APART = (STEPS, [3, 4, 5])
@@ -132,7 +134,9 @@ def test_groups_of_the_same_data_train_as_one_group(optimizer: str, pooled: bool
 def initial_values(rank: int, world_size: int) -> dict[str, Pieces]:
     run = run_of("adagrad")
     torch.manual_seed(rank)
-    return own_weights(shard_run_in_groups(run, values=False))
+    dmp = shard_run_in_groups(run, values=False)
+    assert set(optimizer_of_each_parameter(dmp, []).values()) == {"fused Adagrad"}
+    return own_weights(dmp)
 
 
 def test_groups_start_with_the_same_values() -> None:
