@@ -10,7 +10,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMo
 from global_batches import Batch
 from groups_of_ranks import GROUP_SIZE, place_of, shard_run_in_groups, train_in_groups
 from near import assert_near
-from parity_model import OPTIMIZERS, Run, TableCase, Trained, one_of_each, parts_of, train
+from parity_model import NOT_PLAIN, OPTIMIZERS, Run, TableCase, Trained, one_of_each, parts_of, train
 from parity_reference import ROUNDED, Reference
 from pieces import Pieces, assembled
 from placements import BASIC_SHARDINGS, SHARDINGS
@@ -38,7 +38,7 @@ MORE = (
 
 
 def run_of(optimizer: str, pooled: bool = True) -> Run:
-    plain = () if optimizer in ("adam", "amsgrad") else PLAIN
+    plain = () if optimizer in NOT_PLAIN else PLAIN
     tables = one_of_each(SHARDINGS if pooled else BASIC_SHARDINGS, plan="hand")
     return Run((*plain, *tables, *MORE), optimizer, pooled=pooled)
 
@@ -93,19 +93,25 @@ def assert_as_defined(run: Run, ranks: list[tuple[tuple[int, int], Trained]]) ->
 
 # Every optimizer with and without pooling; the ranks of groups and the hosts of 1 or 2 ranks vary along.
 CASES = [
-    pytest.param(optimizer, pooled, bool(i % 2), 1 + i // 2 % 2, marks=[pytest.mark.slow] if i else [])
+    (optimizer, pooled, bool(i % 2), 1 + i // 2 % 2)
     for i, (pooled, optimizer) in enumerate(
         product((True, False), ("adagrad", *(o for o in OPTIMIZERS if o != "adagrad")))
     )
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "pooled", "inter_host", "local_size"), CASES)
 def test_sync_averages_what_the_groups_have_trained(
     optimizer: str, pooled: bool, inter_host: bool, local_size: int
 ) -> None:
     run = run_of(optimizer, pooled)
     assert_as_defined(run, run_ranks(apart, 4, run, inter_host, local_world_size=local_size))
+
+
+def test_sync_averages_a_table_of_each_basic_sharding_type() -> None:
+    run = Run((*PLAIN[:1], *one_of_each(BASIC_SHARDINGS, **BY_HAND)), "adagrad")
+    assert_as_defined(run, run_ranks(apart, 4, run, False, local_world_size=1))
 
 
 def alike(rank: int, world_size: int, run: Run, inter_host: bool) -> Trained:
