@@ -102,15 +102,12 @@ def hosts(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool)
 def nodes(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
     """Tables with 4 ids a row on two nodes: table-wise over all ranks, a copy per node, and a copy per rank.
 
-    Ids are skewed and alike, and bags have one id and ten.
+    Batches are small and large, and bags have one id and ten. Ids are skewed by default.
     """
     tables = Tables((200_000,) * 4, 64, "sgd", "table_wise")
-    traffics = tuple(
-        Traffic(bags, (hot,) * 4, exponent)
-        for bags in ([options.bags] if options.bags else [1024, 4096])
-        for hot in (1, 10)
-        for exponent in ([1.05, 0.0] if options.zipf is None else [options.zipf])
-    )
+    exponent = 1.05 if options.zipf is None else options.zipf
+    sizes = [options.bags] if options.bags else [2048, 16384]
+    traffics = tuple(Traffic(bags, (hot,) * 4, exponent) for bags in sizes for hot in (1, 10))
     return [Cell(tables, (4,), traffics, ("full", "fused", "copy_per_node", "copy_per_rank"))]
 
 

@@ -158,9 +158,9 @@ class _ReadRows(torch.autograd.Function):
         of_weights = gathered(ctx.rows, gradients, ctx.counts)
         for weight, of_nodes, update in zip(ctx.weights, of_weights, ctx.updates(), strict=True):
             if isinstance(update, Update):
-                rows, summed = summed_rows(of_nodes, weight.shape[0])
+                rows, summed = summed_rows(of_nodes, weight.shape[0], 1 / peers.divisor)
                 # Step `.data`, because the graph of an earlier forward may hold this tensor.
-                update_rows(weight.data, rows, summed.div_(peers.divisor), update)
+                update_rows(weight.data, rows, summed, update)
         return None, None, None, *(None for _ in ctx.weights)
 
 
@@ -226,12 +226,13 @@ def _num_words(counts: Sequence[int], widths: Sequence[int]) -> int:
     return words + words % 2
 
 
-def summed_rows(of_nodes: Sequence[tuple[Tensor, Tensor]], num_rows: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows of any node, each once, and the sums (n, D) of their gradients, in the order of the nodes.
+def summed_rows(of_nodes: Sequence[tuple[Tensor, Tensor]], num_rows: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns the rows of any node, each once, and (n, D) factor · Σ g of their gradients, in the order of the nodes.
 
     Args:
         of_nodes (Sequence[tuple[Tensor, Tensor]]): the rows (n,) of each node, in [0, num_rows), and their gradients.
         num_rows (int): the rows of the weight.
+        factor (float): what the sums are multiplied by.
 
     Example:
         >>> first = torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]])
@@ -243,5 +244,5 @@ def summed_rows(of_nodes: Sequence[tuple[Tensor, Tensor]], num_rows: int) -> tup
     summed = of_nodes[0][1].new_zeros(len(rows), of_nodes[0][1].shape[1])
     for number, (_, gradient) in zip(numbers.split([len(own) for own, _ in of_nodes]), of_nodes, strict=True):
         # A node sends each row once, so that no two threads add to one row.
-        summed.index_add_(0, number, gradient)
+        summed.index_add_(0, number, gradient, alpha=factor)
     return rows, summed
