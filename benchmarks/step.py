@@ -76,9 +76,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="rank 0 writes the rows to this file, anew after each")
     parser.add_argument("--runs", type=_positive, help="default: 5, --quick: 1")
     parser.add_argument("--steps", type=_positive, default=11, help="timed steps per run and variant")
-    parser.add_argument(
-        "--bags", type=_positive, help="local batch; default: 2048, nodes: also 16384, dynamicemb: by --scale"
-    )
+    parser.add_argument("--bags", type=_positive, help="local batch; default: 2048, nodes: 2048 and 16384")
     parser.add_argument("--zipf", type=_not_negative, help="exponent of ids; default: 0, dlrm, dynamicemb, nodes: 1.05")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of those of the suite; default: all")
     parser.add_argument("--quick", action="store_true", default=None, help="headline: full and fused, SGD; a minute")

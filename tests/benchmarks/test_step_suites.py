@@ -94,6 +94,7 @@ def test_torchx_runs_mlperfs_tables_on_its_ranks(tmp_path: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("dynamicemb", ("--scale", "0.0001"), {"full", "fused"}),
+        pytest.param("nodes", (), {"full", "fused", "copy_per_node", "copy_per_rank"}, marks=pytest.mark.slow),
     ],
 )
 def test_suites_on_two_ranks(tmp_path: Path, suite: str, options: tuple[str, ...], variants: set[str]) -> None:
