@@ -31,7 +31,13 @@ from torchrec.optim.optimizers import (
     in_backward_optimizer_filter,
 )
 
-from torchrec_qr.distributed.fused_params import OPTIMIZERS, RULES, OptimizerName, update_rule
+from torchrec_qr.distributed.fused_params import (
+    OPTIMIZERS,
+    RULES,
+    OptimizerName,
+    check_decay_of_plain_table,
+    update_rule,
+)
 from torchrec_qr.ops.update_rules import Adam as AdamRule
 
 RUN = Run(one_of_each(BASIC_SHARDINGS, plan="hand"))
@@ -152,6 +158,25 @@ def test_weight_decay_has_fbgemms_meaning_or_is_refused(name: str, mode: WeightD
         update_rule("t", params | {"weight_decay": -0.1})
 
 
+@pytest.mark.parametrize("mode", WeightDecayMode)
+@pytest.mark.parametrize("kind", [EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.ADAM])
+def test_weight_decay_that_fbgemm_drops_is_refused_for_plain_tables(kind: EmbOptimType, mode: WeightDecayMode) -> None:
+    """`tests/ops/test_fbgemm_steps.py` shows that it drops it on a CPU."""
+    params = {"optimizer": kind, "weight_decay": 0.1, "weight_decay_mode": mode}
+    refused = rf"table 'p': FBGEMM drops weight_decay=0\.1 .* under {kind}"
+    with pytest.raises(NotImplementedError, match=rf"{refused} on a CPU; allowed: 0, or a compositional"):
+        check_decay_of_plain_table("p", params, on_cpu=True)
+    kept = {
+        EmbOptimType.EXACT_ROWWISE_ADAGRAD: (WeightDecayMode.L2, WeightDecayMode.DECOUPLE),
+        EmbOptimType.ADAM: (WeightDecayMode.NONE, WeightDecayMode.DECOUPLE),
+    }
+    if mode in kept.get(kind, ()):
+        check_decay_of_plain_table("p", params, on_cpu=False)
+        return
+    with pytest.raises(NotImplementedError, match=f"{refused};"):
+        check_decay_of_plain_table("p", params, on_cpu=False)
+
+
 @pytest.mark.parametrize("name", get_args(OptimizerName))
 def test_the_table_of_optimizers_has_every_name(name: str) -> None:
     params, rule = OPTIMIZERS[name]
@@ -177,6 +202,9 @@ def refused(rank: int, world_size: int) -> list[str]:
             with pytest.raises(NotImplementedError) as error:
                 sharded(ALL_AS[sharding], params)
             messages.append(str(error.value))
+    plain = Run((TableCase("p", "plain", "table_wise", plan="hand"),))
+    with pytest.raises(NotImplementedError, match=r"table 'p': FBGEMM drops weight_decay=0\.1"):
+        sharded(plain, {"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1})
     with pytest.raises(NotImplementedError) as error:
         sharded(
             ALL_AS["table_wise"],

@@ -1,10 +1,13 @@
 """The fused optimizers of tables, by the keys of FBGEMM's batched embeddings."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from torch import nn
+from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
 
 from torchrec_qr.ops.update_rules import (
     Adagrad,
@@ -72,6 +75,41 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 def has_effect(key: str, value: object) -> bool:
     """Returns whether a key of ``fused_params`` has an effect: keys of TorchRec's own and neutral values have none."""
     return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
+
+
+def merged_fused_params(fused_params: Mapping[str, Any] | None, parameter: nn.Parameter) -> dict[str, Any]:
+    """Returns the options that TorchRec merges: those attached to a parameter replace those of its sharder."""
+    attached: dict[str, Any] = copy.copy(getattr(parameter, "_optimizer_kwargs", [{}])[0])
+    optimizer = getattr(parameter, "_optimizer_classes", [None])[0]
+    if optimizer is not None:
+        attached["optimizer"] = optimizer_type_to_emb_opt_type(optimizer)
+    merged: dict[str, Any] = merge_fused_params(None if fused_params is None else dict(fused_params), attached)
+    return merged
+
+
+def check_decay_of_plain_table(table: str, fused_params: Mapping[str, Any], on_cpu: bool) -> None:
+    """Refuses the weight decay of a plain table if FBGEMM drops it.
+
+    Args:
+        table (str): the table's name, for errors.
+        fused_params (Mapping[str, Any]): the keys of FBGEMM's embeddings.
+        on_cpu (bool): whether the table is on a CPU, where FBGEMM's kernel for tables of one feature has no decay.
+
+    Raises:
+        NotImplementedError: the decay would have no effect, or another one than its mode.
+    """
+    amount, optimizer = fused_params.get("weight_decay"), fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
+    if not amount or optimizer not in RULES:
+        return
+    rule, mode = RULES[optimizer], fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
+    default = WeightDecayMode.NONE if issubclass(rule, Adam) else WeightDecayMode.L2
+    kept = rule not in (Sgd, Adagrad) and mode in (default, WeightDecayMode.DECOUPLE)
+    if on_cpu or not kept:
+        raise NotImplementedError(
+            f"table {table!r}: FBGEMM drops weight_decay={amount!r} with weight_decay_mode={mode!r} of a plain table "
+            f"under {optimizer}{' on a CPU' if on_cpu else ''}; allowed: 0, or a compositional table of one partition, "
+            "MixedRadix(sizes=[num_embeddings])"
+        )
 
 
 def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:

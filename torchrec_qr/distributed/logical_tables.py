@@ -18,6 +18,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from torchrec_qr.configs import CompositionalConfig, CompositionalEmbeddingBagConfig, is_compositional
+from torchrec_qr.distributed.fused_params import check_decay_of_plain_table, merged_fused_params
 from torchrec_qr.distributed.layout import ROW_SPLIT, ShardLayout, ShardLayouts, shards_of
 from torchrec_qr.distributed.per_node_plan import is_per_node, within_node
 from torchrec_qr.modules.table import CompositionalTable
@@ -196,12 +197,14 @@ def check_plain_tables(
     plan: Mapping[str, ParameterSharding],
     parameters: Mapping[str, nn.Parameter],
     device: torch.device | None,
+    fused_params: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuses plain tables for which TorchRec's kernels fail without a table's name, crash, or return wrong results.
 
     Raises:
         NotImplementedError: bf16 on a CPU, ``requires_grad_(False)``, a compute kernel with a store on a CPU, the dense
-            kernel without pooling on a CPU, or a split table with the dense kernel on the meta device.
+            kernel without pooling on a CPU, a split table with the dense kernel on the meta device, or weight decay
+            that FBGEMM drops.
     """
     for config in (c for c in configs if not is_compositional(c)):
         name, rows = config.name, config.num_embeddings
@@ -225,6 +228,8 @@ def check_plain_tables(
                 f"table {name!r}: compute kernel {kernel!r} of a plain table is not supported on {device or 'cpu'}; "
                 f"allowed: {', '.join(allowed)}"
             )
+        if kernel != EmbeddingComputeKernel.DENSE.value:
+            check_decay_of_plain_table(name, merged_fused_params(fused_params, parameters[name]), on_cpu)
         if on_cpu and kernel == EmbeddingComputeKernel.DENSE.value and isinstance(config, EmbeddingConfig):
             raise NotImplementedError(
                 f"table {name!r}: compute kernel {kernel!r} ({plan[name].sharding_type}) of a plain table without "

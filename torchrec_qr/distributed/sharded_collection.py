@@ -82,7 +82,7 @@ class ShardedCompositionalCollection:
         self._places = []
         parameters = placeholders(self._configs, getattr(module, self._tables_attribute))
         self._layouts = shard_layouts(self._configs, plan, parameters)
-        check_plain_tables(self._configs, plan, parameters, device)
+        check_plain_tables(self._configs, plan, parameters, device, fused_params)
         check_ranks(plan, env)
         view: Any = LogicalView(module, self._layouts, plan, parameters, self._tables_attribute)
         plan = with_customized_kernel(plan, self._layouts)

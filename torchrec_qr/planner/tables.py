@@ -1,6 +1,5 @@
 """The tables of a model that its sharders offer to a planner."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +10,10 @@ from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder
-from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_qr.configs import CompositionalConfig, PartitionShape, is_compositional
+from torchrec_qr.distributed.fused_params import merged_fused_params
 from torchrec_qr.planner.error_kinds import WRONG_INPUT
 
 
@@ -143,7 +142,7 @@ def find_tables(
                     is_weighted=_is_weighted(module) or bool(of_table and of_table.is_weighted),
                     constraints=of_table,
                     ranks=tuple(sorted(set(ranks[name]))) if name in ranks else None,
-                    fused_params=_fused_params(sharder, parameter),
+                    fused_params=merged_fused_params(getattr(sharder, "fused_params", None), parameter),
                 )
             )
 
@@ -178,16 +177,6 @@ def _configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
 def _is_weighted(module: nn.Module) -> bool:
     is_weighted = getattr(module, "is_weighted", None)
     return callable(is_weighted) and bool(is_weighted())
-
-
-def _fused_params(sharder: ModuleSharder[Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """Returns the options that TorchRec merges: those of the parameter replace those of its sharder."""
-    attached: dict[str, Any] = copy.copy(getattr(parameter, "_optimizer_kwargs", [{}])[0])
-    optimizer = getattr(parameter, "_optimizer_classes", [None])[0]
-    if optimizer is not None:
-        attached["optimizer"] = optimizer_type_to_emb_opt_type(optimizer)
-    merged: dict[str, Any] = merge_fused_params(getattr(sharder, "fused_params", None), attached)
-    return merged
 
 
 def optimizer_of(table: PlannedTable) -> EmbOptimType:
