@@ -3,7 +3,7 @@
 import resource
 
 import pytest
-from planner_models import collection, planner, sharders
+from planner_models import collection, mlperf, planner, sharders
 
 from benchmarks.planner_scale import zipf
 from torchrec_qr.planner.enumerators import Enumerator
@@ -20,6 +20,17 @@ def test_ten_thousand_tables_on_a_thousand_ranks_take_less_than_four_gigabytes()
     assert max(estimated.ranks.memory) <= min(estimated.reserved)
     assert estimated.ranks.balance <= 1.05
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= 4 * 2**20  # KiB
+
+
+@pytest.mark.slow
+def test_a_few_tables_on_a_thousand_ranks_are_planned_as_well_as_for_ranks_of_more_memory() -> None:
+    tables, constraints = mlperf()
+    arguments = {"batch_size": 8192, "constraints": constraints}
+    h100, h200 = planner(1024, 8, "h100", **arguments), planner(1024, 8, "h200", **arguments)
+    module = collection(tables)
+    roomy = h200.plan(module, sharders())
+    assert max(h100.estimate(roomy, module, sharders()).memory) <= 0.85 * 80 * 2**30  # it fits an H100 too
+    assert h100.propose(module, sharders()).step_ms <= 1.1 * h100.step_ms(roomy, module, sharders())
 
 
 def test_a_table_has_no_more_to_look_at_on_a_thousand_ranks_than_on_a_hundred() -> None:

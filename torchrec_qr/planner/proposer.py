@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torchrec_qr.planner.enumerators import Option
 from torchrec_qr.planner.partitioner import Cluster, Misfit, Packing, pack
 
-# The largest blocks that proposals allow, in units of the mean work of a rank.
-_LARGEST_PIECES = (math.inf, *(2 * 0.75**i for i in range(20)))
+# The largest blocks that proposals allow, in units of the mean work of a rank. Start at hundreds, because a table on
+# one host among a thousand ranks has so many.
+_LARGEST_PIECES = (math.inf, *(2 * 0.75**i for i in range(-24, 20)))
 # The prices of all memory of a rank, in units of the mean work.
 _PRICES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4)
 # The blocks that all trials of the improvement may pack.
