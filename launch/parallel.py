@@ -20,6 +20,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from launch.config import Job
 from launch.memory_errors import tables_named
 from launch.sections import OptimizerSection
+from launch.steady_buckets import keep_buckets
 from launch.table_bytes import bytes_on_rank
 from launch.table_optimizer import DataParallelTableOptimizer
 from launch.topology import planned_topology
@@ -102,6 +103,8 @@ def parallelize(task: nn.Module, job: Job, device: torch.device) -> Parallel:
     held = bytes_on_rank(task, shardings, dist.get_rank())
     with tables_named("placing the model", held, device):
         model = DistributedModelParallel(task, device=device, plan=plan, sharders=sharders)
+    if device.type == "cpu":  # where a job goes on bit for bit
+        keep_buckets(model)
     left = {name: p for name, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
     tables = {name: p for name, p in left.items() if ".embedding_bags." in name}
     layers = {name: p for name, p in left.items() if name not in tables}

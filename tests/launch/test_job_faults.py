@@ -41,6 +41,19 @@ def test_a_job_whose_rank_was_killed_continues_bit_for_bit(tmp_path: Path, unbro
     assert metrics(tmp_path / "demo") == metrics(unbroken / "demo")
 
 
+@pytest.mark.slow
+def test_four_ranks_continue_bit_for_bit(tmp_path: Path) -> None:
+    """From three ranks on, sums of gradients depend on the order of their parts."""
+    stop = "--set=train.max_steps=4"
+    steps = (*FOUR, "--set=train.batch_size=128")
+    for folder, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", (stop,)), (tmp_path / "stopped", ())):
+        printed = run(folder, *steps, *stops, world_size=4)
+        if stops:
+            forget_the_end(folder / "demo")
+    assert "continues at step 4" in printed
+    assert metrics(tmp_path / "stopped" / "demo") == metrics(tmp_path / "whole" / "demo")
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
