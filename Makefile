@@ -29,7 +29,7 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 
-.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts train lint format typecheck ci clean
+.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,9 @@ test-ray: $(INSTALLED)  ## Run jobs on a Ray head, set up on this host (root)
 
 test-two-hosts: $(INSTALLED)  ## Run a job on two network namespaces, and cut the link between them (root)
 	TORCHREC_QR_TEST_TWO_HOSTS=1 $(BIN)/python -m pytest tests/two_hosts $(PYTEST_ARGS)
+
+drill: $(INSTALLED)  ## Lose ranks, links and hosts of a job of eight ranks on four namespaces, 20 times (root)
+	$(BIN)/python -m benchmarks.fault_drills --save
 
 # TorchX's own notes at each start are left out; what fails is shown.
 train: $(INSTALLED)  ## Train a job on this machine: CONFIG=configs/demo.yaml RANKS=2

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import SystemRandom
 
-from benchmarks.two_hosts import Host
+from benchmarks.bridged_hosts import Host
 
 THIS_HOST = Host([], {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"})
 

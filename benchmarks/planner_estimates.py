@@ -31,10 +31,10 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 
+from benchmarks.bridged_hosts import bridged_hosts
 from benchmarks.calibration import link_constants, lookup_constants
 from benchmarks.local_ranks import THIS_HOST, run_ranks
 from benchmarks.machine import about
-from benchmarks.two_hosts import two_hosts
 from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, Hardware, hardware_named
@@ -262,7 +262,7 @@ def launch(arguments: argparse.Namespace) -> int:
     code, constants = run_ranks([*command, "--calibrate"], [THIS_HOST], WORLD_SIZE, _ALLOCATOR, capture=True)
     if code:
         return code
-    with two_hosts() as hosts:
+    with bridged_hosts(2) as hosts:
         return run_ranks([*command, *sys.argv[1:]], hosts, 1, {**_ALLOCATOR, _OF_LOOKUPS: constants})[0]
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.bridged_hosts import bridged_hosts
 from benchmarks.local_ranks import THIS_HOST, run_ranks
 from benchmarks.machine import about
 from benchmarks.step_device import copy_gb_s
@@ -36,7 +37,6 @@ from benchmarks.step_plan import device_name, memory_gib
 from benchmarks.step_rank import measure
 from benchmarks.step_suites import SUITES, cells_of
 from benchmarks.step_variants import VARIANTS
-from benchmarks.two_hosts import two_hosts
 from launch.process_group import start_process_group
 
 _LOCAL_RANKS = 2
@@ -103,7 +103,7 @@ def _on_this_machine(options: argparse.Namespace, argv: Sequence[str]) -> int:
     ranks = min(_LOCAL_RANKS, gpus) if gpus else _LOCAL_RANKS
     if options.suite not in ("hosts", "nodes"):
         return run_ranks(command, [THIS_HOST], ranks)[0]
-    with two_hosts(options.rate or "1gbit") as hosts:
+    with bridged_hosts(2, options.rate or "1gbit") as hosts:
         return run_ranks(command, hosts, 1 if options.suite == "hosts" else _LOCAL_RANKS)[0]
 
 

@@ -11,22 +11,22 @@ from subprocess import Popen
 from time import monotonic
 
 import pytest
-from hosts import Host, two_hosts
 from run_metrics import metrics
 from torchx_job import SMALL, SMALL_STEPS, started
 
+from benchmarks.bridged_hosts import BridgedHost, bridged_hosts
 from launch.waits import GLOO_TIMEOUT
 
 pytestmark = pytest.mark.timeout(600)
 
-Hosts = tuple[Host, Host]
+Hosts = list[BridgedHost]
 # Beyond the time-out of a collective: what torchrun takes to end what is left.
 AT_MOST_S = GLOO_TIMEOUT.total_seconds() + 60
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with two_hosts() as both:
+    with bridged_hosts(2) as both:
         yield both
 
 
@@ -37,8 +37,8 @@ def start(hosts: Hosts, runs: Path, stack: ExitStack) -> list[Popen[str]]:
         meet = ("--nnodes=2", f"--node-rank={number}", f"--master-addr={hosts[0].address}", "--master-port=29500")
         job = ("-m", "launch.train", "--config", "configs/demo.yaml", "--runs", str(runs), *SMALL)
         command = ("torch.distributed.run", "--nproc-per-node=1", *meet, *job)
-        environment = {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        nodes.append(stack.enter_context(started(*command, within=host.within, **environment)))
+        environment = {**host.environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        nodes.append(stack.enter_context(started(*command, within=host.prefix, **environment)))
     return nodes
 
 
@@ -99,10 +99,10 @@ def test_a_link_that_fails_ends_the_job_on_both_and_it_goes_on_later(
 
 
 def test_one_of_two_jobs_on_two_hosts_has_the_folder(hosts: Hosts, tmp_path: Path) -> None:
-    def alone(host: Host, stack: ExitStack) -> Popen[str]:
+    def alone(host: BridgedHost, stack: ExitStack) -> Popen[str]:
         job = ("launch.train", "--config", "configs/demo.yaml", "--runs", str(tmp_path), *SMALL)
         # Processes are numbered anew, as on another host: neither job sees the other's.
-        within = (*host.within, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+        within = (*host.prefix, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
         return stack.enter_context(started(*job, within=within, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1"))
 
     with ExitStack() as stack:
