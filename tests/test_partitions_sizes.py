@@ -160,6 +160,24 @@ def test_known_sizes_at_the_largest_number_of_ids() -> None:
         assert method(balanced=True, num_partitions=1).bind(2**40).sizes == (2**40,)
 
 
+@pytest.mark.parametrize(
+    ("count", "least", "rows", "sizes"),
+    [
+        (2, 2_097_152, 2_100_000, (1_104_666, 995_334)),
+        (3, 30_964, 31_000, (11_047, 9_977, 9_976)),
+        (3, 30_964, 2_100_000, (2_098_552, 724, 724)),
+        (4, 4_096, 10_000, (8_481, 507, 506, 506)),
+    ],
+)
+def test_2_40_ids_in_any_number_of_rows(count: int, least: int, rows: int, sizes: tuple[int, ...]) -> None:
+    assert math.prod(sizes) >= 2**40
+    assert sum(sizes) == rows
+    assert MixedRadix(num_partitions=count, rows=rows).bind(2**40).sizes == sizes
+    assert MixedRadix(num_partitions=count, rows=least).bind(2**40).num_rows == least
+    with pytest.raises(ValueError, match=rf"rows must be at least {least}, the least total .* got {least - 1}"):
+        MixedRadix(num_partitions=count, rows=least - 1).bind(2**40)
+
+
 def test_budget_of_a_full_table_and_more() -> None:
     for rows in (101, 10**9):
         assert QuotientRemainder(rows=rows).bind(100).sizes == (100, 1)

@@ -283,6 +283,15 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
         ...     partitions=QuotientRemainder(num_collisions=4))
         >>> config.physical_rows, config.num_parameters
         (250004, 16000256)
+
+        Any 64-bit id, hashed into 2^40 (docs/open_vocabularies.md):
+
+        >>> from torchrec_qr import MixedRadix
+        >>> config = CompositionalEmbeddingBagConfig(
+        ...     name="t_query", feature_names=["query"], num_embeddings=2**40, embedding_dim=64,
+        ...     partitions=MixedRadix(num_partitions=3, rows=100_000), id_hash="splitmix64")
+        >>> config.bound_partitions.sizes
+        (93127, 3437, 3436)
     """
 
 

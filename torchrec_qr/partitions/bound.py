@@ -12,7 +12,8 @@ class BoundPartitions(ABC):
     """K partitions P_1, ..., P_K of the ids {0, ..., S-1}. p_j(x) is the class of id x in partition j, and its row.
 
     Partitions are *complementary* if no two ids share all K classes. Every id can then have an embedding of its own
-    (arXiv:1909.02107, definition 1). Objects are immutable. Two are equal if all ids have the same rows.
+    (arXiv:1909.02107, definition 1). If the table hashes ids, that holds for the hashed ids. Objects are immutable.
+    Two are equal if all ids have the same rows.
 
     Legend of shapes: N ids in a batch, S logical rows, K partitions, R = Σ_j |P_j| physical rows.
 
@@ -91,7 +92,7 @@ class BoundPartitions(ABC):
 
     @abstractmethod
     def is_complementary(self) -> bool:
-        """Returns whether no two ids share all K classes."""
+        """Returns whether no two ids share all K classes; if ids are hashed, no two hashed ids."""
 
 
 def closed_form_rows(ids: Tensor, stride: int, size: int) -> Tensor:
