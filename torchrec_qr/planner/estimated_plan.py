@@ -167,11 +167,12 @@ class EstimatedPlan:
         return costs
 
     @property
-    def bytes_of_shards(self) -> list[float]:
-        """The bytes of values and optimizer state of each rank, without what every rank holds."""
+    def sharded_bytes(self) -> list[float]:
+        """The bytes of values and optimizer state of each rank, without data-parallel tables."""
         costs = RankCosts(self.topology.world_size)
         for planned in self.tables:
             if planned.option.sharding_type != DATA_PARALLEL:
+                costs.add_everywhere(planned.option.everywhere)
                 _add_shards(costs, planned)
         return [costs[rank].parameters + costs[rank].optimizer for rank in range(len(costs))]
 

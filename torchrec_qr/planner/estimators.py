@@ -78,7 +78,7 @@ class Estimator:
         hardware (Hardware): the factors of compositional lookups.
         dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
             plain data-parallel tables.
-        replica_topology (Topology | None): the ranks that reduce the gradients of replicas. Default: ``topology``.
+        replica_topology (Topology | None): the ranks that reduce data-parallel tables. Default: ``topology``.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Estimator:
             buffers=buffers + (size if is_replicated else 0),
             lookup_ms=lookup_ms,
             comms_ms=comms_ms,
-            reduce_ms=self.reduce_ms(stored) if is_replicated else 0.0,
+            reduce_ms=self.reduce_ms(stored, self._replica_topology) if is_replicated else 0.0,
         )
 
     def everywhere(self, table: PlannedTable, sharding_type: str, kernel: str) -> Cost:
@@ -159,18 +159,19 @@ class Estimator:
             optimizer=self._state.of_compositional(table, kernel, stored),
             maps=maps,
             buffers=size,
-            reduce_ms=self.reduce_ms(stored),
+            reduce_ms=self.reduce_ms(stored, self.topology),
         )
 
     def _has_map_everywhere(self, sharding_type: str) -> bool:
         """Returns whether every rank has the class map: in a process on a CPU, or to encode the ids of split rows."""
         return self._on_cpu or sharding_type in ROW_SPLIT
 
-    def reduce_ms(self, replicas: Stored) -> float:
-        """Returns the milliseconds to all-reduce the gradients of replicas, and to apply them."""
+    def reduce_ms(self, replicas: Stored, topology: Topology) -> float:
+        """Returns the milliseconds to all-reduce the gradients of replicas over the ranks of ``topology``, and to apply
+        them.
+        """
         # A GPU's sums have 4 bytes per value, whatever the replicas store. A CPU's factors are per byte stored.
         size = value_bytes(replicas) if self._on_cpu else 4 * sum(rows * columns for rows, columns, _ in replicas)
-        topology = self._replica_topology
         world, local = topology.world_size, topology.local_world_size
         bandwidth = topology.comms_bandwidths.get_bw(local, world, CollectiveType.ALL_REDUCE)
         passes = size * all_reduce_passes(world, local) / bandwidth

@@ -79,7 +79,7 @@ class CompositionalEmbeddingShardingPlanner(ShardingPlanner):
         hardware (Hardware | None): cost factors that a topology lacks. Default: those of the topology's device.
         dense_optimizer (MakeOptimizer | None): makes the optimizer of parameters that no fused optimizer steps, such as
             plain data-parallel tables. Default: SGD, which has no state.
-        replica_topology (Topology | None): the ranks that reduce the gradients of replicas. Default: ``topology``.
+        replica_topology (Topology | None): the ranks that reduce data-parallel tables. Default: ``topology``.
             Under TorchRec's ``DMPCollection`` these are all ranks, and ``topology`` has the ranks of one group.
         of_torchrec (Any): further arguments of TorchRec's planner, which must be None.
 

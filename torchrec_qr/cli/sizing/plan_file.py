@@ -93,8 +93,8 @@ class Sync:
     Args:
         copies (int): the groups.
         node_group_size (int): the ranks of a group on one node.
-        copied_bytes (int): the values and state of the shards of all copies except the first.
-        sync_bytes (int): the values and state that the fullest rank averages with its copies.
+        copied_bytes (int): the values and state of all copies except the first, without data-parallel tables.
+        sync_bytes (int): those of the fullest rank, which it averages with its copies.
         sync_ms (float): the ms of one ``DMPCollection.sync()``.
     """
 

@@ -91,7 +91,7 @@ class Sizing:
         """Returns the estimate of the copies of 2D parallelism, if there are several groups."""
         if self.groups is None:
             return None
-        shards = estimated.bytes_of_shards
+        shards = estimated.sharded_bytes
         return Sync(
             copies=self.groups.copies,
             node_group_size=self.groups.node_group_size,
