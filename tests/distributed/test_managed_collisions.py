@@ -189,7 +189,7 @@ def batch_of_parts(parts: dict[str, Any]) -> KeyedJaggedTensor:
     )
 
 
-@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("pooled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_trains_as_the_unsharded_collection_does_on_the_slots(pooled: bool) -> None:
     ranks = run_ranks(train, 2, pooled)
     owners: dict[tuple[str, int], set[int]] = {}
@@ -292,13 +292,13 @@ def test_slots_of_one_rank_are_those_of_the_unsharded_module(pooled: bool) -> No
 def test_slots_of_all_ranks_are_all_ids(config: Any) -> None:
     for num_ranks in (1, 2, 3):
         blocks = slot_blocks(config, num_ranks)
-        ids = torch.cat([block.ids_of(torch.arange(block.num_slots)) for block in blocks])
+        codes = [block.codes_of(torch.arange(block.num_slots)) for block in blocks]
+        ids = torch.cat([block.ids_of(own) for block, own in zip(blocks, codes, strict=True)])
         assert sorted(ids.tolist()) == list(range(config.num_embeddings))
-        for block in blocks:
-            slots = torch.arange(block.num_slots)
-            codes = block.codes_of(slots)
-            code_layout = RowCode(config).layout(block.first_row)
-            assert torch.equal(code_layout.ids_of(codes), block.ids_of(slots))
+        for block, own in zip(blocks, codes, strict=True):
+            # The codes that the ids have if the input dist sends them.
+            sent = RowCode(config).encode(block.ids_of(own), None)
+            assert torch.equal(sent - block.first_row * RowCode(config).codes_per_row, own)
 
 
 def beside_a_plain_table(rank: int, world_size: int) -> None:

@@ -10,7 +10,7 @@ from parity_model import TableCase, Trained, one_of_each, shard_run, trained
 from parity_reference import assert_trained_as_reference
 from placements import SHARDINGS
 from ranks import run_ranks
-from sharded_model import Model, sequences, shard, two_tables, unsharded
+from sharded_model import DIM, Model, sequences, shard, two_tables, unsharded
 from shared_bags import SharedBags, shared
 from single_tables import collection_of
 from torchrec import KeyedJaggedTensor
@@ -55,7 +55,7 @@ def assert_trained(run: SharedBags, world_size: int) -> None:
     assert any(of_rank != most[0] for of_rank in most), "all ranks have as many bags"
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trains_as_reference(weighted: bool) -> None:
     optimizer = "adagrad" if weighted else "rowwise_adagrad"
     assert_trained(SharedBags(MIXED, optimizer, weighted, bags=24, int32=weighted), 2)
@@ -95,6 +95,16 @@ def in_turn(rank: int, world_size: int, sharding: str) -> None:
         assert out.shape == expected.shape
         torch.testing.assert_close(out, expected)
         (0 * out).sum().backward()
+    # Inverse indices count beside one number of bags, too.
+    ordinary = samples(4, 3).kjt()
+    keys, bags = list(reversed(ordinary.keys())), torch.tensor([[2, 0, 2, 1], [1, 1, 0, 2]])
+    expanded = KeyedJaggedTensor(
+        ordinary.keys(), ordinary.values(), lengths=ordinary.lengths(), inverse_indices=(keys, bags)
+    )
+    by_bag = dict(zip(values.names, values(ordinary).split(DIM, dim=1), strict=True))
+    by_sample = torch.cat([by_bag[f"f_{c.name}"][bags[keys.index(f"f_{c.name}")]] for c in CONFIGS], dim=1)
+    for module in (model, values):
+        torch.testing.assert_close(module(expanded), by_sample)
     none = KeyedJaggedTensor(
         keys=["f_a", "f_b"],
         values=torch.empty(0, dtype=torch.int64),
@@ -103,7 +113,7 @@ def in_turn(rank: int, world_size: int, sharding: str) -> None:
         inverse_indices=(["f_a", "f_b"], torch.empty(2, 0, dtype=torch.int64)),
     )
     out = model(none)
-    assert out.shape == values(none).shape == (0, 48)
+    assert out.shape == values(none).shape == (0, 2 * DIM)
     out.sum().backward()
 
 

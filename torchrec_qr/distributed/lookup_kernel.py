@@ -321,10 +321,6 @@ class _CompositionalLookup:
         """Yields the kernel of each group of compositional tables."""
         return (m for m in self._emb_modules if isinstance(m, CompositionalKernel))
 
-    def plain_kernels(self) -> Iterator[Any]:
-        """Yields TorchRec's kernel of each group of plain tables."""
-        return (m for m in self._emb_modules if not isinstance(m, CompositionalKernel))
-
     def partitions(self) -> Iterator[StoredPartition]:
         """Yields the partitions of which this rank stores rows."""
         for kernel in self.kernels():

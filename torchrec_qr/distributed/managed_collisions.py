@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingTable
-from torchrec.distributed.mc_embedding import (
-    ManagedCollisionEmbeddingCollectionContext,
-    ShardedManagedCollisionEmbeddingCollection,
-)
+from torchrec.distributed.mc_embedding import ShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.mc_embeddingbag import (
     ManagedCollisionEmbeddingBagCollectionContext,
@@ -35,7 +32,7 @@ from torchrec_qr.configs import CompositionalConfig, is_compositional
 from torchrec_qr.distributed.customized_kernel import layout_or_none
 from torchrec_qr.distributed.embeddingbag import CompositionalContext, ShardedCompositionalEmbeddingBagCollection
 from torchrec_qr.distributed.layout import RowCode, block_rows
-from torchrec_qr.distributed.lookup_kernel import own_lookup
+from torchrec_qr.distributed.lookup_kernel import CompositionalKernel, own_lookup
 from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.partitions import ClosedForm
 
@@ -64,8 +61,14 @@ class SlotBlock(NamedTuple):
         groups, rest = divmod(self.config.num_embeddings, stride * size)
         return groups * stride * self.rows + min(max(rest - stride * self.first_row, 0), stride * self.rows)
 
-    def ids_of(self, slots: Tensor) -> Tensor:
-        """Returns the ids (N,) of slots (N,) of the block.
+    def codes_of(self, slots: Tensor) -> Tensor:
+        """Returns the row codes (N,) of slots (N,), less those of the rows before the block."""
+        stride, _ = self._base
+        group, within = slots // (stride * self.rows), slots % (stride * self.rows)
+        return within // stride * RowCode(self.config).codes_per_row + within % stride + stride * group
+
+    def ids_of(self, codes: Tensor) -> Tensor:
+        """Returns the ids (N,) of what `codes_of` returns.
 
         Example:
             >>> import torch
@@ -74,18 +77,10 @@ class SlotBlock(NamedTuple):
             ...     name="t", feature_names=["f"], num_embeddings=10, embedding_dim=4,
             ...     partitions=QuotientRemainder(num_collisions=3))  # four base rows: id % 4
             >>> block = SlotBlock(config, first_row=2, rows=2)
-            >>> block.num_slots, block.ids_of(torch.arange(4)).tolist()
+            >>> block.num_slots, block.ids_of(block.codes_of(torch.arange(4))).tolist()
             (4, [2, 3, 6, 7])
         """
-        stride, size = self._base
-        block = stride * self.rows
-        return stride * (self.first_row + size * (slots // block)) + slots % block
-
-    def codes_of(self, slots: Tensor) -> Tensor:
-        """Returns the row codes (N,) of slots (N,), less those of the rows before the block."""
-        stride, _ = self._base
-        group, within = slots // (stride * self.rows), slots % (stride * self.rows)
-        return within // stride * RowCode(self.config).codes_per_row + within % stride + stride * group
+        return RowCode(self.config).layout(self.first_row).ids_of(codes)
 
     @property
     def _base(self) -> tuple[int, int]:
@@ -134,14 +129,11 @@ class ShardedSlots(ShardedManagedCollisionCollection):
         super().__init__(module, plan, env, device, list(map(_in_slots, embedding_shardings)))
 
     def compute(self, ctx: Any, dist_input: KJTList) -> KJTList:
-        slots = super().compute(ctx, dist_input)
-        # For the output dist.
-        ctx.slots = slots
-        return self._mapped(slots, lambda block, of, _: block.codes_of(of))
+        return self._mapped(super().compute(ctx, dist_input), lambda block, slots, _: block.codes_of(slots))
 
     def output_dist(self, ctx: Any, output: KJTList) -> Any:
         """Returns the ids of the slots, like TorchRec's class. ``output`` are the codes."""
-        return super().output_dist(ctx, self._mapped(ctx.slots, lambda block, of, first: block.ids_of(of) - first))
+        return super().output_dist(ctx, self._mapped(output, lambda block, codes, first: block.ids_of(codes) - first))
 
     def evict(self) -> dict[str, Tensor | None]:
         """Returns the slots of plain tables that TorchRec resets. No slot of a compositional table is reset."""
@@ -212,12 +204,7 @@ def _in_slots(sharding: Any) -> Any:
 
 @dataclass
 class _BagContext(ManagedCollisionEmbeddingBagCollectionContext, CompositionalContext):
-    slots: KJTList | None = None
-
-
-@dataclass
-class _SequenceContext(ManagedCollisionEmbeddingCollectionContext):
-    slots: KJTList | None = None
+    """The context of both classes."""
 
 
 class _ManagedCollisions(BaseShardedManagedCollisionEmbeddingCollection[Any]):
@@ -259,11 +246,13 @@ class _ManagedCollisions(BaseShardedManagedCollisionEmbeddingCollection[Any]):
         self._free_features_storage_early = False
         self._return_remapped_features = module._return_remapped_features
         self._allow_in_place_embed_weight_update = module._allow_in_place_embed_weight_update
+        lookups: list[Any] = list(map(own_lookup, sharded._lookups))
         # The tables whose rows TorchRec resets.
         self._table_to_tbe_and_index = {
             table.name: (kernel._emb_module, torch.tensor([i], dtype=torch.int, device=device))
-            for lookup in sharded._lookups
-            for kernel in own_lookup(lookup).plain_kernels()
+            for lookup in lookups
+            for kernel in lookup._emb_modules
+            if not isinstance(kernel, CompositionalKernel)
             for i, table in enumerate(kernel.config.embedding_tables)
         }
         self._buffer_ids = torch.tensor([0], dtype=torch.int, device=device)
@@ -288,9 +277,6 @@ class ShardedManagedCollisionBags(_ManagedCollisions, ShardedManagedCollisionEmb
 
 class ShardedManagedCollisionSequences(_ManagedCollisions, ShardedManagedCollisionEmbeddingCollection):
     """TorchRec's ``ShardedManagedCollisionEmbeddingCollection`` with a collection of ours inside."""
-
-    def create_context(self) -> _SequenceContext:
-        return _SequenceContext(sharding_contexts=[])
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         inside: Any = self._embedding_module
