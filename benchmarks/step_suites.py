@@ -102,12 +102,12 @@ def hosts(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool)
 def nodes(options: argparse.Namespace, room: int, world_size: int, on_cpu: bool) -> list[Cell]:
     """Tables with 4 ids a row on two nodes: table-wise over all ranks, a copy per node, and a copy per rank.
 
-    Batches are small and large, and bags have one id and ten. Ids are skewed by default.
+    Bags of small batches have one id and ten, and those of large batches one. Ids are skewed by default.
     """
     tables = Tables((200_000,) * 4, 64, "sgd", "table_wise")
     exponent = 1.05 if options.zipf is None else options.zipf
-    sizes = [options.bags] if options.bags else [2048, 16384]
-    traffics = tuple(Traffic(bags, (hot,) * 4, exponent) for bags in sizes for hot in (1, 10))
+    sizes = [(options.bags, 1), (options.bags, 10)] if options.bags else [(2048, 1), (2048, 10), (16384, 1)]
+    traffics = tuple(Traffic(bags, (hot,) * 4, exponent) for bags, hot in sizes)
     return [Cell(tables, (4,), traffics, ("full", "fused", "copy_per_node", "copy_per_rank"))]
 
 

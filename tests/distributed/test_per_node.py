@@ -208,6 +208,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     fused = {"optimizer": SGD, "learning_rate": LR}
     nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     of_node = {"env": ShardingEnv.from_process_group(nodes[rank // 2])}
+    as_dtensor = {"env": ShardingEnv(world_size, rank, dist.GroupMember.WORLD, output_dtensor=True)}
     for configs, generator, fused_params, arguments in (
         (tables()[-1:], per_node(table_wise(rank=0)), fused, {}),
         (strided, per_node(table_wise(rank=0)), {}, {}),
@@ -216,6 +217,7 @@ def refused(rank: int, world_size: int) -> list[str]:
         (strided, per_node(table_row_wise(host_index=0)), fused, {}),
         (strided, per_node(data_parallel()), fused, {}),
         (strided, per_node(row_wise()), fused, of_node),
+        (strided, per_node(row_wise()), fused, as_dtensor),
     ):
         collection = collection_of(configs, "meta")
         sharders = sharders_of(fused_params)
@@ -240,6 +242,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
                 "per_node: table_row_wise within a node; allowed: table_wise, column_wise, row_wise",
                 "per_node: data_parallel within a node; allowed: table_wise, column_wise, row_wise",
                 "tables ['a']: a copy per node in a sharding environment of a part of the ranks, as of DMPCollection",
+                "tables ['a']: a copy per node with output_dtensor=True of the sharding environment is not supported",
             ),
             strict=True,
         ):

@@ -7,7 +7,7 @@ have a `CompositionalKernel` for each group of compositional tables, and store t
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.layout import RowCode, stored_columns
 from torchrec_qr.distributed.node_env import Peers
-from torchrec_qr.distributed.replication import Replicas
+from torchrec_qr.distributed.replication import Replicas, ReplicatedPartitions
 from torchrec_qr.distributed.stored_partition import StoredPartition
 from torchrec_qr.distributed.two_dimensional import SyncedTables
 from torchrec_qr.modules.feature_batch import batch_of
@@ -38,18 +38,6 @@ from torchrec_qr.ops.lookup import stepped_lookup
 from torchrec_qr.ops.lookup_warm_up import warm_up
 from torchrec_qr.ops.update_rules import Update
 from torchrec_qr.partitions.class_map import class_map_on
-
-
-class ReplicatedPartitions(NamedTuple):
-    """The replicas in a step, by table and number of the partition.
-
-    Args:
-        weights (dict[tuple[str, int], Tensor]): their weights in the graph of the step.
-        touched (dict[tuple[str, int], Tensor]): see `fused_optimizer.RowOptimizer.touched_of`.
-    """
-
-    weights: dict[tuple[str, int], Tensor]
-    touched: dict[tuple[str, int], Tensor]
 
 
 class LocalShard(nn.Module):

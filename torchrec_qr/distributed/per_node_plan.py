@@ -100,7 +100,7 @@ def on_own_node(
 
     Raises:
         NotImplementedError: a table with a copy per node is plain, or sharded by columns without pooling, or the
-            environment is of a part of the ranks.
+            environment is of a part of the ranks, or has ``output_dtensor=True``.
         ValueError: a rank is none of a node, or nodes differ in their number of ranks.
     """
     names = [name for name, sharding in plan.items() if is_per_node(sharding.sharding_type)]
@@ -111,6 +111,11 @@ def on_own_node(
         raise NotImplementedError(
             f"tables {names}: a copy per node in a sharding environment of a part of the ranks, as of DMPCollection, "
             "is not supported; allowed: DistributedModelParallel of all ranks"
+        )
+    if env.output_dtensor:
+        raise NotImplementedError(
+            f"tables {names}: a copy per node with output_dtensor=True of the sharding environment is not supported, "
+            "because a DTensor has one mesh of all ranks; allowed: False"
         )
     local_size = ranks_of_node()
     if world_size % local_size:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,18 @@ from torchrec_qr.distributed.fused_params import update_rule
 from torchrec_qr.distributed.global_tensor import ShardGroup
 from torchrec_qr.distributed.node_env import Peers
 from torchrec_qr.distributed.stored_partition import StoredPartition
+
+
+class ReplicatedPartitions(NamedTuple):
+    """The replicas in a step, by table and number of the partition.
+
+    Args:
+        weights (dict[tuple[str, int], Tensor]): their weights in the graph of the step.
+        touched (dict[tuple[str, int], Tensor]): see `fused_optimizer.RowOptimizer.touched_of`.
+    """
+
+    weights: dict[tuple[str, int], Tensor]
+    touched: dict[tuple[str, int], Tensor]
 
 
 class Replicas(nn.Module):
