@@ -16,8 +16,9 @@ import torch
 from benchmarks.machine import about
 from benchmarks.open_vocabulary.daily_rows import Days, criteo_days, drifting_days
 from benchmarks.open_vocabulary.daily_training import run
+from benchmarks.open_vocabulary.day_verdicts import chosen_rate
 from benchmarks.open_vocabulary.open_methods import BYTES_OF_ROW, ImpossibleMethodError, sharing_ids
-from benchmarks.open_vocabulary.open_page import chosen_rate, write_page
+from benchmarks.open_vocabulary.open_page import write_page
 from launch.process_group import start_process_group
 from launch.quiet_stack import silence_the_stack
 
@@ -28,8 +29,10 @@ _MPZCH = ("mpzch_lru", "mpzch_ttl")
 PLANNED: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "criteo": [(80_000, (*_ALL, *_MPZCH))],
     "drifting": [
-        (40_000, (*_ALL, "zch_lfu", *_MPZCH)),
-        (160_000, ("hashing", "id_hash_2", "zch_distance_lfu")),
+        (40_000, (*_ALL, "zch_lfu", "zch_distance_lfu_inherited", *_MPZCH)),
+        (160_000, ("hashing", "id_hash_2", "id_hash_3", "zch_distance_lfu")),
+        # K=2 has S = 2^40 from 2.1 million rows on. ZCH would sort as many slots every ten batches.
+        (2_400_000, ("hashing", "id_hash_2")),
     ],
 }
 

@@ -32,18 +32,18 @@ DIM = 16
 BYTES_OF_ROW = 2 * 4 * DIM  # the row and Adagrad's state of it
 TABLE = "open"
 TITLES = {
-    "full": "full table, a vocabulary that grows",
-    "hashing": "hashing, id mod rows",
-    "zch_lfu": "ZCH, LFU",
-    "zch_lru": "ZCH, LRU",
-    "zch_distance_lfu": "ZCH, distance LFU",
-    "zch_distance_lfu_inherited": "… a new id inherits the row",
-    "mpzch_lru": "MPZCH, LRU",
-    "mpzch_ttl": "MPZCH, one TTL",
-    "qr_kept": "QR, the first day's vocabulary",
-    "qr_grown": "QR, a vocabulary that grows",
-    "id_hash_2": "`id_hash`, K=2",
-    "id_hash_3": "`id_hash`, K=3",
+    "full": "full table over a vocabulary that grows",
+    "hashing": "hashing (id mod rows)",
+    "zch_lfu": "ZCH (LFU)",
+    "zch_lru": "ZCH (LRU)",
+    "zch_distance_lfu": "ZCH (distance LFU)",
+    "zch_distance_lfu_inherited": "ZCH (distance LFU, rows inherited)",
+    "mpzch_lru": "MPZCH (LRU)",
+    "mpzch_ttl": "MPZCH (one TTL)",
+    "qr_kept": "QR over the first day's vocabulary",
+    "qr_grown": "QR over a vocabulary that grows",
+    "id_hash_2": "`id_hash` with K=2",
+    "id_hash_3": "`id_hash` with K=3",
 }
 STATELESS = ("hashing", "id_hash_2", "id_hash_3")
 EVICTION_INTERVAL = 10

@@ -1,5 +1,8 @@
 """The study of open vocabularies: drifting rows, what stands in front of tables, equal memory, and the page."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -11,9 +14,12 @@ from torchrec.modules.mc_modules import (
 )
 
 from benchmarks.open_vocabulary.daily_rows import Day, drifting_days
+from benchmarks.open_vocabulary.day_verdicts import Compared, Runs, compared
 from benchmarks.open_vocabulary.id_fronts import KnownIds, ManagedIds, modulo
 from benchmarks.open_vocabulary.open_methods import BYTES_OF_ROW, TITLES, ImpossibleMethodError, method
-from benchmarks.open_vocabulary.open_page import Compared, Runs, compared
+from benchmarks.open_vocabulary.open_page import page_of
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_a_tenth_of_the_live_ids_is_new_every_day() -> None:
@@ -115,3 +121,12 @@ def test_the_rate_is_chosen_on_the_first_days_of_seed_0() -> None:
         {"seed": 1, "rate": 0.1, "logloss": [0.7, 0.7, 0.8]},
     ]
     assert Runs(runs).mean("logloss")[0] == pytest.approx(0.85)
+
+
+def test_the_page_is_what_its_numbers_say() -> None:
+    found = {
+        of["data"]: of for file in RESULTS.glob("*_open_vocabulary_*.json") if (of := json.loads(file.read_text()))
+    }
+    page = page_of([found["drifting"], found["criteo"]])
+    assert page == (RESULTS / "open_vocabulary.md").read_text()
+    assert "**wins**" in page
