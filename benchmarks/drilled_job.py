@@ -28,7 +28,7 @@ _SETTINGS = (
     "train.slow_timeout_minutes=0.5",
 )
 _RENDEZVOUS = (
-    "join_timeout=45,last_call_timeout=6,read_timeout=15,heartbeat_timeout=5,"
+    "join_timeout=35,last_call_timeout=6,read_timeout=15,heartbeat_timeout=5,"
     "keep_alive_interval=1,keep_alive_max_attempt=3"
 )
 _ERROR = re.compile(r"\b\w+(?:Error|Exception|Timeout)\b: .+|Signal \d+ \(SIG\w+\) received by PID \d+")
