@@ -115,6 +115,9 @@ def cases(width: int) -> list[Case]:
         number = getattr(steps, rule).value
         for kernel in (sums.sum_ranges, long_rows.sum_long_rows, steps.step_rows):
             out.append(case(kernel, width, f"{kernel.fn.__name__}-{rule.lower()}", RULE=number, WEIGHTED=False))
+    for rule in ("ADAGRAD", "LAMB", "PARTIAL_ROWWISE_LAMB"):
+        number = getattr(steps, rule).value + steps.DECAYS.value
+        out.append(case(sums.sum_ranges, width, f"sum_ranges-{rule.lower()}-decays", RULE=number, WEIGHTED=False))
     return out
 
 
