@@ -240,3 +240,11 @@ def test_a_score_that_is_nan_is_an_error_with_its_block() -> None:
         with pytest.raises(ValueError, match=r"table 't': a score of ids \d+ to \d+ is NaN; allowed: numbers"):
             top_items(collection, "t", users, 3)
         assert int(score_all(collection, "t", users).isnan().sum()) == 60 * (174 if operation else 0)
+
+
+def test_a_table_that_hashes_its_ids_scores_given_ones() -> None:
+    hashed = collection_of([sequence_table(QuotientRemainder(num_collisions=4), id_hash="splitmix64")])
+    for call in (lambda: score_all(hashed, "t", torch.ones(2, 8)), lambda: top_items(hashed, "t", torch.ones(2, 8), 3)):
+        with pytest.raises(NotImplementedError, match="table 't': scores of all items are not supported with id_hash"):
+            call()
+    assert (torch.ones(2, 8) @ materialize(hashed, "t", [-5, 2**62]).T).shape == (2, 2)

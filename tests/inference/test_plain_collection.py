@@ -108,3 +108,10 @@ def test_what_torchrec_cannot_have_is_refused_by_name() -> None:
         to_plain(collection_of([bag_table(SPEC)], "meta"))
     with pytest.raises(TypeError, match="Linear is no float collection of torchrec_qr"):
         to_plain(torch.nn.Linear(2, 2))  # type: ignore[call-overload]
+
+
+@pooled_or_not
+def test_a_table_that_hashes_its_ids_is_refused(pooled: bool) -> None:
+    hashed = collection_of([table_of(SPEC, pooled, id_hash="splitmix64")])
+    with pytest.raises(NotImplementedError, match="table 't': a full table is not supported with id_hash"):
+        to_plain(hashed)

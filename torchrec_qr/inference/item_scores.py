@@ -52,6 +52,7 @@ def score_all(collection: Collection, table: str, user_vectors: Tensor, out: Ten
         ValueError: the collection has no such table or is on the meta device, the user vectors are not (B, D) or are on
             another device, or ``out`` is no such memory.
         TypeError: the collection is none of ours or is sharded, or the user vectors are no floats.
+        NotImplementedError: the table has ``id_hash``.
 
     Example:
         >>> import torch
@@ -98,7 +99,7 @@ def top_items(collection: Collection, table: str, user_vectors: Tensor, k: int) 
 
     Raises:
         ValueError: ``k`` is not from 1 to S, or a score is NaN. See also `score_all`.
-        TypeError: see `score_all`.
+        TypeError, NotImplementedError: see `score_all`.
 
     Example:
         >>> import torch
@@ -127,7 +128,10 @@ def _checked(collection: Collection, table: str, user_vectors: Tensor) -> tuple[
     """Returns S, and the user vectors as fp32."""
     own, config = table_of(collection, table)
     if own.layout.hash_seed is not None:
-        raise NotImplementedError(f"table {table!r}: id_hash, which leaves no list of all ids to score")
+        raise NotImplementedError(
+            f"table {table!r}: scores of all items are not supported with id_hash, whose ids have no end; "
+            "allowed: those of given ids, user_vectors @ materialize(collection, table, ids).T"
+        )
     if not isinstance(user_vectors, Tensor) or not user_vectors.is_floating_point():
         given = user_vectors.dtype if isinstance(user_vectors, Tensor) else type(user_vectors).__name__
         raise TypeError(f"table {table!r}: user_vectors are {given}; allowed: a tensor of floats")

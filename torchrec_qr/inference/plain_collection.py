@@ -33,7 +33,8 @@ def to_plain(collection: Collection) -> EmbeddingBagCollection | EmbeddingCollec
         TypeError: the collection is none of ours, or is sharded.
         ValueError: the collection is on the meta device, or its tables differ in D, which TorchRec's collection of
             sequences cannot have.
-        NotImplementedError: a table of a weighted collection has MEAN pooling, which TorchRec's unsharded one lacks.
+        NotImplementedError: a table of a weighted collection has MEAN pooling, which TorchRec's unsharded one lacks, or
+            a table has ``id_hash``.
 
     Example:
         >>> import torch
@@ -54,7 +55,10 @@ def to_plain(collection: Collection) -> EmbeddingBagCollection | EmbeddingCollec
     own = tables_of(collection)
     for config in collection.embedding_configs():
         if getattr(config, "id_hash", None) is not None:
-            raise NotImplementedError(f"table {config.name!r}: id_hash, under which no plain table has all ids")
+            raise NotImplementedError(
+                f"table {config.name!r}: a full table is not supported with id_hash, whose ids have no end; "
+                "allowed: full rows of given ids, materialize(collection, table, ids)"
+            )
     plain: EmbeddingBagCollection | EmbeddingCollection
     if isinstance(collection, CompositionalEmbeddingBagCollection):
         bags = [_plain_bag(config, collection.is_weighted()) for config in collection.embedding_bag_configs()]
