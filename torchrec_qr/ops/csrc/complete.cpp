@@ -6,7 +6,7 @@
 namespace qr {
 namespace {
 
-template <typename V, int W>
+template <typename V, int W, bool DECAYS>
 QR_INLINE void complete_body(const Partition& p, int64_t row, float* gradient) {
     const int64_t width = W > 0 ? W : p.width;
     if (p.touched) p.touched[row] = 1;
@@ -14,46 +14,51 @@ QR_INLINE void complete_body(const Partition& p, int64_t row, float* gradient) {
         float* out = p.gradient + row * width;
         for (int64_t d = 0; d < width; ++d) out[d] = gradient[d];
     } else if (p.rule != kNoStep) {
-        step_row<V, W>(p, row, gradient);
+        step_row<V, W, DECAYS>(p, row, gradient);
     }
 }
 
-template <int W>
+template <int W, bool DECAYS>
 void complete_baseline(const Partition& p, int64_t row, float* gradient) {
-    complete_body<Vector4, W>(p, row, gradient);
+    complete_body<Vector4, W, DECAYS>(p, row, gradient);
 }
 
 #ifdef QR_X86
-template <int W>
+template <int W, bool DECAYS>
 QR_TARGET_AVX2 void complete_avx2(const Partition& p, int64_t row, float* gradient) {
-    complete_body<Vector8, W>(p, row, gradient);
+    complete_body<Vector8, W, DECAYS>(p, row, gradient);
 }
-template <int W>
+template <int W, bool DECAYS>
 QR_TARGET_AVX512 void complete_avx512(const Partition& p, int64_t row, float* gradient) {
-    complete_body<Vector16, W>(p, row, gradient);
+    complete_body<Vector16, W, DECAYS>(p, row, gradient);
 }
 #endif
 
-template <int W>
-CompleteRow of_width(int32_t isa) {
+template <int W, bool DECAYS>
+CompleteRow of_isa(int32_t isa) {
 #ifdef QR_X86
-    if (isa >= kAvx512) return complete_avx512<W>;
-    if (isa == kAvx2) return complete_avx2<W>;
+    if (isa >= kAvx512) return complete_avx512<W, DECAYS>;
+    if (isa == kAvx2) return complete_avx2<W, DECAYS>;
 #else
     (void)isa;
 #endif
-    return complete_baseline<W>;
+    return complete_baseline<W, DECAYS>;
+}
+
+template <int W>
+CompleteRow of_width(int32_t isa, const Partition& p) {
+    return p.l2 != 0.0f || p.decay != 0.0f ? of_isa<W, true>(isa) : of_isa<W, false>(isa);
 }
 
 }  // namespace
 
 CompleteRow complete_row(int32_t isa, const Partition& p) {
     switch (p.weight_type == kFloat32 ? p.width : 0) {
-        case 16: return of_width<16>(isa);
-        case 32: return of_width<32>(isa);
-        case 64: return of_width<64>(isa);
-        case 128: return of_width<128>(isa);
-        default: return of_width<0>(isa);
+        case 16: return of_width<16>(isa, p);
+        case 32: return of_width<32>(isa, p);
+        case 64: return of_width<64>(isa, p);
+        case 128: return of_width<128>(isa, p);
+        default: return of_width<0>(isa, p);
     }
 }
 

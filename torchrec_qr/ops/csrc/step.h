@@ -58,8 +58,8 @@ QR_INLINE void step_moments(const Partition& p, int64_t row, float* gradient, fl
     for (int64_t d = 0; d < width; ++d) w[d] -= rate * gradient[d];
 }
 
-// W > 0: the row's width, known to the compiler.
-template <typename V, int W>
+// W > 0: the row's width, known to the compiler. DECAYS: whether the rule has weight decay.
+template <typename V, int W, bool DECAYS>
 QR_INLINE void step_row(const Partition& p, int64_t row, float* gradient) {
     const int64_t width = W > 0 ? W : p.width;
     const float limit = p.max_gradient;
@@ -79,11 +79,9 @@ QR_INLINE void step_row(const Partition& p, int64_t row, float* gradient) {
         }
     }
     const float lr = p.learning_rate, eps = p.eps;
-    if (p.l2 != 0.0f) {
+    if constexpr (DECAYS) {
         for (int64_t d = 0; d < width; ++d) gradient[d] += p.l2 * w[d];
-    }
-    if (p.decay != 0.0f && p.rule < kLamb) {
-        const float kept = 1.0f - lr * p.decay;
+        const float kept = p.rule < kLamb ? 1.0f - lr * p.decay : 1.0f;
         for (int64_t d = 0; d < width; ++d) w[d] *= kept;
     }
     switch (p.rule) {
