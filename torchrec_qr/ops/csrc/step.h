@@ -98,17 +98,7 @@ QR_INLINE void step_row(const Partition& p, int64_t row, float* gradient) {
             break;
         }
         case kRowWiseAdagrad: {
-            V squares{};
-            int64_t d = 0;
-            for (; d + kLanes<V> <= width; d += kLanes<V>) {
-                const V g = load<V>(gradient + d);
-                squares += g * g;
-            }
-            float total = sum_of(squares);
-            if (W == 0) {
-                for (; d < width; ++d) total += gradient[d] * gradient[d];
-            }
-            p.state[0][row] += total / static_cast<float>(width);
+            p.state[0][row] += sum_of_squares<V, W>(gradient, width) / static_cast<float>(width);
             const float scale = lr / (std::sqrt(p.state[0][row]) + eps);
             for (int64_t i = 0; i < width; ++i) w[i] -= scale * gradient[i];
             break;
