@@ -274,6 +274,13 @@ def test_a_table_name_that_occurs_twice(second: EmbeddingBagConfig) -> None:
         CompositionalEmbeddingBagCollection(tables=[config(), second])
 
 
+@pytest.mark.parametrize("name", ["half", "training", "keys", "a.b", "", 3])
+def test_a_table_name_that_torch_refuses_for_a_module(name: Any) -> None:
+    for given in (config(name=name), EmbeddingBagConfig(name=name, num_embeddings=5, embedding_dim=4)):
+        with refused(ValueError, f"table {name!r}", "allowed: a string without a dot", "torch.nn.ModuleDict"):
+            CompositionalEmbeddingBagCollection(tables=[given])
+
+
 def test_plain_tables_of_what_is_not_supported() -> None:
     common: dict[str, Any] = {"name": "t_plain", "num_embeddings": 5, "embedding_dim": 4, "feature_names": ["f"]}
     with refused(ValueError, "table 't_plain'", "data_type", "INT8", "FP32"):

@@ -159,6 +159,22 @@ def plain_layout(config: BaseEmbeddingConfig) -> TableLayout:
     return TableLayout("plain", (PartitionLayout(config.embedding_dim, divisor=1),), num_ids=config.num_embeddings)
 
 
+def check_name(config: BaseEmbeddingConfig, modules: nn.ModuleDict) -> None:
+    """Checks that a plain or compositional table can have its name beside the tables in ``modules``.
+
+    Raises:
+        ValueError: the name occurs twice, or torch refuses it for a module, as in TorchRec's collections.
+    """
+    name = config.name
+    if isinstance(name, str) and name in modules:
+        raise ValueError(f"table {name!r}: the name occurs twice; allowed: one table per name")
+    if not isinstance(name, str) or not name or "." in name or hasattr(modules, name):
+        raise ValueError(
+            f"table {name!r}: torch refuses the name for a module, as in TorchRec; allowed: a string without a dot "
+            "that is no attribute of torch.nn.ModuleDict"
+        )
+
+
 def build_tables(
     tables: Sequence[BaseEmbeddingConfig],
     plain: type[PlainEmbedding] | type[PlainEmbeddingBag],
@@ -175,15 +191,14 @@ def build_tables(
         device (torch.device | None): the device of the parameters.
 
     Raises:
-        ValueError: a table name occurs twice, a data type is none of FP32, FP16 and BF16, or a pooling is none of SUM
-            and MEAN.
+        ValueError: a table name occurs twice or is none for a module, a data type is none of FP32, FP16 and BF16, or a
+            pooling is none of SUM and MEAN.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
     modules.register_load_state_dict_pre_hook(_refuse_other_meanings)
     for config in tables:
-        if config.name in modules:
-            raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
+        check_name(config, modules)
         check_allowed(config, "data_type", tuple(DTYPES))
         config.feature_names = config.feature_names or [config.name]
         if is_compositional(config):

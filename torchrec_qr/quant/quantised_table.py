@@ -10,7 +10,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 from torchrec_qr.configs import is_compositional
 from torchrec_qr.fingerprint import check_row_types, check_saved_tables, fingerprint
 from torchrec_qr.ids import IdSpace, bounded_ids
-from torchrec_qr.modules.table import plain_layout, table_layout
+from torchrec_qr.modules.table import check_name, plain_layout, table_layout
 from torchrec_qr.ops.backends.torch import combined
 from torchrec_qr.ops.path import apply_class_mlps
 from torchrec_qr.ops.served_operators import ServedTable
@@ -178,15 +178,14 @@ def quantised_tables(tables: Sequence[BaseEmbeddingConfig], device: torch.device
         device (torch.device | None): of the buffers.
 
     Raises:
-        ValueError: a table name occurs twice.
+        ValueError: a table name occurs twice, or is none for a module.
         NotImplementedError: see `QuantisedTable`.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
     modules.register_load_state_dict_pre_hook(_refuse_other_meanings)
     for config in tables:
-        if config.name in modules:
-            raise ValueError(f"table {config.name!r}: the name occurs twice; allowed: one table per name")
+        check_name(config, modules)
         config.feature_names = config.feature_names or [config.name]
         modules[config.name] = QuantisedTable(config, device)
     return modules
