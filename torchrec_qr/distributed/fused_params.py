@@ -1,12 +1,14 @@
 """The fused optimizers of tables, by the keys of FBGEMM's batched embeddings."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.utils import merge_fused_params, optimizer_type_to_emb_opt_type
 
 from torchrec_qr.ops.update_rules import (
@@ -72,6 +74,16 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+# The numbers of a rule: what is allowed, and a test of it, which NaN fails.
+_AT_LEAST_0 = ("a finite number of 0 or more", lambda value: 0 <= value < math.inf)
+_BELOW_1 = ("a number of 0 or more, and below 1", lambda value: 0 <= value < 1)
+_NUMBERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(("learning_rate", "eps", "weight_decay"), _AT_LEAST_0),
+    **dict.fromkeys(("beta1", "beta2"), _BELOW_1),
+    "max_gradient": ("a number of 0 or more", lambda value: value >= 0),
+}
+
+
 def has_effect(key: str, value: object) -> bool:
     """Returns whether a key of ``fused_params`` has an effect: keys of TorchRec's own and neutral values have none."""
     return not (key.startswith("_") or value is None or value is False or value in _NEUTRAL.get(key, ()))
@@ -133,6 +145,7 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
 
     Raises:
         NotImplementedError: the optimizer or a key is not supported.
+        ValueError: a number of the rule is none, or is out of its range.
 
     Example:
         >>> update_rule("t", {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": 0.1})
@@ -150,11 +163,14 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     if issubclass(rule, Adam):
         fields += ("beta1", "beta2")
         if "betas" in given:
-            given["beta1"], given["beta2"] = given.pop("betas")
+            betas = given.pop("betas")
+            if not isinstance(betas, Sequence) or len(betas) != 2 or "beta1" in given or "beta2" in given:
+                raise ValueError(f"table {table!r}: betas={betas!r}; allowed: two numbers, without beta1 and beta2")
+            given["beta1"], given["beta2"] = betas
     if rule is Adam and given.pop("amsgrad", False):
         rule = AmsGrad
-    chosen: dict[str, Any] = {k: given.pop(k) for k in fields if k in given}
-    max_gradient = given.pop("max_gradient", 1.0)
+    chosen: dict[str, Any] = {k: _number(table, k, given.pop(k)) for k in fields if k in given}
+    max_gradient = _number(table, "max_gradient", given.pop("max_gradient", 1.0))
     if given.pop("gradient_clipping", False):
         chosen["max_gradient"] = max_gradient
     chosen |= _weight_decay(table, optimizer, given)
@@ -168,9 +184,20 @@ def update_rule(table: str, fused_params: Mapping[str, Any]) -> UpdateRule:
     return rule(**chosen)
 
 
+def _number(table: str, key: str, value: Any) -> Any:
+    """Returns a number of the rule if it is in its range."""
+    allowed, fits = _NUMBERS[key]
+    # Take a tensor too, because torch's optimizers take one as their rate.
+    is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not is_number or isinstance(value, bool) or not fits(value):
+        raise ValueError(f"table {table!r}: {key}={value!r}; allowed: {allowed}")
+    return value
+
+
 def _weight_decay(table: str, optimizer: EmbOptimType, given: dict[str, Any]) -> dict[str, float]:
     """Returns the field of a rule for its weight decay, and takes the keys out of ``given``."""
-    amount, mode = given.pop("weight_decay", 0), given.pop("weight_decay_mode", WeightDecayMode.NONE)
+    amount = _number(table, "weight_decay", given.pop("weight_decay", 0))
+    mode = given.pop("weight_decay_mode", WeightDecayMode.NONE)
     # FBGEMM decouples the decay of Adam and LAMB if no mode is given. It drops that of the others.
     default = WeightDecayMode.NONE if issubclass(RULES[optimizer], Adam) else WeightDecayMode.L2
     allowed = default, WeightDecayMode.DECOUPLE
@@ -179,6 +206,4 @@ def _weight_decay(table: str, optimizer: EmbOptimType, given: dict[str, Any]) ->
             f"table {table!r}: weight_decay={amount!r} with weight_decay_mode={mode!r} is not supported for "
             f"{optimizer} by compositional tables; allowed: {' or '.join(f'WeightDecayMode.{m.name}' for m in allowed)}"
         )
-    if amount < 0:
-        raise ValueError(f"table {table!r}: weight_decay={amount!r}; allowed: 0 or more")
     return {"l2" if mode == WeightDecayMode.L2 else "decay": float(amount)}
