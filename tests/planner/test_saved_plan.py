@@ -145,6 +145,38 @@ def test_a_plan_of_other_tables_is_refused(file: Path, tables: list[Any], said: 
     assert message.endswith("makes of this config on these ranks, or no planner.plan_file")
 
 
+BY_NODE = "table_row_wise; allowed: the 4 of a node for each block of columns, in order"
+
+
+@pytest.mark.parametrize(
+    ("name", "constraint", "change", "said"),
+    [
+        ("city", {}, {"ranks": [7, 6, 5, 4, 3, 2, 1, 0]}, "row_wise; allowed: 0..7, in order"),
+        ("city", {}, {"ranks": [0] * 8}, "row_wise; allowed: 0..7, in order"),
+        ("city", {}, {"sharding_type": "data_parallel", "compute_kernel": "dense", "ranks": [0] * 8}, "0..7, in order"),
+        ("item", {}, {"ranks": [2, 3, 4, 5]}, BY_NODE),
+        ("item", {}, {"ranks": [1, 0, 2, 3]}, BY_NODE),
+        ("item", {"sharding_types": ["row_wise"]}, {}, "item.sharding_types: the plan has table_row_wise"),
+        ("item", {"compute_kernels": ["dense"]}, {}, "item.compute_kernels: the plan has fused"),
+        ("item", {"ranks": [4, 5, 6, 7]}, {"ranks": [0, 1, 2, 3]}, "item.ranks: the plan has [0, 1, 2, 3]"),
+        ("country", {"same_rank_as": "city"}, {"ranks": [3]}, "country.same_rank_as: the plan has [3]"),
+        ("country", {}, {"name": "city"}, "table 'city': twice in the plan; a plan has one"),
+    ],
+)
+def test_a_plan_that_was_edited_wrongly_is_refused(
+    file: Path, tmp_path: Path, name: str, constraint: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    constraints = {name: constraint} if constraint else {}
+
+    def edit(devices: dict[str, Any]) -> None:
+        (edited,) = (t for t in devices["h100"]["tables"] if t["name"] == name)
+        edited.update(change)
+        devices["h100"]["request"]["constraints"].update(constraints)
+
+    spec = load(PlannerSpec, {"device": "h100", "constraints": constraints})
+    assert said in refusal(changed(file, tmp_path, edit), spec=spec)
+
+
 def test_a_plan_of_other_ranks_devices_and_constraints_is_refused(file: Path, tmp_path: Path) -> None:
     message = refusal(file, on=topology(16, 8))
     assert "\n  world_size: saved 8, here 16\n  local_world_size: saved 4, here 8\n" in message

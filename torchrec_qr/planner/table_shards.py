@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.types import PlannerError, Topology
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.sharding_plan import placement as device_of
-from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardMetadata
+from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding, ShardingType, ShardMetadata
 
 from torchrec_qr.distributed.layout import DATA_PARALLEL
 from torchrec_qr.planner.error_kinds import WRONG_INPUT
@@ -41,7 +41,8 @@ class TableShards:
             topology (Topology): the ranks.
 
         Raises:
-            PlannerError: a rank that the topology lacks, or another number of ranks than of shards.
+            PlannerError: a rank that the topology lacks, another number of ranks than of shards, or rows on other ranks
+                than those on which TorchRec looks them up.
         """
         world = topology.world_size
         for rank in (min(self.ranks, default=0), max(self.ranks, default=0)):
@@ -63,6 +64,7 @@ class TableShards:
                 f"{self.sharding_type} in shards of {self.columns} columns",
                 WRONG_INPUT,
             )
+        self._check_order(table, world, topology.intra_group_size)
         if self.sharding_type != DATA_PARALLEL:
             ranks = list(ranks)
             devices = [device_of(topology.compute_device, rank, topology.local_world_size) for rank in ranks]
@@ -79,3 +81,18 @@ class TableShards:
             for name in _OF_CONSTRAINTS:
                 setattr(sharding, name, getattr(table.constraints, name))
         return sharding
+
+    def _check_order(self, table: PlannedTable, world: int, group: int) -> None:
+        """Checks that replicas and row blocks lie in order on all ranks, or on those of a node."""
+        if self.sharding_type in (DATA_PARALLEL, ShardingType.ROW_WISE.value):
+            size, allowed = world, f"0..{world - 1}"
+        elif self.sharding_type in (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value):
+            size, allowed = group, f"the {group} of a node for each block of columns"
+        else:
+            return
+        blocks = [self.ranks[i : i + size] for i in range(0, len(self.ranks), size)]
+        if any(block != list(range(block[0], block[0] + size)) or block[0] % size for block in blocks):
+            raise PlannerError(
+                f"table {table.name!r}: ranks {self.ranks} of {self.sharding_type}; allowed: {allowed}, in order",
+                WRONG_INPUT,
+            )

@@ -8,7 +8,7 @@ from torch import nn
 from torchrec.distributed.planner.types import PlannerError, Topology
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
-from torchrec_qr.cli.schema import ConfigError, PlannerSpec
+from torchrec_qr.cli.schema import ConfigError, ConstraintSpec, PlannerSpec
 from torchrec_qr.cli.schema.config_error import first_names
 from torchrec_qr.cli.sizing.plan_file import SavedPlan, SavedTable, read_plan_file
 from torchrec_qr.cli.sizing.table_meaning import TableMeaning
@@ -63,7 +63,7 @@ def _of_device(path: str | Path, spec: PlannerSpec) -> SavedPlan:
         (name,) = devices
     if name is None or name not in devices:
         given = "no planner.device" if name is None else f"planner.device {name!r}"
-        allowed = first_names(list(devices))
+        allowed = first_names(list(devices)) or "a file with a plan"
         raise ConfigError(_KEY, str(path), allowed, f"{path} has no plan for {given}; allowed: {allowed}")
     saved = devices[name]
     if not saved.feasible:
@@ -84,7 +84,26 @@ def _differences(
     for name, constraint in spec.constraints.items():
         if request.constraints.get(name) != constraint:
             yield f"planner.constraints.{name}: not those of the plan"
+    yield from _broken_constraints(saved.tables, spec)
     yield from _table_differences({table.name: table for table in saved.tables}, tables)
+
+
+def _broken_constraints(tables: Sequence[SavedTable], spec: PlannerSpec) -> Iterator[str]:
+    """Yields the tables that an edited file has twice, or against the job's constraints."""
+    by_name = {table.name: table for table in tables}
+    for table in tables:
+        if by_name[table.name] is not table:
+            yield f"table {table.name!r}: twice in the plan; a plan has one"
+        constraint = spec.constraints.get(table.name, ConstraintSpec())
+        for key, given in (("sharding_types", table.sharding_type), ("compute_kernels", table.compute_kernel)):
+            allowed = getattr(constraint, key)
+            if allowed is not None and given not in allowed:
+                yield f"planner.constraints.{table.name}.{key}: the plan has {given.value}"
+        if constraint.ranks is not None and not set(table.ranks) <= set(constraint.ranks):
+            yield f"planner.constraints.{table.name}.ranks: the plan has {list(table.ranks)}"
+        other = by_name.get(constraint.same_rank_as) if constraint.same_rank_as is not None else None
+        if other is not None and table.ranks != other.ranks:
+            yield f"planner.constraints.{table.name}.same_rank_as: the plan has {list(table.ranks)}"
 
 
 def _table_differences(saved: Mapping[str, TableMeaning], tables: Sequence[PlannedTable]) -> Iterator[str]:
