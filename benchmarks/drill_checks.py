@@ -20,8 +20,9 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Runs without a fault: the metrics of the drills' seed, and the test AUC of each seed."""
+    """Runs without a fault: their ranks, the metrics of the drills' seed, and the test AUC of each seed."""
 
+    ranks: int
     seed: int
     lines: list[Line]
     auc: dict[int, float]
@@ -88,7 +89,7 @@ def faults_of_a_complete_run(run: Path, undisturbed: Undisturbed) -> list[str]:
     if not each_once:
         found.append("not each row of the epoch was trained once")
     lines = lines_of(run)
-    if len(deals) == 1:
+    if [ranks for ranks, _ in deals] == [undisturbed.ranks]:
         differing = [a["step"] for a, b in zip(lines, undisturbed.lines, strict=False) if a != b]
         if differing or len(lines) != len(undisturbed.lines):
             found.append(f"as many ranks as before, and metrics differ, first at step {[*differing, 'end'][0]}")

@@ -17,8 +17,10 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import repeat
 from pathlib import Path
 from threading import Timer
 from time import monotonic, sleep
@@ -245,14 +247,15 @@ def undisturbed_runs(seeds: int, folder: Path) -> Undisturbed:
         print(f"seed {seed}: AUC {of_seed[seed][-1]['auc']:.4f}", flush=True)
     auc = {seed: lines[-1]["auc"] for seed, lines in of_seed.items()}
     middle = sorted(auc, key=auc.__getitem__)[len(auc) // 2]
-    return Undisturbed(middle, of_seed[middle], auc)
+    return Undisturbed(HOSTS * RANKS_PER_HOST, middle, of_seed[middle], auc)
 
 
-def report(seed: int, undisturbed: Undisturbed, outcomes: list[Outcome]) -> dict[str, Any]:
+def report(arguments: argparse.Namespace, undisturbed: Undisturbed, outcomes: list[Outcome]) -> dict[str, Any]:
     """Returns what the log has."""
     return {
         "machine": about(),
-        "seed": seed,
+        "seed": arguments.seed,
+        "at_once": arguments.at_once,
         "hosts": HOSTS,
         "ranks_per_host": RANKS_PER_HOST,
         "auc_of_seeds": undisturbed.auc,
@@ -262,11 +265,11 @@ def report(seed: int, undisturbed: Undisturbed, outcomes: list[Outcome]) -> dict
     }
 
 
-def outcomes_of(drills: list[Drill], undisturbed: Undisturbed, folder: Path) -> Iterator[Outcome]:
-    for number, drill in enumerate(drills, 1):
-        outcome = drilled(drill, undisturbed, folder / f"drill_{number}")
-        print(f"{number:2}  {outcome}", flush=True)
-        yield outcome
+def outcomes_of(drills: list[Drill], undisturbed: Undisturbed, folder: Path, at_once: int) -> Iterator[Outcome]:
+    folders = [folder / f"drill_{number}" for number in range(1, len(drills) + 1)]
+    # Use processes, because hosts have the names of theirs. While one job waits for time-outs, another one computes.
+    with ProcessPoolExecutor(at_once) as pool:
+        yield from pool.map(drilled, drills, repeat(undisturbed), folders)
 
 
 def main() -> int:
@@ -274,6 +277,7 @@ def main() -> int:
     parser.add_argument("--drills", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5, help="runs without a fault")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--at-once", type=int, default=2, help="drills that run at the same time")
     parser.add_argument("--folder", type=Path, help="keep runs and outputs there; default: a folder that is removed")
     parser.add_argument("--save", action="store_true", help="write the log to benchmarks/results")
     arguments = parser.parse_args()
@@ -281,10 +285,13 @@ def main() -> int:
         folder = arguments.folder or Path(temporary)
         undisturbed = undisturbed_runs(arguments.seeds, folder)
         drills = planned(arguments.drills, arguments.seed)
-        outcomes = list(outcomes_of(drills, undisturbed, folder))
-    if arguments.save:
-        path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_fault_drills.json"
-        path.write_text(json.dumps(report(arguments.seed, undisturbed, outcomes), indent=1) + "\n")
+        outcomes: list[Outcome] = []
+        for outcome in outcomes_of(drills, undisturbed, folder, arguments.at_once):
+            outcomes.append(outcome)
+            print(f"{len(outcomes):2}  {outcome}", flush=True)
+            if arguments.save:
+                path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_fault_drills.json"
+                path.write_text(json.dumps(report(arguments, undisturbed, outcomes), indent=1) + "\n")
     failed = sum(bool(outcome.wrong) for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} drills ended as they must")
     return int(failed > 0)

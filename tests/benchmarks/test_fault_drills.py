@@ -20,13 +20,15 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_run_that_was_not_disturbed_is_as_it_must_be(ended: Path) -> None:
     lines = lines_of(ended)
-    undisturbed = Undisturbed(0, lines, {0: lines[-1]["auc"]})
+    undisturbed = Undisturbed(2, 0, lines, {0: lines[-1]["auc"]})
     assert last_deals(ended) == ([(2, 11)], True)
     assert faults_of_a_complete_run(ended, undisturbed) == []
 
     assert faults_of_a_complete_run(ended, replace(undisturbed, lines=[*lines[:-1], {"step": 11}])) == [
         "as many ranks as before, and metrics differ, first at step 11"
     ]
+    # On other ranks all along, as after a fault before the first checkpoint.
+    assert faults_of_a_complete_run(ended, replace(undisturbed, ranks=3, lines=[])) == []
     (auc,) = faults_of_a_complete_run(ended, replace(undisturbed, auc={0: 0.9, 1: 0.95}))
     assert auc.endswith("is not within 0.9000 and 0.9500, the spread of seeds")
 
