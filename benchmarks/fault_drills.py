@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 from benchmarks.bridged_hosts import BridgedHost, bridged_hosts, namespaces_left
 from benchmarks.drill_checks import (
+    Line,
     Undisturbed,
     broken_checkpoints,
     faults_of_a_complete_run,
@@ -230,24 +231,28 @@ def _started_again(hosts: list[BridgedHost], runs: Path, folder: Path, seed: int
     return wrong
 
 
-def undisturbed_runs(seeds: int, folder: Path) -> Undisturbed:
+def undisturbed_runs(seeds: int, folder: Path, at_once: int) -> Undisturbed:
     """Runs the job without a fault under several seeds. The drills take the seed whose AUC is in the middle."""
-    of_seed: dict[int, list[dict[str, Any]]] = {}
-    for seed in range(seeds):
-        at = folder / f"seed_{seed}"
-        with bridged_hosts(HOSTS, retries=_RETRIES) as hosts:
-            job = DrilledJob(hosts, at / "runs", HOSTS, 0, at / "log", seed)
-            try:
-                job.wait(LIMIT_S)
-            finally:
-                left = job.kill()
-        of_seed[seed] = lines_of(job.run)
-        if left or not is_complete(of_seed[seed]):
-            raise RuntimeError(f"the job without a fault, seed {seed}: {left} left; {job.errors()}")
-        print(f"seed {seed}: AUC {of_seed[seed][-1]['auc']:.4f}", flush=True)
+    with ProcessPoolExecutor(at_once) as pool:
+        of_seed = dict(enumerate(pool.map(_undisturbed_run, range(seeds), repeat(folder))))
     auc = {seed: lines[-1]["auc"] for seed, lines in of_seed.items()}
+    print("AUC of undisturbed seeds:", ", ".join(f"{value:.4f}" for value in auc.values()), flush=True)
     middle = sorted(auc, key=auc.__getitem__)[len(auc) // 2]
     return Undisturbed(HOSTS * RANKS_PER_HOST, middle, of_seed[middle], auc)
+
+
+def _undisturbed_run(seed: int, folder: Path) -> list[Line]:
+    at = folder / f"seed_{seed}"
+    with bridged_hosts(HOSTS, retries=_RETRIES) as hosts:
+        job = DrilledJob(hosts, at / "runs", HOSTS, 0, at / "log", seed)
+        try:
+            job.wait(LIMIT_S)
+        finally:
+            left = job.kill()
+    lines = lines_of(job.run)
+    if left or not is_complete(lines):
+        raise RuntimeError(f"the job without a fault, seed {seed}: {left} left; {job.errors()}")
+    return lines
 
 
 def report(arguments: argparse.Namespace, undisturbed: Undisturbed, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        undisturbed = undisturbed_runs(arguments.seeds, folder)
+        undisturbed = undisturbed_runs(arguments.seeds, folder, arguments.at_once)
         drills = planned(arguments.drills, arguments.seed)
         outcomes: list[Outcome] = []
         for outcome in outcomes_of(drills, undisturbed, folder, arguments.at_once):
