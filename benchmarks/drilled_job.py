@@ -31,7 +31,8 @@ _RENDEZVOUS = (
     "join_timeout=35,last_call_timeout=6,read_timeout=15,heartbeat_timeout=5,"
     "keep_alive_interval=1,keep_alive_max_attempt=3"
 )
-_ERROR = re.compile(r"\b\w+(?:Error|Exception|Timeout)\b: .+|Signal \d+ \(SIG\w+\) received by PID \d+")
+# torchrun's own errors may have a name alone, such as RendezvousTimeoutError.
+_ERROR = re.compile(r"\b\w+(?:Error|Exception)(?:: .+|$)|Signal \d+ \(SIG\w+\) received by PID \d+")
 
 
 class DrilledJob:

@@ -188,7 +188,7 @@ def _wait_for(drill: Drill, job: DrilledJob, undisturbed: Undisturbed) -> None:
     if drill.at < 0:
         sleep(drill.start_s)
         return
-    steps = drill.at * undisturbed.lines[-2]["step"]
+    steps = max(1.0, drill.at * undisturbed.lines[-2]["step"])
     if job.wait_until_step(int(steps), LIMIT_S):
         sleep(steps % 1 * 0.3)  # somewhere in the step
 
