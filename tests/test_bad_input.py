@@ -311,3 +311,15 @@ def test_the_limit_of_a_row_is_one_of_what_is_stored() -> None:
     assert config(operation="concat", embedding_dim=2048).partition_columns == (1024, 1024)
     with refused(ValueError, "table 't_user': embedding_dim=2052; allowed: ", " up to 2048"):
         config(operation="concat", embedding_dim=2052)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_two_outputs_of_one_name_are_refused(pooled: bool) -> None:
+    spec = PARTITIONS["strided"]
+    for features in (["u", "u@b"], ["u@b", "u"]):
+        tables = [
+            table_of(spec, pooled, name="a", num_embeddings=S, feature_names=features),
+            table_of(None, pooled, name="b", num_embeddings=S, feature_names=["u"]),
+        ]
+        with refused(ValueError, "table 'b': feature 'u' has the output 'u@b', as feature 'u@b' of table 'a' has"):
+            collection_of(tables)

@@ -10,12 +10,14 @@ from parity_model import TableCase, Trained, one_of_each, shard_run, trained
 from parity_reference import assert_trained_as_reference
 from placements import SHARDINGS
 from ranks import run_ranks
-from sharded_model import DIM, Model, sequences, shard, two_tables, unsharded
+from sharded_model import DIM, Model, sequences, shard, table, two_tables, unsharded
 from shared_bags import SharedBags, shared
 from single_tables import collection_of
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import PoolingType
 
+from torchrec_qr import QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
 # Those whose ranks may differ in their numbers of bags.
@@ -204,3 +206,29 @@ def refused(rank: int, world_size: int) -> None:
 
 def test_wrong_inverse_indices_and_sequences_are_refused_by_name() -> None:
     run_ranks(refused, 1)
+
+
+def names_with_at(rank: int, world_size: int) -> None:
+    """Feature u@x has bags of its own beside feature u, also if an output of u has the name u@a."""
+    partitions, mean = QuotientRemainder(num_collisions=7), PoolingType.MEAN
+    configs = [
+        table("a", partitions, "mult", feature_names=["u", "u@x"], pooling=mean),
+        table("b", partitions, "mult", feature_names=["u"]),
+    ]
+    values = unsharded(configs)
+    model = shard(configs, "row_wise", values=values)
+    ids, keys = torch.arange(6), ["u", "u@x"]
+    ordinary = KeyedJaggedTensor(keys, ids, lengths=torch.tensor([1, 2, 3, 0]))
+    torch.testing.assert_close(model(ordinary), values(ordinary))
+    of_samples = (keys, torch.tensor([[0, 0], [1, 0]]))
+    varies = KeyedJaggedTensor(
+        keys, ids, lengths=torch.tensor([1, 3, 2]), stride_per_key_per_rank=[[1], [2]], inverse_indices=of_samples
+    )
+    out = model(varies)
+    torch.testing.assert_close(out, values(varies))
+    rows = values(KeyedJaggedTensor(keys, ids.repeat(2), lengths=torch.ones(12, dtype=torch.int64)))[:, DIM : 2 * DIM]
+    torch.testing.assert_close(out[:, DIM : 2 * DIM], torch.stack([rows[4:6].mean(0), rows[1:4].mean(0)]))
+
+
+def test_features_may_have_an_at_sign() -> None:
+    run_ranks(names_with_at, 1)

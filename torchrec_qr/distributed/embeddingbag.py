@@ -83,6 +83,8 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
             for name in names
         }
+        # Do not take the feature from the name of an output, because features may have an "@" of their own.
+        self._feature_of = dict(zip(self._config_of, (f for c in configs for f in c.feature_names), strict=True))
         self._divided = {config.name for config in configs if is_divided(config, plan)}
         self._means: dict[Any, _Means] = {}
 
@@ -116,7 +118,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         """Returns a batch for an input dist, and keeps in ``ctx`` what the output needs."""
         given = checked_features(self, features)
         features = with_one_number_of_bags(given)
-        ctx.bags = bags_of_samples(given, [name.split("@")[0] for name in self._embedding_names])
+        ctx.bags = bags_of_samples(given, [self._feature_of[name] for name in self._embedding_names])
         if self._divided:
             sizes = features.lengths().view(len(features.keys()), -1)
             ctx.means = self._means_of(features.keys(), sizes.device)
@@ -151,7 +153,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             configs = [self._config_of[name] for name in self._embedding_names]
             columns = [i for i, config in enumerate(configs) for _ in range(config.embedding_dim)]
             found = self._means[device, *keys] = _Means(
-                torch.tensor([index[name.split("@")[0]] for name in self._embedding_names], device=device),
+                torch.tensor([index[self._feature_of[name]] for name in self._embedding_names], device=device),
                 torch.tensor([[config.name in self._divided] for config in configs], device=device),
                 torch.tensor(columns, device=device),
             )

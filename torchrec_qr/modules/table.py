@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from torchrec_qr.configs import DTYPES, POOLINGS, CompositionalConfig, InitFn, check_allowed, is_compositional
 from torchrec_qr.fingerprint import check_form, check_row_types, check_saved_tables, fingerprint
@@ -191,8 +192,8 @@ def build_tables(
         device (torch.device | None): the device of the parameters.
 
     Raises:
-        ValueError: a table name occurs twice or is none for a module, a data type is none of FP32, FP16 and BF16, or a
-            pooling is none of SUM and MEAN.
+        ValueError: a table name occurs twice or is none for a module, the name of an output occurs twice, a data type
+            is none of FP32, FP16 and BF16, or a pooling is none of SUM and MEAN.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
@@ -220,7 +221,22 @@ def build_tables(
         table.begin(config)
         table.layout = plain_layout(config)
         modules[config.name] = table
+    _check_outputs(tables)
     return modules
+
+
+def _check_outputs(tables: Sequence[Any]) -> None:
+    """Raises ValueError if two outputs have one name, because a feature has the name ``<feature>@<table>``."""
+    outputs: dict[str, tuple[str, str]] = {}
+    for config, names in zip(tables, get_embedding_names_by_table(list(tables)), strict=True):
+        for feature, name in zip(config.feature_names, names, strict=True):
+            table, other = outputs.setdefault(name, (config.name, feature))
+            if (table, other) != (config.name, feature):
+                raise ValueError(
+                    f"table {config.name!r}: feature {feature!r} has the output {name!r}, as feature {other!r} of "
+                    f"table {table!r} has; allowed: a name of its own for each output, which is <feature>@<table> for "
+                    "a feature of several tables"
+                )
 
 
 def init_tables(tables: nn.Module) -> None:
