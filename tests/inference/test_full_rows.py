@@ -103,7 +103,7 @@ def test_no_ids_have_no_rows() -> None:
 def test_ids_that_are_none_are_refused_under_every_policy(out_of_range: Any) -> None:
     spec = QuotientRemainder(num_collisions=4)
     collection = collection_of([bag_table(spec, out_of_range=out_of_range), plain_table(name="p")])
-    for ids in ([100], [0, -1]):
+    for ids in ([100], [0, -1], [2**63], [0, -(2**64)]):
         with pytest.raises(IndexError, match=rf"table 't': id {ids[-1]}; allowed: 0 to 99"):
             materialize(collection, "t", ids)
     with pytest.raises(TypeError, match=r"table 't': ids have dtype torch\.float32; allowed: int32, int64"):
@@ -126,6 +126,8 @@ def test_any_ids_of_a_table_that_hashes_them_have_rows() -> None:
     for call in (lambda: materialize(collection, "t"), lambda: materialized_blocks(collection, "t")):
         with pytest.raises(ValueError, match="table 't': all rows of a table with id_hash"):
             call()
+    with pytest.raises(IndexError, match=rf"table 't': id {2**64 - 1}; allowed: -2\^63 to 2\^63 - 1, .* same bits"):
+        materialize(collection, "t", [0, 2**64 - 1])
 
 
 def test_a_table_that_is_not_there_is_refused_with_those_that_are() -> None:

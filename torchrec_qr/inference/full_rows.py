@@ -41,7 +41,7 @@ def materialize(collection: Collection, table: str, ids: Tensor | Sequence[int] 
         ValueError: the collection has no such table, ids are not one-dimensional or lack though the table hashes them,
             or the collection is on the meta device.
         TypeError: the collection is none of ours or is sharded, or ids are not integers.
-        IndexError: an id is outside [0, S), whatever the table's ``out_of_range``.
+        IndexError: an id is outside [0, S), whatever the table's ``out_of_range``, or outside of int64.
 
     Example:
         >>> import torch
@@ -179,9 +179,24 @@ class _Source:
         for first in range(0, self.num_ids, num_rows):
             yield first, self.rows(torch.arange(first, min(first + num_rows, self.num_ids), device=self._device))
 
+    def _as_tensor(self, ids: Sequence[int]) -> Tensor:
+        try:
+            return torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        except (RuntimeError, ValueError):
+            # Search after the failure alone, because a list may be long.
+            for x in ids:
+                if isinstance(x, int) and not -(2**63) <= x < 2**63:
+                    allowed = "-2^63 to 2^63 - 1, so the int64 of the same bits" if self._is_hashed else self._range
+                    raise IndexError(f"table {self._table!r}: id {x}; allowed: {allowed}") from None
+            raise
+
+    @property
+    def _range(self) -> str:
+        return f"0 to {self.num_ids - 1}"
+
     def checked(self, ids: Tensor | Sequence[int]) -> Tensor:
         """Returns ids on the device of the table, int64."""
-        given = ids if isinstance(ids, Tensor) else torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        given = ids if isinstance(ids, Tensor) else self._as_tensor(ids)
         if given.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"table {self._table!r}: ids have dtype {given.dtype}; allowed: int32, int64")
         if given.dim() != 1:
@@ -190,5 +205,5 @@ class _Source:
             low, high = (int(x) for x in given.aminmax())
             if low < 0 or high >= self.num_ids:
                 outside = low if low < 0 else high
-                raise IndexError(f"table {self._table!r}: id {outside}; allowed: 0 to {self.num_ids - 1}")
+                raise IndexError(f"table {self._table!r}: id {outside}; allowed: {self._range}")
         return given.to(self._device, torch.int64)
