@@ -267,9 +267,9 @@ class OptimizerSection:
     """
 
     name: OptimizerName = "adagrad"
-    lr: Annotated[float, Range(above=0)] = 0.01
-    eps: Annotated[float, Range(0)] = 1e-8
-    weight_decay: Annotated[float, Range(0)] = 0.0
+    lr: Annotated[float, Range(above=0, below=math.inf)] = 0.01
+    eps: Annotated[float, Range(0, below=math.inf)] = 1e-8
+    weight_decay: Annotated[float, Range(0, below=math.inf)] = 0.0
     weight_decay_mode: Literal["none", "l2", "decoupled"] = "none"
 
 

@@ -107,6 +107,7 @@ def test_the_recipes_totals() -> None:
         ({"optimizer": {"sparse": {"lr": 0}}}, "optimizer.sparse.lr: 0; allowed: above 0"),
         ({"optimizer": {"dense": {"name": "rowwise_adagrad"}}}, "optimizer.dense.name: 'rowwise_adagrad'; allowed"),
         ({"optimizer": {"dense": {"name": "lamb"}}}, "optimizer.dense.name: 'lamb'; allowed: 'sgd', 'adagrad', 'adam'"),
+        ({"optimizer": {"sparse": {"lr": float("inf")}}}, "optimizer.sparse.lr: inf; allowed: above 0 and below inf"),
         (
             {"optimizer": {"sparse": {"weight_decay": 0.5}}},
             "optimizer.sparse.weight_decay_mode: 'none'; allowed: 'l2' or 'decoupled', under weight_decay: 0.5 of adag",
