@@ -280,6 +280,9 @@ def alike(rank: int, world_size: int, pooled: bool) -> None:
         (out, remapped), (own, own_remapped) = model(batch), Outer(alone)(batch)
         assert slots_of(batch, remapped) == slots_of(batch, own_remapped)
         torch.testing.assert_close(out, own)
+    narrow = KeyedJaggedTensor(batch.keys(), batch.values().int(), lengths=batch.lengths())
+    with pytest.raises(TypeError, match=r"tables \['strided', .*'f_strided'.*: ids have dtype torch.int32; allowed"):
+        model(narrow)
 
 
 @pytest.mark.slow

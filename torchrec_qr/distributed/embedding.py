@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_qr.distributed.node_env import node_env_of
 from torchrec_qr.distributed.per_node_plan import is_per_node, within_node
@@ -15,6 +15,13 @@ from torchrec_qr.distributed.sharder import CompositionalSharder
 from torchrec_qr.distributed.sharding import SEQUENCE_SHARDINGS
 from torchrec_qr.distributed.unique_ids import unique_ids
 from torchrec_qr.modules.embedding_collection import CompositionalEmbeddingCollection
+
+
+class SequenceContext(EmbeddingCollectionContext):
+    """Adds whether the batch of this rank has bags. It is no dataclass, because that of TorchRec 1.6 is none."""
+
+    # False if the batch got an empty bag for each feature, because TorchRec cannot divide by none.
+    has_bags = True
 
 
 class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, ShardedEmbeddingCollection):
@@ -54,11 +61,20 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
             kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
         return SEQUENCE_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
 
-    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
-        return super().input_dist(ctx, self.prepared(features))
+    def create_context(self) -> SequenceContext:
+        return SequenceContext()
 
-    def prepared(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """Returns a batch for an input dist.
+    def input_dist(self, ctx: SequenceContext, features: KeyedJaggedTensor) -> Any:  # type: ignore[override]
+        return super().input_dist(ctx, self.prepared(ctx, features))
+
+    def output_dist(self, ctx: SequenceContext, output: Any) -> Any:  # type: ignore[override]
+        return _completed(ctx, super().output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: SequenceContext, input: Any) -> Any:  # type: ignore[override]
+        return _completed(ctx, super().compute_and_output_dist(ctx, input))
+
+    def prepared(self, ctx: SequenceContext, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Returns a batch for an input dist, and keeps in ``ctx`` what the output needs.
 
         Raises:
             NotImplementedError: the features differ in their number of bags.
@@ -69,7 +85,17 @@ class ShardedCompositionalEmbeddingCollection(ShardedCompositionalCollection, Sh
                 "variable batch per feature is not supported by sharded compositional collections of sequences; "
                 f"features {features.keys()}; allowed: one number of bags for all"
             )
-        return features
+        ctx.has_bags = features.stride() > 0
+        if ctx.has_bags:
+            return features
+        keys = features.keys()
+        return KeyedJaggedTensor(
+            keys,
+            features.values(),
+            features.weights_or_none(),
+            lengths=features.lengths().new_zeros(len(keys)),
+            stride=1,
+        )
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:
         """Puts each id of a feature once into the feature's first bag, because TorchRec can on CUDA alone.
@@ -119,6 +145,19 @@ class CompositionalEmbeddingCollectionSharder(CompositionalSharder[Compositional
 
     def _options(self) -> dict[str, Any]:
         return {"use_index_dedup": self._use_index_dedup}
+
+
+def _completed(ctx: SequenceContext, awaitable: Any) -> Any:
+    if not ctx.has_bags:
+        awaitable.callbacks.append(_without_bags)
+    return awaitable
+
+
+def _without_bags(found: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+    return {
+        name: JaggedTensor(values=of.values(), weights=of.weights_or_none(), lengths=of.lengths()[:0])
+        for name, of in found.items()
+    }
 
 
 def _check_column_widths(plan: Mapping[str, ParameterSharding]) -> None:

@@ -88,7 +88,8 @@ HOOKS = (
         ShardedEmbeddingCollection,
         defined=(
             *("_initialize_torch_state", "reset_parameters", "create_embedding_sharding", "create_context"),
-            *("input_dist", "_dedup_indices", "register_post_lookup_tracker_fn"),
+            *("input_dist", "output_dist", "compute_and_output_dist", "_dedup_indices"),
+            "register_post_lookup_tracker_fn",
         ),
         used=(*_COLLECTION, "embeddings", "_sharding_type_to_sharding"),
     ),

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingTable
-from torchrec.distributed.mc_embedding import ShardedManagedCollisionEmbeddingCollection
+from torchrec.distributed.mc_embedding import (
+    ManagedCollisionEmbeddingCollectionContext,
+    ShardedManagedCollisionEmbeddingCollection,
+)
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.mc_embeddingbag import (
     ManagedCollisionEmbeddingBagCollectionContext,
@@ -30,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_qr.configs import CompositionalConfig, is_compositional
 from torchrec_qr.distributed.customized_kernel import layout_or_none
+from torchrec_qr.distributed.embedding import SequenceContext
 from torchrec_qr.distributed.embeddingbag import CompositionalContext, ShardedCompositionalEmbeddingBagCollection
 from torchrec_qr.distributed.layout import RowCode, block_rows
 from torchrec_qr.distributed.lookup_kernel import CompositionalKernel, own_lookup
@@ -207,6 +211,10 @@ class _BagContext(ManagedCollisionEmbeddingBagCollectionContext, CompositionalCo
     """The context of both classes."""
 
 
+class _SequenceContext(ManagedCollisionEmbeddingCollectionContext, SequenceContext):
+    """The context of both classes."""
+
+
 class _ManagedCollisions(BaseShardedManagedCollisionEmbeddingCollection[Any]):
     """A mixin of TorchRec's two sharded modules, for a collection of ours inside.
 
@@ -266,7 +274,7 @@ class ShardedManagedCollisionBags(_ManagedCollisions, ShardedManagedCollisionEmb
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         inside: Any = self._embedding_module
-        features = inside.prepared(ctx, features)
+        features = inside.prepared(ctx, _with_raw_ids(inside, features))
         if ctx.bags is not None and self._return_remapped_features:
             raise NotImplementedError(
                 f"features {features.keys()}: inverse indices with return_remapped_features=True are not supported by "
@@ -278,9 +286,27 @@ class ShardedManagedCollisionBags(_ManagedCollisions, ShardedManagedCollisionEmb
 class ShardedManagedCollisionSequences(_ManagedCollisions, ShardedManagedCollisionEmbeddingCollection):
     """TorchRec's ``ShardedManagedCollisionEmbeddingCollection`` with a collection of ours inside."""
 
+    def create_context(self) -> _SequenceContext:
+        return _SequenceContext(sharding_contexts=[])
+
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
         inside: Any = self._embedding_module
-        return super().input_dist(ctx, inside.prepared(features))
+        return super().input_dist(ctx, inside.prepared(ctx, _with_raw_ids(inside, features)))
+
+
+def _with_raw_ids(inside: Any, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Returns a batch if its ids are int64, because TorchRec writes them into slots of int64.
+
+    Raises:
+        TypeError: the ids have another type.
+    """
+    if (given := features.values().dtype) != torch.int64:
+        tables = [config.name for config in inside._configs]
+        raise TypeError(
+            f"tables {tables}, features {features.keys()}: ids have dtype {given}; allowed with managed collisions: "
+            "torch.int64"
+        )
+    return features
 
 
 def _check(
