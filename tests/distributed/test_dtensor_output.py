@@ -10,17 +10,14 @@ import torch.distributed.checkpoint as dcp
 from assert_all_close import assert_all_close
 from placements import BASIC_SHARDINGS
 from ranks import run_ranks
-from sharded_model import ADAGRAD, ROWWISE, contents, shard, state_of, table, tables, train, unsharded, weights_of
+from sharded_model import ADAGRAD, ROWWISE, contents, shard, state_of, tables, train, unsharded, weights_of
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
 from torchrec.distributed.types import ShardingEnv
 
-from torchrec_qr import QuotientRemainder
-from torchrec_qr.distributed import per_node
 from torchrec_qr.distributed.checkpoint import load
 
 
@@ -90,25 +87,3 @@ def convert(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_rowwise_state_converts_between_column_splits(tmp_path: Path) -> None:
     run_ranks(convert, 2, tmp_path)
-
-
-def copies(rank: int, world_size: int, folder: Path) -> None:
-    """Tables of which each node has a copy, whose optimizer states have no mesh."""
-    configs = [table(name, QuotientRemainder(num_collisions=7), "mult") for name in ("rw", "tw", "cw")]
-    within = {"rw": row_wise(), "tw": table_wise(rank=1), "cw": column_wise(ranks=[0, 1, 0])}
-    plan = {name: per_node(of_node) for name, of_node in within.items()}
-    model, plain, other = (
-        shard(configs, plan, ROWWISE, unsharded(configs, seed), env=env_of(dtensors))
-        for dtensors, seed in ((True, 1), (False, 1), (True, 2))
-    )
-    for trained in (model, plain):
-        train(trained, configs, range(2))
-    assert_all_close(values_of(model), values_of(plain))
-    dcp.save(contents(plain), checkpoint_id=folder)
-    load(contents(other), checkpoint_id=folder)
-    assert_all_close(values_of(other), values_of(plain))
-
-
-@pytest.mark.slow
-def test_tables_with_a_copy_per_node(tmp_path: Path) -> None:
-    run_ranks(copies, 4, tmp_path, local_world_size=2)

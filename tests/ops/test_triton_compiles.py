@@ -41,6 +41,8 @@ MOST_REGISTERS = 96
 # A program that decodes row codes reads the numbers of its divisions, of 64 bits, once for all of its ids. The third
 # is one architecture's, at D = 64, where two warps would leave each a quarter of a row.
 MORE_REGISTERS = {"forward-coded": 128, "forward-heavy": 168, "sum_ranges-rowwise_adagrad": 106}
+# ptxas reserves this in one case, though it spills nothing: bytes by case, D and architecture.
+STACK_FRAMES = {("sum_ranges-rowwise_adagrad", 64, 80): 8}
 POINTERS = {
     "int64": (
         *("ids", "offsets", "entries", "flat_starts", "failure", "order", "rows", "weights"),
@@ -159,7 +161,8 @@ TURNS = [
 def test_compiles_without_spills(case: Case, architecture: int, tmp_path: Path) -> None:
     ptx = compiled(case, architecture).asm["ptx"]
     stack, registers = spills(ptx, architecture, tmp_path)
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in stack, registers
+    frame = STACK_FRAMES.get((case.id, case.fixed.get("WIDTH"), architecture), 0)
+    assert f"{frame} bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in stack, registers
     used = re.search(r"Used (\d+) registers", registers)
     assert used is not None
     assert int(used[1]) <= MORE_REGISTERS.get(case.id, MOST_REGISTERS)
