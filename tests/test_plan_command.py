@@ -127,6 +127,7 @@ def test_a_plan_that_does_not_fit_ends_with_code_1_and_says_what_would_help(
     assert "does not fit" in captured.out
 
 
+@pytest.mark.slow
 def test_several_devices_have_a_column_each(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, alone = tmp_path / "plan.json", tmp_path / "h200.json"
     # 2 % of an H200's 141 GiB hold the tables, and 2 % of an A100's 80 GiB do not.

@@ -128,7 +128,9 @@ HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "shuffle"), [("tsv", True), ("npy", True), ("npy", False)])
+@pytest.mark.parametrize(
+    ("kind", "shuffle"), [pytest.param("tsv", True, marks=pytest.mark.slow), ("npy", True), ("npy", False)]
+)
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
 def test_other_ranks_train_what_is_left(
     tmp_path: Path, kind: str, shuffle: bool, history: list[tuple[int, int, int]]

@@ -95,6 +95,7 @@ def test_tied_tables_without_a_common_sharding_type_are_named() -> None:
     assert [len(p.ranks) for p in estimated.tables] == [2, 2]
 
 
+@pytest.mark.slow
 def test_tied_tables_that_do_not_fit_are_named_with_changes_that_help() -> None:
     ties = {"b": "a", "d": "a"}
     constraints = of_types("table_wise", tables="abd")

@@ -93,6 +93,7 @@ def test_the_plan_of_a_file_is_the_planners(file: Path) -> None:
     assert h100.step_ms == pytest.approx(estimated.step_ms)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_that_of_the_request(file: Path, tmp_path: Path) -> None:
     def fingerprint(text: str, *arguments: str, device: str = "h100") -> str:
         (tmp_path / "job.yaml").write_text(text)
