@@ -11,7 +11,7 @@ _LINK = "eth0"
 
 @dataclass(frozen=True)
 class Host:
-    """Where ranks run.
+    """A host, on which ranks run.
 
     Args:
         prefix (list[str]): of a command that is to run there.

@@ -1,4 +1,4 @@
-"""What must hold of a run after a fault drill: nothing is lost, and the result is that of a run without a fault."""
+"""Checks of a run after a fault drill: nothing is lost, and the result is that of a run without a fault."""
 
 import json
 from dataclasses import dataclass

@@ -111,7 +111,7 @@ def planned(number: int, seed: int) -> list[Drill]:
 
 @dataclass
 class Outcome:
-    """What became of a job.
+    """The end of a job.
 
     Attributes:
         drill (Drill): the fault.

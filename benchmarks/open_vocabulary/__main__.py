@@ -23,7 +23,7 @@ from launch.process_group import start_process_group
 from launch.quiet_stack import silence_the_stack
 
 _RATES = (0.02, 0.05)
-# By data set, the rows that a plain table has in a budget, and the methods. `full` has no budget.
+# Budgets, as rows of a plain table, and their methods, by data set. `full` has no budget.
 _ALL = ("full", "hashing", "id_hash_2", "id_hash_3", "qr_kept", "qr_grown", "zch_distance_lfu", "zch_lru")
 _MPZCH = ("mpzch_lru", "mpzch_ttl")
 PLANNED: dict[str, list[tuple[int, tuple[str, ...]]]] = {

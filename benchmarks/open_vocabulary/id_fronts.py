@@ -16,7 +16,7 @@ _SIGN = 2**63 - 1
 
 
 class IdFront(Protocol):
-    """What stands in front of a table."""
+    """A module that stands in front of a table."""
 
     def start(self, day: Day) -> None:
         """Gets the rows of the day that is to be trained."""

@@ -9,7 +9,7 @@ from launch.data.shards import num_batches, rank_range
 
 @dataclass(frozen=True)
 class Deal:
-    """What was left of an epoch, dealt to the ranks of a job in equal parts.
+    """The rows that were left of an epoch, dealt to the ranks of a job in equal parts.
 
     Args:
         world_size (int): ranks of the job.

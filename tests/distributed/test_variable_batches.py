@@ -20,7 +20,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec_qr import QuotientRemainder
 from torchrec_qr.distributed import CompositionalEmbeddingCollectionSharder
 
-# Those whose ranks may differ in their numbers of bags.
+# The ranks of these may differ in their numbers of bags.
 UNEVEN = ("table_wise", "column_wise", "table_column_wise", "row_wise", "data_parallel")
 MIXED = (
     TableCase("plain_tw", "plain", "table_wise", features=("f0", "f3")),

@@ -23,7 +23,7 @@ from torchrec_qr.ops.update_rules import Adam, Update, UpdateRule
 # These partitions have more rows than a batch has ids, so that most rows stay untouched.
 WIDE = {1: [900], 2: [400, 300], 3: [300, 200, 5], 4: [7, 300, 200, 3]}
 LR, EPS = 0.02, 1e-4
-# Of the hash of ids.
+# The seed of the hash of ids.
 SEED = 5
 RULES = {name: optimizer.rule for name, optimizer in OPTIMIZERS.items()}
 
