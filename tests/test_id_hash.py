@@ -51,7 +51,7 @@ def values_of(out: Any, name: str = "f") -> Tensor:
 @pooled_or_not
 @pytest.mark.parametrize("operation", ["mult", "path"])
 def test_any_id_is_looked_up_beside_tables_that_do_not_hash(pooled: bool, operation: str) -> None:
-    """Returns what kernels, PyTorch and given parameters have, all with one gradient."""
+    """Kernels, PyTorch and given parameters have one result and one gradient."""
     tables = [
         table_of(kind_of("adjacent", 2).partitions, pooled, name="u", operation=operation),
         hashed_table(pooled, operation=operation),

@@ -14,7 +14,7 @@ from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.id_hash import IdHash
 from torchrec_qr.partitions import ClassMap, QuotientRemainder
 
-# Of tables whose ids are hashed, which append ``_HASH_HEADER`` to the header. All others keep the first format.
+# Tables whose ids are hashed have this format, and append ``_HASH_HEADER``. All others keep the first format.
 _FORMAT, _HASHED_FORMAT = 1, 2
 # Append to these and never reorder them, because checkpoints hold their indices.
 _KINDS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "explicit", "hash")

@@ -32,7 +32,7 @@ _MASKED = 16
 
 @dataclass(frozen=True)
 class CopiedTables:
-    """What a lookup of copies has beside the batch.
+    """The parts of a lookup of copies, beside the batch.
 
     Args:
         tables (Description): the tables.

@@ -62,7 +62,7 @@ class _ManagedCollisionSharder(BaseManagedCollisionEmbeddingCollectionSharder[An
 
     _inside: ClassVar[type[CompositionalSharder[Any]]]
     _sharded: ClassVar[Any]
-    # Whether the module of the last call of `shardable_parameters` has a collection of ours.
+    # True if the module of the last call of `shardable_parameters` has a collection of ours.
     _is_ours = False
 
     def shard(

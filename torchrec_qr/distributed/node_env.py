@@ -27,7 +27,7 @@ class Peers:
 
     @property
     def divisor(self) -> int:
-        """What the sum of the nodes' gradients is divided by.
+        """The divisor of the sum of the nodes' gradients.
 
         TorchRec's collectives have divided a gradient by the ranks of a node, unless gradient division is off.
         """

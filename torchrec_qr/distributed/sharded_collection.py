@@ -64,7 +64,7 @@ class ShardedCompositionalCollection:
     _env: ShardingEnv
     # All partitions by name, None until they are registered, and the tensors of a state dict for split ones.
     _partitions: dict[str, StoredPartition] | None
-    # Where the first batch has each feature.
+    # The place of each feature in the first batch.
     _places: list[tuple[int, str]]
     _split: dict[str, Tensor | ShardedTensor | DTensor]
 

@@ -93,7 +93,7 @@ class TableLayout(NamedTuple):
 
     @property
     def hash_offset(self) -> int:
-        """What the hash adds to ids: see `torchrec_qr.id_hash`. 0 if ids are not hashed."""
+        """The number that the hash adds to ids: see `torchrec_qr.id_hash`. 0 if ids are not hashed."""
         return 0 if self.hash_seed is None else hash_offset(self.hash_seed)
 
     @property

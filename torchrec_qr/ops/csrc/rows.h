@@ -102,7 +102,7 @@ struct TableRows {
         code_first_row = t.code_first_row;
         for (int j = 0; j < num_partitions; ++j) partition[j].set(group.partitions[t.first_partition + j], num_ids);
     }
-    // Of any integer at all: `torchrec_qr.id_hash` has the formula. Not inlined, because the registers that it takes
+    // Hashes any integer: `torchrec_qr.id_hash` has the formula. Not inlined, because the registers that it takes
     // would slow the lookups of all other tables by up to a tenth.
     __attribute__((noinline)) int64_t hashed_id(int64_t given) const {
         uint64_t z = static_cast<uint64_t>(given) + hash_offset;

@@ -38,7 +38,7 @@ WEIGHT_INDEX = tl.constexpr(12)
 PARTITION_FIELDS = tl.constexpr(13)
 ENTRY_FIELDS = tl.constexpr(71)
 
-# What a batch has of a table: its ids, codes, or any integers, which are hashed.
+# A batch has one of these for a table: its ids, codes, or any integers, which are hashed.
 IDS = tl.constexpr(0)
 CODES = tl.constexpr(1)
 HASHED = tl.constexpr(2)
