@@ -140,10 +140,10 @@ def _copied_shards(value: ShardedTensor) -> ShardedTensor:
 
 
 def _copied_dtensor(value: DTensor, path: str) -> DTensor:
-    local = value._local_tensor
-    if not isinstance(local, LocalShardsWrapper):
-        raise TypeError(f"{path}: a DTensor of {type(local).__name__}; allowed: one of TorchRec's LocalShardsWrapper")
-    pieces = local_pieces(value)
+    try:
+        pieces = local_pieces(value)
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from None
     copies = [piece.values.detach().to("cpu", copy=True) for piece in pieces]
     wrapper = LocalShardsWrapper(copies, [piece.offsets for piece in pieces])
     # Do not call `DTensor.from_local`, because it moves the copies to the device of the mesh.

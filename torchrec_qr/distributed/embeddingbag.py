@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -97,15 +97,14 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         permute_embeddings: bool = False,
         qcomm_codecs_registry: Any = None,
     ) -> Any:
-        is_copied = is_per_node(sharding_infos[0].param_sharding.sharding_type)
-        sharding_type = within_node(sharding_infos[0].param_sharding.sharding_type)
+        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        env = node_env_of(env) if is_per_node(sharding_type) else env
+        sharding_type = within_node(sharding_type)
         kwargs: dict[str, Any] = {}
         if sharding_type != ShardingType.DATA_PARALLEL.value:
             kwargs["qcomm_codecs_registry"] = qcomm_codecs_registry
         if sharding_type in (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value):
             kwargs["permute_embeddings"] = permute_embeddings
-        if is_copied:
-            env = node_env_of(env)
         return POOLED_SHARDINGS[sharding_type](sharding_infos, env, device, **kwargs)
 
     def create_context(self) -> CompositionalContext:
@@ -118,7 +117,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
         """Returns a batch for an input dist, and keeps in ``ctx`` what the output needs."""
         given = checked_features(self, features)
         features = with_one_number_of_bags(given)
-        ctx.bags = bags_of_samples(given, [self._feature_of[name] for name in self._embedding_names])
+        ctx.bags = bags_of_samples(given, self._output_features)
         if self._divided:
             sizes = features.lengths().view(len(features.keys()), -1)
             ctx.means = self._means_of(features.keys(), sizes.device)
@@ -145,6 +144,11 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             awaitable.callbacks.append(partial(_of_samples, ctx.bags))
         return awaitable
 
+    @cached_property
+    def _output_features(self) -> list[str]:
+        """The feature of each output, in the order of the outputs."""
+        return [self._feature_of[name] for name in self._embedding_names]
+
     def _means_of(self, keys: list[str], device: torch.device) -> _Means:
         """Returns what batches of these keys share, made once, because a copy to a GPU makes the host wait."""
         found = self._means.get((device, *keys))
@@ -153,7 +157,7 @@ class ShardedCompositionalEmbeddingBagCollection(ShardedCompositionalCollection,
             configs = [self._config_of[name] for name in self._embedding_names]
             columns = [i for i, config in enumerate(configs) for _ in range(config.embedding_dim)]
             found = self._means[device, *keys] = _Means(
-                torch.tensor([index[self._feature_of[name]] for name in self._embedding_names], device=device),
+                torch.tensor([index[feature] for feature in self._output_features], device=device),
                 torch.tensor([[config.name in self._divided] for config in configs], device=device),
                 torch.tensor(columns, device=device),
             )

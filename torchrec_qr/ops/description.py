@@ -108,7 +108,7 @@ class TableLayout(NamedTuple):
 
     @property
     def is_served(self) -> bool:
-        """Whether the operators of served models have such a table. A plain one is a sum of one partition there."""
+        """True if the operators of served models have such a table. A plain one is a sum of one partition there."""
         return kernels_have("add" if self.operation == "plain" else self.operation, self.widths)
 
     def ids_of(self, ids: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class UpdateRule(ABC):
 
     @property
     def moves_without_gradient(self) -> bool:
-        """Whether a step moves a row that was looked up and whose gradient is zero."""
+        """True if a step moves a row that was looked up and whose gradient is zero."""
         return self.counts_steps or bool(self.l2 or self.decay)
 
     def _moments(self, t: int) -> tuple[float, float, float, float]:
