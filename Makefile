@@ -28,8 +28,9 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
+DOCS_INSTALLED := $(VENV)/.docs-installed-$(DEVICE)
 
-.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train lint format typecheck ci clean
+.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train docs lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +69,11 @@ drill: $(INSTALLED)  ## Lose ranks, links and hosts of a job of eight ranks on f
 train: $(INSTALLED)  ## Train a job on this machine: CONFIG=configs/demo.yaml RANKS=2
 	$(HIDE_GPUS) $(BIN)/torchx --log_level WARNING run -s local_cwd launch/components.py:dlrm -j 1x$(RANKS) --config $(CONFIG)
 
+# The checkout is Sphinx's source, so that links from docs/ to other files work; docs/conf.py names what it reads.
+docs: $(DOCS_INSTALLED)  ## Build the site of docs/ into build/docs; a warning is an error
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m sphinx -q -b html -c docs -j auto -W --keep-going . build/docs
+	@echo "The site's first page: build/docs/docs/index.html"
+
 lint: $(INSTALLED)  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,4 +103,8 @@ $(LOCKED): requirements/base.txt requirements/torchrec.txt requirements/$(DEVICE
 
 $(INSTALLED): $(LOCKED) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED) requirements/docs.txt
+	@$(PIP) --no-deps -r requirements/docs.txt
 	@touch $@

@@ -1,0 +1,36 @@
+"""The site of docs/, which `make docs` builds. Its source is the checkout, so that links out of docs/ work."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from torchrec_qr import __version__  # noqa: E402
+
+project = "torchrec_qr"
+author = "torchrec_qr contributors"
+copyright = "torchrec_qr contributors, BSD-3-Clause"
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["html_image"]
+# Headings have the anchors that forges give them.
+myst_heading_anchors = 4
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**",
+    "benchmarks/results/*.md",
+    "examples/serving/README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+]
+exclude_patterns = [".*", "build", "dist", "runs", "**/__pycache__", "**/*.egg-info"]
+# Pages outside docs/ have a link in place of an entry, and some results begin with a second-level heading.
+suppress_warnings = ["toc.not_included", "myst.header"]
+
+html_theme = "furo"
+html_title = "torchrec_qr"
+html_copy_source = False
+html_show_sphinx = False

@@ -1,0 +1,54 @@
+"""Every block of every page runs, or is checked as its language asks: see `tests/docs/fenced_blocks.py`."""
+
+from pathlib import Path
+
+import pytest
+from commands_not_run import NOT_RUN
+from fenced_blocks import blocks_of, pages
+from page_process import run_page
+from shell_blocks import commands_of
+
+from tests.distributed.ranks import run_ranks
+
+# The ranks of pages whose blocks need more than one.
+RANKS = {"checkpoints": 2}
+SECONDS = 120
+# Pages whose blocks do not run yet. The list may only shrink.
+NOT_CHECKED = {
+    "checkpoints",
+    "cluster",
+    "compatibility",
+    "compress",
+    "config",
+    "open_vocabularies",
+    "per_node",
+    "planner",
+    "readme",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in pages() if name not in NOT_CHECKED])
+def test_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
+    page = pages()[name]
+    if not blocks_of(page.read_text()):
+        return
+    ranks = RANKS.get(name, 1)
+    counts = run_ranks(run_page, ranks, str(page), name, str(tmp_path), timeout=SECONDS, alone=True)
+    assert counts == [len(blocks_of(page.read_text()))] * ranks
+
+
+def test_a_page_that_is_not_checked_is_there() -> None:
+    assert pages().keys() >= NOT_CHECKED
+
+
+def test_no_entry_of_the_list_is_stale() -> None:
+    """Each entry is the reason of some command of some page."""
+    commands = [
+        command.text
+        for page in pages().values()
+        for block in blocks_of(page.read_text(), any_language=True)
+        if block.language == "sh"
+        for command in commands_of(block)
+    ]
+    assert [entry for entry in NOT_RUN if not any(command.startswith(entry) for command in commands)] == []
