@@ -15,12 +15,12 @@ def to_plain(collection: CompositionalEmbeddingBagCollection) -> EmbeddingBagCol
 @overload
 def to_plain(collection: CompositionalEmbeddingCollection) -> EmbeddingCollection: ...
 def to_plain(collection: Collection) -> EmbeddingBagCollection | EmbeddingCollection:
-    """Returns TorchRec's own collection with the full rows of all tables, whose outputs are equal for ids in [0, S).
+    """Returns TorchRec's own collection with the full rows of all tables, whose outputs are the same for ids in [0, S).
 
     All tables of the result are fp32, because a product or a sum of fp16 rows is no fp16 number. It has the names, the
     features, the poolings, the flags ``is_weighted`` and ``need_indices``, and the device of ``collection``. It raises
-    on an id outside [0, S), whatever the table's ``out_of_range``. Beside ``collection``, the memory needs Σ S · D
-    floats.
+    on an id outside [0, S), whatever the table's ``out_of_range``. Sums of bags of several ids may round otherwise.
+    Beside ``collection``, the memory needs Σ S · D floats.
 
     Args:
         collection (Collection): an unsharded `CompositionalEmbeddingBagCollection` or
