@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -95,12 +95,24 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _ALLOWED and not is_dtype:
-            raise UnsafeCheckpointError(
-                f"{self._path}: would run code, as it names {module}.{name}; allowed: classes of DCP's metadata"
-            )
+            raise self._refusal(f"{module}.{name}")
         return super().find_class(module, name)
+
+    def _memory_format(self, *arguments: object) -> _MEM_FORMAT_ENCODING:
+        """Returns a member of DCP's enumeration, which Python 3.11.2 pickles as ``getattr(class, name)``."""
+        for name, member in _MEM_FORMAT_ENCODING.__members__.items():
+            if arguments == (_MEM_FORMAT_ENCODING, name):
+                return member
+        raise self._refusal("builtins.getattr")
+
+    def _refusal(self, named: str) -> UnsafeCheckpointError:
+        return UnsafeCheckpointError(
+            f"{self._path}: would run code, as it names {named}; allowed: classes of DCP's metadata"
+        )
 
 
 class _SafeBytes:

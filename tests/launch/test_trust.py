@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorProperties
 
 from launch.dcp_reader import CheckpointReader, UnsafeCheckpointError
 from launch.run_checkpoints import CheckpointError, errors_of_dcp
@@ -99,11 +99,47 @@ def test_code_within_metadata_is_refused(state: Path) -> None:
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "torch.load", "torch.hub.load", "os.system"])
+@pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch.hub.load", "os.system"])
 def test_names_beyond_dcps_own_are_refused(state: Path, name: str) -> None:
     module, _, function = name.rpartition(".")
     (state / ".metadata").write_bytes(f"c{module}\n{function}\n.".encode())
     with pytest.raises(UnsafeCheckpointError, match=rf"as it names {name}; allowed"):
+        metadata(state)
+
+
+def test_members_that_python_3_11_2_pickles_by_getattr_are_read(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12 has that Python."""
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    changed = metadata(state)
+    changed.state_dict_metadata["w"].properties = TensorProperties(memory_format=torch.channels_last)
+    rewrite(state, changed)
+    assert b"getattr" in (state / ".metadata").read_bytes()
+    assert metadata(state).state_dict_metadata["w"].properties.memory_format is torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (Metadata, "__init__"),
+        (torch.Size, "__class__"),
+        (_MEM_FORMAT_ENCODING, "__members__"),
+        (_MEM_FORMAT_ENCODING, ["TORCH_CHANNELS_LAST"]),
+        (_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST", None),
+    ],
+)
+def test_getattr_of_anything_else_is_refused(state: Path, arguments: tuple[object, ...]) -> None:
+    class Attribute:
+        def __reduce__(self) -> Any:
+            return getattr, arguments
+
+    rewrite(state, Attribute())
+    with pytest.raises(UnsafeCheckpointError, match=r"as it names builtins\.getattr; allowed"):
+        metadata(state)
+
+
+def test_getattr_alone_is_no_metadata(state: Path) -> None:
+    (state / ".metadata").write_bytes(b"cbuiltins\ngetattr\n.")
+    with pytest.raises(UnsafeCheckpointError, match="holds a method; allowed: metadata of a checkpoint"):
         metadata(state)
 
 
