@@ -19,6 +19,7 @@ NOT_RUN = {
     "NCCL_DEBUG=INFO": "needs GPUs",
     "NCCL_SOCKET_IFNAME=": "needs several networks",
     "TORCH_FR_DUMP_TEMP_FILE=": "needs GPUs",
+    "docker": "needs Docker's engine; tests/release runs the commands of the Dockerfile",
     "make train": _MINUTES,
     "make test": "takes minutes; CI runs it",
     "py-spy": "needs a job that hangs",
@@ -32,7 +33,7 @@ NOT_RUN = {
     "torchx run -s ray": "TorchX needs Ray for a dry run; tests/ray has the job",
 }
 # Programs that a page may name, though this project's environment lacks them.
-_ELSEWHERE = {"apt-get", "dnf", "py-spy", "sudo"}
+_ELSEWHERE = {"apt-get", "dnf", "docker", "py-spy", "sudo"}
 _FOLDERS = "benchmarks|configs|docs|examples|launch|requirements|scripts|tests|torchrec_qr"
 _FILE = re.compile(rf"^(?:(?:--)?\w[\w-]*=)?(?P<path>(?:{_FOLDERS})/[\w./-]+\.\w+)(?::\w+)?$")
 _ASSIGNMENT = re.compile(r"^[A-Z_]+=")
