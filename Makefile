@@ -29,6 +29,8 @@ HIDE_GPUS := $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=-1)
 LOCKED := $(VENV)/.locked-$(DEVICE)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 DOCS_INSTALLED := $(VENV)/.docs-installed-$(DEVICE)
+# Linters of files that are not Python have an environment of their own, since no job needs their 100 MB.
+LINTERS := .venv-linters
 
 .PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train docs lint format typecheck ci clean
 
@@ -74,9 +76,15 @@ docs: $(DOCS_INSTALLED)  ## Build the site of docs/ into build/docs; a warning i
 	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m sphinx -q -b html -c docs -j auto -W --keep-going . build/docs
 	@echo "The site's first page: build/docs/docs/index.html"
 
-lint: $(INSTALLED)  ## Check style
+lint: $(INSTALLED) $(LINTERS)/.locked  ## Check style, and the files that GitHub, Docker and citations read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(LINTERS)/bin/hadolint Dockerfile
+	$(LINTERS)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(LINTERS)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(LINTERS)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		$(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(LINTERS)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(INSTALLED)  ## Apply the style
 	$(BIN)/ruff check --fix .
@@ -99,6 +107,11 @@ $(LOCKED): requirements/base.txt requirements/torchrec.txt requirements/$(DEVICE
 	@echo "Installing the $(DEVICE) set of requirements/ for torch $(TRIO), once; this takes some minutes."
 	@$(PIP) -r requirements/$(DEVICE).txt -c $(LOCK)
 	@$(PIP) --no-deps -r requirements/torchrec.txt -c $(LOCK)
+	@touch $@
+
+$(LINTERS)/.locked: requirements/linters.txt
+	@.ci/create_venv $(LINTERS) $(PYTHON)
+	@$(LINTERS)/bin/python -m pip install --disable-pip-version-check -qq -r requirements/linters.txt
 	@touch $@
 
 $(INSTALLED): $(LOCKED) pyproject.toml
