@@ -24,7 +24,7 @@ from torch import Tensor
 
 from launch.config import read_job
 from launch.data.batch import Batch
-from launch.data.errors import BadRows, DataError, OnBadRow
+from launch.data.errors import BadRows, DataError, OnBadRow, readable
 from launch.data.loader import Data
 from launch.data.meaning import Meaning, MeaningError
 from launch.data.split import Split, Splits, opened_files
@@ -62,7 +62,8 @@ class Run:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: Dtype = "fp32") -> None:
-        self.job = read_job(folder / "config.yaml")
+        with readable(folder / "config.yaml"):
+            self.job = read_job(folder / "config.yaml")
         self.meaning = Meaning.read(folder)
         self.meaning.check_config(self.job, folder)
         tensors, about = read_weights(folder / "weights")

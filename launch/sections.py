@@ -85,7 +85,7 @@ class DataSection:
     """``data``: the rows, their split, and the way in which they become a model's input.
 
     Paths are relative to the working directory. They may be patterns (``day_*.gz``), sorted by their numbers, and but
-    for ``npy`` folders, as Spark writes them.
+    for ``npy`` folders, as Spark writes them. A column may stand in the name of a folder, ``day=2026-11-28``.
 
     Args:
         format (str): ``generator``; ``criteo_tsv``: Kaggle's or
@@ -105,9 +105,9 @@ class DataSection:
             0 or 1.
         multi_hot (tuple[int, ...] | None): ids per row and feature, for the generator, and to check npz files against;
             default: all 1.
-        ids (str): ``modulo``: id % rows of the feature's table, as dlrm does, a
-            missing one being 0; ``vocabulary``: values in the order of their frequency, the most frequent one first,
-            after 0 for all that are unknown or beyond the table; ``encoded``: as they are, checked against the table, a
+        ids (str): ``modulo``: id % rows of the feature's table, as dlrm does, a missing one being 0; ``vocabulary``:
+            values in the order of their frequency, the most frequent one first, after 0 for all that are unknown or
+            beyond the table, features of one table together; ``encoded``: as they are, checked against the table, a
             missing one being 0. A table with an ``id_hash`` takes the 64-bit ids of its features as they are under all
             of these, a missing one being an id like others.
         vocabulary (str | None): the file that `launch.data.preprocess` wrote; default: it is built from the train split

@@ -88,6 +88,8 @@ def _run(
         data = open_data(job, dist.get_rank(), dist.get_world_size(), settle, pinned)
     for name in data.splits.empty_files():
         output.note(f"{name} has no rows and is left out")
+    for feature, number in data.meaning.without_rows().items():
+        output.note(f"{feature}: its table has too few rows; the {number:,} rarest values share row 0")
     output.note(
         f"{job.train.name}: {len(tables)} tables, {data.batches_per_epoch:,} steps an epoch of "
         f"{dist.get_world_size()} × {job.train.batch_size:,} rows on {device.type}"

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from launch.data.errors import DataError
+from launch.data.folder_columns import folder_columns, repeated
 from launch.data.id_values import ALLOWED_TYPES, NUMBERS, id_values, is_id_type, is_one_of
 from launch.data.rows import Array, segments
 from launch.data.source import Block
@@ -17,20 +18,22 @@ from launch.sections import ParquetSection
 
 _SHOWN = 40  # characters of a value in a message
 _COLUMNS_SHOWN = 50
+_WORDS = {r"(?i)^true$": 1, r"(?i)^false$": 0}  # pandas and Spark write a column of booleans so
 _PLAIN_NUMBER = r"^-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9])?$"  # Arrow reads any of these, and most others
 
 
 class ColumnReader:
-    """Makes rows of the columns of one file.
+    """Makes rows of the columns of one file, and of those that its folders name.
 
     Args:
-        path (str): of the file, for messages.
+        path (str): of the file.
         columns (ParquetSection): that are read.
         found (Sequence[str]): names of the file's columns.
         labels (Labels): how labels are read.
 
     Attributes:
-        names (list[str]): of all columns that are read, each once.
+        names (list[str]): of all columns that are read from the file, each once.
+        of_folders (dict[str, bytes | None]): the value of each column that the file lacks and a folder has.
 
     Raises:
         DataError: the file lacks a column, or has two of its name.
@@ -38,15 +41,17 @@ class ColumnReader:
 
     def __init__(self, path: str, columns: ParquetSection, found: Sequence[str], labels: Labels) -> None:
         self._path, self._columns = path, columns
-        self._labelled = not labels.optional or columns.label in found
+        of_folders = {name: value for name, value in folder_columns(path).items() if name not in found}
+        self._labelled = not labels.optional or columns.label in (*found, *of_folders)
         label = [columns.label] if self._labelled else []
-        self.names = list(dict.fromkeys((*label, *columns.dense, *columns.ids)))
-        for name in self.names:
-            if name not in found:
-                more = f" and {len(found) - _COLUMNS_SHOWN} more" if len(found) > _COLUMNS_SHOWN else ""
-                raise DataError(path, f"no column {name!r}; it has {', '.join(found[:_COLUMNS_SHOWN])}{more}")
+        wanted = list(dict.fromkeys((*label, *columns.dense, *columns.ids)))
+        for name in wanted:
+            if name not in found and name not in of_folders:
+                raise DataError(path, f"no column {name!r}; it has {_names([*found, *of_folders])}")
             if found.count(name) > 1:
                 raise DataError(path, f"{found.count(name)} columns are called {name!r}; allowed: one")
+        self.names = [name for name in wanted if name in found]
+        self.of_folders = {name: value for name, value in of_folders.items() if name in wanted}
         self._validity = Validity(columns.label, columns.dense, labels)
 
     def check_types(self, schema: pa.Schema) -> None:
@@ -66,6 +71,7 @@ class ColumnReader:
     def rows(self, arrays: Mapping[str, pa.Array], num_rows: int) -> Block:
         """Returns the rows of the columns' arrays; text is converted to numbers if it can be."""
         wrong: dict[int, str] = {}
+        arrays = {**arrays, **{name: repeated(value, num_rows) for name, value in self.of_folders.items()}}
 
         def quote(i: int, name: str) -> str:
             return quoted(arrays[name][i].as_py())
@@ -109,9 +115,15 @@ def _numbers_of_text(column: pa.Array, kind: pa.DataType) -> Array:
     try:
         return column.cast(kind).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
-        plain = pc.match_substring_regex(column.view(pa.binary()), _PLAIN_NUMBER)
+        text = column.view(pa.binary())
+        plain = pc.match_substring_regex(text, _PLAIN_NUMBER)
         numbers = pc.if_else(plain, column, None).cast(kind).to_numpy(zero_copy_only=False).copy()
-        for i in np.flatnonzero(~plain.fill_null(True).to_numpy(zero_copy_only=False)).tolist():
+        others = ~plain.fill_null(True).to_numpy(zero_copy_only=False)
+        for word, number in _WORDS.items():
+            is_word = pc.match_substring_regex(text, word).fill_null(False).to_numpy(zero_copy_only=False)
+            numbers[is_word] = number
+            others &= ~is_word
+        for i in np.flatnonzero(others).tolist():
             numbers[i] = _number(column.slice(i, 1), kind)
         return numbers
 
@@ -121,6 +133,13 @@ def _number(column: pa.Array, kind: pa.DataType) -> float:
         return float(column.cast(kind).to_numpy(zero_copy_only=False)[0])
     except pa.ArrowInvalid:
         return np.inf
+
+
+def _names(columns: Sequence[str]) -> str:
+    """Returns the names of columns for a message, those in quotes whose ends or commas would not be seen."""
+    shown = [repr(name) if name != name.strip() or "," in name else name for name in columns[:_COLUMNS_SHOWN]]
+    more = f" and {len(columns) - _COLUMNS_SHOWN} more" if len(columns) > _COLUMNS_SHOWN else ""
+    return ", ".join(shown) + more
 
 
 def quoted(value: Any) -> str:

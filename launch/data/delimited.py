@@ -21,6 +21,7 @@ from launch.data.validity import Labels
 from launch.sections import CsvSection
 
 _PARSERS = 2  # threads: Arrow, which does the work, leaves the interpreter to others meanwhile
+_OTHER_DELIMITERS = ",;\t|"
 _MISLED = "a line with a carriage return or an open quote"
 
 
@@ -106,9 +107,12 @@ class DelimitedFile:
         return f"{self.name}:{row + self._first + 1}"
 
     def quoted(self, row: int, feature: int) -> str:
+        column = self._columns.ids[feature]
+        if column in self._reader.of_folders:
+            return quoted(self._reader.of_folders[column])
         with closing(self._text.blocks(row + self._first)) as blocks:
             table, _, _ = self._cut(next(blocks).partition(b"\n")[0] + b"\n")
-        return quoted(table.column(self._columns.ids[feature])[0].as_py())
+        return quoted(table.column(column)[0].as_py())
 
     def _column_names(self, labels: Labels) -> list[str]:
         with closing(self._text.blocks(0)) as blocks:
@@ -121,11 +125,17 @@ class DelimitedFile:
                 names.remove(self._columns.label)
             return names
         self._check_header(line)
-        text = line.decode("utf-8", "replace")
+        names = self._names_of(line.decode("utf-8", "replace"))
+        if len(names) == 1 and any(other in names[0] for other in _OTHER_DELIMITERS):
+            allowed = f"columns with {self._columns.delimiter!r} between them, which is data.csv.delimiter"
+            raise DataError(f"{self.name}:1", f"one column, {quoted(names[0])}; allowed: {allowed}")
+        return names
+
+    def _names_of(self, header: str) -> list[str]:
         if not self._columns.quoted:
-            return text.split(self._columns.delimiter)
+            return header.split(self._columns.delimiter)
         try:
-            return next(csv.reader([text], delimiter=self._columns.delimiter))
+            return next(csv.reader([header], delimiter=self._columns.delimiter))
         except csv.Error as error:
             raise DataError(f"{self.name}:1", f"the names of the columns cannot be read: {error}") from error
 

@@ -92,19 +92,36 @@ class ValueCounts:
         self._merge()
         return [len(values) for values, _ in self._counts]
 
-    def vocabularies(self, min_count: int = 1) -> list[Vocabulary]:
+    def vocabularies(self, min_count: int = 1, tables: Sequence[str] | None = None) -> list[Vocabulary]:
+        """Returns the vocabulary of each counted feature.
+
+        Args:
+            min_count (int): least number of occurrences of a value.
+            tables (Sequence[str] | None): the table of each feature; features of one table share a vocabulary, because
+                a value must have one row there. Default: each has its own.
+        """
         self._merge()
-        return [Vocabulary.of_counts(values, counts, min_count) for values, counts in self._counts]
+        of_table: dict[str, list[tuple[Array, Array]]] = {}
+        names = [str(feature) for feature in self._features] if tables is None else tables
+        for name, counts in zip(names, self._counts, strict=True):
+            of_table.setdefault(name, []).append(counts)
+        vocabularies = {name: Vocabulary.of_counts(*_summed(parts), min_count) for name, parts in of_table.items()}
+        return [vocabularies[name] for name in names]
 
     def _merge(self) -> None:
         for f, pending in enumerate(self._pending):
             if pending:
-                new, new_counts = np.unique(np.concatenate(pending), return_counts=True)
-                values, place = np.unique(np.concatenate([self._counts[f][0], new]), return_inverse=True)
-                counts = np.bincount(place, weights=np.concatenate([self._counts[f][1], new_counts]))
-                self._counts[f] = values.astype(np.int64), counts.astype(np.int64)
+                new = np.unique(np.concatenate(pending), return_counts=True)
+                self._counts[f] = _summed([self._counts[f], new])
                 pending.clear()
         self._num_pending = 0
+
+
+def _summed(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Returns the distinct values of all ``parts``, in order, and the sums of their counts."""
+    values, place = np.unique(np.concatenate([values for values, _ in parts]), return_inverse=True)
+    counts = np.bincount(place, weights=np.concatenate([counts for _, counts in parts]))
+    return values.astype(np.int64), counts.astype(np.int64)
 
 
 def columns(rows: Rows) -> list[Array]:

@@ -88,6 +88,12 @@ class Meaning:
             raise DataError(str(folder / _VOCABULARY), problem)
         return cls(described, vocabularies)
 
+    def without_rows(self) -> dict[str, int]:
+        """Returns how many values share row 0, for each feature whose table is too small for its values."""
+        features, vocabularies = self.described["features"], self.vocabularies or {}
+        beyond = {name: len(values) + 1 - features[name]["rows"] for name, values in vocabularies.items()}
+        return {name: number for name, number in beyond.items() if number > 0}
+
     def write(self, folder: Path) -> None:
         """Writes the files into a run's folder, ``meaning.json`` last; each is whole or not there."""
         if self.vocabularies is not None:
@@ -183,13 +189,29 @@ def _vocabularies(job: "Job", train: Split) -> dict[str, Vocabulary] | None:
     section, mapped = job.data, job.mapped_features()
     if section.ids != "vocabulary":
         return None
+    tables = {feature: table.name for feature, table in zip(section.features, job.tables_of_features(), strict=True)}
     if section.vocabulary is not None:
-        return load_vocabularies(section.vocabulary, mapped)
+        given = load_vocabularies(section.vocabulary, mapped)
+        _check_shared(section.vocabulary, given, tables)
+        return given
     if section.format == "npy":
         return None  # written by the preprocessing, in the order of frequency
     positions = [section.features.index(feature) for feature in mapped]
-    counts = count_values(train.source.reopened(), train.start, train.stop, positions, BadRows(section.on_bad_row))
-    return dict(zip(mapped, counts.vocabularies(section.min_count), strict=True))
+    bad_rows = BadRows(section.on_bad_row)
+    counts = count_values(train.source.reopened(), train.start, train.stop, positions, bad_rows)
+    bad_rows.require_good(len(train) - bad_rows.count, f"the {train.name} split")
+    vocabularies = counts.vocabularies(section.min_count, [tables[feature] for feature in mapped])
+    return dict(zip(mapped, vocabularies, strict=True))
+
+
+def _check_shared(path: str, vocabularies: Mapping[str, Vocabulary], tables: Mapping[str, str]) -> None:
+    """Checks that a value has one row in a table, whichever of the table's features has it."""
+    first: dict[str, str] = {}
+    for feature, vocabulary in vocabularies.items():
+        other = first.setdefault(tables[feature], feature)
+        if not np.array_equal(vocabulary.values, vocabularies[other].values):
+            problem = f"{other!r} and {feature!r} have other values, and share table {tables[feature]!r}"
+            raise DataError(path, f"{problem}; allowed: the same values in the same order")
 
 
 def _hash_of(vocabularies: Mapping[str, Vocabulary]) -> str:

@@ -47,6 +47,8 @@ class ParquetFile:
 
     def quoted(self, row: int, feature: int) -> str:
         column = self._columns.ids[feature]
+        if column in self._reader.of_folders:
+            return quoted(self._reader.of_folders[column])
         return quoted(next(self._batches(row, [column])).column(column)[0].as_py())
 
     def _batches(self, start: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -289,6 +289,29 @@ def test_values_that_are_no_numbers_beside_those_that_are(tmp_path: Path) -> Non
     np.testing.assert_array_equal(rows.dense[:, 0], np.float32([value or 0 for value in prices.values()]))
 
 
+def test_booleans_are_numbers_as_in_parquet(tmp_path: Path) -> None:
+    content = HEADER + "1,true,,5,False\n2,FALSE,,5,TRUE\n3,0,,5,0.5\n4,1,,5,\n5,truey,,5,1\n6,\xfc,,5,1\n"
+    rows = source_of(tmp_path / "a.csv", content.encode("latin-1"), on_bad_row="skip").read(0, 6, BadRows("skip"))
+    assert rows.weights is not None
+    assert rows.weights.tolist() == [1, 1, 1, 1, 0, 0]
+    assert rows.labels.tolist() == [1, 0, 0, 1, 0, 0]
+    np.testing.assert_array_equal(rows.dense[:, 0], np.float32([0, 1, 0.5, np.nan, 0, 0]))
+
+
+def test_a_header_that_another_delimiter_cuts(tmp_path: Path) -> None:
+    message = partial(refusal, tmp_path / "a.csv")
+    allowed = "allowed: columns with ',' between them, which is data.csv.delimiter"
+    assert message(HEADER.replace(",", ";") + GOOD) == f":1: one column, 'user;clicked;ignored;shop;price'; {allowed}"
+    assert message("user\tclicked\n1\t1") == f":1: one column, 'user\\tclicked'; {allowed}"
+    assert message("user\n1") == ": no column 'clicked'; it has user"
+    assert message(HEADER.replace("clicked", " clicked ") + GOOD) == (
+        ": no column 'clicked'; it has user, ' clicked ', ignored, shop, price"
+    )
+    for mark in ("utf-16", "utf-16-be"):
+        text = "\ufeff" * (mark == "utf-16-be") + HEADER + GOOD
+        assert message(text.encode(mark)) == ": a file of UTF-16; allowed: text, plain or gzip"
+
+
 def test_files_that_are_no_tables_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = partial(refusal, tmp_path / "a.csv")
     misled = ":1: a line with a carriage return or an open quote"

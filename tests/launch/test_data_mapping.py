@@ -86,6 +86,16 @@ def test_vocabulary_is_in_the_order_of_frequency() -> None:
     assert counts.vocabularies(min_count=2)[0].values.tolist() == [9, 2, 5]
 
 
+def test_features_of_one_table_share_a_vocabulary() -> None:
+    counts = ValueCounts([0, 1, 2])
+    for seen, viewed, shop in [(5, 9, 5), (5, 7, 5), (7, 9, 8), (3, 9, 5)]:
+        counts.add(rows_of([[seen, viewed, shop]], ids_per_row=(1, 1, 1)))
+    of_features = counts.vocabularies(min_count=2, tables=["item", "item", "shop"])
+    assert [v.values.tolist() for v in of_features] == [[9, 5, 7], [9, 5, 7], [5]]
+    assert of_features[0].counts is not None
+    assert of_features[0].counts.tolist() == [3, 2, 2]
+
+
 def test_rows_of_weight_0_are_not_counted() -> None:
     counts = ValueCounts([0])
     counts.add(dataclasses.replace(rows_of([[1], [2], [1]], (1,)), weights=np.float32([1, 0, 1])))

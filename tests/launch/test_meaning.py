@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from launch.config import read_job
-from launch.data.errors import DataError
-from launch.data.id_mapping import Vocabulary
+from launch.data.errors import BadRows, DataError
+from launch.data.id_mapping import Vocabulary, save_vocabularies
 from launch.data.loader import open_data
 from launch.data.meaning import Meaning
 from tests.launch.jobs import refused, run, with_set
@@ -131,3 +133,47 @@ def test_a_run_without_a_checkpoint_makes_its_map_anew(again: Path) -> None:
     run(again, *with_set("data.min_count=3", "train.max_steps=2"), config=again / "job.yaml")
     assert Meaning.read(again / "t").described["vocabulary"]["min_count"] == 3
     assert {path.name for path in (again / "t" / "best").iterdir()} == {"step_2"}  # not that of the rows of before
+
+
+def shared_job(folder: Path, **data: Any) -> Path:
+    """A job whose user and seen users are features of one table."""
+    columns = rows(300, seed=1)
+    write(folder / "a.parquet", {**columns, "seen": rows(300, seed=2, shift=7)["user"]})
+    path = config(folder, files=["a.parquet"], features=["user", "seen", "shop"], **data)
+    job = yaml.safe_load(path.read_text())
+    job["tables"][0] |= {"feature_names": ["user", "seen"], "num_embeddings": 30}
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def test_a_value_has_one_row_whichever_feature_of_the_table_has_it(tmp_path: Path) -> None:
+    job = read_job(shared_job(tmp_path))
+    data = open_data(job, 0, 1)
+    meaning = data.meaning
+    assert meaning.vocabularies is not None
+    train = data.splits.train
+    read = train.source.read(train.start, train.stop, BadRows("error"))
+    values, counts = np.unique(read.ids[:, :2], return_counts=True)
+    expected = values[np.lexsort((values, -counts))]
+    for feature in ("user", "seen"):
+        np.testing.assert_array_equal(meaning.vocabularies[feature].values, expected)
+    # Row 0 and the 29 most frequent of 40 users; the shops' table of 30 rows holds all 20.
+    assert meaning.without_rows() == {"user": len(expected) - 29, "seen": len(expected) - 29}
+
+
+def test_a_vocabulary_that_gives_a_value_two_rows_of_a_table_is_refused(tmp_path: Path) -> None:
+    shops, users = Vocabulary(np.arange(20)), np.arange(1000, 1040)
+    file = tmp_path / "given.npz"
+    job = read_job(shared_job(tmp_path, vocabulary=str(file)))
+    save_vocabularies(file, {"user": Vocabulary(users), "seen": Vocabulary(users), "shop": shops})
+    assert open_data(job, 0, 1).meaning.vocabularies is not None
+    save_vocabularies(file, {"user": Vocabulary(users), "seen": Vocabulary(users[::-1]), "shop": shops})
+    with pytest.raises(DataError, match=r"'user' and 'seen' have other values, and share table 'user'; allowed: "):
+        open_data(job, 0, 1)
+
+
+def test_without_a_good_row_no_vocabulary_is_built(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {**rows(100, seed=1), "label": np.full(100, 2)})
+    job = read_job(config(tmp_path, files=["a.parquet"], on_bad_row="skip"))
+    with pytest.raises(DataError, match=r"the train split: no row that was read is good, the first: .*: label is 2"):
+        open_data(job, 0, 1)
