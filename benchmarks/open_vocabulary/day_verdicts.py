@@ -46,6 +46,13 @@ class Runs:
         values = [_mean(run[number][SEARCHED_DAYS:]) for run in self.by_seed.values()]
         return _mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
+    def above(self, other: "Runs") -> list[float]:
+        """Returns the log loss of the days after those of the search less that of ``other``, seed by seed."""
+        return [
+            _mean(self.by_seed[seed]["logloss"][SEARCHED_DAYS:]) - _mean(other.by_seed[seed]["logloss"][SEARCHED_DAYS:])
+            for seed in sorted(self.by_seed.keys() & other.by_seed.keys())
+        ]
+
     def by_day(self) -> list[float]:
         """Returns the log loss of each tested day, the mean over seeds."""
         return [_mean(day) for day in zip(*(run["logloss"] for run in self.by_seed.values()), strict=True)]
@@ -53,9 +60,5 @@ class Runs:
 
 def compared(left: Runs, right: Runs) -> Compared | None:
     """Returns the comparison of two methods; None if they have less than two seeds in common."""
-    seeds = sorted(left.by_seed.keys() & right.by_seed.keys())
-    if len(seeds) < 2:
-        return None
-    pairs = [[runs.by_seed[s]["logloss"][SEARCHED_DAYS:] for runs in (left, right)] for s in seeds]
-    differences = [_mean(a) - _mean(b) for a, b in pairs]
-    return Compared(_mean(differences), half_width(differences))
+    differences = left.above(right)
+    return Compared(_mean(differences), half_width(differences)) if len(differences) > 1 else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.open_vocabulary.day_verdicts import SEARCHED_DAYS, Compared, Runs, compared
 from benchmarks.open_vocabulary.open_methods import BYTES_OF_ROW, TITLES
-from benchmarks.open_vocabulary.open_picture import draw
+from benchmarks.open_vocabulary.open_picture import ALT, draw
 
 OURS = ("id_hash_2", "id_hash_3")
 _PHRASES = {"wins": "wins against", "loses": "loses against", "undecided": "is not told apart from"}
@@ -31,10 +31,21 @@ def write_page(out: Path, to: Path) -> str:
     results = [json.loads(file.read_text()) for name in _DATA if (file := out / f"{name}.json").exists()]
     for of in results:
         (to / _name(of)).write_text(json.dumps(of, indent=0).replace(',\n"', ', "').replace(",\n0", ", 0") + "\n")
-    draw([panel for of in results for panel in _panels(of).values()], to / _PAGE)
+    draw_picture(results, to)
     page = page_of(results)
     (to / f"{_PAGE}.md").write_text(page)
     return page
+
+
+def committed_results(folder: Path) -> list[dict[str, Any]]:
+    """Returns the newest results of each data set in ``folder``."""
+    files = [file for name in _DATA for file in sorted(folder.glob(f"*_{_PAGE}_{name}.json"))[-1:]]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def draw_picture(results: Sequence[Mapping[str, Any]], to: Path) -> Path:
+    """Draws the page's picture into the folder ``to``; returns its file."""
+    return draw([panel for of in results for panel in _panels(of).values()], to / f"{_PAGE}.svg")
 
 
 def page_of(results: Sequence[Mapping[str, Any]]) -> str:
@@ -51,7 +62,7 @@ def page_of(results: Sequence[Mapping[str, Any]]) -> str:
     missing = [name for name in _DATA if name not in {of["data"] for of in results}]
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.")
-    picture = f"![log loss above that of the full table by day]({_PAGE}.png)"
+    picture = f"![{ALT}]({_PAGE}.svg)"
     return "\n\n".join([_HEAD, "\n".join(said), picture, *parts]) + "\n"
 
 

@@ -1,6 +1,7 @@
 """What the study trains: cells, each a method at a compression with one factor away from the default."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ COMPRESSIONS = (4, 16, 60, 250)
 THRESHOLD, THRESHOLD_AT_250 = 200, 20
 # Factors of the learning rate among which the search takes the one that validates best, alike for every method.
 RATES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_NUMBERS: dict[str, Callable[[str], Any]] = {"threshold": int, "epochs": int, "lr_factor": float}
 # How many cells of a data set the statements need most.
 _LEADING = {"criteo": 20, "generator_multi_hot": 4, "generator_1e7": 3, "movielens": 8}
 
@@ -74,6 +76,24 @@ class Cell:
         differing = [f"{name}={value}" for name, value in asdict(self).items() if value != plain[name]]
         size = [] if self.compression is None else [f"{self.compression}x"]
         return ".".join([self.data, self.method, *size, *differing])
+
+    @classmethod
+    def of_key(cls, key: str) -> "Cell":
+        """Returns the cell of a `key`.
+
+        Example:
+            >>> Cell.of_key("criteo.mult.4x.lr_factor=8.0.order=random")
+            Cell(data='criteo', method='mult', compression=4, ... order='random', ... lr_factor=8.0, ...)
+        """
+        data, method, *parts = re.split(r"\.(?=[a-z]|\d+x)", key)
+        fields: dict[str, Any] = {"data": data, "method": method}
+        for part in parts:
+            name, _, value = part.partition("=")
+            if value:
+                fields[name] = _NUMBERS.get(name, str)(value)
+            else:
+                fields["compression"] = int(part.removesuffix("x"))
+        return cls(**fields)
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Cell":

@@ -1,82 +1,79 @@
-"""Plots of the study as PNG and SVG, on no background: their greys and hues read on white and on black."""
+"""The study's pictures: log loss by size, by compression and by method."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from benchmarks.quality.cells import Cell
+from benchmarks.picture_style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GRID,
+    INK,
+    METHOD_HUES,
+    METHOD_MARKS,
+    ORANGE,
+    PURPLE,
+    End,
+    headed,
+    name_ends,
+    name_over,
+    plain_ticks,
+    save,
+    style,
+)
+from benchmarks.quality.cells import COMPRESSIONS, Cell
 from benchmarks.quality.summary import Summary
 
-TEXT, GRID = "#7d8590", "#7d859040"
-_HUES = {"hash": "#d9822b", "mult": "#3b82f6", "mixed_radix_3": "#22a06b"}
+Found = Mapping[Cell, Summary]
 _NAMES = {
     "full": "full tables",
     "hash": "hashing",
     "mult": "QR, mult",
     "add": "QR, add",
     "concat": "QR, concat",
-    "mixed_radix_3": "mixed radix K=3",
-    "chinese_remainder_2": "Chinese remainder K=2, mult",
-    "chinese_remainder_3": "Chinese remainder K=3, mult",
-    "path_16": "path, hidden 16",
-    "path_64": "path, hidden 64",
+    "mixed_radix_3": "mixed radix, K = 3",
+    "chinese_remainder_2": "Chinese remainder, K = 2",
+    "chinese_remainder_3": "Chinese remainder, K = 3",
+    "path_16": "path, 16 hidden",
+    "path_64": "path, 64 hidden",
     "feature_generation": "feature generation",
     "natural": "natural partitions",
 }
+_SHORT = {**_NAMES, "mult": "QR", "mixed_radix_3": "K = 3"}
 _TITLES = {
-    "criteo": "Criteo sample, 280 thousand ids",
+    "criteo": "Criteo sample, 280,000 ids",
     "movielens": "MovieLens, a tenth of the users",
-    "generator_1e5": "generated, 10⁵ ids in the largest table",
-    "generator_1e6": "generated, 10⁶ ids",
-    "generator_1e7": "generated, 10⁷ ids",
+    "generator_1e5": "generated, largest table 10⁵ ids",
+    "generator_1e6": "generated, largest table 10⁶ ids",
+    "generator_1e7": "generated, largest table 10⁷ ids",
     "generator_multi_hot": "generated, ten ids a bag",
 }
-STYLE: Any = {
-    "axes.edgecolor": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": TEXT,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "font.size": 9,
-    "savefig.transparent": True,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "quality",
-    "text.color": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
+_LINES = {
+    "criteo": ("Criteo", INK, "o"),
+    "movielens": ("MovieLens", PURPLE, "P"),
+    "generator_1e5": ("10⁵ ids", ORANGE, "s"),
+    "generator_1e6": ("10⁶ ids", GREEN, "^"),
+    "generator_1e7": ("10⁷ ids", BLUE, "D"),
 }
+_SIZES = "The smaller the tables, the further quotient-remainder (QR) is ahead of hashing"
+_COLLISIONS = "From 16 times fewer parameters on, QR loses less than hashing on every data set"
+_OPERATIONS = "At 1/4 of the parameters the best methods are level; at 1/60 those that multiply lead"
+_SPREAD = "means of three seeds; bars: ± 1 standard deviation"
 
 
-def draw(found: Mapping[Cell, Summary], folder: Path) -> list[Path]:
-    """Writes the plots for which there are runs; returns their PNG files."""
-    written = []
-    with mpl.rc_context(STYLE):
-        for name, figure in (
-            ("quality_size", _sizes(found)),
-            ("quality_collisions", _collisions(found)),
-            ("quality_operation", _operations(found)),
-        ):
-            if figure is None:
-                continue
-            for suffix in ("png", "svg"):
-                metadata = {"Date": None} if suffix == "svg" else None
-                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
-            plt.close(figure)
-            written.append(folder / f"{name}.png")
-    return written
+def draw(found: Found, folder: Path) -> list[Path]:
+    """Writes the pictures for which there are runs; returns their files."""
+    with style(9.5):
+        drawn = [_sizes(found, folder), _collisions(found, folder), _operations(found, folder)]
+    return [file for file in drawn if file is not None]
 
 
-def curve(found: Mapping[Cell, Summary], data: str, method: str) -> list[Summary]:
+def curve(found: Found, data: str, method: str) -> list[Summary]:
     """Returns a method's default cells by size, the smallest first."""
     chosen = [
         s
@@ -88,110 +85,133 @@ def curve(found: Mapping[Cell, Summary], data: str, method: str) -> list[Summary
     return sorted(chosen, key=lambda s: s.of_tables("mib"))
 
 
-def _sizes(found: Mapping[Cell, Summary]) -> Figure | None:
-    names = [name for name in _TITLES if len(curve(found, name, "hash")) > 1]
+def _sizes(found: Found, folder: Path) -> Path | None:
+    names = [name for name in _TITLES if Cell(name, "full") in found and len(curve(found, name, "hash")) > 1]
     if not names:
         return None
     rows = -(-len(names) // 2)
-    columns = min(2, len(names))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.8 * columns, 3.1 * rows), squeeze=False)
+    height = 1.05 + 2.5 * rows
+    figure, axes = plt.subplots(rows, 2, figsize=(7.5, height), squeeze=False)
+    figure.subplots_adjust(0.075, 0.95 / height, 0.985, 1 - 0.72 / height, wspace=0.2, hspace=0.5)
     for axis, name in zip(axes.flat, names, strict=False):
         _size_panel(axis, found, name)
     for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
-    figure.tight_layout()
-    return figure
+        axis.remove()
+    notes = [
+        f"Test log loss, lower is better: {_SPREAD}. Dashed: full tables.",
+        "QR: two partitions under mult; K = 3: mixed radix of three.",
+    ]
+    headed(figure, _SIZES, notes)
+    return save(figure, folder / "quality_size.svg", _SIZES)
 
 
-def _size_panel(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
-    for method, hue in _HUES.items():
-        points = curve(found, name, method)
-        if points:
-            x, y = [p.of_tables("mib") for p in points], [p.mean("logloss") for p in points]
-            axis.errorbar(x, y, [p.deviation("logloss") for p in points], color=hue, marker="o", ms=4, lw=1.5)
-    for method, mark in (("full", "s"), ("natural", "D")):
-        for p in curve(found, name, method):
-            axis.errorbar(p.of_tables("mib"), p.mean("logloss"), p.deviation("logloss"), color=TEXT, marker=mark, ms=5)
-            _label(axis, p, _NAMES[method], TEXT, above=method == "natural")
-    _label_lines(axis, found, name)
-    axis.set_xscale("log")
-    axis.margins(x=0.15, y=0.15)
-    left, right = axis.get_xlim()
-    axis.set_xlim(left / 9, right)  # room for names
-    axis.set(title=_TITLES[name], xlabel="MiB of tables", ylabel="test log loss")
-    axis.grid(color=GRID, lw=0.5)
+def _size_panel(axis: Axes, found: Found, name: str) -> None:
+    full = found[Cell(name, "full")]
+    axis.axhline(full.mean("logloss"), color=FAINT, lw=1, ls=(0, (4, 3)))
+    methods = {"full": INK, "natural": PURPLE, **METHOD_HUES}
+    curves = {method: points for method in methods if (points := curve(found, name, method))}
+    for method, points in curves.items():
+        _draw_curve(axis, points, "mib", methods[method], METHOD_MARKS[method])
+    least = min(points[0].of_tables("mib") for points in curves.values())
+    most = full.of_tables("mib")
+    plain_ticks(axis, [x for x in (0.01, 0.1, 1, 10, 100, 1000) if least / 2 < x < most * 2])
+    axis.set(title=_TITLES[name], xlabel="MiB of tables", xlim=(least / (3 * most / least) ** 0.31, most * 3))
+    axis.margins(y=0.12)
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.grid(axis="y")
+    axis.set_ylim(axis.get_ylim()[0] - 0.12 * (axis.get_ylim()[1] - axis.get_ylim()[0]))
+    ends = {m: End(c[0].of_tables("mib"), c[0].mean("logloss"), _SHORT[m], methods[m]) for m, c in curves.items()}
+    name_ends(axis, [ends[method] for method in METHOD_HUES if method in ends], side="left")
+    name_over(axis, ends["full"], below=True)
+    if "natural" in ends:
+        name_over(axis, ends["natural"])
 
 
-def _label(axis: Axes, point: Summary, text: str, hue: str, above: bool = True) -> None:
-    x, y = point.of_tables("mib"), point.mean("logloss")
-    axis.annotate(text, (x, y), (0, 7 if above else -14), textcoords="offset points", color=hue, ha="center")
+def _draw_curve(axis: Axes, points: Sequence[Summary], x: str, hue: str, mark: str) -> None:
+    means, spreads = [p.mean("logloss") for p in points], [p.deviation("logloss") for p in points]
+    axis.errorbar([p.of_tables(x) for p in points], means, spreads, color=hue, marker=mark, capsize=2)
 
 
-def _label_lines(axis: Axes, found: Mapping[Cell, Summary], name: str) -> None:
-    """Names each line at its smallest point: the upper one above it, the others where no line runs, to its left."""
-    ends = [(curve(found, name, method), method) for method in _HUES]
-    ends = sorted(((c, m) for c, m in ends if c), key=lambda end: -end[0][0].mean("logloss"))
-    for place, (points, method) in enumerate(ends):
-        xy = (points[0].of_tables("mib"), points[0].mean("logloss"))
-        offset, side = ((6, 4), "left") if place == 0 else ((-6, 3 if place == 1 else -12), "right")
-        axis.annotate(_NAMES[method], xy, offset, textcoords="offset points", color=_HUES[method], ha=side)
-
-
-def _collisions(found: Mapping[Cell, Summary]) -> Figure | None:
-    """What is lost against full tables by compression, for hashing and multiplication, one line a data set."""
-    names = [n for n in _TITLES if Cell(n, "full") in found and len(curve(found, n, "mult")) > 1]
+def _collisions(found: Found, folder: Path) -> Path | None:
+    """Draws what is lost against full tables by compression, for hashing and QR, one curve a data set."""
+    names = [n for n in _LINES if Cell(n, "full") in found and len(curve(found, n, "mult")) > 1]
     if not names:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, squeeze=False)
-    shades = plt.get_cmap("plasma")
-    for axis, method in zip(axes.flat, ("hash", "mult"), strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 4.1), sharey=True, squeeze=False)
+    figure.subplots_adjust(0.055, 0.26, 0.895, 0.81, wspace=0.3)
+    drawn: list[tuple[Axes, list[End]]] = []
+    for axis, method, title in zip(axes.flat, ("hash", "mult"), ("hashing", "QR, mult"), strict=True):
         ends = []
-        for i, name in enumerate(names):
-            full = found[Cell(name, "full")].mean("logloss")
-            points = curve(found, name, method)
-            x = [p.of_tables("compression") for p in points]
+        for data in names:
+            name, hue, mark = _LINES[data]
+            points, full = curve(found, data, method), found[Cell(data, "full")].mean("logloss")
             y = [100 * (p.mean("logloss") / full - 1) for p in points]
-            hue = shades(0.4 + 0.4 * i / max(len(names) - 1, 1))
-            axis.plot(x, y, marker="o", ms=4, lw=1.5, color=hue)
-            ends.append((y[0], x[0], name.replace("_", " "), hue))
-        label_apart(axis, ends)
-        axis.axhline(0, color=TEXT, lw=0.8)
-        axis.set_xscale("log")
-        axis.margins(x=0.25)
-        axis.set(title=_NAMES[method], xlabel="logical / stored parameters", ylabel="log loss above full tables, %")
-        axis.grid(color=GRID, lw=0.5)
-    figure.tight_layout()
-    return figure
+            spreads = [100 * p.deviation("logloss") / full for p in points]
+            x = [p.of_tables("compression") for p in points]
+            axis.errorbar(x, y, spreads, color=hue, marker=mark, capsize=2)
+            ends.append(End(x[0], y[0], name, hue))
+        axis.axhline(0, color=FAINT, lw=1, ls=(0, (4, 3)))
+        plain_ticks(axis, COMPRESSIONS)
+        axis.set(title=f"{title}: log loss above full tables, %", xlim=(3, 330), xlabel="times fewer parameters")
+        axis.grid(axis="y")
+        axis.set_ylim(-2, None)
+        axis.yaxis.set_major_locator(MultipleLocator(5))
+        drawn.append((axis, ends))
+    for axis, ends in drawn:
+        name_ends(axis, [end for end in ends if end.x > 100])
+        for end in ends:
+            if end.x < 100:
+                name_over(axis, end, below=end.name == "Criteo")
+    notes = [f"Lower is better; {_SPREAD}.", "10⁵, 10⁶, 10⁷ ids: generated rows whose largest table has so many."]
+    headed(figure, _COLLISIONS, notes)
+    return save(figure, folder / "quality_collisions.svg", _COLLISIONS)
 
 
-def label_apart(axis: Axes, ends: list[tuple[float, float, str, Any]]) -> None:
-    """Names lines to the right of their ends (y, x, name, hue), so that no two names lie on one another."""
-    low, high = axis.get_ylim()
-    gap, free = (high - low) / 18, -math.inf
-    for y, x, name, hue in sorted(ends):
-        free = max(y, free + gap)
-        axis.annotate(name, (x, free), (6, -3), textcoords="offset points", color=hue, annotation_clip=False)
-
-
-def _operations(found: Mapping[Cell, Summary]) -> Figure | None:
-    """Each method at 4 and 60 times on Criteo, a dot a seed and a bar for the mean."""
-    panels = [(size, _by_method(found, size)) for size in (4, 60)]
-    panels = [(size, points) for size, points in panels if len(points) > 2]
-    if not panels:
+def _operations(found: Found, folder: Path) -> Path | None:
+    """Draws each method at 4 and 60 times on Criteo, a mark a seed and a bar for the mean."""
+    at = {size: {m: s for m in _NAMES if (s := _on_criteo(found, m, size))} for size in (4, 60)}
+    if any(len(of_size) < 3 for of_size in at.values()):
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.4), squeeze=False)
-    for axis, (size, points) in zip(axes.flat, panels, strict=True):
-        for place, p in enumerate(points):
-            hue = _HUES.get(p.cell.method, TEXT)
-            axis.scatter([r["logloss"] for r in p.runs.values()], [place] * len(p.runs), s=14, color=hue, alpha=0.7)
-            axis.scatter([p.mean("logloss")], [place], marker="|", s=160, color=hue)
-        axis.set_yticks(range(len(points)), [_NAMES[p.cell.method] for p in points])
-        axis.set(title=f"Criteo sample, {size} times fewer parameters", xlabel="test log loss")
-        axis.grid(color=GRID, lw=0.5, axis="x")
-    figure.tight_layout()
-    return figure
+    methods = sorted(
+        {**at[4], **at[60]}, key=lambda m: [at[s][m].mean("logloss") if m in at[s] else 1 for s in (60, 4)]
+    )
+    height = 1.55 + 0.25 * len(methods)
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, height), sharey=True)
+    figure.subplots_adjust(0.245, 0.9 / height, 0.98, 1 - 0.7 / height, wspace=0.1)
+    for axis, (size, of_size) in zip(axes.flat, at.items(), strict=True):
+        mean, spread = (of_size["full"].mean("logloss"), of_size["full"].deviation("logloss"))
+        axis.axvspan(mean - spread, mean + spread, color=GRID, lw=0)
+        for place, method in enumerate(methods):
+            _operation_row(axis, of_size.get(method), place)
+        axis.set(title=f"1/{size} of the parameters", xlabel="test log loss")
+        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.grid(axis="x")
+    axes[0].set_yticks(range(len(methods)), [_NAMES[m] for m in methods])
+    axes[0].set_ylim(len(methods) - 0.4, -0.6)
+    notes = ["Criteo sample, left is better. Dots: seeds; bars: their means; band: full tables ± 1 standard deviation."]
+    headed(figure, _OPERATIONS, notes)
+    return save(figure, folder / "quality_operation.svg", _OPERATIONS)
 
 
-def _by_method(found: Mapping[Cell, Summary], size: int) -> Sequence[Summary]:
-    cells = [Cell("criteo", "full"), *(Cell("criteo", m, size) for m in _NAMES)]  # type: ignore[arg-type]
-    return sorted((found[c] for c in cells if c in found), key=lambda s: -s.mean("logloss"))
+def _operation_row(axis: Axes, summary: Summary | None, place: int) -> None:
+    if summary is None:
+        axis.text(
+            0.5,
+            place,
+            "no run of this size",
+            transform=axis.get_yaxis_transform(),
+            color=FAINT,
+            ha="center",
+            va="center",
+        )
+        return
+    hue = METHOD_HUES.get(summary.cell.method, INK)
+    how: dict[str, Any] = {"color": hue, "clip_on": False}
+    axis.scatter(
+        [run["logloss"] for run in summary.runs.values()], [place] * len(summary.runs), s=16, alpha=0.6, lw=0, **how
+    )
+    axis.plot([summary.mean("logloss")] * 2, [place - 0.32, place + 0.32], lw=2.2, **how)
+
+
+def _on_criteo(found: Found, method: Any, size: int) -> Summary | None:
+    return found.get(Cell("criteo", method, None if method == "full" else size))
