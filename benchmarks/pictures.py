@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.open_vocabulary.open_page import committed_results, draw_picture
 from benchmarks.quality.committed_runs import committed
 from benchmarks.quality.plots import draw
+from benchmarks.readme_pictures import draw_memory, draw_step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -13,7 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 def draw_all(results: Path, to: Path) -> list[Path]:
     """Returns the files of all pictures, drawn into ``to`` from the numbers in ``results``."""
     found = committed(results)
-    return [*draw(found, to), draw_picture(committed_results(results), to)]
+    days = draw_picture(committed_results(results), to)
+    return [draw_memory(found, to), draw_step(results, to), *draw(found, to), days]
 
 
 def main() -> None:
