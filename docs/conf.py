@@ -34,3 +34,5 @@ html_theme = "furo"
 html_title = "torchrec_qr"
 html_copy_source = False
 html_show_sphinx = False
+html_static_path = ["colour_scheme.css"]
+html_css_files = ["colour_scheme.css"]
