@@ -356,6 +356,18 @@ def test_tested_trios_are_those_with_a_lock_and_the_ranges_hold_them() -> None:
     assert all(version not in ranges["torch"] for version in ("2.10.0", "2.12.1", "2.15.0"))
 
 
+def test_a_pytorch_that_does_not_load_the_operators_is_a_problem(environment: Environment) -> None:
+    if not load_operators():
+        pytest.skip("the operators' library was not built")
+    loading = "    def load_library(path): raise OSError(path + ': undefined symbol: torch_from_blob')"
+    source = f"__version__ = '2.10.0'\n{TORCH}{loading}\n"
+    environment.place_stack("2.10.0", "1.5.0", "1.5.0", torch_source=source)
+    assert problems_of(environment.doctor()) == [
+        "the operators of served models need PyTorch 2.11 or later, and do not load beside 2.10.0: "
+        f"{operators_library()}: undefined symbol: torch_from_blob"
+    ]
+
+
 def test_help_is_instant() -> None:
     slow = {"torch", "torchrec", "numpy", "fbgemm_gpu"}
     code = f"import sys, torchrec_qr.cli.commands; print(sorted({slow} & set(sys.modules)))"

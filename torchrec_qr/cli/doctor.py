@@ -46,6 +46,9 @@ def run() -> int:
     on_gpu = _lookup_on_gpu() if for_gpu or gpu else None
     if for_gpu and gpu and what_is_missing():
         problem = problem or on_gpu
+    served = "" if problem else _status_of("serving_library")
+    if served.startswith("none: "):
+        problem = served.removeprefix("none: ")
     if problem:
         print(f"PROBLEM: {problem}")
         return 1
@@ -54,7 +57,7 @@ def run() -> int:
     if on_gpu:
         print(f"Lookups on a GPU: {on_gpu}.")
     print(f"Lookups on a CPU: {_status_of('cpu_library')}.")
-    print(f"Lookups of served models: {_status_of('serving_library')}.")
+    print(f"Lookups of served models: {served}.")
     return 0
 
 

@@ -22,7 +22,9 @@ _forced_off = 0
 def _loaded(path: Path) -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if not path.exists():
-        return "they were not built; a C++17 compiler at install time builds them"
+        return (
+            "they were not built; a C++17 compiler at install time builds them, and a wheel for this platform has them"
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

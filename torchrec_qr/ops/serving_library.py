@@ -26,23 +26,33 @@ def operators_library() -> Path:
     """
     if not _PATH.exists():
         raise FileNotFoundError(
-            f"{_PATH.name}: it was not built; a C++17 compiler and PyTorch's headers at install time build it: "
-            "pip install --no-build-isolation"
+            f"{_PATH.name}: it was not built; a wheel for Linux has it, or a C++17 compiler and PyTorch's headers at "
+            "install time build it: pip install --no-build-isolation"
         )
     return _PATH
 
 
 @cache
 def load_operators() -> bool:
-    """Loads the library, once, but not under ``TORCHREC_QR_CPU_KERNELS=off``. Returns whether it is loaded."""
+    """Loads the library, once, but not under ``TORCHREC_QR_CPU_KERNELS=off``. Returns whether it is loaded.
+
+    Raises:
+        ImportError: the library and the installed PyTorch do not fit.
+    """
     if not _PATH.exists() or os.environ.get(VARIABLE) == "off":
         return False
-    torch.ops.load_library(str(_PATH))
+    try:
+        torch.ops.load_library(str(_PATH))
+    except OSError as error:
+        needed = "the operators of served models need PyTorch 2.11 or later"
+        raise ImportError(f"{needed}, and do not load beside {torch.__version__}: {error}") from error
     return True
 
 
 def status() -> str:
     """Returns, in a few words, what looks the tables of served models up on a CPU: the library, or PyTorch and why.
+
+    "none" and why if importing the package fails for it.
 
     Example:
         >>> status()  # doctest: +SKIP
@@ -52,5 +62,5 @@ def status() -> str:
         return f"PyTorch, and exported models cannot be loaded: {_PATH.name} was not built"
     try:
         return f"the operators of {_PATH}" if load_operators() else f"PyTorch ({VARIABLE}=off)"
-    except OSError as error:
-        return f"PyTorch, and exported models cannot be loaded: {error}"
+    except ImportError as error:
+        return f"none: {error}"
