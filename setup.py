@@ -4,11 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("torchrec_qr/ops/csrc")
-
-
 SERVING = SOURCES / "serving"
 # No fast-math of any kind, neither here nor at the link: loading such a library makes the whole process flush
 # subnormals to zero. These two only let loops with roots and comparisons become vector code.
@@ -28,6 +27,16 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"
+
+
+class LibraryWheel(bdist_wheel):
+    """A wheel for every Python 3: for this platform if a library was built, else for any."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        libraries = self.get_finalized_command("build_ext").get_outputs()
+        self.root_is_pure = not any(Path(library).exists() for library in libraries)
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
 
 
 kernels = Extension(
@@ -61,10 +70,15 @@ def serving() -> list[Extension]:
             # Products and sums are rounded one by one, so that all instruction sets give the same bits.
             extra_compile_args=[*COMPILE_ARGS, "-ffp-contract=off", f"-ffile-prefix-map={home / 'include'}=."],
             # The process has loaded PyTorch by then, so that no path to it is stored.
-            extra_link_args=[f"-L{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"],
+            extra_link_args=[
+                f"-L{home / 'lib'}",
+                "-Wl,--no-as-needed",
+                "-ltorch_cpu",
+                f"-Wl,--version-script={SERVING / 'local.map'}",
+            ],
             optional=True,
         )
     ]
 
 
-setup(cmdclass={"build_ext": BuildLibrary}, ext_modules=[kernels, *serving()])
+setup(cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel}, ext_modules=[kernels, *serving()])
