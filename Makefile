@@ -31,13 +31,19 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 DOCS_INSTALLED := $(VENV)/.docs-installed-$(DEVICE)
 # Linters of files that are not Python have an environment of their own, since no job needs their 100 MB.
 LINTERS := .venv-linters
+WHEEL_INSTALLED := $(VENV)/.wheel-installed-$(DEVICE)
+# The trios beside which `make test-wheel` installs the wheel.
+WHEEL_TRIOS ?= 2.11 2.13 2.14
 
-.PHONY: help install test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train docs lint format typecheck ci clean
+.PHONY: help install packages test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train docs wheel sdist \
+    test-wheel lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## Create .venv: the locked versions and this package
+
+packages: $(LOCKED)  ## Create .venv without this package
 
 # On the CPU, whatever the machine has: jobs that the tests start on two ranks would look for two GPUs.
 test: $(INSTALLED)  ## Run the tests that guard values, on the CPU: five minutes on two cores
@@ -75,6 +81,18 @@ train: $(INSTALLED)  ## Train a job on this machine: CONFIG=configs/demo.yaml RA
 docs: $(DOCS_INSTALLED)  ## Build the site of docs/ into build/docs; a warning is an error
 	CUDA_VISIBLE_DEVICES=-1 $(BIN)/python -m sphinx -q -b html -c docs -j auto -W --keep-going . build/docs
 	@echo "The site's first page: build/docs/docs/index.html"
+
+wheel: $(WHEEL_INSTALLED)  ## Build dist/*.whl, with both libraries, from dist/*.tar.gz, which it builds too (g++)
+	VENV=$(VENV) scripts/build_wheel.sh
+
+sdist: $(WHEEL_INSTALLED)  ## Build dist/*.tar.gz alone
+	@rm -f dist/torchrec_qr-*.tar.gz
+	$(BIN)/python -m build --no-isolation --sdist
+
+test-wheel: wheel  ## Install the wheel beside each trio, without a compiler, and run the README's example
+	for trio in $(WHEEL_TRIOS); do $(MAKE) packages TRIO=$$trio; done
+	TORCHREC_QR_TEST_WHEEL="$$(echo dist/*.whl)" TORCHREC_QR_TEST_WHEEL_TRIOS="$(WHEEL_TRIOS)" CUDA_VISIBLE_DEVICES=-1 \
+	    $(BIN)/python -m pytest tests/wheel $(PYTEST_ARGS)
 
 lint: $(INSTALLED) $(LINTERS)/.locked  ## Check style, and the files that GitHub, Docker and citations read
 	$(BIN)/ruff check .
@@ -120,4 +138,8 @@ $(INSTALLED): $(LOCKED) pyproject.toml
 
 $(DOCS_INSTALLED): $(INSTALLED) requirements/docs.txt
 	@$(PIP) --no-deps -r requirements/docs.txt
+	@touch $@
+
+$(WHEEL_INSTALLED): $(INSTALLED) requirements/wheel.txt
+	@$(PIP) --no-deps -r requirements/wheel.txt
 	@touch $@
