@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,12 @@ def test_the_job_is_no_root() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_commands_make_an_image_that_trains(tmp_path: Path) -> None:
+def test_the_commands_make_an_image_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the packages and the user of Debian. No package index is asked: the exact versions are those of the
     environment that runs this test, or pip fails."""
+    monkeypatch.chdir(ROOT)
+    installed = {distribution.name.replace("_", "-") for distribution in distributions()}
+    trio = "trio-" + ".".join(version("torch").split(".")[:2])
     left_out = [rest for rest in rest_of("RUN") if rest.startswith(("apt-get ", "useradd "))]
     assert len(left_out) == 2
     python = tmp_path / "bin" / "python3"
@@ -88,18 +92,21 @@ def test_the_commands_make_an_image_that_trains(tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\nexec {sys._base_executable} "$@"\n')
     python.chmod(0o755)
     ignored = [Path(line).name for line in IGNORE[1:] if not line.startswith("!")]
-    image = ImageFolder(tmp_path, ROOT, ignored, {"DEVICE": "cpu"})
-    image.variables = {"PATH": f"{python.parent}:/usr/bin:/bin", "PIP_NO_INDEX": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    image = ImageFolder(tmp_path, ROOT, ignored, {"DEVICE": "cpu" if "fbgemm-gpu-cpu" in installed else "cuda"})
+    image.variables = {"PATH": f"{python.parent}:/usr/bin:/bin", "PYTHONPATH": "", "PIP_NO_INDEX": "1"}
+    image.variables["CUDA_VISIBLE_DEVICES"] = "-1"
     for keyword, rest in STEPS:
         if keyword in ("FROM", "USER", "CMD") or rest in left_out:
             continue
-        image.carry_out(keyword, rest)
+        image.carry_out(keyword, rest.replace("trio-2.13", trio))
         if rest.startswith("python3 -m venv"):
             image.run("python -m pip uninstall -qy setuptools")
             (site_packages,) = (tmp_path / "opt" / "venv").glob("lib/python3*/site-packages")
             (site_packages / "of_this_test.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
-    assert "Lookups on a CPU: kernels" in image.run(shlex.join(json.loads(rest_of("CMD")[0])))
+    said = image.run(shlex.join(json.loads(rest_of("CMD")[0])))
+    assert "Lookups on a CPU: kernels" in said
+    assert f"{tmp_path}/opt/torchrec_qr/torchrec_qr/ops/_serving.so" in said
     for variable, value in job(tmp_path / "runs").items():
         image.variables[variable] = value
     image.run(image.variables.pop("COMMAND"))
