@@ -35,8 +35,8 @@ WHEEL_INSTALLED := $(VENV)/.wheel-installed-$(DEVICE)
 # The trios beside which `make test-wheel` installs the wheel.
 WHEEL_TRIOS ?= 2.11 2.13 2.14
 
-.PHONY: help install packages test test-slow test-all test-gpu test-slurm test-ray test-two-hosts drill train docs wheel sdist \
-    test-wheel lint format typecheck ci clean
+.PHONY: help install packages test test-slow test-all test-gpu test-slurm test-ray test-two-hosts test-docs test-wheel drill train \
+    docs wheel sdist lint format typecheck ci clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,6 +69,12 @@ test-ray: $(INSTALLED)  ## Run jobs on a Ray head, set up on this host (root)
 
 test-two-hosts: $(INSTALLED)  ## Run a job on two network namespaces, and cut the link between them (root)
 	TORCHREC_QR_TEST_TWO_HOSTS=1 $(BIN)/python -m pytest tests/two_hosts $(PYTEST_ARGS)
+
+# A page that is no longer built must not stay; screenshots lie in build/screenshots.
+test-docs: $(DOCS_INSTALLED)  ## Build the site of docs/ anew and follow every link in headless Chromium
+	rm -rf build/docs build/screenshots
+	$(MAKE) docs
+	TORCHREC_QR_TEST_SITE=1 $(BIN)/python -m pytest tests/site $(PYTEST_ARGS)
 
 drill: $(INSTALLED)  ## Lose ranks, links and hosts of a job of eight ranks on four namespaces, 20 times (root)
 	$(BIN)/python -m benchmarks.fault_drills --save

@@ -82,7 +82,7 @@ class _Compositional(BaseEmbeddingConfig):
         """The ``partitions`` of this table's S ids, which compute the rows of ids.
 
         Raises:
-            TypeError, ValueError: see `PartitionSpec.bind`. The message has the table's name.
+            TypeError, ValueError: see ``PartitionSpec.bind``. The message has the table's name.
         """
         spec, bound = self.__dict__.get("_bound", (None, None))
         # Bind again if a field has changed, because a config is not frozen.
@@ -258,13 +258,13 @@ class CompositionalEmbeddingBagConfig(_Compositional, EmbeddingBagConfig):
         init (str): ``"unit"``: the main partition starts as the full table, U(-1/√S, 1/√S), and the others of
             ``"mult"`` with variance 1, so that ids that share a row start apart. ``"identity"``: the others start at
             the operation's identity plus little noise. ``"balanced"``: all partitions have one distribution. In all
-            modes the composed embedding has the full table's variance, 1/(3S). `torchrec_qr.init` has the formulas.
+            modes the composed embedding has the full table's variance, 1/(3S). ``torchrec_qr.init`` has the formulas.
         init_fn (InitFn | Sequence[InitFn] | None): fills a partition in place, instead of ``init``: one function, or
             one for each partition.
         out_of_range (str): the policy for ids outside [0, S): ``"error"`` (IndexError), ``"clamp"``, ``"wrap"`` or
             ``"unchecked"``.
         id_hash (str | None): ``"splitmix64"`` makes every int32 and int64 a valid id, negative ones too. The lookup
-            hashes each id into [0, S), and the partitions get the hashed id: see `torchrec_qr.id_hash`. About n²/2S
+            hashes each id into [0, S), and the partitions get the hashed id: see ``torchrec_qr.id_hash``. About n²/2S
             pairs of n live ids then share an embedding. None: ids lie in [0, S).
         hash_seed (int): the seed of the hash, between 0 and 2^31 - 1.
 

@@ -22,6 +22,7 @@ NOT_RUN = {
     "docker": "needs Docker's engine; tests/release runs the commands of the Dockerfile",
     "make train": _MINUTES,
     "make test": "takes minutes; CI runs it",
+    "pip install": _INSTALLS,
     "py-spy": "needs a job that hangs",
     "python -m benchmarks.quality": "takes hours; tests/quality has such a study in small",
     "python -m launch.predict": "needs a run; tests/launch has one",
@@ -29,7 +30,10 @@ NOT_RUN = {
     "python -m torch.distributed.flight_recorder": "needs the records of a job that hung",
     "scripts/slurm_cluster.sh": "needs root and daemons; `make test-slurm` runs it",
     "sudo scripts/ray_head.sh": "needs root and Ray; `make test-ray` runs it",
-    "torchrun": _MINUTES,
+    "torchrun --nnodes": "needs two hosts; tests/two_hosts has them",
+    "torchrun --nproc-per-node 2 -m launch.train": _MINUTES,
+    "torchrun --standalone --nproc-per-node 2 -m launch.train": _MINUTES,
+    "torchrun --standalone --nproc-per-node 8 -m benchmarks.step": _MINUTES,
     "torchx run -s ray": "TorchX needs Ray for a dry run; tests/ray has the job",
 }
 # Programs that a page may name, though this project's environment lacks them.
@@ -76,6 +80,8 @@ def _errors_of_program(words: list[str]) -> list[str]:
         return _errors_of_make(arguments)
     if program == "torchrun":
         return _errors_of_torchrun(arguments)
+    if program == "pip":
+        return _errors_of_module(program, arguments[1:], arguments[0])
     if program in ("python", "python3") and arguments[:1] == ["-m"]:
         return _errors_of_module(arguments[1], arguments[2:])
     if "/" in program:
@@ -102,19 +108,21 @@ def _errors_of_torchrun(arguments: list[str]) -> list[str]:
     return [] if (ROOT / parsed.training_script).exists() else [f"{parsed.training_script} is not there"]
 
 
-def _errors_of_module(module: str, arguments: list[str]) -> list[str]:
+def _errors_of_module(module: str, arguments: list[str], *subcommand: str) -> list[str]:
     if find_spec(module) is None:
         return [f"there is no module {module}"]
     options = [word.partition("=")[0] for word in arguments if word.startswith("-") and len(word) > 1]
     missing = [
-        option for option in options if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", _help_of(module))
+        option
+        for option in options
+        if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", _help_of(module, *subcommand))
     ]
     return [f"{module} has no option {option}" for option in missing]
 
 
 @cache
-def _help_of(module: str) -> str:
+def _help_of(module: str, *subcommand: str) -> str:
     shown = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, *subcommand, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return shown.stdout

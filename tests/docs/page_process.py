@@ -2,6 +2,7 @@
 
 import linecache
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ from fenced_blocks import Block, blocks_of
 from shell_blocks import make_checkout, run_block
 from yaml_blocks import load_block
 
+# A Python block whose first line names a file becomes this file, for the commands that follow.
+_SCRIPT = re.compile(r"# (?P<name>[\w/]+\.py)$", re.MULTILINE)
 SETUPS = Path(__file__).parent / "setups"
 
 
@@ -19,7 +22,8 @@ def run_page(rank: int, world_size: int, page: str, name: str, folder: str) -> i
     """Runs the blocks of the file ``page`` in the folder, and returns their number.
 
     Python blocks share the namespace of one module, with ``setups/before_<name>.py`` before the first. On several
-    ranks each of them runs them, and rank 0 alone the other languages.
+    ranks each of them runs them, and rank 0 alone the other languages. A block whose first line is ``# NAME.py`` is
+    written to that file instead.
     """
     os.chdir(folder)
     if rank == 0:
@@ -43,7 +47,9 @@ def run_page(rank: int, world_size: int, page: str, name: str, folder: str) -> i
 
 
 def _run(block: Block, page: str, module: ModuleType, folder: Path, commands_before: str) -> None:
-    if block.language == "python":
+    if named := _SCRIPT.match(block.text):
+        (folder / named["name"]).write_text(block.text)
+    elif block.language == "python":
         _run_python(block.text, block.line, page, module)
     elif block.language == "diff":
         for side in "-+":

@@ -29,7 +29,7 @@ class ExplicitPartitions(PartitionSpec):
     Args:
         classes (Tensor | ndarray | Sequence[Sequence[int]] | None): (K, S) integers, of which the spec keeps a copy on
             the CPU.
-        file (str | None): a .npy file with the classes. The first `bind` reads it.
+        file (str | None): a .npy file with the classes. The first ``bind`` reads it.
 
     Raises:
         TypeError: the classes are not integers.

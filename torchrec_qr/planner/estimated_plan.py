@@ -125,7 +125,7 @@ class EstimatedPlan:
         tables (list[TablePlan]): the tables, in the order of the model.
         topology (Topology): the ranks.
         fixed_ms (float): the ms of a step besides the work of tables: see
-            `torchrec_qr.planner.fixed_costs.FixedCosts`.
+            ``torchrec_qr.planner.fixed_costs.FixedCosts``.
         reserved (list[float]): the bytes of each rank that tables may take.
 
     Example:
@@ -178,7 +178,7 @@ class EstimatedPlan:
 
     @property
     def step_ms(self) -> float:
-        """The milliseconds of a step for embeddings: the greatest work of a rank, and `fixed_ms`."""
+        """The milliseconds of a step for embeddings: the greatest work of a rank, and ``fixed_ms``."""
         return max(self.ranks.work_ms) + self.fixed_ms
 
     def sharding_plan(self) -> ShardingPlan:

@@ -25,7 +25,7 @@ class QuantCompositionalEmbeddingBagCollection(EmbeddingBagCollectionInterface, 
     up, plain ones too, except ``path`` and more than four partitions, which are PyTorch's. There are no gradients.
 
     The ``state_dict`` has the keys of the float collection; ``weight`` is stored rows, see
-    `torchrec_qr.quant.row_storage`.
+    ``torchrec_qr.quant.row_storage``.
 
     Args:
         tables (list[EmbeddingBagConfig]): the tables. ``data_type`` is INT8 or INT4, or a type of floats.

@@ -85,7 +85,7 @@ class PlannerSpec:
         storage_reserve (float): fraction of it that the plan leaves free.
         batch_size (int | None): of a rank.
         constraints (dict[str, ConstraintSpec]): by table name.
-        plan_file (str | None): a file of `torchrec-qr plan --json` whose plan a job takes, relative to the YAML file.
+        plan_file (str | None): a file of ``torchrec-qr plan --json`` whose plan a job takes, relative to the YAML file.
 
     Raises:
         ConfigError: a malformed topology, or a constraint's rank that it lacks.

@@ -175,7 +175,7 @@ class TableSpec:
 def build_tables(
     specs: Sequence[TableSpec], base_dir: str | Path | None = None
 ) -> list[EmbeddingBagConfig | CompositionalEmbeddingBagConfig]:
-    """Returns the configs of pooled tables, as `TableSpec.build` does, and sees to it that each has a name of its own.
+    """Returns the configs of pooled tables, as ``TableSpec.build`` does, and checks that each has a name of its own.
 
     Raises:
         ConfigError: all errors of all tables together, at ``tables[<i>]``.

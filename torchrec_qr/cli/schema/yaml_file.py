@@ -29,7 +29,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds; an empty file holds an empty one.
 
     The key ``base`` names another file, relative to this one, over whose mapping this one is laid by
-    `torchrec_qr.cli.schema.key_paths.overlaid`. That file may have a base too.
+    ``torchrec_qr.cli.schema.key_paths.overlaid``. That file may have a base too.
 
     Raises:
         ConfigError: not YAML, with line and column; a key that occurs twice in a mapping; not a mapping; a base that
