@@ -19,7 +19,7 @@ torchx() {
     if [ "$1" = run ]; then command torchx --log_level ERROR run --dryrun "${@:2}"; else command torchx "$@"; fi
 }
 """
-_SECONDS = 60
+_SECONDS = 240
 # The rank that a page's process is, which its commands are not.
 _OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 

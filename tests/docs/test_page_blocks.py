@@ -12,17 +12,15 @@ from tests.distributed.ranks import run_ranks
 
 # The ranks of pages whose blocks need more than one.
 RANKS = {"checkpoints": 2}
-SECONDS = 120
+# Allow what a page takes where other work has the machine.
+SECONDS = 280
 # Pages whose blocks do not run yet. The list may only shrink.
 NOT_CHECKED = {
     "checkpoints",
-    "cluster",
     "compatibility",
     "compress",
-    "config",
     "open_vocabularies",
     "per_node",
-    "planner",
     "readme",
 }
 

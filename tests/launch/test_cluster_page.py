@@ -26,7 +26,7 @@ wait $first && wait $second
 
 @pytest.mark.slow
 def test_the_script_for_srun(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)
+    (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)
     settings = " ".join(f"--set={s}" for s in (*SMALL, "train.max_steps=2"))
     for before, after in (
         ("configs/mlperf_dcnv2_qr.yaml", f"{DEMO} {settings}"),
