@@ -66,8 +66,8 @@ def make_checkout(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
 
 
-def run_block(block: Block, folder: Path, setup: str = "") -> None:
-    """Runs a block's commands in one bash, after ``setup``, and checks those that cannot run.
+def run_block(block: Block, folder: Path, setup: str = "") -> str:
+    """Runs a block's commands in one bash, after ``setup``, and checks those that cannot run; returns what was printed.
 
     Raises:
         AssertionError: the exit code is not 0, or a command that does not run is wrong; with the line.
@@ -80,7 +80,7 @@ def run_block(block: Block, folder: Path, setup: str = "") -> None:
             errors = check(command.text)
             assert not errors, f"line {command.line}: {command.text}: {'; '.join(errors)}"
     if not script:
-        return
+        return ""
     environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)
@@ -96,3 +96,4 @@ def run_block(block: Block, folder: Path, setup: str = "") -> None:
     )
     shown = re.sub(r"\n{3,}", "\n\n", result.stdout[-4000:])
     assert result.returncode == 0, f"line {block.line}: exit code {result.returncode} of\n{block.text}\n{shown}"
+    return result.stdout

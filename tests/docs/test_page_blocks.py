@@ -22,10 +22,12 @@ NOT_CHECKED = {
     "per_node",
     "readme",
 }
+# Pages of which a test of its own runs every command, jobs included, and compares what they print.
+OWN_TEST = {"own_data"}  # test_own_data_page.py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in pages() if name not in NOT_CHECKED])
+@pytest.mark.parametrize("name", [name for name in pages() if name not in NOT_CHECKED | OWN_TEST])
 def test_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
     page = pages()[name]
     if not blocks_of(page.read_text()):
