@@ -15,6 +15,7 @@ from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 
 import torchrec_qr
+from tests.readme_example import example
 
 ROOT = Path(__file__).parents[2]
 WHEEL = ROOT / os.environ["TORCHREC_QR_TEST_WHEEL"]
@@ -114,8 +115,9 @@ def test_the_readme_runs_from_the_wheel(trio: str, tmp_path: Path) -> None:
     environment.install(WHEEL)
     environment.see_trio()
     (package,) = environment.path.glob("lib/python*/site-packages/torchrec_qr")
-    program = Path(__file__).with_name("wheel_user.py")
-    result = environment.run("python", "-P", str(program), str(ROOT / "README.md"))
+    program = tmp_path / "readme.py"
+    program.write_text(example("+"))
+    result = environment.run("python", "-P", str(Path(__file__).with_name("wheel_user.py")), str(program))
     found = json.loads(result.stdout.splitlines()[-1])
 
     assert found["compilers"] == []

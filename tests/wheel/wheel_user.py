@@ -1,4 +1,4 @@
-"""Uses an installed wheel as a user does, and prints as JSON what was found: ``wheel_user.py README``."""
+"""Uses an installed wheel as a user does, and prints as JSON what was found: ``wheel_user.py PROGRAM``."""
 
 import json
 import re
@@ -28,11 +28,6 @@ def counted_lookups() -> list[int]:
 
     library.qr_forward = look_up_and_count
     return calls
-
-
-def run_example(readme: Path) -> None:
-    (example,) = re.findall(r"<!-- A test runs this example. -->\n```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    exec(compile(example, str(readme), "exec"), {})
 
 
 def serve() -> tuple[float, str]:
@@ -65,11 +60,11 @@ def serve() -> tuple[float, str]:
     return difference, ""
 
 
-def main(readme: Path) -> None:
+def main(program: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lookups = counted_lookups()
-        run_example(readme)
+        exec(compile(program.read_text(), str(program), "exec"), {})
         difference, error = serve()
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     found = {
