@@ -49,11 +49,9 @@ html_theme = "furo"
 html_title = "torchrec_qr"
 html_favicon = "static/icon.svg"
 html_static_path = ["static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "colour_scheme.css"]
 # The site's root leads to the first page.
 html_extra_path = ["root"]
 html_domain_indices = False
 html_copy_source = False
 html_show_sphinx = False
-html_static_path = ["colour_scheme.css"]
-html_css_files = ["colour_scheme.css"]

@@ -6,11 +6,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from fenced_blocks import ROOT
+from warm_commands import help_of
 
 _MINUTES = "takes minutes; tests/launch has such a job with fewer rows"
 _INSTALLS = "changes the environment that runs it"
@@ -115,14 +115,6 @@ def _errors_of_module(module: str, arguments: list[str], *subcommand: str) -> li
     missing = [
         option
         for option in options
-        if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", _help_of(module, *subcommand))
+        if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_of(module, *subcommand))
     ]
     return [f"{module} has no option {option}" for option in missing]
-
-
-@cache
-def _help_of(module: str, *subcommand: str) -> str:
-    shown = subprocess.run(
-        [sys.executable, "-m", module, *subcommand, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return shown.stdout

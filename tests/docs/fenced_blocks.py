@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 # A block before which this comment stands runs on rank 0 alone, on a page of several ranks.
-ONE_RANK = "<!-- on one rank -->"
+ONE_RANK = "<!-- A test runs this on one rank. -->"
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`]*)$")
 # `text` is for output, and for what no machine reads. README has the diff, of which both sides run.
 _LANGUAGES = {"python", "diff", "yaml", "sh", "text"}

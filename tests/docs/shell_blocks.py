@@ -9,6 +9,7 @@ from pathlib import Path
 
 from commands_not_run import NOT_RUN, check
 from fenced_blocks import ROOT, Block
+from warm_commands import is_warm, run_warm
 
 # The checkout's entries that a command may read. A run's folder, a build and a cache are the page's own.
 _NOT_COPIED = {"build", "dist", "runs", ".git"}
@@ -72,15 +73,24 @@ def run_block(block: Block, folder: Path, setup: str = "") -> str:
     Raises:
         AssertionError: the exit code is not 0, or a command that does not run is wrong; with the line.
     """
-    script = []
+    commands = []
     for command in commands_of(block):
         if reason_not_to_run(command.text) is None:
-            script += command.lines
+            commands.append(command)
         else:
             errors = check(command.text)
             assert not errors, f"line {command.line}: {command.text}: {'; '.join(errors)}"
-    if not script:
-        return ""
+    if not setup and all(is_warm(command.text) for command in commands):
+        printed = []
+        for command in commands:
+            code, output = run_warm(command.text)
+            assert code == 0, f"line {command.line}: exit code {code} of {command.text}\n{output[-4000:]}"
+            printed.append(output)
+        return "".join(printed)
+    return _run_by_bash(block, [line for command in commands for line in command.lines], folder, setup)
+
+
+def _run_by_bash(block: Block, script: list[str], folder: Path, setup: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)

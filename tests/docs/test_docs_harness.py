@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 from commands_not_run import check
-from fenced_blocks import Block, blocks_of
+from fenced_blocks import ONE_RANK, Block, blocks_of
 from page_process import one_side
 from shell_blocks import commands_of, reason_not_to_run, run_block
 from yaml_blocks import load_block
 
 
 def test_blocks_have_their_language_line_and_text() -> None:
-    page = "# A\n\n- item\n  ```python\n  x = 1\n  ```\n\n<!-- on one rank -->\n````sh\n```\n````\n```{note}\n1\n```\n"
+    page = f"# A\n\n- item\n  ```python\n  x = 1\n  ```\n\n{ONE_RANK}\n````sh\n```\n````\n```{{note}}\n1\n```\n"
     assert blocks_of(page) == [Block("python", 5, "x = 1\n"), Block("sh", 10, "```\n", on_one_rank=True)]
 
 
@@ -86,12 +86,11 @@ def test_a_command_that_does_not_run_is_checked(command: str, error: str) -> Non
     assert error in "; ".join(check(command))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "error"),
     [
         ("python -m launch.train --confg configs/demo.yaml", "launch.train has no option --confg"),
-        ("torchrun --nproc-per-nod 2 -m launch.train --x", "torchrun refuses"),
+        ("torchrun --nproc-per-host 2 -m launch.train --x", "torchrun refuses"),
     ],
 )
 def test_options_of_a_command_that_does_not_run_are_checked(command: str, error: str) -> None:
