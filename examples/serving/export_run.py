@@ -16,8 +16,7 @@ from torchrec import KeyedJaggedTensor
 from launch.data.loader import Data
 from launch.data.split import open_splits
 from launch.predict import Dtype, Run
-from torchrec_qr.inference import write_package
-from torchrec_qr.ops.serving_library import operators_library
+from torchrec_qr.inference import operators_library, write_package
 
 
 class Scores(nn.Module):

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from torchrec_qr.inference.plain_collection import to_plain
     from torchrec_qr.inference.quantised_model import quantize_embeddings
     from torchrec_qr.inference.serving_package import write_package
+    from torchrec_qr.ops.serving_library import operators_library
 
 __all__ = [
     "TopItems",
     "load_dlrm_checkpoint",
     "materialize",
     "materialized_blocks",
+    "operators_library",
     "quantize_embeddings",
     "score_all",
     "to_plain",
@@ -25,22 +27,23 @@ __all__ = [
 
 # Give no module the name of a function, because an import of the module replaces the function.
 _MODULES = {
-    "TopItems": "item_scores",
-    "load_dlrm_checkpoint": "dlrm_checkpoint",
-    "materialize": "full_rows",
-    "materialized_blocks": "full_rows",
-    "quantize_embeddings": "quantised_model",
-    "score_all": "item_scores",
-    "to_plain": "plain_collection",
-    "top_items": "item_scores",
-    "write_package": "serving_package",
+    "TopItems": "inference.item_scores",
+    "load_dlrm_checkpoint": "inference.dlrm_checkpoint",
+    "materialize": "inference.full_rows",
+    "materialized_blocks": "inference.full_rows",
+    "operators_library": "ops.serving_library",
+    "quantize_embeddings": "inference.quantised_model",
+    "score_all": "inference.item_scores",
+    "to_plain": "inference.plain_collection",
+    "top_items": "inference.item_scores",
+    "write_package": "inference.serving_package",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"torchrec_qr.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

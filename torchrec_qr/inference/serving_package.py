@@ -27,8 +27,8 @@ CPU_LEVELS = {"x86-64-v3": 256, "x86-64-v4": 512}
 def write_package(program: torch.export.ExportedProgram, file: Path, cpu: str = "x86-64-v3") -> Path:
     """Compiles an exported program into a package of AOTInductor, which Python and C++ load.
 
-    A process that runs the package loads ``torchrec_qr.ops.serving_library.operators_library`` first, and needs PyTorch
-    besides it alone. The package's metadata has the level of the CPU under ``torchrec_qr.cpu``.
+    A process that runs the package loads `torchrec_qr.inference.operators_library` first, and needs PyTorch besides it
+    alone. The package's metadata has the level of the CPU under ``torchrec_qr.cpu``.
 
     Args:
         program (torch.export.ExportedProgram): of ``torch.export.export``. Number of bags B and number of ids N are

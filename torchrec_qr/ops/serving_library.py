@@ -21,6 +21,7 @@ def operators_library() -> Path:
         FileNotFoundError: the library was not built.
 
     Example:
+        >>> from torchrec_qr.inference import operators_library
         >>> operators_library().name
         '_serving.so'
     """
