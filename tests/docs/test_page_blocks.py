@@ -14,14 +14,12 @@ from tests.distributed.ranks import run_ranks
 RANKS = {"checkpoints": (2, 2), "compatibility": (4, 2), "per_node": (4, 2)}
 # Allow what a page takes where other work has the machine.
 SECONDS = 280
-# Pages whose blocks do not run yet. The list may only shrink.
-NOT_CHECKED = {"readme"}
 # Pages of which a test of its own runs every command, jobs included, and compares what they print.
 OWN_TEST = {"own_data"}  # test_own_data_page.py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in pages() if name not in NOT_CHECKED | OWN_TEST])
+@pytest.mark.parametrize("name", [name for name in pages() if name not in OWN_TEST])
 def test_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
     page = pages()[name]
     if not blocks_of(page.read_text()):
@@ -30,10 +28,6 @@ def test_blocks_of_a_page_run(name: str, tmp_path: Path) -> None:
     arguments = (str(page), name, str(tmp_path))
     counts = run_ranks(run_page, ranks, *arguments, local_world_size=of_a_node, timeout=SECONDS, alone=True)
     assert counts == [len(blocks_of(page.read_text()))] * ranks
-
-
-def test_a_page_that_is_not_checked_is_there() -> None:
-    assert pages().keys() >= NOT_CHECKED
 
 
 def test_no_entry_of_the_list_is_stale() -> None:
