@@ -98,7 +98,7 @@ sdist: $(WHEEL_INSTALLED)  ## Build dist/*.tar.gz alone
 test-wheel: wheel  ## Install the wheel beside each trio, without a compiler, and run the README's example
 	for trio in $(WHEEL_TRIOS); do $(MAKE) packages TRIO=$$trio; done
 	TORCHREC_QR_TEST_WHEEL="$$(echo dist/*.whl)" TORCHREC_QR_TEST_WHEEL_TRIOS="$(WHEEL_TRIOS)" CUDA_VISIBLE_DEVICES=-1 \
-	    $(BIN)/python -m pytest tests/wheel $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n 2 tests/wheel $(PYTEST_ARGS)
 
 lint: $(INSTALLED) $(LINTERS)/.locked  ## Check style, and the files that GitHub, Docker and citations read
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tomllib
@@ -146,3 +147,12 @@ def test_without_a_compiler_the_sdist_makes_a_wheel_for_any_platform(tmp_path: P
     assert wheel.name == f"torchrec_qr-{torchrec_qr.__version__}-py3-none-any.whl"
     assert {name for name in contents(wheel) if not name.startswith(INFO)} == {*sources(), "torchrec_qr/py.typed"}
     assert "Root-Is-Purelib: true" in contents(wheel)[f"{INFO}/WHEEL"].decode()
+
+
+def test_a_wheel_that_lacks_a_library_is_not_built(tmp_path: Path) -> None:
+    environment = {**os.environ, "VENV": sys.prefix, "CC": "/bin/false", "CXX": "/bin/false"}
+    command = (str(ROOT / "scripts/build_wheel.sh"), str(tmp_path))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"The wheel lacks {' '.join(LIBRARIES)}: ")
+    assert list(tmp_path.iterdir()) == []
