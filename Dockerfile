@@ -21,9 +21,10 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python3 -m venv /opt/venv
 
-# Exact versions first, because this layer has the gigabytes: it is built anew only if requirements/ changes.
+# Exact versions first, because this layer has the gigabytes: it is built anew only if one of these files changes.
 WORKDIR /opt/torchrec_qr
-COPY requirements/ requirements/
+COPY requirements/base.txt requirements/cpu.txt requirements/cuda.txt requirements/torchrec.txt \
+    requirements/trio-2.13.txt requirements/
 RUN python -m pip install -r requirements/$DEVICE.txt -c requirements/trio-2.13.txt \
     && python -m pip install --no-deps -r requirements/torchrec.txt -c requirements/trio-2.13.txt
 

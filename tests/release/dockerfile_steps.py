@@ -78,4 +78,5 @@ class ImageFolder:
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*self.ignored))
         else:
+            target.mkdir(exist_ok=True)
             shutil.copy2(source, target)
