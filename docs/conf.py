@@ -28,8 +28,7 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/**",
     "benchmarks/results/*.md",
-    "examples/own_data/README.md",
-    "examples/serving/README.md",
+    "examples/**README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "README.md",
