@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "command_help",
     "docstring_marks",
+    "local_images",
 ]
 myst_enable_extensions = ["html_image"]
 # Headings have the anchors that forges give them.
