@@ -368,24 +368,6 @@ def test_a_pytorch_that_does_not_load_the_operators_is_a_problem(environment: En
     ]
 
 
-def test_help_is_instant() -> None:
-    slow = {"torch", "torchrec", "numpy", "fbgemm_gpu"}
-    code = f"import sys, torchrec_qr.cli.commands; print(sorted({slow} & set(sys.modules)))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
-        == "[]\n"
-    )
-
-
-def test_command_is_required() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "torchrec_qr.cli"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 2
-    assert result.stderr.endswith("the following arguments are required: COMMAND\n")
-
-
 OPERATORS = {"off": "PyTorch (TORCHREC_QR_CPU_KERNELS=off)", "auto": "the operators of"}
 
 
