@@ -1,6 +1,6 @@
 """The base of the two sharded collections: their construction and their state dict."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any, cast
@@ -92,6 +92,8 @@ class ShardedCompositionalCollection:
         has_values = module.device.type not in self._drawn_anew or module.has_fitted_values
         if has_values and not self._is_meta:
             cast(nn.Module, self).load_state_dict(module.state_dict())
+            # Ranks may have drawn other values, such as from other seeds.
+            self._start_alike()
 
     def _prepare(self, plan: Mapping[str, ParameterSharding]) -> None:
         """Checks a plan, and sets plain attributes before the constructor of nn.Module."""
@@ -165,29 +167,32 @@ class ShardedCompositionalCollection:
         # Return at first, because TorchRec calls this before partitions are registered.
         if self._partitions is None or self._is_meta:
             return
+        for config, _, weight, _ in self._weights():
+            assert config.init_fn is not None
+            config.init_fn(weight)
+        self._start_alike()
+
+    def _start_alike(self) -> None:
+        """Gives ranks that hold the same rows the values of the first: replicas, 2D groups and copies per node."""
+        for _, table, weight, is_replicated in self._weights():
+            if is_replicated:
+                dist.broadcast(weight.data, src=0, group=self._env.process_group)
+                continue
+            start_alike(weight, self._env)
+            if is_per_node(self.module_sharding_plan[table].sharding_type) and weight.numel():
+                node_env_of(self._env).peers.broadcast(weight.data)
+
+    def _weights(self) -> Iterator[tuple[BaseEmbeddingConfig, str, nn.Parameter, bool]]:
+        """Yields of each partition and plain table the config, the table, the weight, and whether it is a replica."""
+        assert self._partitions is not None
         for config in self._configs:
             if is_compositional(config):
                 for partition in partition_configs(config):
                     stored = self._partitions[partition.name]
-                    self._draw(partition, stored.weight, stored.is_replicated)
-                    if not stored.is_replicated:
-                        self._draw_alike(config.name, stored.weight)
+                    yield partition, config.name, stored.weight, stored.is_replicated
             elif (sharding := self.module_sharding_plan[config.name]).compute_kernel not in IN_STORES:
                 weight = self._module_of(config.name).get_parameter("weight")
-                self._draw(config, weight, sharding.sharding_type == DATA_PARALLEL)
-
-    def _draw(self, config: BaseEmbeddingConfig, weight: nn.Parameter, is_replicated: bool) -> None:
-        assert config.init_fn is not None
-        config.init_fn(weight)
-        if is_replicated:
-            dist.broadcast(weight.data, src=0, group=self._env.process_group)
-        else:
-            start_alike(weight, self._env)
-
-    def _draw_alike(self, table: str, weight: nn.Parameter) -> None:
-        """Gives this rank's rows of a table's copy the values of the first node."""
-        if is_per_node(self.module_sharding_plan[table].sharding_type) and weight.numel():
-            node_env_of(self._env).peers.broadcast(weight.data)
+                yield config, config.name, weight, sharding.sharding_type == DATA_PARALLEL
 
     def register_post_lookup_tracker_fn(self, record_fn: Callable[..., None]) -> None:
         """Registers a function of TorchRec's ``ModelDeltaTracker``, which reports the ids of plain tables.
