@@ -1,7 +1,12 @@
-"""Ratings as sequences of items: those of MovieLens, or generated ones in the same form."""
+"""The data of sequence.py: ratings of MovieLens, or generated ones in the same form, as sequences of items."""
+
+import sys
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 
 def generated_ratings(users: int = 2000, length: int = 24) -> npt.NDArray[np.float64]:
@@ -37,3 +42,30 @@ def sequences_of(path: str | None, least: int) -> tuple[list[npt.NDArray[np.int6
     if not sequences:
         raise SystemExit(f"{path}: no user has {least} ratings")
     return sequences, len(counts)
+
+
+def windows(past: int) -> tuple[Tensor, Tensor, int]:
+    """Returns rows of ``past`` items and the next one, to train and to test by, and the number of items.
+
+    The last item of each user is for the test. The ratings are those of the file that the command names, if it does.
+    """
+    sequences, num_items = sequences_of(sys.argv[1] if len(sys.argv) > 1 else None, least=past + 2)
+    train = np.concatenate([np.lib.stride_tricks.sliding_window_view(own[:-1], past + 1) for own in sequences])
+    test = np.stack([own[-past - 1 :] for own in sequences])
+    return torch.from_numpy(train), torch.from_numpy(test), num_items
+
+
+def batches(
+    rows: Tensor, num_items: int, batch_size: int, negatives: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields past items (B, past), and candidates (B, 1 + negatives), of which the first is the next item."""
+    for _ in range(steps):
+        batch = rows[torch.randint(len(rows), (batch_size,))]
+        yield batch[:, :-1], torch.cat([batch[:, -1:], torch.randint(num_items, (batch_size, negatives))], dim=1)
+
+
+def recall_and_ndcg(best: Tensor, following: Tensor) -> str:
+    """Returns both measures of the best items (B, K), or (K,) for all users, against the next items (B, 1)."""
+    hits = (best == following).float()
+    ndcg = (hits / torch.arange(2, hits.shape[1] + 2).log2()).sum(dim=1).mean()
+    return f"recall@{hits.shape[1]} {hits.sum(dim=1).mean():.3f}, NDCG@{hits.shape[1]} {ndcg:.3f}"
