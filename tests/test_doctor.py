@@ -29,6 +29,13 @@ class ops:
     fbgemm = _Operators
 """
 BUILD = "from typing import Optional\n__version__ = {!r}\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
+LOADED_BY_TORCH_2_14 = """
+import ctypes
+try:
+    ctypes.CDLL({!r})
+except OSError as error:
+    raise OSError("Could not load this library: /site/fbgemm_gpu_py.so") from error
+"""
 UNDEFINED = "raise ImportError('/site/fbgemm_gpu_py.so: undefined symbol: _ZN3c104impl12PyObjectSlotC1Ev')"
 
 
@@ -206,6 +213,12 @@ REINSTALL = "pip install --force-reinstall --no-deps"
             "fbgemm-gpu needs CUDA's libcudart.so.99, which is not on this machine. For a machine without a GPU "
             "run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0",
             id="missing-cuda-library",
+        ),
+        pytest.param(
+            {"cuda": True, "fbgemm_source": LOADED_BY_TORCH_2_14.format("libnvidia-ml.so.99")},
+            "fbgemm-gpu needs CUDA's libnvidia-ml.so.99, which is not on this machine. For a machine without a GPU "
+            "run: pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu==1.8.0",
+            id="missing-cuda-library-behind-the-path-of-another",
         ),
         pytest.param(
             {"cuda": True, "fbgemm_source": "import ctypes; ctypes.CDLL('libgone.so.1')"},

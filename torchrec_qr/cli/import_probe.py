@@ -26,7 +26,9 @@ for module in sys.argv[1:]:
         if module == "fbgemm_gpu":
             import torch
             torch.ops.fbgemm.asynchronous_complete_cumsum
-    except BaseException as error:
+    except BaseException as raised:
+        # Take the loader's error, because PyTorch 2.14 puts one with the path alone before it.
+        error = raised.__cause__ if isinstance(raised.__cause__, OSError) else raised
         failure = {"type": type(error).__name__, "message": str(error), "missing": getattr(error, "name", None)}
         print(json.dumps({"failed": module, **failure}), file=out)
         break

@@ -45,8 +45,9 @@ def load_operators() -> bool:
     try:
         torch.ops.load_library(str(_PATH))
     except OSError as error:
-        needed = "the operators of served models need PyTorch 2.11 or later"
-        raise ImportError(f"{needed}, and do not load beside {torch.__version__}: {error}") from error
+        # The cause names the symbol, where PyTorch 2.14 names the path alone.
+        needed, why = "the operators of served models need PyTorch 2.11 or later", error.__cause__ or error
+        raise ImportError(f"{needed}, and do not load beside {torch.__version__}: {why}") from error
     return True
 
 
