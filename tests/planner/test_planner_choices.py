@@ -19,6 +19,7 @@ from torchrec_qr import (
     QuotientRemainder,
 )
 from torchrec_qr.distributed import get_default_sharders
+from torchrec_qr.planner import CompositionalEmbeddingShardingPlanner, hardware_named
 from torchrec_qr.planner.estimated_plan import EstimatedPlan
 
 CLUSTERS = {8: (8, 8), 16: (16, 8), 64: (64, 8)}
@@ -102,6 +103,19 @@ def test_plans_keep_to_constraints() -> None:
     assert set(plan["columns"].ranks) <= {0, 1, 9}
     assert plan["bound"].ranks == [5] * len(plan["bound"].ranks)
     assert (plan["kernel"].sharding_type, plan["kernel"].compute_kernel) == ("data_parallel", "dense")
+
+
+def test_a_plan_says_which_rows_lie_outside_of_the_device() -> None:
+    """A full table of 25 GiB has no place on devices of 1 GiB, so that it lies in the hosts' memory."""
+    h100 = hardware_named("h100")
+    made = CompositionalEmbeddingShardingPlanner(h100.topology(2, memory_gib=1.0), hardware=h100)
+    full = EmbeddingBagCollection(
+        tables=[plain("large", 50_000_000), plain("small", 1000)], device=torch.device("meta")
+    )
+    large, small = made.propose(full, get_default_sharders()).tables
+    assert large.option.kernel == "fused_uvm"
+    assert large.why.endswith("; not in the device's memory, by fused_uvm")
+    assert "memory" not in small.why
 
 
 def test_what_a_sharder_would_refuse_is_not_planned() -> None:

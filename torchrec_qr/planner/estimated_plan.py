@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Topology
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
@@ -14,6 +15,8 @@ from torchrec_qr.planner.enumerators import Option, Scope
 from torchrec_qr.planner.table_shards import TableShards
 from torchrec_qr.planner.tables import PlannedTable
 
+# The kernels whose rows lie in the memory of the rank's device.
+_IN_DEVICE = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
 _FIELDS = tuple(Cost.__dataclass_fields__)
 _MEMORY = [_FIELDS.index(name) for name in ("parameters", "optimizer", "maps", "buffers")]
 _WORK = [_FIELDS.index(name) for name in ("lookup_ms", "comms_ms", "reduce_ms")]
@@ -92,9 +95,13 @@ class TablePlan:
 
     @property
     def why(self) -> str:
-        """The milliseconds of replication against those of communication, and the reason of the choice."""
+        """The milliseconds of replication against those of communication, and the reason of the choice.
+
+        A table whose rows do not lie in the device's memory has its compute kernel there too.
+        """
         tie = f"; on the ranks of {self.table.same_rank_as!r}" if self.table.same_rank_as else ""
-        return self._reason + tie
+        elsewhere = "" if self.option.kernel in _IN_DEVICE else f"; not in the device's memory, by {self.option.kernel}"
+        return self._reason + tie + elsewhere
 
     @property
     def _reason(self) -> str:
