@@ -206,6 +206,10 @@ def test_files_of_two_runs_are_refused(ended: Path, tmp_path: Path, capsys: pyte
     unended = shutil.copytree(ended / "t", tmp_path / "unended", ignore=shutil.ignore_patterns("weights"))
     assert main(["--run", str(unended), *arguments]) == 1
     assert "no weights; allowed: the folder of a run that came to its end" in capsys.readouterr().err
+    assert main(["--run", str(tmp_path / "none"), *arguments]) == 1
+    assert capsys.readouterr().err == f"launch.predict: {tmp_path / 'none' / 'config.yaml'}: no such file\n"
+    assert main(["--run", str(ended / "t"), *arguments[:-1], str(unended)]) == 1
+    assert capsys.readouterr().err == f"launch.predict: {unended}: a folder; allowed: the name of a file to write\n"
 
 
 def test_weights_are_whole_tensors_in_a_public_format(ended: Path) -> None:
