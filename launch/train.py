@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,9 @@ from torchrec import EmbeddingBagConfig
 
 from launch.config import Job, read_job, write_job
 from launch.console import Output
-from launch.data.loader import Data, open_data
+from launch.data.loader import Data
+from launch.data.meaning import Meaning
+from launch.data.split import Splits, open_splits
 from launch.job_tables import freeze, job_tables
 from launch.kept_files import with_kept_files
 from launch.kept_meaning import agreed_meaning
@@ -67,25 +68,33 @@ def _start(arguments: argparse.Namespace) -> None:
     if job.train.init_from is not None and _same(job.train.init_from, root):
         raise ConfigError("train.init_from", job.train.init_from, f"the folder of another run than {root}, this one")
     with waits.patient():  # at its end the folder is there
+        # Look at the data first, because a run that has ended is moved aside when the folder is opened.
+        splits = open_splits(job.data, job.rows_of_features())
         folder = opened_by_all(root, rank, waits.group)
     try:
-        _run(job, arguments, folder, Output(rank, arguments.quiet), device, waits)
+        _run(job, splits, arguments, folder, Output(rank, arguments.quiet), device, waits)
     finally:
         folder.close()
     dist.destroy_process_group()
 
 
 def _run(
-    job: Job, arguments: argparse.Namespace, folder: RunFolder, output: Output, device: torch.device, waits: Waits
+    job: Job,
+    splits: Splits,
+    arguments: argparse.Namespace,
+    folder: RunFolder,
+    output: Output,
+    device: torch.device,
+    waits: Waits,
 ) -> None:
     if folder.moved is not None:
         output.say(f"{folder.root} was a run that had ended; it is now {folder.moved}")
     config_folder = Path(arguments.config).parent
     with waits.patient():
         tables = job_tables(job, config_folder)
-        settle = partial(agreed_meaning, job, folder, waits)
+        meaning = agreed_meaning(job, folder, waits, lambda: Meaning.of_job(job, splits.train))
         pinned = device.type == "cuda"
-        data = open_data(job, dist.get_rank(), dist.get_world_size(), settle, pinned)
+        data = Data(job, splits, meaning, dist.get_rank(), dist.get_world_size(), pinned)
     for name in data.splits.empty_files():
         output.note(f"{name} has no rows and is left out")
     for feature, number in data.meaning.without_rows().items():

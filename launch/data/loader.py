@@ -1,6 +1,6 @@
 """Batches of a rank: read, mapped, shuffled and batched in the background."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -218,25 +218,17 @@ class Data:
         return rows.cut(0, 0), numbers[:0]
 
 
-def open_data(
-    job: "Job",
-    rank: int,
-    world_size: int,
-    settle: Callable[[Callable[[], Meaning]], Meaning] = lambda build: build(),
-    pinned: bool = False,
-) -> Data:
-    """Opens the data of a job for one rank.
+def open_data(job: "Job", rank: int, world_size: int, pinned: bool = False) -> Data:
+    """Opens the data of a job for one rank, with a meaning that the rank makes by itself.
 
     Args:
         job (Job): the config.
         rank (int): of this process.
         world_size (int): W.
-        settle (Callable[[Callable[[], Meaning]], Meaning]): returns the meaning of the run's rows; it gets what
-            makes that of new rows. Default: that.
         pinned (bool): see `Data`.
 
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, with file and line.
     """
     splits = open_splits(job.data, job.rows_of_features())
-    return Data(job, splits, settle(lambda: Meaning.of_job(job, splits.train)), rank, world_size, pinned)
+    return Data(job, splits, Meaning.of_job(job, splits.train), rank, world_size, pinned)

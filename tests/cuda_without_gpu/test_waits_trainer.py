@@ -4,7 +4,6 @@ See `poison_group`. With NCCL a rank that leaves out a collective, or issues ano
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +20,10 @@ from test_waits_jobs import devices_of_nothing
 
 from launch.config import Job
 from launch.console import Output
-from launch.data.loader import open_data
+from launch.data.loader import Data
+from launch.data.meaning import Meaning
 from launch.data.shards import num_batches, rank_range
+from launch.data.split import open_splits
 from launch.job_tables import job_tables
 from launch.kept_meaning import agreed_meaning
 from launch.model import build_model
@@ -123,7 +124,9 @@ def to_the_end(rank: int, world_size: int, root: Path, job: Job) -> Values:
         waits = Waits(job.train, device)
         folder = opened_by_all(run, rank, waits.group)
         tables = job_tables(job, root)
-        data = open_data(job, rank, world_size, partial(agreed_meaning, job, folder, waits))
+        splits = open_splits(job.data, job.rows_of_features())
+        meaning = agreed_meaning(job, folder, waits, lambda: Meaning.of_job(job, splits.train))
+        data = Data(job, splits, meaning, rank, world_size)
         model = build_model(job.model, tables, device)
         trained(job, tables, model, data, folder, Output(rank, quiet=True), device, waits)
         folder.close()

@@ -22,19 +22,19 @@ def test_an_error_is_one_line_and_torchelastic_has_the_rest(tmp_path: Path) -> N
         assert "/nowhere/*.tsv" in line
         message = json.loads((tmp_path / f"error_{rank}.json").read_text())["message"]
         assert message["message"] == line
-        assert "in open_data" in message["extraInfo"]["py_callstack"]
+        assert "in open_splits" in message["extraInfo"]["py_callstack"]
 
 
 def test_a_traceback_is_shown_on_demand(tmp_path: Path) -> None:
     (text,) = refused(tmp_path, *MISSING, "--traceback", world_size=1)
     assert "Traceback (most recent call last)" in text
-    assert "in open_data" in text
+    assert "in open_splits" in text
 
 
 def fail_by_key(rank: int) -> None:
     import launch.train
 
-    launch.train.open_data = lambda *_: {}["lost"]
+    launch.train.open_splits = lambda *_: {}["lost"]
 
 
 def test_an_error_that_is_not_the_projects_says_how_to_see_more(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_split_without_a_good_row_is_an_error_on_every_rank(tmp_path: Path, sp
         assert f"the {split} split: no row that was read is good, the first: {tmp_path / 'bad.parquet'}" in text
 
 
+def test_a_job_whose_data_are_refused_leaves_a_run_that_has_ended(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", rows(640, seed=1))
+    job = config(tmp_path, files=["a.parquet"])
+    run(tmp_path, *with_set("train.max_steps=1"), config=job, world_size=1)
+    (text,) = refused(tmp_path, *with_set("data.parquet.label=clicked"), config=job, world_size=1)
+    assert text == f"DataError: {tmp_path / 'a.parquet'}: no column 'clicked'; it has label, price, user, shop\n"
+    assert not (tmp_path / "t.1").exists()
+    assert metrics(tmp_path / "t")[-1]["split"] == "test"
+
+
 def test_scoring_without_a_good_row_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a.parquet", rows(640, seed=1))
     run(tmp_path, *with_set("train.max_steps=1"), config=config(tmp_path, files=["a.parquet"]), world_size=1)
