@@ -1,11 +1,16 @@
 """Fingerprints differ where two tables of equal shapes differ in meaning."""
 
+import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from single_tables import bag_table, sequence_table
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from torchrec_qr import (
@@ -15,7 +20,7 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
-from torchrec_qr.fingerprint import differences, fingerprint
+from torchrec_qr.fingerprint import check_row_types, differences, fingerprint
 
 EXPLICIT = [[x % 4 for x in range(12)], [x // 4 for x in range(12)]]
 
@@ -185,3 +190,18 @@ def test_a_fingerprint_of_a_later_version_is_reported_rather_than_misread() -> N
     later = own.clone()
     later[0], later[1] = 3, 9
     assert differences(later, own) == ["format: saved 3, here 1", "kind: saved unknown (9), here quotient_remainder"]
+
+
+@pytest.mark.filterwarnings("ignore:Please use DTensor")
+def test_the_type_of_sharded_rows_is_read_without_a_warning_of_pytorch(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        rows = sharded_tensor.zeros(ChunkShardingSpec(0, ["rank:0/cpu"]), 4, 8)
+        state = {"embedding_bags.t.weight": rows}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_row_types(state, "embedding_bags.t", quantised=False)
+            with pytest.raises(ValueError, match=r"table 't': .* has rows of torch.float32 in the checkpoint"):
+                check_row_types(state, "embedding_bags.t", quantised=True)
+    finally:
+        dist.destroy_process_group()

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from torchrec_qr.configs import CompositionalConfig
 from torchrec_qr.id_hash import IdHash
@@ -116,7 +117,10 @@ def check_row_types(saved: Mapping[str, Any], path: str, quantised: bool) -> Non
         >>> check_row_types({"embedding_bags.t.weight": torch.zeros(2, 8)}, "embedding_bags.t", quantised=False)
     """
     for key in (f"{path}.weight", f"{path}.partition_0.weight"):
-        dtype = getattr(saved.get(key), "dtype", None)
+        rows = saved.get(key)
+        # The attribute of a sharded tensor warns of its deprecation.
+        properties = rows.metadata().tensor_properties if isinstance(rows, ShardedTensor) else rows
+        dtype = getattr(properties, "dtype", None)
         if dtype is not None and (dtype == torch.uint8) != quantised:
             allowed = (
                 "those of a quantised collection, which torchrec_qr.inference.quantize_embeddings makes of a float one"
