@@ -21,6 +21,7 @@ from torchrec_qr.cli.schema import (
     TableSpec,
     dump,
     load,
+    read_planner,
     read_tables,
 )
 
@@ -127,7 +128,10 @@ def test_constraints_on_unknown_tables() -> None:
 
 def test_examples_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    explained, anchored, planner, overlay = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    opening, explained, anchored, planner, overlay = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    file = written(tmp_path, opening)
+    assert [(t.name, t.num_embeddings) for t in read_tables(file)] == [("t_user", 1_000_000), ("t_country", 250)]
+    assert read_planner(file).world_size == 16
     assert [(t.name, t.num_embeddings, t.partitions) for t in read_tables(written(tmp_path, anchored))] == [
         ("cat_0", 1_460, QuotientRemainder(num_collisions=4)),
         ("cat_1", 583, QuotientRemainder(num_collisions=4)),
