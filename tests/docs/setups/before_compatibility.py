@@ -1,31 +1,20 @@
-"""What docs/compatibility.md takes as given: a model with batches and a loss, on two hosts of two gloo ranks each."""
+"""The page on TorchRec's parts takes a model, batches and a loss as given, on two hosts of two gloo ranks each."""
 
 import os
 
 import groups_of_ranks
 import torch
+from page_models import compressed_dlrm
 from torch import nn
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
-from torchrec.models.dlrm import DLRM
+from torchrec import KeyedJaggedTensor
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 
 os.environ["LOCAL_WORLD_SIZE"] = "2"
 # TorchRec's class, less its assertion of CUDA.
 DMPCollection = groups_of_ranks.Groups
 
-user = CompositionalEmbeddingBagConfig(
-    name="t_user",
-    feature_names=["user"],
-    num_embeddings=10_000,
-    embedding_dim=16,
-    partitions=QuotientRemainder(num_collisions=4),
-)
-country = EmbeddingBagConfig(name="t_country", feature_names=["country"], num_embeddings=250, embedding_dim=16)
-collection = CompositionalEmbeddingBagCollection(tables=[user, country], device=torch.device("meta"))
-model = DLRM(collection, dense_in_features=4, dense_arch_layer_sizes=[32, 16], over_arch_layer_sizes=[32, 1])
+model = compressed_dlrm(users=10_000, device="meta")
 apply_optimizer_in_backward(RowWiseAdagrad, model.sparse_arch.parameters(), {"lr": 0.05})
 for layers in (model.dense_arch, model.over_arch):
     layers.to_empty(device="cpu")

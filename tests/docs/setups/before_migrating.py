@@ -1,4 +1,4 @@
-"""What docs/migrating.md takes as given: a checkpoint as dlrm writes it."""
+"""The page on migrating takes a checkpoint as given, as dlrm writes it."""
 
 import torch
 

@@ -1,20 +1,14 @@
+"""The page on copies per node takes a collection of two tables and its sharder as given."""
+
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from page_models import compositional
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagCollection
 from torchrec_qr.distributed import CompositionalEmbeddingBagCollectionSharder
 
 sharder = CompositionalEmbeddingBagCollectionSharder(
     fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.01}
 )
-tables = [
-    CompositionalEmbeddingBagConfig(
-        name=f"t_{feature}",
-        feature_names=[feature],
-        num_embeddings=1000,
-        embedding_dim=16,
-        partitions=QuotientRemainder(num_collisions=4),
-    )
-    for feature in ("user", "item")
-]
+tables = [compositional("user", 1_000), compositional("item", 1_000)]
 collection = CompositionalEmbeddingBagCollection(tables=tables, device=torch.device("meta"))

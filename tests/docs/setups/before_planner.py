@@ -1,20 +1,14 @@
-"""What docs/planner.md takes as given: a model, constraints, and the YAML of a job."""
+"""The page on the planner takes a model, constraints and the YAML of a job as given."""
 
 from pathlib import Path
 
 import torch
+from page_models import compositional
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
+from torchrec_qr import CompositionalEmbeddingBagCollection
 
-table = CompositionalEmbeddingBagConfig(
-    name="t_user",
-    feature_names=["user"],
-    num_embeddings=100_000,
-    embedding_dim=16,
-    partitions=QuotientRemainder(num_collisions=4),
-)
-model = torch.nn.ModuleDict({"tables": CompositionalEmbeddingBagCollection(tables=[table])})
+model = torch.nn.ModuleDict({"tables": CompositionalEmbeddingBagCollection(tables=[compositional("user", 100_000)])})
 constraints = {"t_user": ParameterConstraints(sharding_types=["table_wise"])}
 Path("job.yaml").write_text(
     """

@@ -1,64 +1,15 @@
-"""What docs/sharding.md takes as given: a model with a user and a country, its loss, and batches."""
-
-from dataclasses import dataclass
+"""The page on sharding takes a model with a user and a country, and batches, as given."""
 
 import torch
-from torch import Tensor, nn
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from page_models import compressed_dlrm
+from torchrec import KeyedJaggedTensor
+from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM
-from torchrec.streamable import Pipelineable
-
-from torchrec_qr import CompositionalEmbeddingBagCollection, CompositionalEmbeddingBagConfig, QuotientRemainder
 
 
 def make_model() -> DLRM:
     """Returns an unsharded model."""
-    user = CompositionalEmbeddingBagConfig(
-        name="t_user",
-        feature_names=["user"],
-        num_embeddings=100_000,
-        embedding_dim=16,
-        partitions=QuotientRemainder(num_collisions=4),
-    )
-    country = EmbeddingBagConfig(name="t_country", feature_names=["country"], num_embeddings=250, embedding_dim=16)
-    ebc = CompositionalEmbeddingBagCollection(tables=[user, country], device=torch.device("meta"))
-    return DLRM(ebc, dense_in_features=4, dense_arch_layer_sizes=[32, 16], over_arch_layer_sizes=[32, 1])
-
-
-@dataclass
-class Batch(Pipelineable):
-    """Dense features (B, 4), ids of both features, and labels (B,)."""
-
-    dense: Tensor
-    ids: KeyedJaggedTensor
-    labels: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """Returns the batch on a device."""
-        moved = (x.to(device, non_blocking=non_blocking) for x in (self.dense, self.ids, self.labels))
-        return Batch(*moved)
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory of a batch until a stream has read it."""
-        for x in (self.dense, self.ids, self.labels):
-            x.record_stream(stream)
-
-    def pin_memory(self) -> "Batch":
-        """Returns the batch as it is, because it is on the CPU."""
-        return self
-
-
-class WithLoss(nn.Module):
-    """Batch -> (loss, logits)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the logits of a batch."""
-        logits = self.model(batch.dense, batch.ids).squeeze(1)
-        return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits
+    return compressed_dlrm(users=100_000, device="meta")
 
 
 def _batch(seed: int) -> Batch:
