@@ -1,13 +1,21 @@
 """Bad input: the right type of exception, which names the table, feature or field, the value and what is allowed."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from batches import batch
 from single_tables import bag_table, collection_of, sequence_table, table_of
-from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+)
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 
 from benchmarks.quality.feature_generation import FeatureGenerationEmbeddingBagCollection
@@ -21,6 +29,7 @@ from torchrec_qr import (
     MixedRadix,
     QuotientRemainder,
 )
+from torchrec_qr.no_full_table import NoFullTable
 
 S = 12
 PARTITIONS = {
@@ -323,3 +332,20 @@ def test_two_outputs_of_one_name_are_refused(pooled: bool) -> None:
         ]
         with refused(ValueError, "table 'b': feature 'u' has the output 'u@b', as feature 'u@b' of table 'a' has"):
             collection_of(tables)
+
+
+@pytest.mark.parametrize(
+    ("collection", "config", "device"),
+    [
+        (EmbeddingBagCollection, bag_table, "cpu"),
+        (EmbeddingCollection, sequence_table, "cpu"),
+        (EmbeddingCollection, sequence_table, "meta"),
+    ],
+)
+def test_a_collection_of_torchrec_stores_no_full_rows_of_a_compositional_table(
+    collection: type, config: Callable[..., Any], device: str
+) -> None:
+    table = config(QuotientRemainder(num_collisions=4), name="t_user", num_embeddings=40, embedding_dim=8)
+    with pytest.raises(TypeError, match="table 't_user': a collection of TorchRec would store all its rows"):
+        collection(tables=[table], device=torch.device(device))
+    assert replace(table, name="t_item").init_fn == NoFullTable("t_item")

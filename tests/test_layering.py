@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "torchrec_qr"
 # Low to high: a module may import its own layer and those before it. A name stands for a module or a whole subpackage.
 LAYERS = (
     ("late_errors",),
-    ("ids", "id_hash", "partitions", "variable_batches"),
+    ("ids", "id_hash", "no_full_table", "partitions", "variable_batches"),
     ("configs",),
     ("init", "fingerprint"),
     ("ops",),

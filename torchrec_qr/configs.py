@@ -16,6 +16,7 @@ from torchrec.modules.embedding_configs import (
 
 from torchrec_qr.id_hash import MAX_HASH_SEED, IdHash
 from torchrec_qr.ids import OUT_OF_RANGE_POLICIES, OutOfRange
+from torchrec_qr.no_full_table import NoFullTable
 from torchrec_qr.partitions import BoundPartitions, PartitionSpec
 
 Operation = Literal["mult", "add", "concat", "path"]
@@ -70,7 +71,9 @@ class _Compositional(BaseEmbeddingConfig):
     init_fn: InitFn | Sequence[InitFn] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        # Do not call TorchRec's __post_init__, because it sets init_fn, and None means `init` here.
+        # Do not call TorchRec's __post_init__, because it sets an init_fn of full rows. None means `init` here.
+        if self.given_init_fn is None:
+            self.init_fn = NoFullTable(self.name)
         self._check_choices()
         self._check_id_hash()
         self._check_partitions()
@@ -93,6 +96,11 @@ class _Compositional(BaseEmbeddingConfig):
                 raise type(error)(f"table {self.name!r}: {error}") from None
             self.__dict__["_bound"] = self.partitions, bound
         return bound
+
+    @property
+    def given_init_fn(self) -> InitFn | Sequence[InitFn] | None:
+        """``init_fn``, or None if partitions start by ``init``."""
+        return None if isinstance(self.init_fn, NoFullTable) else self.init_fn
 
     @property
     def num_partitions(self) -> int:

@@ -70,9 +70,10 @@ def partition_configs(config: CompositionalConfig) -> list[EmbeddingBagConfig] |
 
 
 def _init_fn(config: CompositionalConfig, j: int) -> Callable[[Tensor], Tensor | None]:
-    if isinstance(config.init_fn, Sequence):
-        return config.init_fn[j]
-    return config.init_fn or partial(init_partition, config, j)
+    given = config.given_init_fn
+    if isinstance(given, Sequence):
+        return given[j]
+    return given or partial(init_partition, config, j)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def _concatenated(config: CompositionalEmbeddingBagConfig) -> CompositionalEmbed
         operation="concat",
         embedding_dim=k * dim,
         partition_dims=(dim,) * k,
-        init_fn=config.init_fn or cast(list[InitFn], as_plain),
+        init_fn=config.given_init_fn or cast(list[InitFn], as_plain),
     )
 
 

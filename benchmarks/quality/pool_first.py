@@ -21,7 +21,7 @@ class PoolFirstEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device | None = None) -> None:
         super().__init__()
         for table in tables:
-            if isinstance(table, CompositionalEmbeddingBagConfig) and table.init_fn is None:
+            if isinstance(table, CompositionalEmbeddingBagConfig) and table.given_init_fn is None:
                 table.init_fn = cast(list[InitFn], [part.init_fn for part in partition_configs(table)])
         self._tables, self._dim = tables, tables[0].embedding_dim
         self._partition_names = {

@@ -29,6 +29,7 @@ from torchrec_qr.configs import (
 )
 from torchrec_qr.id_hash import MAX_HASH_SEED, IdHash
 from torchrec_qr.ids import OutOfRange
+from torchrec_qr.no_full_table import NoFullTable
 from torchrec_qr.partitions import (
     MAX_NUM_EMBEDDINGS,
     ChineseRemainder,
@@ -300,8 +301,10 @@ def to_spec(config: BaseEmbeddingConfig) -> TableSpec:
 
 
 def _is_default_init(config: BaseEmbeddingConfig) -> bool:
-    """Returns whether a plain table's ``init_fn`` is the one that TorchRec puts there if none is given."""
-    if not isinstance(fn := config.init_fn, partial):
+    """Returns whether a table's ``init_fn`` is the one that the config has if none is given."""
+    if isinstance(fn := config.init_fn, NoFullTable):
+        return True
+    if not isinstance(fn, partial):
         return False
     bounds = {"a": config.get_weight_init_min(), "b": config.get_weight_init_max()}
     return fn.func is nn.init.uniform_ and not fn.args and fn.keywords == bounds
