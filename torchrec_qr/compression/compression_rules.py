@@ -73,10 +73,15 @@ class CompressionRules:
         limit = self._row_limit(found)
         chosen = [[self._of(collection, config, limit) for config in collection.configs] for collection in found]
         if self.budget is None and not any(map(newly_compositional, found, chosen)):
-            sizes = {c.name: c.num_embeddings for collection in found for c in collection.configs}
+            sizes = {
+                c.name: c.num_embeddings for collection in found if not collection.is_ours for c in collection.configs
+            }
+            ours = [c.name for collection in found if collection.is_ours for c in collection.configs]
+            stay = f"; tables of our collections stay as they are: {', '.join(ours)}" if ours else ""
             raise ValueError(
                 f"{_OWNER}: no table is compressed by partitions={self.partitions}, min_rows={self.min_rows} and "
-                f"tables={dict(self.tables)}; the tables have the rows {sizes}; allowed: a rule for one table at least"
+                f"tables={dict(self.tables)}; TorchRec's tables have the rows {sizes}{stay}; allowed: a rule for one "
+                "of them at least"
             )
         return chosen
 
