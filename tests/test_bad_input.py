@@ -349,3 +349,15 @@ def test_a_collection_of_torchrec_stores_no_full_rows_of_a_compositional_table(
     with pytest.raises(TypeError, match="table 't_user': a collection of TorchRec would store all its rows"):
         collection(tables=[table], device=torch.device(device))
     assert replace(table, name="t_item").init_fn == NoFullTable("t_item")
+
+
+@pytest.mark.parametrize("partitions", [None, QuotientRemainder(num_collisions=4)], ids=["plain", "compositional"])
+def test_a_table_of_the_other_kind_of_collection_is_refused(partitions: QuotientRemainder | None) -> None:
+    """TorchRec's fail for a lack of the attribute; a table that is taken would be pooled in a way that nobody chose."""
+    bag, sequence = (table_of(partitions, pooled, name="t_user") for pooled in (True, False))
+    with refused(
+        TypeError, "table 't_user': ", "EmbeddingConfig in a collection of bags; allowed: EmbeddingBagConfig, "
+    ):
+        CompositionalEmbeddingBagCollection(tables=[sequence])
+    with refused(TypeError, "table 't_user': ", "BagConfig in a collection of sequences; allowed: EmbeddingConfig, "):
+        CompositionalEmbeddingCollection(tables=[bag])

@@ -192,14 +192,22 @@ def build_tables(
         device (torch.device | None): the device of the parameters.
 
     Raises:
+        TypeError: a config of bags in a collection of sequences, or the reverse.
         ValueError: a table name occurs twice or is none for a module, the name of an output occurs twice, a data type
             is none of FP32, FP16 and BF16, or a pooling is none of SUM and MEAN.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     modules = nn.ModuleDict()
     modules.register_load_state_dict_pre_hook(_refuse_other_meanings)
+    of_bags = plain is PlainEmbeddingBag
     for config in tables:
         check_name(config, modules)
+        if isinstance(config, EmbeddingBagConfig) != of_bags:
+            allowed, kind = ("EmbeddingBagConfig", "bags") if of_bags else ("EmbeddingConfig", "sequences")
+            raise TypeError(
+                f"table {config.name!r}: {type(config).__name__} in a collection of {kind}; allowed: {allowed}, "
+                f"Compositional{allowed}"
+            )
         check_allowed(config, "data_type", tuple(DTYPES))
         config.feature_names = config.feature_names or [config.name]
         if is_compositional(config):
