@@ -135,13 +135,15 @@ def predict(
 
     Raises:
         ValueError: ``dtype`` quantises, and ``device`` is no CPU.
-        DataError: a file of the run, or of the rows, cannot be used; ``out`` is a folder; a malformed row, with file
-            and line.
+        DataError: a file of the run, or of the rows, cannot be used; ``out`` is a folder, or no name of a
+            Parquet file; a malformed row, with file and line.
         MeaningError: the files of the run do not belong together.
         ConfigError: the run was trained on no files.
     """
     if out.is_dir():
         raise DataError(str(out), "a folder; allowed: the name of a file to write")
+    if out.suffix != ".parquet":
+        raise DataError(str(out), "scores are written as Parquet; allowed: a name that ends in .parquet")
     if dtype in _QUANTISED and device not in (None, "cpu"):
         raise ValueError(f"--dtype {dtype}: --device is {device}; allowed: cpu, for which quantised rows have a kernel")
     chosen = device or ("cuda" if torch.cuda.is_available() and dtype not in _QUANTISED else "cpu")

@@ -109,11 +109,12 @@ def test_scoring_without_a_good_row_is_an_error(tmp_path: Path, capsys: pytest.C
     write(tmp_path / "a.parquet", rows(640, seed=1))
     run(tmp_path, *with_set("train.max_steps=1"), config=config(tmp_path, files=["a.parquet"]), world_size=1)
     write(tmp_path / "bad.parquet", {**rows(3, seed=1), "price": np.full(3, np.inf)})
-    arguments = ["--run", str(tmp_path / "t"), "--data", str(tmp_path / "bad.parquet"), "--out", str(tmp_path / "s")]
+    out = tmp_path / "s.parquet"
+    arguments = ["--run", str(tmp_path / "t"), "--data", str(tmp_path / "bad.parquet"), "--out", str(out)]
     assert main([*arguments, "--on-bad-row", "skip"]) == 1
     first = f"{tmp_path / 'bad.parquet'}:1: price is inf; allowed: a finite number or nothing"
     assert f"no row that was read is good, the first: {first}" in capsys.readouterr().err
-    assert not (tmp_path / "s").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("pattern", ["day.parquet", "day.parquet/*", "day.parquet/*.parquet"])

@@ -210,6 +210,8 @@ def test_files_of_two_runs_are_refused(ended: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == f"launch.predict: {tmp_path / 'none' / 'config.yaml'}: no such file\n"
     assert main(["--run", str(ended / "t"), *arguments[:-1], str(unended)]) == 1
     assert capsys.readouterr().err == f"launch.predict: {unended}: a folder; allowed: the name of a file to write\n"
+    assert main(["--run", str(ended / "t"), *arguments[:-1], str(tmp_path / "scores.csv")]) == 1
+    assert "scores.csv: scores are written as Parquet; allowed: a name that ends in .parquet" in capsys.readouterr().err
 
 
 def test_weights_are_whole_tensors_in_a_public_format(ended: Path) -> None:
