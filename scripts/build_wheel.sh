@@ -8,8 +8,10 @@ bin=$(realpath -s "${VENV:-.venv}")/bin
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 
-# With one time for all files, a commit has one wheel.
-export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+# With one time for all files, a commit has one wheel. A tree without a commit has the present time.
+if commit_time=$(git log -1 --format=%ct 2>/dev/null); then
+    export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$commit_time}
+fi
 "$bin/python" -m build --no-isolation --outdir "$built" . >"$built/log" 2>&1 || {
     cat "$built/log" >&2
     exit 1

@@ -22,6 +22,7 @@ NOT_RUN = {
     "docker": "needs Docker's engine; tests/release runs the commands of the Dockerfile",
     "make train": _MINUTES,
     "make test": "takes minutes; CI runs it",
+    "make wheel": "takes a minute; `make test-wheel` runs it",
     "pip install": _INSTALLS,
     "py-spy": "needs a job that hangs",
     "python -m benchmarks.quality": "takes hours; tests/quality has such a study in small",
