@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from tests.diff_sides import one_side
+
 README = Path(__file__).parent.parent / "README.md"
 
 
 def example(side: Literal["-", "+"]) -> str:
     """Returns the program before the change ("-") or after it ("+")."""
     (diff,) = re.findall(r"^```diff\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    return "".join(line[1:] or "\n" for line in diff.splitlines(keepends=True) if line[0] in (" ", side, "\n"))
+    return one_side(diff, side)

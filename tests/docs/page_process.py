@@ -13,6 +13,8 @@ from fenced_blocks import Block, blocks_of
 from shell_blocks import make_checkout, run_block
 from yaml_blocks import load_block
 
+from tests.diff_sides import one_side
+
 # A Python block whose first line names a file becomes this file, for the commands that follow.
 _SCRIPT = re.compile(r"# (?P<name>[\w/]+\.py)$", re.MULTILINE)
 SETUPS = Path(__file__).parent / "setups"
@@ -63,8 +65,3 @@ def _run(block: Block, page: str, module: ModuleType, folder: Path, commands_bef
 def _run_python(text: str, line: int, page: str, module: ModuleType) -> None:
     linecache.checkcache(page)
     exec(compile("\n" * (line - 1) + text, page, "exec"), module.__dict__)
-
-
-def one_side(diff: str, sign: str) -> str:
-    """Returns the text that a diff has before (``-``) or after (``+``), with as many lines as the diff."""
-    return "".join(f"{line[1:] if line[:1] in (' ', sign) else ''}\n" for line in diff.splitlines())

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from commands_not_run import check
 from fenced_blocks import ONE_RANK, Block, blocks_of
-from page_process import one_side
 from shell_blocks import commands_of, reason_not_to_run, run_block
 from yaml_blocks import load_block
+
+from tests.diff_sides import one_side
 
 
 def test_blocks_have_their_language_line_and_text() -> None:
