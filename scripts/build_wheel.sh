@@ -29,7 +29,7 @@ fi
 # PyTorch brings its own libraries and the OpenMP of the process. A second OpenMP would start threads of its own.
 mkdir -p "$out"
 rm -f "$out"/torchrec_qr-*
-PATH=$bin:$PATH "$bin/auditwheel" repair --exclude 'libtorch*' --exclude 'libc10*' --exclude libgomp.so.1 \
+PATH=$bin:$PATH "$bin/python" -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude libgomp.so.1 \
     --wheel-dir "$out" "$built"/*.whl >"$built/log" 2>&1 || {
     cat "$built/log" >&2
     exit 1
