@@ -1,4 +1,4 @@
-"""What all pictures share: colours, type, names at the ends of curves, and one SVG that is light or dark by itself."""
+"""All pictures share this: colours, type, names at the ends of curves, and one SVG that is light or dark by itself."""
 
 import io
 import re

@@ -81,7 +81,7 @@ def _name_memory_curves(axis: Axes, ends: list[End]) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is measured, its median ratio to full tables, and the least and the largest of the runs."""
+    """A measured case, its median ratio to full tables, and the least and the largest of the runs."""
 
     name: str
     median: float

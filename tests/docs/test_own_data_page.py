@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Block, str]]:
-    """What each block of the page printed, run in order in a working directory of its own."""
+    """Returns the output of each block of the page, run in order in a working directory of its own."""
     folder, before = tmp_path_factory.mktemp("own_data"), Path.cwd()
     make_checkout(folder)
     os.chdir(folder)

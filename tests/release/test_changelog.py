@@ -23,7 +23,7 @@ PUBLIC = [
     torchrec_qr.inference,
     torchrec_qr.planner,
 ]
-# What is named in backticks and is no name of the library: arguments, values, commands and parts of others.
+# These stand in backticks and are no names of the library: arguments, values, commands and parts of others.
 OTHERS = {
     *("mult", "add", "concat", "path", "DTensor", "NotImplementedError", "DistributedModelParallel", "torch.export"),
     *('id_hash="splitmix64"', "requires_grad_(False)", "fit=True", "row_wise", "--fit"),

@@ -1,4 +1,4 @@
-"""What a package index shows: the Pythons that the tests have run with."""
+"""A package index shows the Pythons that the tests have run with."""
 
 import re
 import tomllib

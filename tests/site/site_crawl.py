@@ -22,7 +22,7 @@ return {
 
 @dataclass
 class Page:
-    """What the browser found on a page: links, anchors, images with their widths, errors of the console."""
+    """The links, anchors, images with their widths and errors of the console that the browser found on a page."""
 
     links: list[str]
     anchors: set[str]
