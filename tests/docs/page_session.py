@@ -45,10 +45,6 @@ class Session:
             from launch.predict import main as predict
 
             return _caught(partial(predict, words[3:]))
-        if words[0] == "torchrec-qr":
-            from torchrec_qr.cli.commands import main as torchrec_qr
-
-            return _caught(partial(torchrec_qr, words[1:]))
         return run_block(Block("sh", command.line, command.text + "\n"), self._folder)
 
     def _trained(self, arguments: Sequence[str], world_size: int) -> str:

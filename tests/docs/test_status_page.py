@@ -1,10 +1,7 @@
 """docs/status.md says of each cell what is found by running it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from status_cells import BATCHES, COLUMNS, KINDS, OPERATIONS, PYTORCH, REFUSED, 
 from torch.export import Dim
 
 from tests.inference.exported_models import Model
+from tests.interpreted_process import run_interpreted
 from torchrec_qr.inference import quantize_embeddings
 from torchrec_qr.ops.backends import cpu
 
@@ -96,19 +94,8 @@ def test_one_package_of_aotinductor_has_every_table_that_can_be_exported(tmp_pat
 @pytest.mark.slow
 def test_the_gpu_column_says_what_ran_and_what_the_interpreter_checks() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *inherited])
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("interpreted_cells.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    right = {(kind, operation) for kind, operation in json.loads(done.stdout.splitlines()[-1])}
+    lines = run_interpreted(Path(__file__).with_name("interpreted_cells.py"), timeout=280)
+    right = {(kind, operation) for kind, operation in json.loads(lines[-1])}
     assert {kind for kind, _ in right} == set(INTERPRETED)
     for key, row in TABLES.items():
         expected = RAN if key in ran_on_a_gpu() else CHECKED if key in right else PYTORCH
